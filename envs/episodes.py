@@ -1,0 +1,84 @@
+"""Episodes on their way to a buffer: row files that grow while a run goes on, cut back when it is resumed.
+
+A run appends every step of every policy here, one file of fixed-width rows per policy, because an npz cannot grow.
+`finish` makes the buffers (docs/buffer.md) of them.
+"""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+
+from envs import buffers
+from envs.errors import InputError
+
+
+class EpisodeFiles:
+    """`folder`/policy_XX.rows, one per policy; `counts` (rows in each) belongs into a run's saved state."""
+
+    def __init__(self, folder, num_policies, observation_size, action_size, counts=None):
+        """Open, and cut every file to `counts` rows (None: empty). InputError where a file holds fewer."""
+        wide, float32 = lambda n: (np.float32, (n,)), np.float32
+        self.dtype = np.dtype(
+            [
+                ("observations", *wide(observation_size)),
+                ("actions", *wide(action_size)),
+                ("rewards", float32),
+                ("next_observations", *wide(observation_size)),
+                ("terminals", bool),
+                ("timeouts", bool),
+                ("root_positions", *wide(2)),
+                ("root_velocities", *wide(2)),
+                ("pseudo_rewards", float32),
+                ("action_log_probs", float32),
+            ]
+        )
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.paths = [self.folder / f"policy_{k:02d}.rows" for k in range(num_policies)]
+        self.counts = list(counts or [0] * num_policies)
+        for path, count in zip(self.paths, self.counts, strict=True):
+            with open(path, "ab") as file:
+                if file.tell() < count * self.dtype.itemsize:
+                    raise InputError(f"{path}: holds fewer than {count} rows; start a new run (--out)")
+                file.truncate(count * self.dtype.itemsize)
+
+    def append(self, transition, terminals, alive, **columns):
+        """Add the steps that happened, episode after episode.
+
+        transition: envs.Transition of [R, K, N, L, ..]; terminals, alive [R, K, N, L] bool; columns: rewards,
+        pseudo_rewards, action_log_probs [R, K, N, L]. R rounds of N episodes of at most L steps for K policies;
+        an episode that is still alive in its last column is cut there (timeout).
+        """
+        last = np.arange(alive.shape[-1]) == alive.shape[-1] - 1
+        columns |= dict(
+            observations=transition.observations,
+            actions=transition.actions,
+            next_observations=transition.next_observations,
+            root_positions=transition.root_positions,
+            root_velocities=transition.root_velocities,
+            terminals=terminals,
+            timeouts=alive & ~terminals & last,
+        )
+        for k, path in enumerate(self.paths):
+            rows = np.empty(alive[:, k].sum(), self.dtype)
+            for name in self.dtype.names:
+                rows[name] = np.asarray(columns[name])[:, k][alive[:, k]]
+            try:
+                with open(path, "ab") as file:
+                    file.write(rows.tobytes())
+            except OSError as error:
+                remedy = "free space, then go on with --resume"
+                raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
+            self.counts[k] += len(rows)
+
+    def finish(self, metadata, drop=()):
+        """Write policy_XX.npz of every file, without the columns `drop`, then remove the row files."""
+        for k, path in enumerate(self.paths):
+            rows = np.memmap(path, self.dtype, "r")
+            names = [name for name in self.dtype.names if name not in drop]
+            arrays = {name: np.ascontiguousarray(rows[name]) for name in names}
+            buffers.save(path.with_suffix(".npz"), arrays, {**metadata, "policy_id": k})
+        for path in self.paths:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()

@@ -1,0 +1,63 @@
+"""Figures of what policies do in a world."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def _axes(num, width=6.4, height=5.6):
+    """A figure with `num` panels that needs no display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * num, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, num, squeeze=False)[0]
+
+
+def plot_paths(path, task, paths, features, alive, episodes=10):
+    """Root paths of every policy, and their features where those are not the root's x and y.
+
+    path: the png to write; paths [K, E, L, 2] in metres; features [K, E, L, d]; alive [K, E, L] bool.
+    """
+    on_plane = tuple(task.feature_names[:2]) == ("x", "y")
+    figure, axes = _axes(1 if on_plane else 2)
+    colours = [f"C{k}" for k in range(10)] if len(paths) <= 10 else _spectrum(len(paths))
+    for k in range(len(paths)):
+        for e in range(min(episodes, paths.shape[1])):
+            label = f"policy {k}" if e == 0 else None
+            live = alive[k, e]
+            axes[0].plot(*paths[k, e][live].T, lw=1, color=colours[k], label=label)
+            if not on_plane:
+                x, y = features[k, e][live][:, 0], features[k, e][live][:, -1]
+                axes[1].plot(x, y, ".", ms=2, color=colours[k], label=label)
+    axes[0].set(xlabel="x (m)", ylabel="y (m)" if on_plane else "z (m)")
+    if on_plane:
+        axes[0].set_aspect("equal", "datalim")
+    else:
+        axes[1].set(xlabel=task.feature_names[0], ylabel=task.feature_names[-1], title="features")
+    axes[0].set_title(f"{task.name}: {len(paths)} policies, up to {episodes} episodes each")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=4)
+    figure.savefig(Path(path), dpi=110)
+
+
+def _spectrum(num):
+    from matplotlib import colormaps
+
+    return colormaps["turbo"](np.linspace(0.05, 0.95, num))
+
+
+def plot_distances(path, task, steps, curves, matrix):
+    """Distances between policies over training (`curves`: label -> values at `steps`) and the last [K, K] matrix."""
+    figure, (left, right) = _axes(2, 6, 4.6)
+    for label, values in curves.items():
+        left.plot(steps, values, label=label, marker="." if len(steps) < 40 else None)
+    left.set(xlabel="updates per policy", ylabel="projected W1", title=f"{task.name}: distance between policies")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    image = right.imshow(matrix, cmap="viridis")
+    right.set(xlabel="policy l", ylabel="policy k", title=f"between policies, last, in ({', '.join(task.feature_names)})")
+    ticks = range(0, len(matrix), max(1, len(matrix) // 10))
+    right.set(xticks=ticks, yticks=ticks)
+    figure.colorbar(image, ax=right, label="projected W1")
+    figure.savefig(Path(path), dpi=110)

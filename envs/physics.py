@@ -1,0 +1,341 @@
+"""MuJoCo robots on two engines behind one environment class.
+
+"mujoco": C MuJoCo, stepped from inside a jitted program by a host callback that hands the whole
+    batch, however many `vmap`s deep, to one thread pool. Its float64 state travels through the
+    program as bits, so results are those of MuJoCo itself and x64 need not be on.
+"mjx": MuJoCo's JAX port, float32, for accelerators.
+
+Same XML, start, observation, reward and termination. A step that makes the simulation unstable
+(not finite, or MuJoCo resets itself) keeps the pose and stops the robot: velocity 0, finite
+observations, not a termination.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib.util
+import os
+import pathlib
+import threading
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+from mujoco import rollout
+
+from envs.base import Env, quiet_imports
+from envs.errors import InputError
+from envs.robots import ROBOTS
+from envs.tasks import Task
+
+BACKENDS = ("mujoco", "mjx")
+# keyword arguments of MujocoEnv that envs.make accepts
+OPTIONS = ("xml", "gear", "margin_scale", "contact_cost", "num_threads")
+_FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
+
+
+class Physics(NamedTuple):
+    """State of a robot.
+
+    memory: what the engine needs besides: C MuJoCo the bits of its float64 state, (2n,) uint32;
+        MJX its solver's starting point (nv,) float32.
+    qpos (nq,), qvel (nv,), contact_cost (): float32.
+    """
+
+    memory: jax.Array
+    qpos: jax.Array
+    qvel: jax.Array
+    contact_cost: jax.Array
+
+
+class MujocoEnv(Env):
+    """A task on a MuJoCo robot.
+
+    task: what is observed and paid. backend: "mujoco", "mjx", or None: by device.
+    xml: another XML than the robot's: a name in Gymnasium's assets, or a path.
+    gear: of every motor; None: the task's, else the robot's.
+    margin_scale: factor on all contact margins (0.5 gives MuJoCo 2's contacts from a MuJoCo 3.5
+        or later, which adds up the margins of a pair where it used to take the larger).
+    contact_cost: weight of the contact forces clipped to +-1 and squared, taken off the reward
+        (Gymnasium's Ant-v5: 5e-4). C MuJoCo only, slow, and not in relabelled rewards.
+    num_threads: of the pool; None: all cores.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        backend: str | None = None,
+        *,
+        xml: str | None = None,
+        gear: float | None = None,
+        margin_scale: float = 1.0,
+        contact_cost: float = 0.0,
+        num_threads: int | None = None,
+    ):
+        if backend is None:
+            backend = "mujoco" if jax.default_backend() == "cpu" else "mjx"
+        if backend not in BACKENDS:
+            raise InputError(f"'{task.name}' has no back end '{backend}': use one of {BACKENDS}")
+        if contact_cost and backend != "mujoco":
+            raise InputError("contact_cost needs backend='mujoco'")
+        super().__init__(task, backend)
+        self.robot = ROBOTS[task.env]
+        if gear is None:
+            gear = task.options.get("gear", self.robot.gear)
+        self.model = load_model(xml or self.robot.xml, gear, margin_scale)
+        self._check_model(xml or self.robot.xml)
+        if backend == "mujoco":
+            pool = num_threads or os.cpu_count()
+            self.engine = _CEngine(self.model, self.robot.frame_skip, pool, contact_cost)
+        else:
+            self.engine = _MjxEngine(self.model, self.robot.frame_skip)
+
+    def _check_model(self, xml: str) -> None:
+        size = self.model.nq + self.model.nv - self.robot.skip_qpos
+        dt = self.model.opt.timestep * self.robot.frame_skip
+        expected = (self.task.env_observation_size, self.task.action_size)
+        if (size, self.model.nu) != expected or abs(dt - self.task.dt) > 1e-9:
+            raise InputError(
+                f"{xml} has {size} observed entries, {self.model.nu} motors and a control step "
+                f"of {dt:g} s; '{self.task.name}' needs {expected[0]}, {expected[1]} and "
+                f"{self.task.dt:g} s"
+            )
+
+    def _start(self, key: jax.Array) -> Physics:
+        robot, model = self.robot, self.model
+        key_qpos, key_qvel = jax.random.split(key)
+        start = jnp.asarray(model.qpos0, jnp.float32)
+        shape, width = (model.nq,), robot.start_qpos
+        qpos = start + jax.random.uniform(key_qpos, shape, jnp.float32, -width, width)
+        shape, width = (model.nv,), robot.start_qvel
+        if robot.start_normal:
+            qvel = width * jax.random.normal(key_qvel, shape, jnp.float32)
+        else:
+            qvel = jax.random.uniform(key_qvel, shape, jnp.float32, -width, width)
+        return self.engine.start(qpos, qvel)
+
+    def _advance(self, physics: Physics, action: jax.Array) -> tuple[Physics, jax.Array]:
+        return self.engine.step(physics, action)
+
+    def _read(self, physics: Physics) -> tuple[jax.Array, jax.Array]:
+        qvel = physics.qvel
+        if self.robot.clip_qvel is not None:
+            qvel = jnp.clip(qvel, -self.robot.clip_qvel, self.robot.clip_qvel)
+        raw_obs = jnp.concatenate([physics.qpos[self.robot.skip_qpos :], qvel])
+        return raw_obs, physics.qpos[:2]
+
+    def _charge(self, physics: Physics) -> jax.Array:
+        return physics.contact_cost
+
+
+def load_model(xml: str, gear: float | None = None, margin_scale: float = 1.0) -> mujoco.MjModel:
+    """Load an XML (a name in Gymnasium's assets or a path), set gears, scale contact margins."""
+    path = pathlib.Path(xml)
+    if not path.exists():
+        package = importlib.util.find_spec("gymnasium")
+        if package is None:
+            raise InputError("the robots' XMLs come with gymnasium: pip install gymnasium")
+        path = pathlib.Path(package.submodule_search_locations[0], "envs/mujoco/assets", xml)
+    if not path.exists():
+        raise InputError(f"no XML file '{xml}', neither as a path nor in gymnasium's assets")
+    spec = mujoco.MjSpec.from_file(str(path))
+    # MuJoCo warns, on the screen and in a log file, when it sets a total mass while compiling.
+    total_mass, spec.compiler.settotalmass = spec.compiler.settotalmass, -1
+    model = spec.compile()
+    if total_mass > 0:
+        mujoco.mj_setTotalmass(model, total_mass)
+        mujoco.mj_setConst(model, mujoco.MjData(model))
+    if gear is not None:
+        model.actuator_gear[:, 0] = gear
+    model.geom_margin[:] *= margin_scale
+    return model
+
+
+def _control_range(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
+    """Return centre and half width (nu,) of the motors' range: control = centre + half action."""
+    low, high = model.actuator_ctrlrange.T
+    return (low + high) / 2, (high - low) / 2
+
+
+class _CEngine:
+    """C MuJoCo and its thread pool; start and step are functions of one environment."""
+
+    def __init__(
+        self, model: mujoco.MjModel, frame_skip: int, num_threads: int, contact_cost: float
+    ):
+        self.model = model
+        self.frame_skip = frame_skip
+        self.dt = model.opt.timestep * frame_skip
+        self.contact_cost = contact_cost
+        self.size = mujoco.mj_stateSize(model, _FULL)  # time, qpos, qvel
+        if self.size != 1 + model.nq + model.nv:
+            raise InputError("an XML with actuator states or plugins cannot be used here")
+        self.centre, self.half = _control_range(model)
+        self.datas = [mujoco.MjData(model) for _ in range(num_threads)]
+        self.pool = rollout.Rollout(nthread=num_threads)
+        # Several devices of one process call back at once; the pool's MjData are not theirs alone.
+        self.lock = threading.Lock()
+        atexit.register(self.pool.close)
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        self.shapes = (
+            jax.ShapeDtypeStruct((2 * self.size,), jnp.uint32),
+            shape((model.nq,)), shape((model.nv,)), shape(()), shape((2,)),
+        )  # fmt: skip
+
+    def start(self, qpos: jax.Array, qvel: jax.Array) -> Physics:
+        state = jnp.concatenate([jnp.zeros((1,), jnp.float32), qpos, qvel])
+        return Physics(double_bits(state), qpos, qvel, jnp.zeros((), jnp.float32))
+
+    def step(self, physics: Physics, action: jax.Array) -> tuple[Physics, jax.Array]:
+        *fields, velocity = jax.pure_callback(
+            self.host_step, self.shapes, physics.memory, action, vmap_method="broadcast_all"
+        )
+        return Physics(*fields), velocity
+
+    def host_step(self, bits, action):
+        """Step a batch. bits (..., 2n) uint32, action (..., A) -> arrays of self.shapes."""
+        bits, action = np.asarray(bits), np.asarray(action)
+        lead = bits.shape[:-1]
+        before = np.ascontiguousarray(bits).reshape(-1, bits.shape[-1]).view(np.float64)
+        control = self.centre + self.half * action.reshape(-1, action.shape[-1])
+        with self.lock:
+            if self.contact_cost:
+                after, cost = self._step_with_contacts(before, control)
+            else:
+                after, cost = self._roll(before, control), np.zeros(len(before))
+        self._hold_unstable(before, after)
+        nq = self.model.nq
+        velocity = (after[:, 1:3] - before[:, 1:3]) / self.dt
+        floats = (after[:, 1 : 1 + nq], after[:, 1 + nq :], cost, velocity)
+        arrays = [after.view(np.uint32)] + [part.astype(np.float32) for part in floats]
+        return tuple(part.reshape(lead + part.shape[1:]) for part in arrays)
+
+    def _roll(self, before: np.ndarray, control: np.ndarray) -> np.ndarray:
+        repeated = np.repeat(control[:, None], self.frame_skip, axis=1)
+        states, _ = self.pool.rollout([self.model], self.datas, before, repeated)
+        return np.ascontiguousarray(states[:, -1])
+
+    def _step_with_contacts(self, before: np.ndarray, control: np.ndarray):
+        """Step one by one, since only MjData holds the contact forces. -> states, costs."""
+        after, cost, data = np.empty_like(before), np.zeros(len(before)), self.datas[0]
+        for i in range(len(before)):
+            mujoco.mj_resetData(self.model, data)
+            mujoco.mj_setState(self.model, data, before[i], _FULL)
+            data.ctrl[:] = control[i]
+            mujoco.mj_step(self.model, data, self.frame_skip)
+            mujoco.mj_rnePostConstraint(self.model, data)
+            mujoco.mj_getState(self.model, data, after[i], _FULL)
+            cost[i] = self.contact_cost * np.sum(np.clip(data.cfrc_ext, -1.0, 1.0) ** 2)
+        return after, cost
+
+    def _hold_unstable(self, before: np.ndarray, after: np.ndarray) -> None:
+        """Put unstable rows back to their pose at rest, in place.
+
+        MuJoCo resets an unstable simulation to its default pose and time 0, and a rollout stops
+        there, so a clock that is not dt ahead gives it away.
+        """
+        elapsed = after[:, 0] - before[:, 0]
+        on_time = np.abs(elapsed - self.dt) < 0.5 * self.model.opt.timestep
+        unstable = ~(on_time & np.isfinite(after).all(axis=1))
+        if unstable.any():
+            after[unstable] = before[unstable]
+            after[unstable, 0] += self.dt
+            after[unstable, 1 + self.model.nq :] = 0.0
+
+
+class _MjxEngine:
+    """MJX, float32; start and step are functions of one environment."""
+
+    def __init__(self, model: mujoco.MjModel, frame_skip: int):
+        with quiet_imports():
+            from mujoco import mjx
+        self.mjx = mjx
+        self.frame_skip = frame_skip
+        self.dt = model.opt.timestep * frame_skip
+        self.model = mjx.put_model(model, impl="jax")
+        self.template = mjx.make_data(model, impl="jax")
+        centre, half = _control_range(model)
+        self.centre, self.half = jnp.asarray(centre, jnp.float32), jnp.asarray(half, jnp.float32)
+
+    def start(self, qpos: jax.Array, qvel: jax.Array) -> Physics:
+        return Physics(jnp.zeros_like(qvel), qpos, qvel, jnp.zeros((), jnp.float32))
+
+    def step(self, physics: Physics, action: jax.Array) -> tuple[Physics, jax.Array]:
+        data = self.template.replace(
+            qpos=physics.qpos,
+            qvel=physics.qvel,
+            qacc_warmstart=physics.memory,
+            ctrl=self.centre + self.half * action,
+        )
+
+        def substep(data, _):
+            with exact_plane_capsule():
+                return self.mjx.step(self.model, data), None
+
+        data, _ = jax.lax.scan(substep, data, None, length=self.frame_skip)
+        now = Physics(data.qacc_warmstart, data.qpos, data.qvel, physics.contact_cost)
+        at_rest = Physics(
+            jnp.zeros_like(physics.memory),
+            physics.qpos,
+            jnp.zeros_like(physics.qvel),
+            physics.contact_cost,
+        )
+        stable = jnp.all(jnp.isfinite(data.qpos)) & jnp.all(jnp.isfinite(data.qvel))
+        now = jax.tree.map(lambda new, old: jnp.where(stable, new, old), now, at_rest)
+        return now, (now.qpos[:2] - physics.qpos[:2]) / self.dt
+
+
+def double_bits(values: jax.Array) -> jax.Array:
+    """Return the float64 of each float32 (n,) as bits: (2n,) uint32, low word first.
+
+    Exact; subnormal numbers become 0. Done on integers, so that x64 need not be on.
+    """
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    sign, exponent, mantissa = (bits >> 31) << 31, (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    high = sign | ((exponent + (1023 - 127)) << 20) | (mantissa >> 3)
+    low = mantissa << 29
+    words = jnp.stack([low, high], axis=-1)
+    return jnp.where((exponent == 0)[..., None], 0, words).reshape(*values.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def exact_plane_capsule():
+    """Trace MJX with a plane-capsule contact that turns its friction frame as C MuJoCo does.
+
+    MJX (3.17) drops the capsule's direction for the world's y axis where a capsule is steeper
+    than 60 degrees; C MuJoCo never does. For the ant this changes a fifth of all steps.
+    """
+    with quiet_imports():
+        from mujoco.mjx._src import collision_driver
+    table = collision_driver._COLLISION_FUNC
+    pair = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
+    original = table[pair]
+    table[pair] = _plane_capsule
+    try:
+        yield
+    finally:
+        table[pair] = original
+
+
+def _plane_capsule(model, data, _, geom):
+    """Contacts of both ends of capsules with planes. geom (n, 2) -> (2n,), (2n, 3), (2n, 3, 3)."""
+    plane, capsule = geom.T
+    normal, axis = data.geom_xmat[plane][:, :, 2], data.geom_xmat[capsule][:, :, 2]
+    radius, half_length = model.geom_size[capsule][:, :2].T
+    flat = axis - normal * jnp.sum(axis * normal, -1, keepdims=True)
+    length = jnp.linalg.norm(flat, axis=-1, keepdims=True)
+    # A capsule that stands upright has no direction on the plane: any will do.
+    across = jnp.where(jnp.abs(normal[:, 1:2]) < 0.5, jnp.eye(3)[1], jnp.eye(3)[2])
+    tangent = jnp.where(length > 1e-6, flat / jnp.maximum(length, 1e-6), across)
+    frame = jnp.stack([normal, tangent, jnp.cross(normal, tangent)], axis=1)
+    reach = jnp.array([1.0, -1.0])[:, None] * (axis * half_length[:, None])[:, None]
+    ends = data.geom_xpos[capsule][:, None] + reach
+    normals = normal[:, None]
+    distance = jnp.sum((ends - data.geom_xpos[plane][:, None]) * normals, -1) - radius[:, None]
+    position = ends - normals * (radius[:, None] + 0.5 * distance)[..., None]
+    return distance.reshape(-1), position.reshape(-1, 3), jnp.repeat(frame, 2, axis=0)
+
+
+_plane_capsule.ncon = 2

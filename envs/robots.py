@@ -1,0 +1,65 @@
+"""The MuJoCo robots: which XML, how long a control step is, what is observed, where it starts.
+
+A table and its rules, apart from any engine. XMLs are Gymnasium's, read where it is installed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    """One robot. Observations are qpos[skip_qpos:], qvel (clipped to +-clip_qvel)."""
+
+    xml: str  # file in gymnasium/envs/mujoco/assets
+    frame_skip: int  # physics substeps in a control step
+    dt: float  # seconds in a control step
+    observation_size: int
+    action_size: int
+    skip_qpos: int  # leading entries of qpos that are not observed
+    clip_qvel: float | None  # qvel is observed within +- this
+    start_qpos: float  # U(-w, w) on every entry of qpos
+    start_qvel: float  # scale of the noise on qvel ...
+    start_normal: bool  # ... normal, or uniform
+    gear: float | None = None  # of all motors; None: as in the XML
+    # raw observations (..., S) -> (...,) bool, for tasks that end where it fails; None: never
+    healthy: Callable | None = None
+
+
+def _hopper_healthy(observations):
+    z, angle, rest = observations[..., 0], observations[..., 1], observations[..., 1:]
+    return (abs(rest) < 100.0).all(-1) & (z > 0.7) & (abs(angle) < 0.2)
+
+
+def _walker_healthy(observations):
+    z, angle = observations[..., 0], observations[..., 1]
+    return (z > 0.8) & (z < 2.0) & (abs(angle) < 1.0)
+
+
+def _ant_healthy(observations):
+    z = observations[..., 2]
+    return (z >= 0.2) & (z <= 1.0)
+
+
+ROBOTS = {
+    "ant": Robot(
+        "ant.xml", 5, 0.05, 29, 8, skip_qpos=0, clip_qvel=None,
+        start_qpos=0.1, start_qvel=0.1, start_normal=True, gear=30.0, healthy=_ant_healthy,
+    ),
+    "cheetah": Robot(
+        "half_cheetah.xml", 5, 0.05, 17, 6, skip_qpos=1, clip_qvel=None,
+        start_qpos=0.1, start_qvel=0.1, start_normal=True,
+    ),
+    "hopper": Robot(
+        "hopper.xml", 4, 0.008, 11, 3, skip_qpos=1, clip_qvel=10.0,
+        start_qpos=0.005, start_qvel=0.005, start_normal=False, healthy=_hopper_healthy,
+    ),
+    "humanoid": Robot(
+        "humanoid.xml", 5, 0.015, 45, 17, skip_qpos=2, clip_qvel=None,
+        start_qpos=0.01, start_qvel=0.01, start_normal=False,
+    ),
+    "walker2d": Robot(
+        "walker2d.xml", 4, 0.008, 17, 6, skip_qpos=1, clip_qvel=10.0,
+        start_qpos=0.005, start_qvel=0.005, start_normal=False, healthy=_walker_healthy,
+    ),
+}  # fmt: skip

@@ -1,0 +1,386 @@
+"""Tasks: what is observed, what is paid and what ends an episode, apart from any physics.
+
+A task is pure arithmetic on recorded transitions, so one and the same function gives the reward
+while data is collected, when a buffer is relabelled, and when a policy is evaluated. Functions
+take NumPy or JAX arrays with any leading shape. Nothing here imports an engine.
+
+A world ("ant") is a task without reward that observes everything; a task ("ant-angle-60") is a
+world with a reward and its own observation.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from envs.errors import InputError
+from envs.robots import ROBOTS
+
+UDG_ANGLES = (0, 60, 120, 180, 240, 300)
+
+
+class Transition(NamedTuple):
+    """Recorded steps in a world's raw layout, any leading shape.
+
+    observations, next_observations (..., S); actions (..., A) in [-1, 1];
+    root_positions (..., 2): x, y (planar robots: x, z) before the step, in metres;
+    root_velocities (..., 2): displacement over the step / dt, in m/s;
+    goals (..., 2): mazes with a goal only.
+    """
+
+    observations: Any
+    actions: Any
+    next_observations: Any
+    root_positions: Any
+    root_velocities: Any
+    goals: Any = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A task on a world. `reward`, `terminal`, `feature` take a raw Transition."""
+
+    name: str
+    env: str  # the world whose raw observations the functions take
+    observation_size: int  # after `observe`
+    env_observation_size: int  # raw
+    action_size: int
+    dt: float  # seconds per step
+    episode_length: int  # steps of an episode when data is collected
+    eval_length: int  # steps of an episode when a policy is evaluated
+    observe: Callable  # raw observations (..., S_world) -> (..., S)
+    reward: Callable  # Transition -> (...,) float32
+    terminal: Callable  # Transition -> (...,) bool: true termination after the step
+    feature: Callable  # Transition -> (..., d) float32: where diversity is measured (next state)
+    feature_names: tuple[str, ...]
+    has_reward: bool = True
+    model_reward: Callable | None = None  # (obs, actions, next obs), observed layout -> (...,)
+    model_terminal: Callable = None  # observed next observations -> (...,) bool
+    options: dict = dataclasses.field(default_factory=dict)
+    reference: tuple[float, float] | None = None  # (random, expert) returns over eval_length
+
+    def normalized_score(self, returns):
+        """Return 100 (R - random) / (expert - random); InputError where no reference is known."""
+        if self.reference is None:
+            raise InputError(
+                f"task '{self.name}' has no reference returns, so a score cannot be normalised: "
+                "use the raw return"
+            )
+        random, expert = self.reference
+        return 100.0 * (returns - random) / (expert - random)
+
+
+# --- pieces -------------------------------------------------------------------------------------
+
+
+def _xp(array):
+    """Return the module (numpy or jax.numpy) that an array belongs to."""
+    return array.__array_namespace__()
+
+
+def _identity(observations):
+    return observations
+
+
+def _no_reward(step: Transition):
+    xp = _xp(step.observations)
+    return xp.zeros(step.observations.shape[:-1], dtype=xp.float32)
+
+
+def _never(next_observations):
+    xp = _xp(next_observations)
+    return xp.zeros(next_observations.shape[:-1], dtype=bool)
+
+
+def _along(vectors, angle_deg: float):
+    """Project the first two components on the direction at `angle_deg` from the x axis."""
+    angle = math.radians(angle_deg)
+    return vectors[..., 0] * math.cos(angle) + vectors[..., 1] * math.sin(angle)
+
+
+def _square(actions):
+    return (actions * actions).sum(-1)
+
+
+def _float32(values):
+    return values.astype(_xp(values).float32)
+
+
+def _next_root(step: Transition, dt: float):
+    """Return the root position after the step (..., 2)."""
+    return step.root_positions + dt * step.root_velocities
+
+
+def _on_next(function: Callable) -> Callable:
+    """Turn a function of raw next observations into one of a Transition."""
+    return lambda step: function(step.next_observations)
+
+
+def _number(text: str) -> float | int:
+    value = float(text)
+    return int(value) if value == int(value) else value
+
+
+# --- point robots -------------------------------------------------------------------------------
+
+POINT_DT = 0.1
+TREE_DT = 0.33
+_xy_of_next = _on_next(lambda observations: observations[..., :2])
+
+
+def _point_world(name: str = "point") -> Task:
+    """FreeRun: raw observation (x, y, vx, vy), unbounded plane."""
+    return Task(
+        name=name, env="point", observation_size=4, env_observation_size=4, action_size=2,
+        dt=POINT_DT, episode_length=100, eval_length=100, observe=_identity, reward=_no_reward,
+        terminal=_on_next(_never), feature=_xy_of_next, feature_names=("x", "y"),
+        has_reward=False, model_terminal=_never,
+    )  # fmt: skip
+
+
+def _point_angle(name: str, angle_deg: float) -> Task:
+    """Velocity along a direction; |v| <= 1, so a return is below 100."""
+    return dataclasses.replace(
+        _point_world(name),
+        reward=lambda step: _float32(_along(step.root_velocities, angle_deg)),
+        has_reward=True,
+        model_reward=lambda obs, actions, next_obs: _float32(_along(next_obs[..., 2:], angle_deg)),
+        options={"angle_deg": angle_deg},
+    )
+
+
+def _point_goal(name: str, angle_deg: float, *, threshold: float = 4.0) -> Task:
+    """1 for every step that ends beyond the line p . direction = threshold, else 0."""
+
+    def beyond(observations):
+        return _float32(_along(observations, angle_deg) > threshold)
+
+    return dataclasses.replace(
+        _point_world(name),
+        reward=_on_next(beyond),
+        has_reward=True,
+        model_reward=lambda obs, actions, next_obs: beyond(next_obs),
+        options={"angle_deg": angle_deg, "threshold": threshold},
+    )
+
+
+def _tree_maze(name: str = "tree-maze") -> Task:
+    """A box with a trunk that branches; raw observation (x, y, vx, vy), reward-free."""
+    return dataclasses.replace(_point_world(name), env="tree-maze", dt=TREE_DT)
+
+
+# --- MuJoCo robots ------------------------------------------------------------------------------
+
+
+def _robot_world(name: str, robot: str, **fields) -> Task:
+    spec = ROBOTS[robot]
+    defaults = dict(
+        name=name, env=robot, observation_size=spec.observation_size,
+        env_observation_size=spec.observation_size, action_size=spec.action_size, dt=spec.dt,
+        episode_length=200, eval_length=1000, observe=_identity, reward=_no_reward,
+        terminal=_on_next(_never), feature=lambda step: _next_root(step, spec.dt),
+        feature_names=("x", "y"), has_reward=False, model_terminal=_never,
+    )  # fmt: skip
+    return Task(**{**defaults, **fields})
+
+
+def _ant_world(name: str = "ant", *, gear: float = 30.0) -> Task:
+    """Gear 30 makes the ant slow and steady; raw observation qpos (15, with x, y), qvel (14)."""
+    return _robot_world(name, "ant", feature=_xy_of_next, options={"gear": gear})
+
+
+def _ant_angle(
+    name: str,
+    angle_deg: float,
+    *,
+    gear: float = 30.0,
+    ctrl_cost: float | None = None,
+    survive_bonus: float = 0.0,
+    terminate: bool = False,
+) -> Task:
+    """velocity . (cos, sin) - ctrl_cost ||a||^2 + survive_bonus, observed without x, y.
+
+    ctrl_cost: by default 0.5 (gear / 150)^2, the published cost of a torque at gear 150.
+    terminate: end an episode where the torso leaves 0.2 <= z <= 1.
+    """
+    cost = 0.5 * (gear / 150.0) ** 2 if ctrl_cost is None else ctrl_cost
+
+    def reward(step):
+        pay = _along(step.root_velocities, angle_deg) - cost * _square(step.actions)
+        return _float32(pay + survive_bonus)
+
+    def fallen(observations):
+        z = observations[..., 0]
+        return ~((z >= 0.2) & (z <= 1.0))
+
+    world = _ant_world(name, gear=gear)
+    ends = fallen if terminate else _never
+    return dataclasses.replace(
+        world,
+        observation_size=world.env_observation_size - 2,
+        observe=_drop_xy,
+        reward=reward,
+        has_reward=True,
+        terminal=lambda step: ends(_drop_xy(step.next_observations)),
+        model_terminal=ends,
+        options={
+            "angle_deg": angle_deg, "gear": gear, "ctrl_cost": cost,
+            "survive_bonus": survive_bonus, "terminate": terminate,
+        },
+    )  # fmt: skip
+
+
+def _drop_xy(observations):
+    return observations[..., 2:]
+
+
+def _cheetah_world(name: str = "cheetah") -> Task:
+    """Raw observation qpos[1:] (8: z - nominal z, pitch, joints), qvel (9); x is not observed."""
+
+    def feature(step):
+        xp = _xp(step.next_observations)
+        return xp.stack([step.root_velocities[..., 0], step.next_observations[..., 0]], axis=-1)
+
+    return _robot_world(name, "cheetah", feature=feature, feature_names=("x velocity", "z"))
+
+
+def _cheetah_run(
+    name: str, c_z: float = 0.0, *, ctrl_cost: float = 0.1, max_speed: float = 3.0
+) -> Task:
+    """min(v_x, max_speed) - ctrl_cost ||a||^2 + c_z (z - nominal z)."""
+
+    def reward(step):
+        speed = _xp(step.root_velocities).minimum(step.root_velocities[..., 0], max_speed)
+        height = step.next_observations[..., 0]
+        return _float32(speed - ctrl_cost * _square(step.actions) + c_z * height)
+
+    return dataclasses.replace(
+        _cheetah_world(name),
+        reward=reward,
+        has_reward=True,
+        options={"c_z": c_z, "ctrl_cost": ctrl_cost, "max_speed": max_speed},
+    )
+
+
+def _humanoid_world(name: str = "humanoid") -> Task:
+    """Raw observation qpos[2:] (22), qvel (23); an episode ends unless 1 < z < 2."""
+
+    def fallen(observations):
+        z = observations[..., 0]
+        return ~((z > 1.0) & (z < 2.0))
+
+    return _robot_world(
+        name, "humanoid", episode_length=1000, terminal=_on_next(fallen), model_terminal=fallen
+    )
+
+
+def forward_task(
+    robot: str, *, ctrl_cost: float, survive_bonus: float = 0.0, survive_on_done: bool = True
+) -> Task:
+    """Gymnasium's task for a robot: forward velocity - ctrl_cost ||a||^2 + survive_bonus.
+
+    survive_on_done: pay the bonus on the step that ends an episode too (v2 to v4, D4RL's data);
+    False: only on healthy steps (v5). The robot's own rule ends an episode. Not in the registry.
+    """
+    healthy = ROBOTS[robot].healthy
+
+    def terminal(observations):
+        return _never(observations) if healthy is None else ~healthy(observations)
+
+    def reward(step):
+        pay = step.root_velocities[..., 0] - ctrl_cost * _square(step.actions)
+        alive = 1.0 if survive_on_done else ~terminal(step.next_observations)
+        return _float32(pay + survive_bonus * alive)
+
+    return _robot_world(
+        robot, robot, reward=reward, has_reward=True, episode_length=1000,
+        terminal=_on_next(terminal), model_terminal=terminal,
+        options={
+            "ctrl_cost": ctrl_cost, "survive_bonus": survive_bonus,
+            "survive_on_done": survive_on_done,
+        },
+    )  # fmt: skip
+
+
+# --- registry -----------------------------------------------------------------------------------
+
+# name, with <x> for a number handed to the builder; listed before the more general.
+_BUILDERS: dict[str, Callable[..., Task]] = {
+    "point": _point_world,
+    "point-angle-<deg>": _point_angle,
+    "point-goal-<deg>": _point_goal,
+    "tree-maze": _tree_maze,
+    "ant": _ant_world,
+    "ant-angle-<deg>": _ant_angle,
+    "cheetah": _cheetah_world,
+    "cheetah-run": _cheetah_run,
+    "cheetah-jump": functools.partial(_cheetah_run, c_z=15.0),
+    "cheetah-crawl": functools.partial(_cheetah_run, c_z=-15.0),
+    "cheetah-jump-<c_z>": _cheetah_run,
+    "humanoid": _humanoid_world,
+}
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+
+
+def task_names() -> tuple[str, ...]:
+    """Return the names of all tasks; angle tasks at UDG's six angles, though any angle works."""
+    names = []
+    for template in _BUILDERS:
+        if "<deg>" in template:
+            names += [template.replace("<deg>", str(angle)) for angle in UDG_ANGLES]
+        elif "<" not in template:
+            names.append(template)
+    return tuple(names)
+
+
+def task(name: str, **options) -> Task:
+    """Return the task of a name. options: fields of the task, as in `Task.options`.
+
+    What the name fixes (an angle) may be repeated, so `task(name, **task(name).options)` works.
+    An unknown name raises InputError with the near names, an unknown option with the known ones.
+    """
+    if name.startswith("brax/"):
+        from envs.brax_worlds import brax_task
+
+        return brax_task(name)
+    for template, builder in _BUILDERS.items():
+        pattern = re.sub(r"<\w+>", lambda _: _NUMBER, template)
+        match = re.fullmatch(pattern, name)
+        if match:
+            known = task_options(name)
+            chosen = {key: options[key] for key in options if key in known}
+            found = builder(name, *map(_number, match.groups()), **chosen)
+            told = [k for k in options if k not in found.options or found.options[k] != options[k]]
+            check_options(name, {k: options[k] for k in told}, known)
+            return found
+    raise InputError(_unknown(name))
+
+
+def task_options(name: str) -> tuple[str, ...]:
+    """Return the names of the options a task takes; none for an unknown name."""
+    for template, builder in _BUILDERS.items():
+        if re.fullmatch(re.sub(r"<\w+>", lambda _: _NUMBER, template), name):
+            parameters = inspect.signature(builder).parameters.values()
+            bound = getattr(builder, "keywords", {})
+            return tuple(
+                p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in bound
+            )
+    return ()
+
+
+def check_options(name: str, options: dict, known: tuple[str, ...]) -> None:
+    """Raise InputError for an option that is not among the known ones."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        offer = ", ".join(known) if known else "none"
+        raise InputError(f"'{name}' has no option {', '.join(unknown)}; its options: {offer}")
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, task_names(), n=5, cutoff=0.5)
+    hint = f"; near names: {', '.join(near)}" if near else ""
+    return f"no environment or task is called '{name}'{hint}; all: {', '.join(_BUILDERS)}, brax/<name>"

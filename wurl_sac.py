@@ -1,0 +1,1110 @@
+"""WURL-SAC: K soft actor-critics, no task reward, each paid for being far from its nearest neighbour.
+
+Paper      Wasserstein Unsupervised Reinforcement Learning (He et al., AAAI 2022), arXiv 2110.07940;
+           as the data generator of UDG (Unsupervised Data Generation for Offline RL), arXiv 2506.19643.
+Objective  max over pi_1..pi_K of  min over i != j of  W1(rho_i, rho_j)            (UDG's surrogate of the minimax regret)
+
+Algorithm  one round, all K policies at once:
+  (1) roll out:  N episodes of L steps with every policy, a ~ pi_k(. | s), from fresh resets
+  (2) project:   M unit directions v_m; sort the features f(s_{t+1}) of every policy along each    (APWD, section 3)
+  (3) couple:    rank-to-rank transport plan P between policies k and l; cost in the full space
+                 c_kl(t) = 1/M sum_m D sum_j P_ij ||a_i - b_j||,   i = rank of step t along v_m
+  (4) nearest:   l* = argmin_l sum_t c_kl(t), one l* for a whole episode
+  (5) pay:       r_t = w_div * scale * c_kl*(t) * (L / episode length) + w_task * r_task(s, a, s')
+  (6) store:     the round in policy k's replay (the newest R transitions) and in its buffer file (everything)
+  (7) learn:     U SAC updates per policy: critics, actor with the new critics, alpha, Polyak target
+
+Symbols    s observations [.., S] | a actions [.., A] | f features [.., d] | v directions [M, d] | c cost [K, K, n]
+           K policies | N environments a policy | L episode_length | n = N L points | y target [B] | q [2, B]
+           alpha entropy weight | gamma discount | tau Polyak rate | scale (paper: reward scale)
+
+Deviations
+  D1  paper's APWD pays each step its own transport cost; reference code re-sorts in place, so that for M > 1 the
+      costs land on the wrong steps; here: as the paper says.
+  D2  reference code pays a_t for s_{t-1} and the first step for the episode before; here: r_t is the cost of s_{t+1}.
+  D3  reference code: one policy moves at a time against cached states; here: all K move at once against this round.
+  D4  reference code stores time limits of some environments as terminal; here: always bootstrap through them.
+  D5  reference code learns from all it ever saw; here: from the newest `replay_size` transitions, because
+      pseudo-rewards go stale as the other policies move. The buffer file keeps everything.
+  D6  reference code gives random warm-up steps reward 0; here: their real reward (--warmup-zero-reward for theirs).
+  D7  reference configs scale the cost by 10 to 100; the shipped checkpoints fit a scale near 1; here: preset per world.
+  D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
+  D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy).
+  D10 reference keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run, which
+      ends the chase of policies after one another, so that what is saved is what was reached.
+
+Files      writes runs/wurl_sac/<task>/<name>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
+           log.jsonl, state.npz, trajectories.png, distances.png
+Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
+           python wurl_sac.py --num-policies 10          (ant, within 30 minutes on 2 cores)
+           python wurl_sac.py --num-policies 10 --preset paper      (200k steps and updates a policy)
+Expect     see docs/wurl_sac.md and results/wurl_sac/
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import envs
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- run ---
+    task: str = "ant"
+    """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; a task adds a task reward"""
+    preset: str = ""
+    """a name in PRESETS; empty: the one of the world (ours), 'paper': the published budget of the world"""
+    seed: int = 0
+    """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
+    out: str = ""
+    """run folder; empty: runs/wurl_sac/<task>/seed<seed>"""
+    resume: bool = False
+    """go on from the folder's state.npz, exactly"""
+    quick: bool = False
+    """the point robot with 4 policies, under 2 minutes on 2 cores"""
+    track: bool = False
+    """mirror the log to Weights & Biases (needs `pip install wandb`)"""
+    backend: Literal["auto", "mujoco", "mjx"] = "auto"
+    """physics: C MuJoCo (auto on a CPU) or MJX (auto elsewhere); ignored by the point worlds"""
+    # --- budget ---
+    num_policies: int = 10
+    """K: number of policies (paper: 10)"""
+    num_updates: int = 40_000
+    """gradient steps per policy; environment steps per policy = num_updates / updates_per_step"""
+    updates_per_step: float = 0.25
+    """U: gradient steps per environment step of a policy (reference code: 1; ours on a CPU: 0.25)"""
+    num_envs: int = 2
+    """N: episodes per policy and round (reference code: 1)"""
+    episode_length: int = 0
+    """L: steps of an episode; 0: the task's own (ant, cheetah 200; point 100)"""
+    warmup_steps: int = 2_000
+    """environment steps per policy with uniform random actions at the start (reference code: 20,000 over all)"""
+    chunk: int = 200
+    """gradient steps per policy in one jitted call; a multiple of a round's, a divisor of eval_every"""
+    eval_every: int = 4_000
+    """gradient steps per policy between two evaluations"""
+    eval_episodes: int = 10
+    """stochastic episodes per policy in an evaluation; the last evaluation takes 50 (authors' protocol)"""
+    # --- diversity ---
+    objective: Literal["apwd", "pwd", "diayn", "dads", "none"] = "apwd"
+    """pseudo-reward: apwd (WURL), pwd (whole distance at the last step), diayn / dads with K networks, none"""
+    diversity_weight: float = 1.0
+    """w_div: weight of the pseudo-reward; 0 with a task is plain SAC (the supervised baseline)"""
+    task_weight: float = 0.0
+    """w_task: weight of the task reward (UDG's partial reward; WURL: 0)"""
+    reward_scale: float = 5.0
+    """scale: multiplies the cost per step (published 50 for ant is not what the checkpoints had; see D7)"""
+    num_directions: int = 8
+    """M: projections per round (reference code: 5)"""
+    orthogonal_directions: bool = False
+    """orthogonal directions in blocks of d (reference: OPWD), lower variance"""
+    rescale_episodes: bool = True
+    """multiply by L / length of the episode, so that short episodes earn the same total (Humanoid: False)"""
+    div_features: str = "task"
+    """space of the distance: task (its own features), full (all observations) or indices such as 0,1"""
+    warmup_zero_reward: bool = False
+    """reward 0 for warm-up steps, as the reference code (D6)"""
+    discriminator_lr: float = 2e-3
+    """Adam rate of the discriminator (diayn; reference 2e-3) or predictor (dads; reference 3e-4)"""
+    # --- SAC ---
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """widths of actor and critics (reference: 256, 256; point worlds 64, 64; Humanoid 1024, 1024)"""
+    batch_size: int = 128
+    """B: transitions per update (reference: 128; point worlds 200)"""
+    replay_size: int = 10_000
+    """R: newest transitions per policy that are learnt from (D5)"""
+    learning_rate: float = 3e-4
+    """Adam rate of actor, critics and alpha (reference: 3e-4)"""
+    lr_decay: float = 0.5
+    """share of the run, at its end, over which the learning rate falls linearly to 0 (D10); 0: never"""
+    gamma: float = 0.99
+    """discount (reference: 0.99)"""
+    tau: float = 0.005
+    """Polyak rate of the target critics, every update (reference: 0.005)"""
+    alpha: float = 0.2
+    """entropy weight, its start with auto_alpha (reference: 0.2)"""
+    auto_alpha: bool = False
+    """learn alpha towards entropy -A (SAC); for supervised data, where a fixed 0.2 makes no expert"""
+    log_std_min: float = -20.0
+    """lower clip of the actor's log standard deviation (reference: -20)"""
+    log_std_max: float = 2.0
+    """upper clip of the actor's log standard deviation (reference: 2)"""
+    policies_at_once: int = 0
+    """policies updated in one batched call; 0: all on an accelerator or for narrow nets, 1 on a CPU"""
+    # --- data ---
+    collect: Literal["replay", "rollouts"] = "replay"
+    """buffers hold the whole training data (replay) or fresh episodes of the final policies (rollouts)"""
+    rollout_episodes: int = 250
+    """episodes per policy with --collect rollouts"""
+    random: bool = False
+    """policies stay uniform random: the random-data baseline (no updates)"""
+
+
+POINT = dict(
+    num_envs=1, updates_per_step=1.0, hidden_sizes=(64, 64), batch_size=200, replay_size=2_000,
+    warmup_steps=1_000, num_updates=30_000, chunk=500, eval_every=1_500, reward_scale=1.0,
+)  # fmt: skip
+PRESETS = {
+    "ant": {},
+    "cheetah": {},
+    "humanoid": dict(hidden_sizes=(1024, 1024), rescale_episodes=False, replay_size=20_000),
+    "point": POINT,
+    "tree-maze": POINT,
+    "paper": dict(
+        num_updates=200_000, updates_per_step=1.0, num_envs=1, warmup_steps=2_000, chunk=400, eval_every=4_000,
+    ),
+}  # fmt: skip
+QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_every=1_500)
+
+
+# === data ===
+
+
+class Transitions(NamedTuple):
+    """What one step leaves in the replay; leading axes free, features last."""
+
+    observations: jax.Array  # [.., S]
+    actions: jax.Array  # [.., A]
+    rewards: jax.Array  # [..] pseudo-reward and task reward, weighted
+    next_observations: jax.Array  # [.., S]
+    terminals: jax.Array  # [..] 1.0 where the episode truly ended (stops bootstrapping)
+
+
+class Ring(NamedTuple):
+    """The newest rows of a stream: `rows` is a pytree of [capacity, ..], the oldest row is overwritten first."""
+
+    rows: Any
+    position: jax.Array  # next row to write
+    size: jax.Array  # rows that hold data; sampling looks at these only
+
+
+def ring_init(row, capacity):
+    """An empty ring for rows shaped like the pytree `row` (without a leading axis)."""
+    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
+    return Ring(rows, jnp.int32(0), jnp.int32(0))
+
+
+def ring_insert(ring, rows, mask):
+    """Write the rows [n, ..] whose mask [n] is True, in order; the others leave no trace. n <= capacity."""
+    capacity = jax.tree.leaves(ring.rows)[0].shape[0]
+    slots = (ring.position + jnp.cumsum(mask) - 1) % capacity
+    slots = jnp.where(mask, slots, capacity)  # out of range: dropped by the scatter
+    new = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), ring.rows, rows)
+    count = jnp.sum(mask, dtype=jnp.int32)
+    return Ring(new, (ring.position + count) % capacity, jnp.minimum(ring.size + count, capacity))
+
+
+def ring_sample(ring, key, batch_size):
+    """`batch_size` rows, uniformly with replacement, of those that hold data."""
+    index = jax.random.randint(key, (batch_size,), 0, ring.size)
+    return jax.tree.map(lambda x: x[index], ring.rows)
+
+
+# === networks ===
+
+
+class MLP(nn.Module):
+    """Fully connected layers of the given widths, ReLU between them, Xavier-uniform weights, zero biases."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths[:-1]:
+            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
+        return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation [.., A] of a Gaussian that tanh squashes into [-1, 1]."""
+
+    hidden_sizes: tuple[int, ...]
+    action_size: int
+    log_std_min: float
+    log_std_max: float
+
+    @nn.compact
+    def __call__(self, observations):
+        out = MLP((*self.hidden_sizes, 2 * self.action_size))(observations)
+        mean, log_std = jnp.split(out, 2, axis=-1)
+        return mean, jnp.clip(log_std, self.log_std_min, self.log_std_max)
+
+
+class Critics(nn.Module):
+    """`num` independent Q networks on (s, a): [num, ..]."""
+
+    hidden_sizes: tuple[int, ...]
+    num: int = 2
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        x = jnp.concatenate([observations, actions], -1)
+        return jnp.stack([MLP((*self.hidden_sizes, 1))(x)[..., 0] for _ in range(self.num)])
+
+
+def tanh_normal_sample(mean, log_std, noise):
+    """a = tanh(u), u = mean + std * noise, and its log density, exact also where tanh saturates.
+
+    mean, log_std, noise [.., A] -> actions [.., A], log_probs [..]
+    log pi(a) = sum_A [ log N(u; mean, std) - 2 (log 2 - u - softplus(-2u)) ]
+    """
+    u = mean + jnp.exp(log_std) * noise
+    log_normal = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_jacobian = 2.0 * (jnp.log(2.0) - u - nn.softplus(-2.0 * u))  # log(1 - tanh(u)^2)      # D8
+    return jnp.tanh(u), jnp.sum(log_normal - log_jacobian, -1)
+
+
+def polyak(target, online, tau):
+    """target <- (1 - tau) target + tau online, leaf by leaf."""
+    return jax.tree.map(lambda t, o: (1 - tau) * t + tau * o, target, online)
+
+
+# === pseudo-reward ===
+
+
+def unit_directions(key, num, dim, orthogonal=False):
+    """[M, d] directions of length 1, uniform on the sphere; `orthogonal`: mutually so in blocks of d."""
+    if orthogonal:
+        blocks = jax.random.normal(key, (-(-num // dim), dim, dim))
+        v = jnp.linalg.qr(blocks)[0].mT.reshape(-1, dim)[:num]
+    else:
+        v = jax.random.normal(key, (num, dim))
+    return v / jnp.linalg.norm(v, axis=-1, keepdims=True)
+
+
+def sort_along(points, mask, v):
+    """Sort points [n, d] by their projection on v [d], those with mask [n] False last; ties keep their order.
+
+    The product-sum is written out: a float32 matmul may run in TF32 on a GPU and change the order.
+    """
+    projection = jnp.where(mask, jnp.sum(points * v, -1), jnp.inf)
+    order = jnp.argsort(projection, stable=True)
+    return points[order], jnp.argsort(order)  # the second: the rank of every point
+
+
+def coupled_cost(a, b, num_a, num_b):
+    """Cost per source RANK [D] of the rank-to-rank plan between sorted a [D, d] and b [T, d].
+
+    The first num_a and num_b rows are points, the rest padding. In units of 1 / (num_a num_b) the plan is the
+    overlap of [i num_b, (i+1) num_b] with [j num_a, (j+1) num_a]: sort all borders, each gap between two
+    neighbours belongs to one (i, j). The costs of a row are averaged with its row weights (they sum to 1).
+    """
+    ends_a = jnp.minimum(jnp.arange(1, len(a) + 1), num_a) * num_b
+    ends_b = jnp.minimum(jnp.arange(1, len(b) + 1), num_b) * num_a
+    ends = jnp.sort(jnp.concatenate([ends_a, ends_b]))
+    lengths = jnp.diff(ends, prepend=0)
+    i = jnp.clip((ends - 1) // jnp.maximum(num_b, 1), 0, jnp.maximum(num_a - 1, 0))
+    j = jnp.clip((ends - 1) // jnp.maximum(num_a, 1), 0, jnp.maximum(num_b - 1, 0))
+    distance = jnp.linalg.norm(a[i] - b[j], axis=-1) * lengths / jnp.maximum(num_b, 1)
+    return jax.ops.segment_sum(distance, i, len(a), indices_are_sorted=True)
+
+
+def pairwise_apwd(source, source_mask, target, target_mask, directions):
+    """c_kl(t) [K, J, n] of every source step against every target set, directions [M, d] shared by all.    # D1
+
+    source [K, n, d], target [J, m, d], masks [K, n], [J, m] (True: a point). The mean of c_kl over the points
+    of k is an upper bound of W1(k, l), equal to it for d = 1. Every set is sorted once per direction. Where all
+    points are valid and n = m (episodes of fixed length) the plan is the identity: a subtraction.
+    """
+    num_source, num_target = source_mask.sum(-1), target_mask.sum(-1)
+
+    def identity_plan(a, b):
+        return jax.lax.map(lambda x: jnp.linalg.norm(x - b, axis=-1), a)
+
+    def general_plan(a, b):
+        to_all = jax.vmap(coupled_cost, (None, 0, None, 0))
+        return jax.lax.map(lambda x: to_all(x[0], b, x[1], num_target), (a, num_source))
+
+    def along(total, v):
+        a, rank = jax.vmap(sort_along, (0, 0, None))(source, source_mask, v)
+        b, _ = jax.vmap(sort_along, (0, 0, None))(target, target_mask, v)
+        if source.shape[1] == target.shape[1]:
+            equal = jnp.all(source_mask) & jnp.all(target_mask)
+            cost = jax.lax.cond(equal, identity_plan, general_plan, a, b)  # by rank of the source point
+        else:
+            cost = general_plan(a, b)
+        return total + jnp.take_along_axis(cost, rank[:, None], -1), None
+
+    total = jnp.zeros((len(source), len(target), source.shape[1]))
+    total, _ = jax.lax.scan(along, total, directions)
+    return jnp.where(source_mask[:, None], total / len(directions), 0.0)
+
+
+def apwd_reward(source, alive, target, target_alive, directions, args):
+    """Pseudo-reward [K, N, L] and pair distances [K, K] (header, lines 2 to 5).
+
+    source, target [K, N, L, d] features of the round's states s_{t+1}, alive [K, N, L]; in training source = target.
+    r_t = scale * c_kl*(t) * (L / length),   l* = argmin over l != k of the episode's sum of c_kl
+    """
+    K, N, L, d = source.shape
+    flat = lambda x: x.reshape(K, -1, *x.shape[3:])
+    cost = pairwise_apwd(flat(source), flat(alive), flat(target), flat(target_alive), directions)
+    distances = cost.sum(-1) / jnp.maximum(alive.sum((1, 2)), 1)[:, None]
+    cost = cost.reshape(K, K, N, L)
+    sums = jnp.where(jnp.eye(K, dtype=bool)[:, :, None], jnp.inf, cost.sum(-1))
+    nearest = jnp.argmin(sums, 1)  # [K, N]: l*, one for each episode
+    reward = jnp.take_along_axis(cost, nearest[:, None, :, None], 1)[:, 0]
+    lengths = jnp.maximum(alive.sum(-1, keepdims=True), 1)
+    if args.objective == "pwd":  # the whole distance at the last step, nothing before
+        reward = jnp.where(jnp.arange(L) == lengths - 1, reward.sum(-1, keepdims=True) / lengths, 0.0)
+    elif args.rescale_episodes:
+        reward = reward * (L / lengths)
+    return args.reward_scale * reward, distances
+
+
+def diayn_reward(net, features, args):
+    """DIAYN-I: r_t = scale * max(log q(k | f_t), 10 log(1/K)); features [K, N, L, d] -> [K, N, L]."""
+    logits = MLP((*args.hidden_sizes, args.num_policies)).apply(net, features)
+    log_q = jnp.moveaxis(nn.log_softmax(logits), -1, 1)  # [K, K, N, L]
+    own = jnp.arange(args.num_policies)
+    return args.reward_scale * jnp.maximum(log_q[own, own], -10 * jnp.log(args.num_policies))
+
+
+def diayn_loss(net, features, index, args):
+    """Cross entropy of the discriminator q(k | f): features [B, d], index [B] -> scalar."""
+    logits = MLP((*args.hidden_sizes, args.num_policies)).apply(net, features)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, index).mean()
+
+
+def dads_log_prob(net, features, change, index, args):
+    """log N(change; g(f, k), 1) up to a constant: features, change [.., d], index [..] -> [..]."""
+    x = jnp.concatenate([features, jax.nn.one_hot(index, args.num_policies)], -1)
+    return -0.5 * jnp.sum((change - MLP((256, 256, change.shape[-1])).apply(net, x)) ** 2, -1)
+
+
+def dads_reward(net, features, change, args):
+    """DADS-I: r = scale [ log K - log(1 + sum over l != k of exp(clip(log p_l - log p_k, -20, 1))) ]."""
+    log_p = [dads_log_prob(net, features, change, jnp.full(features.shape[:-1], l), args)
+             for l in range(args.num_policies)]  # fmt: skip
+    log_p = jnp.stack(log_p, 1)  # [K, K, N, L]: first axis who acted, second who is asked
+    own = jnp.arange(args.num_policies)
+    ratio = jnp.exp(jnp.clip(log_p - log_p[own, own][:, None], -20.0, 1.0)).sum(1)  # the own term is 1
+    return args.reward_scale * (jnp.log(args.num_policies) - jnp.log(ratio))
+
+
+def dads_loss(net, features, change, index, args):
+    """-mean log N(change; g(f, k), 1)."""
+    return -dads_log_prob(net, features, change, index, args).mean()
+
+
+def fit_net(net, net_opt, loss, rows, key, args, batch_size=200):
+    """Train the discriminator or predictor on this round's rows (pytree of [n, ..]), one step per environment step."""
+    num_rows = len(jax.tree.leaves(rows)[0])
+
+    def step(carry, key):
+        net, opt = carry
+        i = jax.random.randint(key, (batch_size,), 0, num_rows)
+        grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], rows), args)
+        updates, opt = optax.adam(args.discriminator_lr).update(grads, opt)
+        return (optax.apply_updates(net, updates), opt), None
+
+    num_steps = num_rows // args.num_policies
+    (net, net_opt), _ = jax.lax.scan(step, (net, net_opt), jax.random.split(key, num_steps))
+    return net, net_opt
+
+
+# === losses ===
+
+
+def wurl_critic_loss(critic, target, actor, alpha, batch, key, args):
+    """SAC:  sum_e mean_B (Q_e(s, a) - y)^2,   y = r + gamma (1 - terminal) (min_e Qbar_e(s', a') - alpha log pi(a'|s')).
+
+    a' ~ pi(. | s') with the actor before its step; no gradient into y. -> scalar, metrics
+    """
+    mean, log_std = actor_net(args, batch).apply(actor, batch.next_observations)
+    noise = jax.random.normal(key, mean.shape)
+    next_actions, log_probs = tanh_normal_sample(mean, log_std, noise)
+    critics = Critics(args.hidden_sizes)
+    next_q = critics.apply(target, batch.next_observations, next_actions).min(0)
+    y = batch.rewards + args.gamma * (1 - batch.terminals) * (next_q - alpha * log_probs)  # D4
+    y = jax.lax.stop_gradient(y)
+    q = critics.apply(critic, batch.observations, batch.actions)
+    chex.assert_equal_shape([q[0], y])
+    loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
+    return loss, {"train/critic_loss": loss, "train/q": q.mean(), "train/reward": batch.rewards.mean()}
+
+
+def wurl_actor_loss(actor, critic, alpha, batch, key, args):
+    """SAC:  mean_B ( alpha log pi(a|s) - min_e Q_e(s, a) ),   a ~ pi(. | s), with the critics after their step."""
+    mean, log_std = actor_net(args, batch).apply(actor, batch.observations)
+    noise = jax.random.normal(key, mean.shape)
+    actions, log_probs = tanh_normal_sample(mean, log_std, noise)
+    q = Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
+    loss = jnp.mean(alpha * log_probs - q)
+    saturated = jnp.mean(jnp.abs(actions) > 0.95)
+    return loss, {"train/actor_loss": loss, "train/entropy": -log_probs.mean(), "train/saturated": saturated}
+
+
+def wurl_alpha_loss(log_alpha, entropy, target_entropy):
+    """-log alpha (mean log pi + target entropy): alpha grows while the entropy is below its target (-A)."""
+    return log_alpha * jax.lax.stop_gradient(entropy - target_entropy)
+
+
+def actor_net(args, batch):
+    """The actor's architecture; its action size is read off the batch."""
+    return Actor(args.hidden_sizes, batch.actions.shape[-1], args.log_std_min, args.log_std_max)
+
+
+# === update ===
+
+
+class Agent(NamedTuple):
+    """Parameters and Adam states of one policy (or of K, with a leading axis)."""
+
+    actor: Any
+    critic: Any
+    target: Any
+    log_alpha: jax.Array
+    actor_opt: Any
+    critic_opt: Any
+    alpha_opt: Any
+
+
+def adam(args):
+    """Adam whose rate falls linearly to 0 over the last `lr_decay` of the run."""  # D10
+    start = int((1 - args.lr_decay) * args.num_updates)
+    length = max(args.num_updates - start, 1)
+    rate = args.learning_rate
+    if args.lr_decay:
+        rate = optax.linear_schedule(args.learning_rate, 0.0, length, start)
+    return optax.adam(rate)
+
+
+def wurl_update(agent, replay, key, args, observe):
+    """Line (7): one SAC step of one policy on a batch of its replay -> agent, metrics."""
+    key_batch, key_critic, key_actor = jax.random.split(key, 3)
+    batch = ring_sample(replay, key_batch, args.batch_size)
+    batch = batch._replace(
+        observations=observe(batch.observations), next_observations=observe(batch.next_observations)
+    )
+    alpha = jnp.exp(agent.log_alpha)
+    optimiser = adam(args)
+
+    grad_fn = jax.value_and_grad(wurl_critic_loss, has_aux=True)
+    (_, critic_metrics), grads = grad_fn(
+        agent.critic, agent.target, agent.actor, alpha, batch, key_critic, args
+    )
+    step, critic_opt = optimiser.update(grads, agent.critic_opt)
+    critic = optax.apply_updates(agent.critic, step)
+
+    grad_fn = jax.value_and_grad(wurl_actor_loss, has_aux=True)
+    (_, actor_metrics), grads = grad_fn(agent.actor, critic, alpha, batch, key_actor, args)
+    step, actor_opt = optimiser.update(grads, agent.actor_opt)
+    actor = optax.apply_updates(agent.actor, step)
+
+    log_alpha, alpha_opt = agent.log_alpha, agent.alpha_opt
+    if args.auto_alpha:
+        target_entropy = -float(batch.actions.shape[-1])
+        grad = jax.grad(wurl_alpha_loss)(log_alpha, actor_metrics["train/entropy"], target_entropy)
+        step, alpha_opt = optimiser.update(grad, alpha_opt)
+        log_alpha = optax.apply_updates(log_alpha, step)
+
+    target = polyak(agent.target, critic, args.tau)
+    agent = Agent(actor, critic, target, log_alpha, actor_opt, critic_opt, alpha_opt)
+    return agent, {**critic_metrics, **actor_metrics, "train/alpha": alpha}
+
+
+# === rollout ===
+
+
+class Rollout(NamedTuple):
+    """Episodes side by side: [.., N, L, ..]; `alive` marks the steps that happened (before or at the termination)."""
+
+    transition: envs.Transition  # raw observations of the world
+    terminals: jax.Array
+    log_probs: jax.Array  # log density of the action under the policy that took it
+    alive: jax.Array
+
+
+def rollout(actor, random, key, env, args, observe, num_envs, length):
+    """Line (1): `num_envs` episodes of `length` steps of one policy from fresh resets; uniform actions if `random`."""
+    net = Actor(args.hidden_sizes, env.action_size, args.log_std_min, args.log_std_max)
+    key_reset, key_steps = jax.random.split(key)
+
+    def step(carry, key):
+        state, alive = carry
+        key_normal, key_uniform = jax.random.split(key)
+        mean, log_std = net.apply(actor, observe(state.obs))
+        actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key_normal, mean.shape))
+        uniform = jax.random.uniform(key_uniform, mean.shape, minval=-1.0, maxval=1.0)
+        actions = jnp.where(random, uniform, actions)
+        log_probs = jnp.where(random, -mean.shape[-1] * jnp.log(2.0), log_probs)
+        after = jax.vmap(env.step)(state, actions)
+        transition = envs.Transition(
+            state.obs, actions, after.obs, state.info["root_position"], after.info["root_velocity"],
+            state.info.get("goal"),
+        )  # fmt: skip
+        terminals = after.done > 0.5
+        return (after, alive & ~terminals), Rollout(transition, terminals, log_probs, alive)
+
+    start = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
+    alive = jnp.ones(num_envs, bool)
+    _, steps = jax.lax.scan(step, (start, alive), jax.random.split(key_steps, length))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), steps)  # [N, L, ..]
+
+
+# === evaluation ===
+
+
+def feature_function(args, task):
+    """Transition [..] -> features [.., d] of the next state, as `--div-features` says."""  # D9, D2
+    if args.div_features == "task":
+        return task.feature
+    if args.div_features == "full":
+        return lambda transition: transition.next_observations
+    index = jnp.array([int(i) for i in args.div_features.split(",")])
+    return lambda transition: transition.next_observations[..., index]
+
+
+def distance_metrics(distances, prefix, suffix=""):
+    """Of a [K, K] matrix: distance to the nearest other policy (mean: the authors' WD), mean over pairs."""
+    K = len(distances)
+    others = jnp.where(jnp.eye(K, dtype=bool), jnp.inf, distances)
+    nearest = others.min(1)
+    is_nearest = jnp.zeros(K, bool).at[others.argmin(1)].set(True)
+    return {
+        f"{prefix}/min_w{suffix}": nearest.mean(),
+        f"{prefix}/smallest_w{suffix}": nearest.min(),
+        f"{prefix}/pair_mean_w{suffix}": (distances.sum() - jnp.trace(distances)) / (K * (K - 1)),
+        f"{prefix}/distinct_nearest{suffix}": is_nearest.sum(),
+    }
+
+
+def discriminator_success(x, train, test, key, args, num_steps=1_000, batch_size=200):
+    """Geometric mean of p(policy | state) and accuracy of a fresh K-way MLP (Adam 2e-3, authors' protocol).
+
+    x [K, E, L, S] states; trained on the rows with train [K, E, L], judged on those with test [K, E, L].
+    """
+    net, optimiser = MLP((*args.hidden_sizes[:2], len(x))), optax.adam(2e-3)
+    y = jnp.broadcast_to(jnp.arange(len(x))[:, None, None], train.shape).reshape(-1)
+    x, rows = x.reshape(-1, x.shape[-1]), jnp.argsort(~train.reshape(-1), stable=True)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+    def step(carry, key):
+        params, opt = carry
+        i = rows[jax.random.randint(key, (batch_size,), 0, train.sum())]
+        grads = jax.grad(lambda p: cross_entropy(net.apply(p, x[i]), y[i]).mean())(params)
+        updates, opt = optimiser.update(grads, opt)
+        return (optax.apply_updates(params, updates), opt), None
+
+    params = net.init(key, x[:1])
+    keys = jax.random.split(key, num_steps)
+    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), keys)
+    logits, weight = net.apply(params, x), test.reshape(-1) / test.sum()
+    return jnp.exp(-cross_entropy(logits, y) @ weight), (logits.argmax(-1) == y) @ weight
+
+
+def make_evaluation(args, env, task, observe, episode_length):
+    """-> evaluation(actor [K], key, E) -> metrics (numbers and [K] lists), arrays for the figures."""
+    features_of = feature_function(args, task)
+
+    def pair_distances(points, mask):
+        """[K, K] over at most 10,000 points a policy, along the same 32 directions at every evaluation."""
+        K, E, L, d = points.shape
+        keep = max(1, 10_000 // L)
+        points, mask = points[:, :keep].reshape(K, -1, d), mask[:, :keep].reshape(K, -1)
+        cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), 32, d))
+        return cost.sum(-1) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def evaluation(actor, key, num_episodes):
+        key_rollout, key_all, key_half = jax.random.split(key, 3)
+        act = functools.partial(
+            rollout, env=env, args=args, observe=observe, num_envs=num_episodes, length=episode_length
+        )
+        keys = jax.random.split(key_rollout, args.num_policies)
+        steps = jax.vmap(act, (0, None, 0))(actor, args.random, keys)
+        t, alive = steps.transition, steps.alive
+        features, full = features_of(t), t.next_observations
+        path = t.root_positions + task.dt * t.root_velocities
+        last = alive.sum(-1)[..., None, None] - 1
+        travel = jnp.take_along_axis(path, last, 2)[:, :, 0] - t.root_positions[:, :, 0]
+        angle = jnp.arctan2(travel.mean(1)[:, 1], travel.mean(1)[:, 0])
+        metrics = {
+            "eval/travel": jnp.linalg.norm(travel, axis=-1).mean(1),
+            "eval/direction_deg": jnp.degrees(angle) % 360,
+            "eval/length": alive.sum(-1).mean(1),
+        }
+        distances = pair_distances(features, alive)
+        if args.num_policies > 1:
+            metrics |= distance_metrics(distances, "eval")
+            metrics |= distance_metrics(pair_distances(full, alive), "eval", "_full")
+            even = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
+            for name, train, test, k in (
+                ("", alive, alive, key_all),
+                ("_held_out", even, alive & ~even, key_half),
+            ):
+                success, accuracy = discriminator_success(full, train, test, k, args)
+                metrics |= {f"eval/disc_success{name}": success, f"eval/disc_accuracy{name}": accuracy}
+        if task.has_reward:
+            metrics["eval/task_return"] = jnp.where(alive, task.reward(t), 0.0).sum(-1).mean(1)
+        return metrics, {"paths": path, "features": features, "alive": alive, "matrix": distances}
+
+    return evaluation
+
+
+# === training ===
+
+
+class WurlState(NamedTuple):
+    """Everything a run needs to go on; all leaves but key, num_updates and net have a leading policy axis."""
+
+    key: jax.Array
+    num_updates: jax.Array
+    agent: Agent
+    replay: Ring  # of Transitions, one ring per policy
+    net: Any  # discriminator or predictor (diayn, dads); empty otherwise
+    net_opt: Any
+
+
+def empty_transition(env):
+    """A Transition of zeros: the shapes of one step of the world."""
+    obs, two = jnp.zeros(env.observation_size), jnp.zeros(2)
+    return envs.Transition(obs, jnp.zeros(env.action_size), obs, two, two)
+
+
+def round_sizes(args, episode_length):
+    """Rounds of warm-up, updates per round, rounds of training."""
+    steps = args.num_envs * episode_length
+    updates = max(round(args.updates_per_step * steps), 1)
+    return -(-args.warmup_steps // steps), updates, -(-args.num_updates // updates)
+
+
+def make_train(args, env, task, observe, episode_length):
+    """-> init(key), warmup(state), train_chunk(state); the last two return state, (metrics, rollouts [R, K, N, L])."""
+    num_warmup, updates_per_round, _ = round_sizes(args, episode_length)
+    features_of = feature_function(args, task)
+    at_once = args.policies_at_once or (
+        1 if jax.default_backend() == "cpu" and max(args.hidden_sizes) > 128 else args.num_policies
+    )
+
+    def init_agent(key):
+        key_actor, key_critic = jax.random.split(key)
+        obs = observe(jnp.zeros((1, env.observation_size)))
+        actions = jnp.zeros((1, env.action_size))
+        net = Actor(args.hidden_sizes, env.action_size, args.log_std_min, args.log_std_max)
+        actor = net.init(key_actor, obs)
+        critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
+        log_alpha = jnp.log(jnp.float32(args.alpha))
+        opt = adam(args).init
+        target = jax.tree.map(jnp.copy, critic)
+        return Agent(actor, critic, target, log_alpha, opt(actor), opt(critic), opt(log_alpha))
+
+    def init_net(key):
+        d = jax.eval_shape(lambda: features_of(empty_transition(env))).shape[-1]
+        if args.objective == "diayn":
+            return MLP((*args.hidden_sizes, args.num_policies)).init(key, jnp.zeros(d))
+        if args.objective == "dads":
+            return MLP((256, 256, d)).init(key, jnp.zeros(d + args.num_policies))
+        return {}
+
+    def init(key):
+        key, key_agents, key_net = jax.random.split(key, 3)
+        agent = jax.vmap(init_agent)(jax.random.split(key_agents, args.num_policies))
+        t = empty_transition(env)
+        row = Transitions(t.observations, t.actions, jnp.float32(0), t.next_observations, jnp.float32(0))
+        replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(jnp.arange(args.num_policies))
+        net = init_net(key_net)
+        return WurlState(key, jnp.int32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net))
+
+    def pseudo_reward(state, steps, key):
+        """Lines (2) to (5), without the task term -> reward [K, N, L], distances [K, K], net, net_opt."""
+        features, alive = features_of(steps.transition), steps.alive
+        d = features.shape[-1]
+        directions = unit_directions(key, args.num_directions, d, args.orthogonal_directions)
+        reward, distances = apwd_reward(features, alive, features, alive, directions, args)
+        net, net_opt = state.net, state.net_opt
+        index = jnp.broadcast_to(jnp.arange(args.num_policies)[:, None, None], steps.alive.shape)
+        flat = lambda *arrays: tuple(x.reshape(-1, *x.shape[3:]) for x in arrays)
+        if args.objective == "diayn":
+            reward = diayn_reward(net, features, args)
+            net, net_opt = fit_net(net, net_opt, diayn_loss, flat(features, index), key, args)
+        if args.objective == "dads":
+            before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
+            change = (features - before) / jnp.maximum((features - before).std((0, 1, 2)), 1e-6)
+            reward = dads_reward(net, before, change, args)
+            net, net_opt = fit_net(net, net_opt, dads_loss, flat(before, change, index), key, args)
+        if args.objective == "none":
+            reward = jnp.zeros_like(reward)
+        return reward, distances, net, net_opt
+
+    def train_policy(agent, replay, key):
+        """Line (7): `updates_per_round` updates of one policy."""
+        step = lambda agent, key: wurl_update(agent, replay, key, args, observe)
+        agent, metrics = jax.lax.scan(step, agent, jax.random.split(key, updates_per_round))
+        return agent, jax.tree.map(jnp.mean, metrics)
+
+    def train_round(state, warmup):
+        key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
+        K = args.num_policies
+        act = lambda actor, key: rollout(
+            actor, warmup or args.random, key, env, args, observe, args.num_envs, episode_length
+        )
+        steps = jax.vmap(act)(state.agent.actor, jax.random.split(key_rollout, K))
+        reward, distances, net, net_opt = pseudo_reward(state, steps, key_reward)
+        t = steps.transition
+        mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
+        if warmup and args.warmup_zero_reward:  # D6
+            mixed = jnp.zeros_like(mixed)
+        rows = Transitions(t.observations, t.actions, mixed, t.next_observations, steps.terminals * 1.0)
+        flat = jax.tree.map(lambda x: x.reshape(K, -1, *x.shape[3:]), (rows, steps.alive))
+        replay = jax.vmap(ring_insert)(state.replay, *flat)
+        agent, metrics, count = state.agent, {}, state.num_updates
+        if not (warmup or args.random):
+            keys = jax.random.split(key_update, K)
+            train = lambda x: train_policy(*x)
+            agent, metrics = jax.lax.map(train, (agent, replay, keys), batch_size=at_once)
+            count = count + updates_per_round
+        metrics["train/pseudo_reward"] = reward.mean((1, 2))
+        state = WurlState(key, count, agent, replay, net, net_opt)
+        return state, (metrics, distances, steps, reward)
+
+    def rounds(num, warmup):
+        scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
+        return jax.jit(scan, donate_argnums=0)
+
+    return jax.jit(init), rounds(num_warmup, True), rounds(args.chunk // updates_per_round, False)
+
+
+# === run ===
+
+
+class Logger:
+    """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
+
+    `position`: bytes of log.jsonl to keep; a resumed run cuts the file back, so that nothing stands twice.
+    """
+
+    def __init__(self, folder, args, position=0, step=0):
+        from tensorboardX import SummaryWriter
+
+        self.file = open(folder / "log.jsonl", "r+b" if position else "wb")
+        self.file.truncate(position)
+        self.file.seek(position)
+        self.board = SummaryWriter(str(folder), purge_step=step + 1 if position else None)
+        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
+        header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="udg-jax", dir=str(folder), config=header["args"])
+        if not position:
+            self.write(header)
+
+    def write(self, record):
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+
+    def log(self, step, metrics, **labels):
+        """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
+        metrics = {k: np.asarray(v, np.float64).round(6).tolist() for k, v in metrics.items()}
+        self.write({"step": step, **labels, **metrics})
+        suffix = "".join(f"/{k}{v}" for k, v in labels.items())
+        scalars = {k + suffix: v for k, v in metrics.items() if np.ndim(v) == 0}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+
+class StopSignal:
+    """Turns the first SIGTERM or Ctrl-C into `name`, so that the loop can save first; a second one is obeyed."""
+
+    def __enter__(self):
+        self.name = ""
+        self.old = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, self.old[number])
+
+    def __exit__(self, *exc):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def flat_arrays(tree):
+    """Pytree -> {slash/path: numpy array}; typed keys as their bits."""
+
+    def array(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): array(x) for p, x in leaves}
+
+
+def save_state(folder, tree, meta):
+    """state.npz (newest) and state.prev.npz (the one before): the pytree as flat arrays, `meta` as JSON."""
+    new, newest = folder / "state.new.npz", folder / "state.npz"
+    envs.buffers.write_npz(new, {**flat_arrays(tree), "meta_json": np.array(json.dumps(meta))})
+    if newest.exists():
+        os.replace(newest, folder / "state.prev.npz")
+    os.replace(new, newest)
+
+
+def load_state(folder, like, identity):
+    """The newest readable state of the folder, in the structure of `like` (arrays or shapes) -> tree, meta.
+
+    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
+    """
+    for path in (folder / "state.npz", folder / "state.prev.npz"):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            meta = json.loads(str(arrays["meta_json"]))
+            break
+        except Exception as error:  # missing, torn or corrupt: the one before may be whole
+            print(f"cannot read {path}: {error}", file=sys.stderr)
+    else:
+        raise envs.InputError(f"{folder}: no state to resume from; start without --resume")
+    old, new = meta["identity"], json.loads(json.dumps(identity))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")
+
+    def restore(place, x):
+        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))
+        if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
+            raise envs.InputError(f"{path}: {name} does not fit this version; start anew with another --out")
+        return jnp.asarray(arrays[name])
+
+    return jax.tree_util.tree_map_with_path(restore, like), meta
+
+
+def run_identity(args, **data):
+    """What must not change when a run is resumed: flags, data, versions."""
+    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "resume", "track")}
+    return {**flags, **data, **envs.buffers.versions()}
+
+
+def run_folder(args, script, task):
+    """The run's folder, made if need be; refuses to write over another run."""
+    folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
+    if not args.resume and (folder / "args.json").exists():
+        raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+    except OSError as error:
+        raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
+    return folder
+
+
+def progress_line(label, count, total, rate, metrics):
+    """`label count/total  rate  ETA  metrics`, rate in counts per second."""
+    eta = time.strftime("%H:%M:%S", time.gmtime((total - count) / max(rate, 1e-9)))
+    numbers = "  ".join(f"{k.split('/')[-1]} {float(v):.4g}" for k, v in metrics.items())
+    print(f"{label} {count}/{total} ({count / total:.0%})  {rate:.4g}/s  ETA {eta}  {numbers}", flush=True)
+
+
+def parse_args(argv, preset_of):
+    """Command line -> Args: defaults, then what `preset_of(args)` gives, then the flags; printed in full."""
+    name, preset = preset_of(tyro.cli(Args, args=argv, description=__doc__))
+    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
+    print(f"preset {name}:", *(f"{k}={v}" for k, v in preset.items()))
+    print("arguments:", *(f"{k}={v}" for k, v in dataclasses.asdict(args).items()))
+    return args
+
+
+def write_policy(path, kind, params, metadata):
+    """policy.npz (docs/policy.md): what a user deploys, flat slash/paths, leading policy or seed axis."""
+    head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(metadata))}
+    envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
+
+
+def wurl_preset(args):
+    """The published budget, --quick, or what suits the world -> name, {field: value}."""
+    quick = QUICK if args.quick else {}
+    world = envs.task(quick.get("task", args.task)).env
+    if args.preset and args.preset not in PRESETS:
+        raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
+    preset = PRESETS.get(world, {}) | PRESETS.get(args.preset, {}) | quick
+    return args.preset or ("quick" if args.quick else world), preset
+
+
+def check_args(args, task, episode_length):
+    """Refuse what cannot work, before any long work starts."""
+    _, updates, _ = round_sizes(args, episode_length)
+    steps = args.num_envs * episode_length
+    rules = {
+        "--num-policies must be at least 1": args.num_policies >= 1,
+        "one policy has no neighbour: add --diversity-weight 0 --task-weight 1":
+            args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
+        f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":
+            args.task_weight == 0 or task.has_reward,
+        f"--replay-size must hold a round ({steps} steps) and a batch":
+            args.replay_size >= max(steps, args.batch_size),
+        "--warmup-steps must be positive: the first batch needs data": args.warmup_steps > 0,
+        f"--chunk must be a multiple of a round's updates ({updates})":
+            args.chunk > 0 and args.chunk % updates == 0,
+        "--chunk must divide --eval-every and --num-updates":
+            args.eval_every % max(args.chunk, 1) == args.num_updates % max(args.chunk, 1) == 0,
+        "--lr-decay is a share: 0 to 1": 0 <= args.lr_decay <= 1,
+        "--num-envs times the episode length must stay under 46341": steps < 46341,
+    }  # fmt: skip
+    for message, holds in rules.items():
+        if not holds:
+            raise envs.InputError(message)
+
+
+def announce(folder, args, env, task, episode_length, row_bytes):
+    """Print what will run and what it needs; refuse where the disk cannot hold it."""
+    num_warmup, updates, num_rounds = round_sizes(args, episode_length)
+    steps = (num_warmup + num_rounds) * args.num_envs * episode_length
+    need, free = 2 * steps * args.num_policies * row_bytes, shutil.disk_usage(folder).free
+    print(
+        f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
+        f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each\n"
+        f"into {folder}: {need / 1e6:.0f} MB of {free / 1e9:.1f} GB free (rows, then npz)", flush=True,
+    )  # fmt: skip
+    if need > free:
+        raise envs.InputError(f"{folder}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free; choose another --out")
+
+
+def show_evaluation(step, metrics):
+    """One line of what matters, and a warning where two policies do the same."""
+    names = ("min_w", "smallest_w", "pair_mean_w", "distinct_nearest", "disc_success", "task_return")
+    shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in names if f"eval/{n}" in metrics}
+    print(f"  evaluation at {step}:", *(f"{n} {v:.3f} " for n, v in shown.items()))
+    print("  travel", *(f"{x:.1f}" for x in metrics["eval/travel"]), flush=True)
+    if shown.get("smallest_w", 1.0) < 0.25 * shown.get("min_w", 1.0):
+        print("  warning: two policies nearly coincide (mode collapse); see --div-features, --reward-scale", flush=True)
+
+
+def finish(folder, args, env, task, actor, files, snapshot, observe, episode_length):
+    """Everything a finished run leaves behind: buffers, policy, figures."""
+    warmup_rounds, _, _ = round_sizes(args, episode_length)
+    fresh = args.collect == "rollouts"
+    if fresh:  # replace the training data by new episodes of the final policies
+        act = functools.partial(rollout, env=env, args=args, observe=observe, length=episode_length,
+                                num_envs=args.rollout_episodes)  # fmt: skip
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 2), args.num_policies)
+        steps = jax.jit(jax.vmap(act, (0, None, 0)))(actor, args.random, keys)
+        files = envs.episodes.EpisodeFiles(files.folder, args.num_policies, env.observation_size, env.action_size)
+        record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
+    metadata = {
+        "dataset_name": f"{task.name}-wurl-seed{args.seed}", "env": task.env, "layout": "env",
+        "task": task.name, "reward_kind": "task" if task.has_reward else "none", "task_options": task.options,
+        "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
+        "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
+        "warmup_transitions": 0 if fresh else warmup_rounds * args.num_envs * episode_length,
+    }  # fmt: skip
+    files.finish(metadata, drop=("pseudo_rewards",) if fresh else ("action_log_probs",))
+    sees = "task" if observe is task.observe else "env"
+    about = {"task": task.name, "observations": sees, "versions": envs.buffers.versions()}
+    about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
+    write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
+    envs.figures.plot_paths(folder / "trajectories.png", task, *(snapshot[k] for k in ("paths", "features", "alive")))
+    if args.num_policies > 1:
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+        names = {"mean over pairs": "pair_mean_w", "nearest other, mean over policies": "min_w",
+                 "nearest other, smallest": "smallest_w"}  # fmt: skip
+        curves = {label: [r[f"eval/{name}"] for r in records] for label, name in names.items()}
+        steps = [r["step"] for r in records]
+        envs.figures.plot_distances(folder / "distances.png", task, steps, curves, snapshot["matrix"])
+
+
+def record(files, task, steps, pseudo_rewards):
+    """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
+    steps = jax.tree.map(np.asarray, steps)
+    rewards = np.asarray(task.reward(steps.transition), np.float32)
+    files.append(steps.transition, steps.terminals, steps.alive, rewards=rewards, action_log_probs=steps.log_probs,
+                 pseudo_rewards=np.broadcast_to(pseudo_rewards, rewards.shape))  # fmt: skip
+
+
+def main(args):
+    """Train K policies and write their buffers -> metrics of the last evaluation."""
+    started = time.time()
+    task = envs.task(args.task)
+    env = envs.make(task.env, backend=None if args.backend == "auto" else args.backend)
+    episode_length = args.episode_length or task.episode_length
+    check_args(args, task, episode_length)
+    env.check_batch(args.num_policies * max(args.num_envs, 50))
+    diverse = args.diversity_weight != 0 and args.objective != "none"
+    observe = (lambda x: x) if diverse else task.observe  # a diverse policy must see where it is
+    folder = run_folder(args, "wurl_sac", task.name)
+
+    init, warmup, train_chunk = make_train(args, env, task, observe, episode_length)
+    evaluation = make_evaluation(args, env, task, observe, episode_length)
+    key = jax.random.key(args.seed)
+    eval_key = jax.random.fold_in(key, 1)  # the same start states and noise at every evaluation
+    meta = {"identity": run_identity(args), "log": 0, "rows": None}
+    if args.resume:
+        state, meta = load_state(folder, jax.eval_shape(init, key), meta["identity"])
+    else:
+        state = init(key)
+    files = envs.episodes.EpisodeFiles(
+        folder / "buffers", args.num_policies, env.observation_size, env.action_size, meta["rows"]
+    )
+    step = first = int(state.num_updates)
+    logger = Logger(folder, args, meta["log"], step)
+    announce(folder, args, env, task, episode_length, files.dtype.itemsize)
+
+    if not args.resume:
+        state, (_, _, steps, pseudo_rewards) = warmup(state)
+        record(files, task, steps, pseudo_rewards)
+        print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
+    began = saved = time.time()
+    train = {}
+    with StopSignal() as stop:
+        while step < args.num_updates and not stop.name:
+            state, (train, distances, steps, pseudo_rewards) = train_chunk(state)
+            step = int(state.num_updates)
+            record(files, task, steps, pseudo_rewards)
+            train = {k: np.mean(v) for k, v in train.items()}
+            train["time/updates_per_s"] = (step - first) / (time.time() - began)
+            if args.num_policies > 1:
+                train |= distance_metrics(distances[-1], "train")
+            shown = {k: train[f"train/{k}"] for k in ("min_w", "reward", "q", "entropy") if f"train/{k}" in train}
+            progress_line("update", step, args.num_updates, train["time/updates_per_s"], shown)
+            if step % args.eval_every == 0 and step < args.num_updates:
+                metrics, _ = evaluation(state.agent.actor, eval_key, args.eval_episodes)
+                logger.log(step, {**train, **metrics, "time/seconds": time.time() - started})
+                show_evaluation(step, metrics)
+            if step >= args.num_updates or stop.name or time.time() - saved > 60:
+                save_state(folder, state, {**meta, "log": logger.file.tell(), "rows": files.counts})
+                saved = time.time()
+        if step < args.num_updates:
+            sys.exit(f"stopped by {stop.name} at update {step}; go on with the same command and --resume")
+    metrics, snapshot = evaluation(state.agent.actor, eval_key, 50)  # the authors' protocol
+    snapshot = jax.tree.map(np.asarray, snapshot)
+    logger.log(step, {**train, **metrics, "time/seconds": time.time() - started})
+    show_evaluation(step, metrics)
+    finish(folder, args, env, task, state.agent.actor, files, snapshot, observe, episode_length)
+    print(f"{folder}: buffers/policy_*.npz, policy.npz, trajectories.png, distances.png; {time.time() - started:.0f} s\n"
+          f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)  # fmt: skip
+    return {k: np.asarray(v) for k, v in metrics.items()}
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:], wurl_preset))
+    except envs.InputError as error:
+        sys.exit(f"wurl_sac.py: error: {error}")
