@@ -2,7 +2,7 @@
 
 Paper      Wasserstein Unsupervised Reinforcement Learning (He et al., AAAI 2022), arXiv 2110.07940;
            as the data generator of UDG (Unsupervised Data Generation for Offline RL), arXiv 2506.19643.
-Objective  max over pi_1..pi_K of  min over i != j of  W1(rho_i, rho_j)            (UDG's surrogate of the minimax regret)
+Objective  max over pi_1..pi_K of  min over i != j of  W1(rho_i, rho_j)     (UDG's surrogate of the minimax regret)
 
 Algorithm  one round, all K policies at once:
   (1) roll out:  N episodes of L steps with every policy, a ~ pi_k(. | s), from fresh resets
@@ -45,10 +45,8 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -180,13 +178,13 @@ QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_ev
 
 
 class Transitions(NamedTuple):
-    """What one step leaves in the replay; leading axes free, features last."""
+    """What SAC learns from; leading axes free, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
-    rewards: jax.Array  # [..] pseudo-reward and task reward, weighted
+    rewards: jax.Array  # [..]
     next_observations: jax.Array  # [.., S]
-    terminals: jax.Array  # [..] 1.0 where the episode truly ended (stops bootstrapping)
+    terminals: jax.Array  # [..] 1.0 where the episode truly ended: stops bootstrapping, as no time limit does
 
 
 class Ring(NamedTuple):
@@ -273,6 +271,11 @@ def tanh_normal_sample(mean, log_std, noise):
     return jnp.tanh(u), jnp.sum(log_normal - log_jacobian, -1)
 
 
+def actor_net(args, action_size):
+    """The actor's architecture."""
+    return Actor(args.hidden_sizes, action_size, args.log_std_min, args.log_std_max)
+
+
 def polyak(target, online, tau):
     """target <- (1 - tau) target + tau online, leaf by leaf."""
     return jax.tree.map(lambda t, o: (1 - tau) * t + tau * o, target, online)
@@ -355,7 +358,7 @@ def apwd_reward(source, alive, target, target_alive, directions, args):
     source, target [K, N, L, d] features of the round's states s_{t+1}, alive [K, N, L]; in training source = target.
     r_t = scale * c_kl*(t) * (L / length),   l* = argmin over l != k of the episode's sum of c_kl
     """
-    K, N, L, d = source.shape
+    K, N, L, _ = source.shape
     flat = lambda x: x.reshape(K, -1, *x.shape[3:])
     cost = pairwise_apwd(flat(source), flat(alive), flat(target), flat(target_alive), directions)
     distances = cost.sum(-1) / jnp.maximum(alive.sum((1, 2)), 1)[:, None]
@@ -406,19 +409,20 @@ def dads_loss(net, features, change, index, args):
     return -dads_log_prob(net, features, change, index, args).mean()
 
 
-def fit_net(net, net_opt, loss, rows, key, args, batch_size=200):
-    """Train the discriminator or predictor on this round's rows (pytree of [n, ..]), one step per environment step."""
-    num_rows = len(jax.tree.leaves(rows)[0])
+def fit_net(net, net_opt, loss, rows, alive, key, args, batch_size=200):
+    """Train the discriminator or predictor on this round: rows [K, N, L, ..] with alive [K, N, L], N L Adam steps."""
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
+    valid = jnp.argsort(~alive.reshape(-1), stable=True)  # steps that happened first
 
     def step(carry, key):
         net, opt = carry
-        i = jax.random.randint(key, (batch_size,), 0, num_rows)
+        i = valid[jax.random.randint(key, (batch_size,), 0, alive.sum())]
         grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], rows), args)
         updates, opt = optax.adam(args.discriminator_lr).update(grads, opt)
         return (optax.apply_updates(net, updates), opt), None
 
-    num_steps = num_rows // args.num_policies
-    (net, net_opt), _ = jax.lax.scan(step, (net, net_opt), jax.random.split(key, num_steps))
+    keys = jax.random.split(key, alive[0].size)
+    (net, net_opt), _ = jax.lax.scan(step, (net, net_opt), keys)
     return net, net_opt
 
 
@@ -426,11 +430,11 @@ def fit_net(net, net_opt, loss, rows, key, args, batch_size=200):
 
 
 def wurl_critic_loss(critic, target, actor, alpha, batch, key, args):
-    """SAC:  sum_e mean_B (Q_e(s, a) - y)^2,   y = r + gamma (1 - terminal) (min_e Qbar_e(s', a') - alpha log pi(a'|s')).
+    """SAC:  sum_e mean_B (Q_e(s, a) - y)^2,   y = r + gamma (1 - terminal) (min_e Qbar_e(s', a') - alpha log pi(a'|s'))
 
-    a' ~ pi(. | s') with the actor before its step; no gradient into y. -> scalar, metrics
+    a' ~ pi(. | s') with the actor before its step; no gradient into y -> scalar, metrics
     """
-    mean, log_std = actor_net(args, batch).apply(actor, batch.next_observations)
+    mean, log_std = actor_net(args, batch.actions.shape[-1]).apply(actor, batch.next_observations)
     noise = jax.random.normal(key, mean.shape)
     next_actions, log_probs = tanh_normal_sample(mean, log_std, noise)
     critics = Critics(args.hidden_sizes)
@@ -445,7 +449,7 @@ def wurl_critic_loss(critic, target, actor, alpha, batch, key, args):
 
 def wurl_actor_loss(actor, critic, alpha, batch, key, args):
     """SAC:  mean_B ( alpha log pi(a|s) - min_e Q_e(s, a) ),   a ~ pi(. | s), with the critics after their step."""
-    mean, log_std = actor_net(args, batch).apply(actor, batch.observations)
+    mean, log_std = actor_net(args, batch.actions.shape[-1]).apply(actor, batch.observations)
     noise = jax.random.normal(key, mean.shape)
     actions, log_probs = tanh_normal_sample(mean, log_std, noise)
     q = Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
@@ -459,16 +463,11 @@ def wurl_alpha_loss(log_alpha, entropy, target_entropy):
     return log_alpha * jax.lax.stop_gradient(entropy - target_entropy)
 
 
-def actor_net(args, batch):
-    """The actor's architecture; its action size is read off the batch."""
-    return Actor(args.hidden_sizes, batch.actions.shape[-1], args.log_std_min, args.log_std_max)
-
-
 # === update ===
 
 
 class Agent(NamedTuple):
-    """Parameters and Adam states of one policy (or of K, with a leading axis)."""
+    """Parameters and Adam states of one policy, or of several with a leading axis."""
 
     actor: Any
     critic: Any
@@ -535,9 +534,9 @@ class Rollout(NamedTuple):
     alive: jax.Array
 
 
-def rollout(actor, random, key, env, args, observe, num_envs, length):
+def rollout(actor, key, env, args, observe, num_envs, length, random=False):
     """Line (1): `num_envs` episodes of `length` steps of one policy from fresh resets; uniform actions if `random`."""
-    net = Actor(args.hidden_sizes, env.action_size, args.log_std_min, args.log_std_max)
+    net = actor_net(args, env.action_size)
     key_reset, key_steps = jax.random.split(key)
 
     def step(carry, key):
@@ -545,9 +544,9 @@ def rollout(actor, random, key, env, args, observe, num_envs, length):
         key_normal, key_uniform = jax.random.split(key)
         mean, log_std = net.apply(actor, observe(state.obs))
         actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key_normal, mean.shape))
-        uniform = jax.random.uniform(key_uniform, mean.shape, minval=-1.0, maxval=1.0)
-        actions = jnp.where(random, uniform, actions)
-        log_probs = jnp.where(random, -mean.shape[-1] * jnp.log(2.0), log_probs)
+        if random:
+            actions = jax.random.uniform(key_uniform, mean.shape, minval=-1.0, maxval=1.0)
+            log_probs = jnp.full(log_probs.shape, -mean.shape[-1] * jnp.log(2.0))
         after = jax.vmap(env.step)(state, actions)
         transition = envs.Transition(
             state.obs, actions, after.obs, state.info["root_position"], after.info["root_velocity"],
@@ -613,13 +612,13 @@ def discriminator_success(x, train, test, key, args, num_steps=1_000, batch_size
     return jnp.exp(-cross_entropy(logits, y) @ weight), (logits.argmax(-1) == y) @ weight
 
 
-def make_evaluation(args, env, task, observe, episode_length):
+def make_evaluation(args, task, rollouts):
     """-> evaluation(actor [K], key, E) -> metrics (numbers and [K] lists), arrays for the figures."""
     features_of = feature_function(args, task)
 
     def pair_distances(points, mask):
         """[K, K] over at most 10,000 points a policy, along the same 32 directions at every evaluation."""
-        K, E, L, d = points.shape
+        K, _, L, d = points.shape
         keep = max(1, 10_000 // L)
         points, mask = points[:, :keep].reshape(K, -1, d), mask[:, :keep].reshape(K, -1)
         cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), 32, d))
@@ -628,11 +627,8 @@ def make_evaluation(args, env, task, observe, episode_length):
     @functools.partial(jax.jit, static_argnums=2)
     def evaluation(actor, key, num_episodes):
         key_rollout, key_all, key_half = jax.random.split(key, 3)
-        act = functools.partial(
-            rollout, env=env, args=args, observe=observe, num_envs=num_episodes, length=episode_length
-        )
         keys = jax.random.split(key_rollout, args.num_policies)
-        steps = jax.vmap(act, (0, None, 0))(actor, args.random, keys)
+        steps = rollouts(actor, keys, num_episodes)
         t, alive = steps.transition, steps.alive
         features, full = features_of(t), t.next_observations
         path = t.root_positions + task.dt * t.root_velocities
@@ -690,19 +686,28 @@ def round_sizes(args, episode_length):
 
 
 def make_train(args, env, task, observe, episode_length):
-    """-> init(key), warmup(state), train_chunk(state); the last two return state, (metrics, rollouts [R, K, N, L])."""
+    """-> init(key), warmup(state), train_chunk(state), rollouts(actor, keys, num_envs).
+
+    warmup and train_chunk return state, (metrics [R, K], distances [R, K, K], Rollout and reward [R, K, N, L, ..]).
+    """
     num_warmup, updates_per_round, _ = round_sizes(args, episode_length)
     features_of = feature_function(args, task)
     at_once = args.policies_at_once or (
         1 if jax.default_backend() == "cpu" and max(args.hidden_sizes) > 128 else args.num_policies
     )
 
+    def rollouts(actor, keys, num_envs, random=False):
+        """Line (1) for all policies: actor [K], keys [K] -> Rollout [K, N, L, ..]."""
+        one = lambda actor, key: rollout(
+            actor, key, env, args, observe, num_envs, episode_length, random or args.random
+        )
+        return jax.vmap(one)(actor, keys)
+
     def init_agent(key):
         key_actor, key_critic = jax.random.split(key)
         obs = observe(jnp.zeros((1, env.observation_size)))
         actions = jnp.zeros((1, env.action_size))
-        net = Actor(args.hidden_sizes, env.action_size, args.log_std_min, args.log_std_max)
-        actor = net.init(key_actor, obs)
+        actor = actor_net(args, env.action_size).init(key_actor, obs)
         critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
         log_alpha = jnp.log(jnp.float32(args.alpha))
         opt = adam(args).init
@@ -734,15 +739,14 @@ def make_train(args, env, task, observe, episode_length):
         reward, distances = apwd_reward(features, alive, features, alive, directions, args)
         net, net_opt = state.net, state.net_opt
         index = jnp.broadcast_to(jnp.arange(args.num_policies)[:, None, None], steps.alive.shape)
-        flat = lambda *arrays: tuple(x.reshape(-1, *x.shape[3:]) for x in arrays)
         if args.objective == "diayn":
             reward = diayn_reward(net, features, args)
-            net, net_opt = fit_net(net, net_opt, diayn_loss, flat(features, index), key, args)
+            net, net_opt = fit_net(net, net_opt, diayn_loss, (features, index), alive, key, args)
         if args.objective == "dads":
             before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
             change = (features - before) / jnp.maximum((features - before).std((0, 1, 2)), 1e-6)
             reward = dads_reward(net, before, change, args)
-            net, net_opt = fit_net(net, net_opt, dads_loss, flat(before, change, index), key, args)
+            net, net_opt = fit_net(net, net_opt, dads_loss, (before, change, index), alive, key, args)
         if args.objective == "none":
             reward = jnp.zeros_like(reward)
         return reward, distances, net, net_opt
@@ -756,10 +760,7 @@ def make_train(args, env, task, observe, episode_length):
     def train_round(state, warmup):
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
-        act = lambda actor, key: rollout(
-            actor, warmup or args.random, key, env, args, observe, args.num_envs, episode_length
-        )
-        steps = jax.vmap(act)(state.agent.actor, jax.random.split(key_rollout, K))
+        steps = rollouts(state.agent.actor, jax.random.split(key_rollout, K), args.num_envs, warmup)
         reward, distances, net, net_opt = pseudo_reward(state, steps, key_reward)
         t = steps.transition
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
@@ -773,6 +774,7 @@ def make_train(args, env, task, observe, episode_length):
             keys = jax.random.split(key_update, K)
             train = lambda x: train_policy(*x)
             agent, metrics = jax.lax.map(train, (agent, replay, keys), batch_size=at_once)
+        if not warmup:
             count = count + updates_per_round
         metrics["train/pseudo_reward"] = reward.mean((1, 2))
         state = WurlState(key, count, agent, replay, net, net_opt)
@@ -782,7 +784,8 @@ def make_train(args, env, task, observe, episode_length):
         scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
         return jax.jit(scan, donate_argnums=0)
 
-    return jax.jit(init), rounds(num_warmup, True), rounds(args.chunk // updates_per_round, False)
+    chunk = rounds(args.chunk // updates_per_round, False)
+    return jax.jit(init), rounds(num_warmup, True), chunk, rollouts
 
 
 # === run ===
@@ -797,7 +800,7 @@ class Logger:
     def __init__(self, folder, args, position=0, step=0):
         from tensorboardX import SummaryWriter
 
-        self.file = open(folder / "log.jsonl", "r+b" if position else "wb")
+        self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
         self.file.truncate(position)
         self.file.seek(position)
         self.board = SummaryWriter(str(folder), purge_step=step + 1 if position else None)
@@ -974,18 +977,18 @@ def check_args(args, task, episode_length):
             raise envs.InputError(message)
 
 
-def announce(folder, args, env, task, episode_length, row_bytes):
+def announce(folder, args, task, env, episode_length, files):
     """Print what will run and what it needs; refuse where the disk cannot hold it."""
     num_warmup, updates, num_rounds = round_sizes(args, episode_length)
     steps = (num_warmup + num_rounds) * args.num_envs * episode_length
-    need, free = 2 * steps * args.num_policies * row_bytes, shutil.disk_usage(folder).free
+    need, free = 2 * steps * args.num_policies * files.dtype.itemsize, shutil.disk_usage(folder).free
     print(
         f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
         f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each\n"
-        f"into {folder}: {need / 1e6:.0f} MB of {free / 1e9:.1f} GB free (rows, then npz)", flush=True,
+        f"{folder}: needs {need / 1e6:.0f} MB (rows, then npz) of {free / 1e9:.1f} GB free", flush=True,
     )  # fmt: skip
     if need > free:
-        raise envs.InputError(f"{folder}: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free; choose another --out")
+        raise envs.InputError(f"{folder}: the disk is too small for {need / 1e9:.1f} GB; choose another --out")
 
 
 def show_evaluation(step, metrics):
@@ -998,52 +1001,84 @@ def show_evaluation(step, metrics):
         print("  warning: two policies nearly coincide (mode collapse); see --div-features, --reward-scale", flush=True)
 
 
-def finish(folder, args, env, task, actor, files, snapshot, observe, episode_length):
+def record(files, task, steps, pseudo_rewards):
+    """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
+    steps = jax.tree.map(np.asarray, steps)
+    rewards = np.asarray(task.reward(steps.transition), np.float32)
+    pseudo_rewards = np.broadcast_to(pseudo_rewards, rewards.shape)
+    columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
+    files.append(steps.transition, steps.terminals, steps.alive, **columns)
+
+
+def train_policies(state, train_chunk, evaluation, args, task, folder, files, logger, save):
+    """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays."""
+    eval_key = jax.random.fold_in(jax.random.key(args.seed), 1)  # the same starts and noise every time
+    step = first = int(state.num_updates)
+    began, saved, train = time.time(), time.time(), {}
+
+    def evaluate_now(num_episodes):
+        metrics, snapshot = evaluation(state.agent.actor, eval_key, num_episodes)
+        logger.log(step, {**train, **metrics})
+        show_evaluation(step, metrics)
+        return metrics, jax.tree.map(np.asarray, snapshot)
+
+    with StopSignal() as stop:
+        while step < args.num_updates and not stop.name:
+            state, (train, distances, steps, pseudo_rewards) = train_chunk(state)
+            step = int(state.num_updates)
+            record(files, task, steps, pseudo_rewards)
+            rate = (step - first) / (time.time() - began)
+            train = {k: np.mean(v) for k, v in train.items()} | {"time/updates_per_s": rate}
+            if args.num_policies > 1:
+                train |= distance_metrics(distances[-1], "train")
+            names = ("train/min_w", "train/reward", "train/q", "train/entropy")
+            progress_line("update", step, args.num_updates, rate, {k: train[k] for k in names if k in train})
+            if step % args.eval_every == 0 and step < args.num_updates:
+                evaluate_now(args.eval_episodes)
+            if step >= args.num_updates or stop.name or time.time() - saved > 60:
+                save(state)
+                saved = time.time()
+    if step < args.num_updates:
+        sys.exit(f"stopped by {stop.name} at update {step}; go on with the same command and --resume")
+    return state, *evaluate_now(50)  # the authors' protocol
+
+
+def finish(folder, args, task, env, files, rollouts, actor, snapshot, observe, episode_length):
     """Everything a finished run leaves behind: buffers, policy, figures."""
-    warmup_rounds, _, _ = round_sizes(args, episode_length)
-    fresh = args.collect == "rollouts"
-    if fresh:  # replace the training data by new episodes of the final policies
-        act = functools.partial(rollout, env=env, args=args, observe=observe, length=episode_length,
-                                num_envs=args.rollout_episodes)  # fmt: skip
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 2), args.num_policies)
-        steps = jax.jit(jax.vmap(act, (0, None, 0)))(actor, args.random, keys)
-        files = envs.episodes.EpisodeFiles(files.folder, args.num_policies, env.observation_size, env.action_size)
-        record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
     metadata = {
         "dataset_name": f"{task.name}-wurl-seed{args.seed}", "env": task.env, "layout": "env",
         "task": task.name, "reward_kind": "task" if task.has_reward else "none", "task_options": task.options,
         "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
         "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
-        "warmup_transitions": 0 if fresh else warmup_rounds * args.num_envs * episode_length,
+        "warmup_transitions": round_sizes(args, episode_length)[0] * args.num_envs * episode_length,
     }  # fmt: skip
-    files.finish(metadata, drop=("pseudo_rewards",) if fresh else ("action_log_probs",))
-    sees = "task" if observe is task.observe else "env"
-    about = {"task": task.name, "observations": sees, "versions": envs.buffers.versions()}
+    drop = ("action_log_probs",)  # the policy has moved on: a density is worth keeping of fresh rollouts only
+    if args.collect == "rollouts":  # in place of the training data
+        metadata["warmup_transitions"], drop = 0, ("pseudo_rewards",)
+        files = envs.episodes.EpisodeFiles(files.folder, args.num_policies, env.observation_size, env.action_size)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 2), args.num_policies)
+        steps = jax.jit(rollouts, static_argnums=2)(actor, keys, args.rollout_episodes)
+        record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
+    files.finish(metadata, drop)
+    about = {"task": task.name, "observations": "task" if observe is task.observe else "env"}
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
     write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
-    envs.figures.plot_paths(folder / "trajectories.png", task, *(snapshot[k] for k in ("paths", "features", "alive")))
+    paths = [snapshot[k] for k in ("paths", "features", "alive")]
+    envs.figures.plot_paths(folder / "trajectories.png", task, *paths)
     if args.num_policies > 1:
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
-        names = {"mean over pairs": "pair_mean_w", "nearest other, mean over policies": "min_w",
-                 "nearest other, smallest": "smallest_w"}  # fmt: skip
-        curves = {label: [r[f"eval/{name}"] for r in records] for label, name in names.items()}
+        names = ("pair_mean_w", "min_w", "smallest_w")
+        labels = ("mean over pairs", "nearest other, mean over policies", "nearest other, smallest")
+        curves = {label: [r[f"eval/{n}"] for r in records] for label, n in zip(labels, names, strict=True)}
         steps = [r["step"] for r in records]
         envs.figures.plot_distances(folder / "distances.png", task, steps, curves, snapshot["matrix"])
-
-
-def record(files, task, steps, pseudo_rewards):
-    """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
-    steps = jax.tree.map(np.asarray, steps)
-    rewards = np.asarray(task.reward(steps.transition), np.float32)
-    files.append(steps.transition, steps.terminals, steps.alive, rewards=rewards, action_log_probs=steps.log_probs,
-                 pseudo_rewards=np.broadcast_to(pseudo_rewards, rewards.shape))  # fmt: skip
 
 
 def main(args):
     """Train K policies and write their buffers -> metrics of the last evaluation."""
     started = time.time()
     task = envs.task(args.task)
-    env = envs.make(task.env, backend=None if args.backend == "auto" else args.backend)
+    env = envs.make(task.env, None if args.backend == "auto" else args.backend)
     episode_length = args.episode_length or task.episode_length
     check_args(args, task, episode_length)
     env.check_batch(args.num_policies * max(args.num_envs, 50))
@@ -1051,55 +1086,29 @@ def main(args):
     observe = (lambda x: x) if diverse else task.observe  # a diverse policy must see where it is
     folder = run_folder(args, "wurl_sac", task.name)
 
-    init, warmup, train_chunk = make_train(args, env, task, observe, episode_length)
-    evaluation = make_evaluation(args, env, task, observe, episode_length)
-    key = jax.random.key(args.seed)
-    eval_key = jax.random.fold_in(key, 1)  # the same start states and noise at every evaluation
-    meta = {"identity": run_identity(args), "log": 0, "rows": None}
+    init, warmup, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
+    evaluation = make_evaluation(args, task, rollouts)
+    key, meta = jax.random.key(args.seed), {"identity": run_identity(args), "log": 0, "rows": None}
     if args.resume:
         state, meta = load_state(folder, jax.eval_shape(init, key), meta["identity"])
     else:
         state = init(key)
-    files = envs.episodes.EpisodeFiles(
-        folder / "buffers", args.num_policies, env.observation_size, env.action_size, meta["rows"]
-    )
-    step = first = int(state.num_updates)
-    logger = Logger(folder, args, meta["log"], step)
-    announce(folder, args, env, task, episode_length, files.dtype.itemsize)
-
+    sizes = (args.num_policies, env.observation_size, env.action_size)
+    files = envs.episodes.EpisodeFiles(folder / "buffers", *sizes, meta["rows"])
+    logger = Logger(folder, args, meta["log"], int(state.num_updates))
+    save = lambda state: save_state(folder, state, {**meta, "log": logger.file.tell(), "rows": files.counts})
+    announce(folder, args, task, env, episode_length, files)
     if not args.resume:
         state, (_, _, steps, pseudo_rewards) = warmup(state)
         record(files, task, steps, pseudo_rewards)
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
-    began = saved = time.time()
-    train = {}
-    with StopSignal() as stop:
-        while step < args.num_updates and not stop.name:
-            state, (train, distances, steps, pseudo_rewards) = train_chunk(state)
-            step = int(state.num_updates)
-            record(files, task, steps, pseudo_rewards)
-            train = {k: np.mean(v) for k, v in train.items()}
-            train["time/updates_per_s"] = (step - first) / (time.time() - began)
-            if args.num_policies > 1:
-                train |= distance_metrics(distances[-1], "train")
-            shown = {k: train[f"train/{k}"] for k in ("min_w", "reward", "q", "entropy") if f"train/{k}" in train}
-            progress_line("update", step, args.num_updates, train["time/updates_per_s"], shown)
-            if step % args.eval_every == 0 and step < args.num_updates:
-                metrics, _ = evaluation(state.agent.actor, eval_key, args.eval_episodes)
-                logger.log(step, {**train, **metrics, "time/seconds": time.time() - started})
-                show_evaluation(step, metrics)
-            if step >= args.num_updates or stop.name or time.time() - saved > 60:
-                save_state(folder, state, {**meta, "log": logger.file.tell(), "rows": files.counts})
-                saved = time.time()
-        if step < args.num_updates:
-            sys.exit(f"stopped by {stop.name} at update {step}; go on with the same command and --resume")
-    metrics, snapshot = evaluation(state.agent.actor, eval_key, 50)  # the authors' protocol
-    snapshot = jax.tree.map(np.asarray, snapshot)
-    logger.log(step, {**train, **metrics, "time/seconds": time.time() - started})
-    show_evaluation(step, metrics)
-    finish(folder, args, env, task, state.agent.actor, files, snapshot, observe, episode_length)
-    print(f"{folder}: buffers/policy_*.npz, policy.npz, trajectories.png, distances.png; {time.time() - started:.0f} s\n"
-          f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)  # fmt: skip
+
+    state, metrics, snapshot = train_policies(
+        state, train_chunk, evaluation, args, task, folder, files, logger, save
+    )
+    finish(folder, args, task, env, files, rollouts, state.agent.actor, snapshot, observe, episode_length)
+    print(f"{folder}: buffers/policy_*.npz, policy.npz, trajectories.png, distances.png; {time.time() - started:.0f} s")
+    print(f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)
     return {k: np.asarray(v) for k, v in metrics.items()}
 
 

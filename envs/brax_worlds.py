@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from envs.base import Env, State, quiet_imports
 from envs.errors import InputError
-from envs.tasks import Task, _identity, _never
+from envs.tasks import Task, _identity, _never, check_options
 
 with quiet_imports():
     import brax.envs
@@ -28,9 +28,9 @@ ENDLESS = ("fast", "halfcheetah", "humanoidstandup", "pusher", "reacher", "swimm
 class BraxEnv(Env):
     """A brax environment in this package's interface. backend: one of brax's, None: its default."""
 
-    def __init__(self, name: str, backend: str | None = None):
+    def __init__(self, name: str, backend: str | None = None, **options):
         self.inner = _inner(name, backend)
-        super().__init__(brax_task(name), self.inner.backend)
+        super().__init__(brax_task(name, **options), getattr(self.inner, "backend", "jax"))
 
     def _observe(self, inner) -> tuple[jax.Array, dict]:
         obs = inner.obs.astype(jnp.float32)
@@ -49,7 +49,7 @@ class BraxEnv(Env):
         with quiet_imports():
             inner = self.inner.step(state.pipeline_state, action)
         obs, info = self._observe(inner)
-        reward, done = inner.reward.astype(jnp.float32), inner.done.astype(jnp.float32)
+        reward, done = (jnp.asarray(x, jnp.float32) for x in (inner.reward, inner.done))
         return State(inner, obs, reward, done, state.metrics, {**state.info, **info})
 
     def _start(self, key):
@@ -60,8 +60,7 @@ class BraxEnv(Env):
 
 def brax_task(name: str, **options) -> Task:
     """Return the task of brax/<name>; its reward and termination cannot be relabelled."""
-    if options:
-        raise InputError(f"'{name}' has no option {', '.join(options)}; its options: none")
+    check_options(name, options, ())
     size, actions, dt = _sizes(name)
 
     def reward(step):
@@ -110,4 +109,4 @@ def _sizes(name: str) -> tuple[int, int, float]:
         obs = jax.eval_shape(inner.reset, jax.random.key(0)).obs
     if not hasattr(obs, "shape"):
         raise InputError(f"'{name}' observes a dictionary; only flat observations can be used")
-    return obs.shape[-1], inner.action_size, float(inner.dt)
+    return obs.shape[-1], inner.action_size, round(float(getattr(inner, "dt", 1.0)), 6)

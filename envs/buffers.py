@@ -818,62 +818,6 @@ def describe(buffer: Buffer) -> str:
     return "\n".join(lines)
 
 
-def plot(buffer: Buffer, out: str | os.PathLike) -> None:
-    """Write a figure: episode returns, lengths, coverage of the plane, reward over the step."""
-    from matplotlib.figure import Figure  # only this function draws
-
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2)
-    ends, lengths = buffer["episode_ends"], buffer["episode_lengths"]
-    free = buffer.metadata["reward_kind"] == "none"
-    paid = "pseudo_rewards" if free and "pseudo_rewards" in buffer.arrays else "rewards"
-    word = paid[:-1].replace("_", " ")
-    returns = np.add.reduceat(buffer[paid].astype(np.float64), ends - lengths)
-    bins = min(50, max(10, len(returns) // 5))
-    axes[0, 0].hist(returns, bins=bins, color="tab:blue")
-    axes[0, 0].axvline(returns.mean(), color="black", lw=1, label=f"mean {returns.mean():.4g}")
-    axes[0, 0].set(title="Episode returns", xlabel=f"sum of {word}", ylabel="episodes")
-    axes[0, 0].legend()
-    axes[0, 1].hist(lengths, bins=bins, color="tab:green")
-    axes[0, 1].set(title="Episode lengths", xlabel="steps", ylabel="episodes")
-    _plot_coverage(axes[1, 0], buffer)
-    mean, spread, counts = reward_by_step(buffer[paid], ends)
-    steps = np.arange(len(mean))
-    axes[1, 1].fill_between(steps, mean - spread, mean + spread, color="tab:orange", alpha=0.25)
-    axes[1, 1].plot(steps, mean, color="tab:orange")
-    title = f"{word.capitalize()} over the step (mean, std)"
-    axes[1, 1].set(title=title, xlabel="step", ylabel=word)
-    if counts[-1] < counts[0]:
-        share = axes[1, 1].twinx()
-        share.plot(steps, counts, color="tab:gray", lw=1)
-        share.set(ylabel="episodes still running", ylim=(0, None))
-    world = buffer.metadata["task"] or buffer.metadata["env"]
-    counts = f"{len(buffer):,} transitions, {buffer.num_episodes:,} episodes"
-    figure.suptitle(f"{Path(buffer.path).name} ({world}): {counts}")
-    figure.savefig(out, dpi=110)
-
-
-def _plot_coverage(axis: Any, buffer: Buffer) -> None:
-    axis.set(title="Coverage of the plane", xlabel="x", ylabel="y (planar robots: z)")
-    if "root_positions" not in buffer.arrays:
-        axis.text(0.5, 0.5, "no root_positions", ha="center", transform=axis.transAxes)
-        return
-    x, y = buffer["root_positions"].T
-    drawn = axis.hist2d(x, y, bins=80, cmin=1, cmap="viridis", norm="log")
-    axis.figure.colorbar(drawn[3], ax=axis, label="transitions")
-    axis.set_aspect("equal", adjustable="datalim")
-
-
-def reward_by_step(rewards: np.ndarray, ends: np.ndarray):
-    """Mean, std and number of episodes at each step since the start; three (max length,)."""
-    lengths = np.diff(ends, prepend=0)
-    step = np.arange(len(rewards)) - np.repeat(ends - lengths, lengths)
-    counts = np.bincount(step)
-    mean = np.bincount(step, weights=rewards) / counts
-    square = np.bincount(step, weights=(rewards - mean[step]) ** 2) / counts
-    return mean, np.sqrt(square), counts
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line: `python -m envs.buffers inspect FILE [--figure out.png]`."""
     parser = argparse.ArgumentParser(prog="python -m envs.buffers", description="Buffer files.")
@@ -886,7 +830,9 @@ def main(argv: list[str] | None = None) -> int:
         buffer = load(args.file, quiet=True, verify=True)
         print(describe(buffer))
         if args.figure:
-            plot(buffer, args.figure)
+            from envs.buffer_figures import plot_buffer  # the reader itself needs no matplotlib
+
+            plot_buffer(args.figure, buffer)
             print(f"\nfigure: {args.figure}")
     except (InputError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -130,17 +130,22 @@ class MujocoEnv(Env):
         return physics.contact_cost
 
 
-def load_model(xml: str, gear: float | None = None, margin_scale: float = 1.0) -> mujoco.MjModel:
-    """Load an XML (a name in Gymnasium's assets or a path), set gears, scale contact margins."""
-    path = pathlib.Path(xml)
-    if not path.exists():
-        package = importlib.util.find_spec("gymnasium")
-        if package is None:
-            raise InputError("the robots' XMLs come with gymnasium: pip install gymnasium")
-        path = pathlib.Path(package.submodule_search_locations[0], "envs/mujoco/assets", xml)
+def asset_path(xml: str) -> str:
+    """Return the path of an XML: a path, or a name in the installed Gymnasium's assets."""
+    if pathlib.Path(xml).exists():
+        return xml
+    package = importlib.util.find_spec("gymnasium")
+    if package is None:
+        raise InputError("the robots' XMLs come with gymnasium: pip install gymnasium")
+    path = pathlib.Path(package.submodule_search_locations[0], "envs/mujoco/assets", xml)
     if not path.exists():
         raise InputError(f"no XML file '{xml}', neither as a path nor in gymnasium's assets")
-    spec = mujoco.MjSpec.from_file(str(path))
+    return str(path)
+
+
+def load_model(xml: str, gear: float | None = None, margin_scale: float = 1.0) -> mujoco.MjModel:
+    """Load an XML (as in asset_path), set all gears, scale all contact margins."""
+    spec = mujoco.MjSpec.from_file(asset_path(xml))
     # MuJoCo warns, on the screen and in a log file, when it sets a total mass while compiling.
     total_mass, spec.compiler.settotalmass = spec.compiler.settotalmass, -1
     model = spec.compile()

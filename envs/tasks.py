@@ -346,7 +346,7 @@ def task(name: str, **options) -> Task:
     if name.startswith("brax/"):
         from envs.brax_worlds import brax_task
 
-        return brax_task(name)
+        return brax_task(name, **options)
     for template, builder in _BUILDERS.items():
         pattern = re.sub(r"<\w+>", lambda _: _NUMBER, template)
         match = re.fullmatch(pattern, name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import InputError, buffers
+from envs import InputError, buffer_figures, buffers
 
 ROOT = Path(__file__).parents[1]
 
@@ -527,7 +527,7 @@ def test_provenance_is_recorded(saved):
 
 def test_reward_by_step_against_a_loop():
     rewards = np.array([1.0, 2.0, 3.0, 5.0, 7.0], np.float32)
-    mean, std, counts = buffers.reward_by_step(rewards, np.array([3, 5]))
+    mean, std, counts = buffer_figures.reward_by_step(rewards, np.array([3, 5]))
     np.testing.assert_allclose(mean, [3.0, 4.5, 3.0])
     np.testing.assert_allclose(std, [2.0, 2.5, 0.0])
     np.testing.assert_array_equal(counts, [2, 2, 1])

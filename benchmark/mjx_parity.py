@@ -1,0 +1,182 @@
+"""How far MJX drifts from C MuJoCo, and how fast both are on this machine.
+
+    python benchmark/mjx_parity.py                       parity of four robots, about 10 minutes on 2 cores
+    python benchmark/mjx_parity.py --robots ant --speed  and steps per second of both back ends
+    python benchmark/mjx_parity.py --speed --batches 256 4096 16384      on a GPU
+
+Both engines start from the same float32 states (of random play) and take the same random actions.
+Prints one table per question and writes the numbers to --out. Exits with 1 where a median after one
+or ten steps is above its tolerance: those tell a wrong model from rounding, which the contacts of a
+long run amplify on any machine.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs import physics, tasks
+
+HORIZONS = (1, 10, 50, 100)
+# median over starts of the largest entry's error: {steps: (qpos, qvel)}; float32, about ten times
+# what was measured (docs/envs.md)
+TOLERANCES = {
+    "cheetah": {1: (2e-6, 1e-4), 10: (1e-4, 2e-3)},
+    "hopper": {1: (5e-7, 1e-5), 10: (2e-6, 3e-5)},
+    "walker2d": {1: (2e-6, 1e-4), 10: (1e-4, 2e-3)},
+    "ant": {1: (2e-6, 1e-4), 10: (1e-4, 2e-3)},
+}
+CTRL_COST = {"cheetah": 0.1, "hopper": 1e-3, "walker2d": 1e-3, "ant": 0.5}
+
+
+def play(env, states, actions):
+    """Step a batch along actions (T, N, A). -> qpos, qvel, rewards, each (T, N, ..)."""
+
+    def advance(states, action):
+        states = jax.vmap(env.step)(states, action)
+        now = states.pipeline_state
+        return states, (now.qpos, now.qvel, states.reward)
+
+    return jax.tree.map(np.asarray, jax.jit(lambda s, a: jax.lax.scan(advance, s, a)[1])(states, actions))
+
+
+def starts(env, num_starts, seed):
+    """States after 50 steps of random play."""
+    keys = jax.random.split(jax.random.key(seed), num_starts)
+
+    def advance(states, key):
+        actions = jax.random.uniform(key, (num_starts, env.action_size), minval=-1)
+        return jax.vmap(env.step)(states, actions), None
+
+    states = jax.vmap(env.reset)(keys)
+    states = jax.jit(lambda s: jax.lax.scan(advance, s, jax.random.split(keys[0], 50))[0])(states)
+    return states.pipeline_state.qpos, states.pipeline_state.qvel
+
+
+def at(env, states, qpos, qvel):
+    """Put float32 poses (N, nq), (N, nv) into a batch of states."""
+    now = jax.vmap(env.engine.start)(qpos, qvel)
+    raw_obs, position = jax.vmap(env._read)(now)
+    info = {**states.info, "raw_obs": raw_obs, "root_position": position}
+    return states.replace(pipeline_state=now, info=info)
+
+
+def parity(robot, num_starts, num_steps, seed):
+    """-> {steps: {quantity: (median, max)}} of |MJX - C| over starts."""
+    task = tasks.forward_task(robot, ctrl_cost=CTRL_COST[robot])
+    engines = [physics.MujocoEnv(task, backend) for backend in ("mujoco", "mjx")]
+    qpos, qvel = starts(engines[0], num_starts, seed)
+    shape = (num_steps, num_starts, task.action_size)
+    actions = jax.random.uniform(jax.random.key(seed + 1), shape, minval=-1)
+    runs = []
+    for env in engines:
+        fresh = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), num_starts))
+        runs.append(play(env, at(env, fresh, qpos, qvel), actions))
+    table = {}
+    for steps in [h for h in HORIZONS if h <= num_steps]:
+        row = {}
+        for name, c, mjx in zip(("qpos", "qvel", "reward"), *runs, strict=True):
+            error = np.abs(c[steps - 1] - mjx[steps - 1]).reshape(num_starts, -1).max(axis=1)
+            row[name] = (float(np.median(error)), float(error.max()))
+        table[steps] = row
+    returns = [run[2].sum(axis=0) for run in runs]
+    table["return"] = {"median difference": float(np.median(np.abs(returns[0] - returns[1])))}
+    return table
+
+
+def speed(robot, backend, batch, seconds):
+    """-> (steps per second of a batch of random play, seconds to compile)."""
+    env = physics.MujocoEnv(tasks.forward_task(robot, ctrl_cost=CTRL_COST[robot]), backend)
+    env.check_batch(batch)
+
+    @jax.jit
+    def run(states, key, length):
+        def body(_, carry):
+            states, key = carry
+            key, draw = jax.random.split(key)
+            actions = jax.random.uniform(draw, (batch, env.action_size), minval=-1)
+            return jax.vmap(env.step)(states, actions), key
+
+        return jax.lax.fori_loop(0, length, body, (states, key))
+
+    began = time.perf_counter()
+    states = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), batch))
+    run_now = run.lower(states, jax.random.key(1), jnp.int32(1)).compile()
+    compiled = time.perf_counter() - began
+    length = 1
+    while True:
+        began = time.perf_counter()
+        jax.block_until_ready(run_now(states, jax.random.key(1), jnp.int32(length)))
+        elapsed = time.perf_counter() - began
+        if elapsed > seconds or length >= 200:
+            return length * batch / elapsed, compiled
+        length = min(200, max(2 * length, int(length * seconds / max(elapsed, 1e-6))))
+
+
+def check(robot, table):
+    """-> messages of what is above its tolerance."""
+    failures = []
+    for steps, limits in TOLERANCES[robot].items():
+        for name, limit in zip(("qpos", "qvel"), limits, strict=True):
+            median = table[steps][name][0] if steps in table else 0.0
+            if not median <= limit:
+                failures.append(f"{robot}: median {name} error after {steps}: {median:.2g} > {limit:g}")
+    return failures
+
+
+def print_parity(robot, table):
+    for steps, row in table.items():
+        if steps != "return":
+            cells = [f"{median:.1e} / {worst:.1e}" for median, worst in row.values()]
+            print(f"| {robot} | {steps} | {' | '.join(cells)} |", flush=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--robots", nargs="+", default=list(TOLERANCES), choices=list(TOLERANCES))
+    parser.add_argument("--num-starts", type=int, default=32)
+    parser.add_argument("--num-steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-parity", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="time both back ends")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of one timing")
+    parser.add_argument("--out", help="json file for the numbers")
+    args = parser.parse_args(argv)
+    device = jax.devices()[0]
+    results = {
+        "device": f"{device.platform} {device.device_kind}", "machine": platform.machine(),
+        "jax": jax.__version__, "mujoco": physics.mujoco.__version__, "parity": {}, "speed": {},
+    }  # fmt: skip
+    print(f"{results['device']}, jax {jax.__version__}, MuJoCo {physics.mujoco.__version__}\n")
+    failures = []
+    if not args.no_parity:
+        print("| robot | steps | qpos median / max | qvel | reward |\n|---|---|---|---|---|")
+        for robot in args.robots:
+            table = parity(robot, args.num_starts, args.num_steps, args.seed)
+            print_parity(robot, table)
+            failures += check(robot, table)
+            results["parity"][robot] = table
+    if args.speed:
+        print("\n| robot | back end | environments | steps per second | compile s |\n|---|---|---|---|---|")
+        for robot, backend, batch in [
+            (r, b, n) for r in args.robots for b in ("mujoco", "mjx") for n in args.batches
+        ]:
+            rate, compiled = speed(robot, backend, batch, args.seconds)
+            print(f"| {robot} | {backend} | {batch} | {rate:,.0f} | {compiled:.1f} |", flush=True)
+            results["speed"][f"{robot} {backend} {batch}"] = (rate, compiled)
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(results, file, indent=1)
+    print("\n".join(failures) if failures else "\nwithin tolerances")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

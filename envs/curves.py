@@ -1,0 +1,101 @@
+"""What a learner's run left in log.jsonl: curves, the headline score, and figures of them.
+
+Nothing here learns: it reads the log of a finished or running run.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def read(folder, key):
+    """{seed: (steps [n], values [n, ..])} of one key of a run's log, in the order of the log."""
+    found = {}
+    for line in (Path(folder) / "log.jsonl").read_text().splitlines()[1:]:
+        record = json.loads(line)
+        if key in record:
+            steps, values = found.setdefault(record["seed"], ([], []))
+            steps.append(record["step"])
+            values.append(record[key])
+    return {seed: (np.array(s), np.array(v)) for seed, (s, v) in found.items()}
+
+
+def summary(folder, buffer):
+    """The score of a run, printed and returned as {name: number}.
+
+    score: mean over seeds of the mean of the last 5 evaluations, score_std its standard deviation
+    over seeds; last and best evaluation beside it; the same over episodes as long as the data's;
+    mean and best episode return of the data.
+    """
+    values = np.stack([v for _, v in read(folder, "eval/return").values()])
+    short = np.stack([v for _, v in read(folder, "eval/return_data_length").values()])
+    score, returns = values[:, -5:].mean(1), buffer["episode_returns"]
+    result = {
+        "score": score.mean(), "score_std": score.std(), "last": values[:, -1].mean(),
+        "best": values.max(1).mean(), "score_data_length": short[:, -5:].mean(),
+        "data_mean": returns.mean(), "data_best": returns.max(),
+    }  # fmt: skip
+    print("result:", *(f"{k} {v:.2f} " for k, v in result.items()), flush=True)
+    return {k: float(v) for k, v in result.items()}
+
+
+def figure(path, panels, width=6.0, height=4.5):
+    """Draw panels side by side into a png.
+
+    panels: dicts with title, xlabel, ylabel, scale ("linear", "semilogy" or "loglog") and `lines`:
+    (x, y, style) with style the keywords of matplotlib's plot; y [n] or [n, k], k lines of one label;
+    x None: a horizontal line at y.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), height), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        scale = panel.get("scale", "linear")
+        axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
+        axis.set_xscale("log" if scale == "loglog" else "linear")
+        axis.set_yscale("linear" if scale == "linear" else "log")
+        for x, y, style in panel["lines"]:
+            if x is None:
+                axis.axhline(y, **style)
+                continue
+            label = {k: v for k, v in style.items() if k == "label"}
+            lines = axis.plot(x, y, **{k: v for k, v in style.items() if k != "label"})
+            lines[0].set(**label)
+        if any("label" in style for _, _, style in panel["lines"]):
+            axis.legend(frameon=False, fontsize=8)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=110)
+    plt.close(drawn)
+
+
+def learning_curve(path, folder, task, buffer):
+    """Returns over updates, per seed, mean and spread: whole evaluation episodes, and their first part.
+
+    The first part is as long as the data's episodes, whose mean and best return are drawn beside it.
+    """
+    returns, length = buffer["episode_returns"], buffer.metadata["episode_length"]
+    titles = {
+        "eval/return": f"{task.name}, {task.eval_length} steps",
+        "eval/return_data_length": f"{task.name}, first {length} steps, as long as the data's",
+    }
+    panels = []
+    for key, title in titles.items():
+        seeds = read(folder, key)
+        steps = next(iter(seeds.values()))[0]
+        values = np.stack([v for _, v in seeds.values()])
+        mean, std = values.mean(0), values.std(0)
+        lines = [(steps, values.T, {"color": "C0", "lw": 0.8, "alpha": 0.4})]
+        lines += [(steps, mean, {"color": "C0", "marker": "o", "ms": 3, "label": f"mean ({len(seeds)} seeds)"})]
+        if len(seeds) > 1:
+            edges = np.stack([mean - std, mean + std], 1)
+            lines += [(steps, edges, {"color": "C0", "ls": ":", "lw": 1, "label": "+- std over seeds"})]
+        panels.append({"title": title, "xlabel": "updates", "ylabel": "return", "lines": lines})
+    panels[1]["lines"] += [
+        (None, returns.mean(), {"color": "k", "ls": "--", "lw": 1, "label": "data: mean episode"}),
+        (None, returns.max(), {"color": "k", "ls": ":", "lw": 1, "label": "data: best episode"}),
+    ]
+    figure(path, panels)

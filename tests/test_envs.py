@@ -1,0 +1,669 @@
+"""Worlds and tasks: physics against Gymnasium's recordings, rewards against relabelling, ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+
+import envs
+from envs import brax_worlds, buffers, physics, point, render, robots, tasks
+from envs.base import MAX_MJX_ON_OLD_CPU, State
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+HOPPING = dict(ctrl_cost=1e-3, survive_bonus=1.0, survive_on_done=False)
+
+# Gymnasium's v5 variants: file, task, engine arguments, tolerance of the reward of one step. The
+# ant's velocity is taken from the torso one substep late there, so its reward is checked apart.
+V5 = {
+    "cheetah": ("halfcheetah", dict(ctrl_cost=0.1), {}, 1e-6),
+    "hopper": ("hopper", HOPPING, {}, 2e-6),
+    "walker2d": ("walker2d", HOPPING, dict(xml="walker2d_v5.xml"), 2e-6),
+    "ant": (
+        "ant", {**HOPPING, "ctrl_cost": 0.5}, dict(gear=150.0, contact_cost=5e-4), 0.06,
+    ),
+}  # fmt: skip
+# One name of every family, so that each reward is run through its world.
+FAMILIES = (
+    "point", "point-angle-60", "point-goal-240", "tree-maze", "ant", "ant-angle-60", "cheetah",
+    "cheetah-run", "cheetah-jump", "cheetah-crawl", "cheetah-jump-7.5", "humanoid",
+)  # fmt: skip
+
+
+def golden(name):
+    with np.load(GOLDEN / f"envs_{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def v5_env(robot, **changes):
+    name, task_options, engine, tolerance = V5[robot]
+    task = tasks.forward_task(robot, **task_options)
+    env = physics.MujocoEnv(task, "mujoco", **{**engine, **changes})
+    return env, golden(f"{name}_v5_mj317"), tolerance
+
+
+def state_at(env, qpos, qvel, memory=None):
+    """A batch of states (N,) at float64 qpos, qvel."""
+    lead = qpos.shape[:-1]
+    if memory is None:
+        memory = np.concatenate([np.zeros((*lead, 1)), qpos, qvel], axis=-1).view(np.uint32)
+    single = [np.float32(x) for x in (qpos, qvel, np.zeros(lead))]
+    now = physics.Physics(memory, *single)
+    raw_obs, position = jax.vmap(env._read)(now)
+    info = {"raw_obs": raw_obs, "root_position": position, "root_velocity": 0.0 * position}
+    zero = jnp.zeros(lead)
+    return State(now, env.task.observe(raw_obs), zero, zero, {}, info)
+
+
+def rollout(env, num_envs=4, num_steps=60, seed=0, reset_ended=True):
+    """Random play; -> first states, (transition, rewards, dones, obs, next obs), each (T, N, ..)."""
+    keys = jax.random.split(jax.random.key(seed), num_envs)
+    first = jax.vmap(env.reset)(keys)
+
+    def play(state, key):
+        actions = jax.random.uniform(key, (num_envs, env.action_size), minval=-1.5, maxval=1.5)
+        after = jax.vmap(env.step)(state, actions)
+        record = (envs.transition(state, actions, after), after.reward, after.done)
+        fresh = first if reset_ended else after
+
+        def pick(old, new):
+            ended = after.done.reshape(-1, *[1] * (new.ndim - 1))
+            return jnp.where(ended > 0, old, new)
+
+        return jax.tree.map(pick, fresh, after), (*record, state.obs, after.obs)
+
+    record = jax.jit(lambda: jax.lax.scan(play, first, jax.random.split(keys[0], num_steps)))()[1]
+    return first, jax.tree.map(np.asarray, record)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Random play of every family, made once."""
+    made = {name: envs.make(name) for name in FAMILIES}
+    return {name: (env, *rollout(env)[1]) for name, env in made.items()}
+
+
+# --- physics ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("robot", V5)
+def test_one_step_is_gymnasiums(robot):
+    env, data, tolerance = v5_env(robot)
+    after = jax.jit(jax.vmap(env.step))(state_at(env, data["qpos"], data["qvel"]), data["action"])
+    after = jax.tree.map(np.asarray, after)
+    now = after.pipeline_state
+    np.testing.assert_allclose(now.qpos, data["next_qpos"], rtol=0, atol=3e-7)
+    np.testing.assert_allclose(now.qvel, data["next_qvel"], rtol=0, atol=2e-5)
+    hidden = 2 if robot == "ant" else 0
+    width = after.obs.shape[1] - hidden
+    np.testing.assert_allclose(after.obs[:, hidden:], data["next_obs"][:, :width], atol=2e-5)
+    np.testing.assert_array_equal(after.done > 0, data["terminated"])
+    np.testing.assert_allclose(after.reward, data["reward"], rtol=0, atol=tolerance)
+
+
+def test_ants_reward_terms_are_gymnasiums():
+    env, data, _ = v5_env("ant")
+    after = jax.jit(jax.vmap(env.step))(state_at(env, data["qpos"], data["qvel"]), data["action"])
+    _, control, contact, survive = data["reward_terms"].T
+    np.testing.assert_allclose(after.pipeline_state.contact_cost, -contact, atol=1e-8)
+    forward = (data["next_qpos"][:, 0] - data["qpos"][:, 0]) / env.dt
+    expected = forward + control + contact + survive
+    np.testing.assert_allclose(after.reward, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("robot", V5)
+def test_hundred_steps_are_gymnasiums(robot):
+    env, data, _ = v5_env(robot, contact_cost=0.0)
+    start = state_at(env, data["ol_qpos"][:1], data["ol_qvel"][:1])
+
+    def advance(state, action):
+        state = jax.vmap(env.step)(state, action[None])
+        return state, state.pipeline_state.qpos[0]
+
+    path = jax.jit(lambda s: jax.lax.scan(advance, s, data["ol_action"])[1])(start)
+    error = np.abs(np.asarray(path) - data["ol_qpos"][1:]).max(axis=1)
+    assert error[:50].max() < 3e-7
+    assert error.max() < (1e-4 if robot == "cheetah" else 1e-6)  # the cheetah's contacts: chaos
+
+
+def test_half_margins_give_the_contacts_of_mujoco_2():
+    data = golden("hopper_mj220")
+    task = tasks.forward_task("hopper", ctrl_cost=1e-3)
+    errors = []
+    for scale in (0.5, 1.0):
+        env = physics.MujocoEnv(task, "mujoco", margin_scale=scale)
+        start = state_at(env, data["qpos"], data["qvel"])
+        now = jax.jit(jax.vmap(env.step))(start, data["action"]).pipeline_state
+        errors.append(np.abs(np.asarray(now.qvel) - data["next_qvel"]).max())
+    assert errors[0] < 2e-5
+    assert errors[1] > 0.05
+
+
+def test_models_are_those_of_the_xmls():
+    """The total mass is set after compiling; nothing else of the cheetah may change by that."""
+    ours = physics.load_model("half_cheetah.xml")
+    theirs = mujoco.MjModel.from_xml_path(physics.asset_path("half_cheetah.xml"))
+    Path("MUJOCO_LOG.TXT").unlink(missing_ok=True)  # of the line above
+    for field in ("body_mass", "body_inertia", "dof_invweight0", "geom_margin", "actuator_gear"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
+    ant = envs.make("ant")
+    assert set(ant.model.actuator_gear[:, 0]) == {30.0}
+    assert set(envs.make("ant", gear=150).model.actuator_gear[:, 0]) == {150.0}
+    assert ant.model.opt.timestep * ant.robot.frame_skip == pytest.approx(ant.dt)
+
+
+def test_mjx_step_of_the_cheetah():
+    name, options, _, _ = V5["cheetah"]
+    env = physics.MujocoEnv(tasks.forward_task("cheetah", **options), "mjx")
+    data = {key: value[:64] for key, value in golden(f"{name}_v5_mj317").items() if value.ndim}
+    start = state_at(env, data["qpos"], data["qvel"], np.zeros((64, 9), np.float32))
+    after = jax.tree.map(np.asarray, jax.jit(jax.vmap(env.step))(start, data["action"]))
+    now = after.pipeline_state
+    qpos_error = np.abs(now.qpos - data["next_qpos"]).max(axis=1)
+    qvel_error = np.abs(now.qvel - data["next_qvel"]).max(axis=1)
+    assert np.median(qpos_error) < 1e-6 and qpos_error.max() < 1e-4
+    assert np.median(qvel_error) < 3e-5 and qvel_error.max() < 2e-3
+    np.testing.assert_allclose(after.reward, data["reward"], rtol=0, atol=1e-4)
+    shapes = jax.eval_shape(env.reset, jax.random.key(0))
+    assert_same_structure(shapes, jax.eval_shape(env.step, shapes, jnp.zeros(6)))
+
+
+def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
+    data = golden("ant_v5_mj317")
+    model = physics.load_model("ant.xml", 150.0)
+    point_data, expected, steep = mujoco.MjData(model), [], 0
+    for qpos, qvel, action in zip(data["qpos"], data["qvel"], data["action"], strict=True):
+        mujoco.mj_resetData(model, point_data)
+        point_data.qpos, point_data.qvel, point_data.ctrl = qpos, qvel, action
+        mujoco.mj_forward(model, point_data)
+        expected.append(point_data.qacc.copy())
+        touching = point_data.contact.geom[:, 1]
+        steep += np.any(np.abs(point_data.geom_xmat[touching, 8]) > np.sqrt(0.75))
+    assert steep > 10  # states where MJX itself goes another way
+    engine = physics._MjxEngine(model, 5)
+
+    def accelerate(qpos, qvel, action):
+        state = engine.template.replace(qpos=qpos, qvel=qvel, ctrl=action)
+        with physics.exact_plane_capsule():
+            return engine.mjx.forward(engine.model, state).qacc
+
+    inputs = [jnp.float32(data[key]) for key in ("qpos", "qvel", "action")]
+    got = np.asarray(jax.jit(jax.vmap(accelerate))(*inputs))
+    error = np.abs(got - expected).max(axis=1) / np.abs(expected).max(axis=1)
+    assert np.median(error) < 1e-6 and error.max() < 1e-4
+
+
+def test_mjx_is_left_as_it_was():
+    from mujoco.mjx._src import collision_driver, collision_primitive
+
+    pair = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
+    with physics.exact_plane_capsule():
+        assert collision_driver._COLLISION_FUNC[pair] is physics._plane_capsule
+    assert collision_driver._COLLISION_FUNC[pair] is collision_primitive.plane_capsule
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_an_unstable_step_rests_in_its_pose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file about it
+    env = envs.make("ant-angle-60")
+    first, _ = rollout(env, num_envs=3, num_steps=1)
+    exact = np.array(first.pipeline_state.memory).view(np.float64)
+    healthy = exact.copy()
+    exact[1, 1 + 15] = 1e12
+    exact[2, 1 + 15 + 3] = np.nan
+    now = first.pipeline_state._replace(memory=exact.view(np.uint32))
+    actions = np.zeros((3, 8), np.float32)
+    after = jax.jit(jax.vmap(env.step))(first.replace(pipeline_state=now), actions)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((after.obs, after.info)))
+    np.testing.assert_array_equal(after.pipeline_state.qpos[1:], np.float32(healthy[1:, 1:16]))
+    np.testing.assert_array_equal(after.pipeline_state.qvel[1:], 0.0)
+    np.testing.assert_array_equal(after.info["root_velocity"][1:], 0.0)
+    np.testing.assert_array_equal(after.done, 0.0)
+    assert np.abs(after.pipeline_state.qvel[0]).max() > 0.0
+    again = jax.jit(jax.vmap(env.step))(after, actions)
+    assert np.abs(again.pipeline_state.qvel).max(axis=1).min() > 0.0  # it goes on from there
+
+
+def test_double_bits_widen_exactly():
+    values = jnp.array([0.0, 1.0, -1.5, 3.4e38, -1.2e-38, 1 / 3, -2e-30, 123456.79], jnp.float32)
+    wide = np.asarray(jax.jit(physics.double_bits)(values)).view(np.float64)
+    np.testing.assert_array_equal(wide, np.asarray(values).astype(np.float64))
+    assert np.asarray(physics.double_bits(jnp.float32([1e-45]))).view(np.float64)[0] == 0.0
+
+
+# --- tasks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_relabelling_gives_the_environments_rewards(recorded, name):
+    env, step, rewards, dones, obs, next_obs = recorded[name]
+    task = envs.task(name)
+    assert isinstance(step.observations, np.ndarray)
+    relabelled = task.reward(step)
+    assert isinstance(relabelled, np.ndarray) and relabelled.dtype == np.float32
+    np.testing.assert_allclose(relabelled, rewards, rtol=0, atol=2e-5)
+    assert task.has_reward == bool(np.any(rewards != 0.0)) or name == "point-goal-240"
+    np.testing.assert_array_equal(task.observe(step.observations), obs)
+    np.testing.assert_array_equal(task.observe(step.next_observations), next_obs)
+    np.testing.assert_array_equal(task.terminal(step), dones > 0)
+    np.testing.assert_array_equal(task.model_terminal(next_obs), dones > 0)
+    assert task.feature(step).shape == (*rewards.shape, len(task.feature_names))
+    assert obs.shape[-1] == env.observation_size == task.observation_size
+    assert step.observations.shape[-1] == task.env_observation_size
+    assert np.abs(step.actions).max() == 1.0  # recorded as the world received them
+    if task.model_reward:
+        np.testing.assert_allclose(task.model_reward(obs, step.actions, next_obs), rewards)
+
+
+@pytest.mark.parametrize("name", ["point-goal-60", "ant-angle-120", "cheetah-jump", "humanoid"])
+def test_jax_and_numpy_agree_at_any_shape(recorded, name):
+    world = envs.task(name).env
+    step = recorded[world][1]
+    task = envs.task(name)
+    traced = jax.tree.map(jnp.asarray, step)
+    one = jax.tree.map(lambda x: x[7, 2], step)
+    for function in (task.reward, task.terminal, task.feature):
+        expected = function(step)
+        np.testing.assert_allclose(jax.jit(function)(traced), expected, rtol=1e-5, atol=2e-5)
+        assert function(one).shape == expected[7, 2].shape
+        np.testing.assert_allclose(function(one), expected[7, 2], rtol=1e-5, atol=2e-5)
+
+
+def test_rewards_are_the_formulas(recorded):
+    """Each reward worked out from positions alone, in float64."""
+
+    def displaced(name):
+        step = recorded[name][1]
+        return step, step.root_velocities.astype(np.float64), np.sum(step.actions**2.0, -1)
+
+    step, velocity, square = displaced("ant")
+    angle = np.radians(60)
+    along = velocity @ [np.cos(angle), np.sin(angle)]
+    np.testing.assert_allclose(envs.task("ant-angle-60").reward(step), along - 0.02 * square, atol=1e-5)
+    plain = envs.task("ant-angle-60", ctrl_cost=0.5, survive_bonus=1.0)
+    np.testing.assert_allclose(plain.reward(step), along - 0.5 * square + 1.0, atol=1e-5)
+    strong = envs.task("ant-angle-60", gear=150)
+    np.testing.assert_allclose(strong.reward(step), along - 0.5 * square, atol=1e-5)
+    step, velocity, square = displaced("cheetah")
+    for name, c_z in (("cheetah-run", 0), ("cheetah-jump", 15), ("cheetah-crawl", -15)):
+        height = step.next_observations[..., 0].astype(np.float64)
+        expected = np.minimum(velocity[..., 0], 3) - 0.1 * square + c_z * height
+        np.testing.assert_allclose(envs.task(name).reward(step), expected, atol=2e-5)
+    fast = step._replace(root_velocities=np.full_like(step.root_velocities, 9.0))
+    assert envs.task("cheetah-run", ctrl_cost=0.0).reward(fast).max() == 3.0
+
+
+def test_point_goal_pays_beyond_the_line():
+    task = envs.task("point-goal-90", threshold=2.0)
+    where = np.array([[0, 2.1, 0, 0], [5, 1.9, 0, 0], [-3, 7, 1, 1]], np.float32)
+    step = envs.Transition(where * 0, where[:, :2], where, where[:, :2] * 0, where[:, :2])
+    np.testing.assert_array_equal(task.reward(step), [1, 0, 1])
+    np.testing.assert_array_equal(task.model_reward(where, None, where), [1, 0, 1])
+
+
+@pytest.mark.parametrize("name", ["point", "tree-maze", "ant", "cheetah", "humanoid"])
+def test_root_velocity_is_the_displacement(recorded, name):
+    env, step = recorded[name][:2]
+    goes_on = ~(recorded[name][3] > 0)[:-1]
+    moved = (step.root_positions[1:] - step.root_positions[:-1]) / env.dt
+    np.testing.assert_allclose(step.root_velocities[:-1][goes_on], moved[goes_on], atol=2e-4)
+    if name == "humanoid":
+        return
+    nexts = step.next_observations[:-1][goes_on]
+    np.testing.assert_array_equal(nexts, step.observations[1:][goes_on])
+    if name in ("point", "ant"):
+        np.testing.assert_array_equal(envs.task(name).feature(step), step.next_observations[..., :2])
+
+
+def test_ends_are_true_ends_and_keep_the_last_observation(recorded):
+    _, step, _, dones, _, next_obs = recorded["humanoid"]
+    z = next_obs[..., 0]
+    assert dones.any() and not dones.all()
+    np.testing.assert_array_equal(dones > 0, (z <= 1.0) | (z >= 2.0))
+    ended = np.argwhere(dones[:-1] > 0)
+    t, n = ended[0]
+    assert not 1.0 < step.next_observations[t, n, 0] < 2.0  # the fallen pose itself ...
+    assert 1.3 < step.observations[t + 1, n, 0] < 1.5  # ... and the next episode's start after it
+
+
+def test_no_time_limit_inside():
+    for name in ("point-angle-0", "cheetah"):
+        env = envs.make(name)
+        _, record = rollout(env, num_envs=2, num_steps=env.episode_length + 5, reset_ended=False)
+        assert not record[2].any()
+
+
+def test_ants_termination_is_an_option():
+    env = envs.make("ant-angle-0", terminate=True, survive_bonus=1.0)
+    assert env.task.options["terminate"] is True
+    z = np.array([0.1, 0.2, 0.6, 1.0, 1.1, np.nan], np.float32)
+    raw = np.zeros((6, 29), np.float32)
+    raw[:, 2] = z
+    step = envs.Transition(raw, raw[:, :8], raw, raw[:, :2], raw[:, :2])
+    expected = [True, False, False, False, True, True]
+    np.testing.assert_array_equal(env.task.terminal(step), expected)
+    np.testing.assert_array_equal(env.task.model_terminal(raw[:, 2:]), expected)
+    assert not envs.task("ant-angle-0").terminal(step).any()
+    high = state_at(env, np.eye(15)[2:3] * 3.0 + np.eye(15)[3:4], np.zeros((1, 14)))
+    assert jax.vmap(env.step)(high, jnp.zeros((1, 8))).done == 1.0
+
+
+def test_healthy_rules():
+    healthy = robots.ROBOTS["hopper"].healthy
+    obs = np.tile(np.float32([1.2, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0]), (5, 1))
+    obs[1, 0], obs[2, 1], obs[3, 5], obs[4, 4] = 0.7, -0.2, 100.0, np.nan
+    np.testing.assert_array_equal(healthy(obs), [True, False, False, False, False])
+    paid = tasks.forward_task("hopper", ctrl_cost=0.0, survive_bonus=1.0)
+    unpaid = tasks.forward_task("hopper", ctrl_cost=0.0, survive_bonus=1.0, survive_on_done=False)
+    zero = obs[:, :3] * 0
+    step = envs.Transition(obs, zero, obs, zero[:, :2], zero[:, :2])
+    np.testing.assert_array_equal(paid.reward(step), [1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(unpaid.reward(step), [1, 0, 0, 0, 0])
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_lists_the_near_ones():
+    with pytest.raises(envs.InputError, match=r"'ant-angel-60'.*near names: ant-angle-60"):
+        envs.make("ant-angel-60")
+    for name in ("hopper", "ant-angle-", "ant-angle-x", "cheetah-jump-", "", "point angle 60"):
+        with pytest.raises(envs.InputError, match="no environment or task"):
+            envs.task(name)
+
+
+def test_options_are_checked():
+    with pytest.raises(envs.InputError, match="no option tresh; its options: threshold"):
+        envs.task("point-goal-60", tresh=1)
+    with pytest.raises(envs.InputError, match="no option gear"):
+        envs.make("point", gear=3)
+    with pytest.raises(envs.InputError, match="no option margins; its options: gear, .*xml"):
+        envs.make("ant", margins=3)
+    with pytest.raises(envs.InputError, match="no back end 'c'"):
+        envs.make("ant", backend="c")
+    with pytest.raises(envs.InputError, match="one back end"):
+        envs.make("point", backend="mjx")
+    with pytest.raises(envs.InputError, match=r"hopper.xml has 11 observed"):
+        envs.make("cheetah", xml="hopper.xml")
+    with pytest.raises(envs.InputError, match=r"no XML file 'ant2.xml'"):
+        envs.make("ant", xml="ant2.xml")
+    with pytest.raises(envs.InputError, match="mujoco"):
+        envs.make("ant", backend="mjx", contact_cost=1.0)
+
+
+@pytest.mark.parametrize("name", envs.task_names())
+def test_a_task_is_rebuilt_from_its_options(name):
+    task = envs.task(name)
+    assert task.name == name
+    assert envs.task(name, **task.options).options == task.options
+    assert task.env in envs.task_names() and envs.task(task.env).env == task.env
+    assert task.dt == envs.task(task.env).dt
+    wrong = {key: -7.25 for key in ("angle_deg", "c_z") if key in task.options}
+    if wrong:
+        with pytest.raises(envs.InputError):
+            envs.task(name, **wrong)
+
+
+def test_any_angle_and_height():
+    assert envs.task("ant-angle--22.5").options["angle_deg"] == -22.5
+    assert envs.task("cheetah-jump-7.5").options["c_z"] == 7.5
+    assert envs.task("cheetah-crawl").options["c_z"] == -15.0
+
+
+def test_a_score_needs_references():
+    with pytest.raises(envs.InputError, match="no reference returns"):
+        envs.task("ant").normalized_score(1.0)
+    import dataclasses
+
+    known = dataclasses.replace(envs.task("ant-angle-0"), reference=(-10.0, 30.0))
+    np.testing.assert_allclose(known.normalized_score(np.array([-10.0, 10.0, 30.0])), [0, 50, 100])
+
+
+def test_making_a_point_robot_needs_no_engine():
+    code = (
+        "import sys, envs; envs.make('point'); envs.task('ant-angle-60'); "
+        "assert not {'mujoco', 'brax'} & set(sys.modules); "
+        "import warnings; warnings.warn('mine'); envs.make('brax/fast'); envs.make('ant', 'mjx')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "mine" in done.stderr and "warp" not in done.stderr and "jaxopt" not in done.stderr
+
+
+# --- as a program -------------------------------------------------------------------------------
+
+
+def assert_same_structure(before, after):
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "brax/fast", "brax/inverted_pendulum"])
+def test_states_keep_their_structure(name):
+    env = envs.make(name)
+    state = jax.eval_shape(env.reset, jax.random.key(0))
+    after = jax.eval_shape(env.step, state, jax.ShapeDtypeStruct((env.action_size,), jnp.float32))
+    assert_same_structure(state, after)
+    assert set(state.info) == {"raw_obs", "root_position", "root_velocity"}
+    assert state.metrics == {}
+    assert state.obs.shape == (env.observation_size,) and state.obs.dtype == jnp.float32
+    assert state.reward.dtype == state.done.dtype == jnp.float32
+    assert env.task.name == env.name == name
+
+
+@pytest.mark.parametrize("name", ["point", "ant"])
+def test_policies_by_environments(name):
+    """vmap of vmap is one batch, and nothing depends on how a batch is cut or threaded."""
+    env = envs.make(name)
+    keys = jax.random.split(jax.random.key(3), 6)
+    actions = jax.random.uniform(jax.random.key(4), (6, env.action_size), minval=-1)
+    flat = jax.vmap(env.step)(jax.vmap(env.reset)(keys), actions)
+
+    def grid(keys, actions):
+        return jax.vmap(jax.vmap(env.step))(jax.vmap(jax.vmap(env.reset))(keys), actions)
+
+    nested = jax.jit(grid)(keys.reshape(2, 3), actions.reshape(2, 3, -1))
+    mapped = jax.lax.map(lambda x: env.step(env.reset(x[0]), x[1]), (keys, actions))
+    for other in (nested, mapped):
+        for a, b in zip(jax.tree.leaves(flat), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, np.asarray(b).reshape(a.shape), rtol=0, atol=1e-6)
+
+
+def test_the_same_key_gives_the_same_run():
+    runs = [rollout(envs.make("ant", num_threads=threads))[1] for threads in (1, 3, 3)]
+    for other in runs[1:]:
+        jax.tree.map(np.testing.assert_array_equal, runs[0], other)
+    different = rollout(envs.make("ant"), seed=1)[1]
+    assert not np.array_equal(runs[0][1], different[1]) or not np.array_equal(
+        runs[0][0].observations, different[0].observations
+    )
+
+
+def test_starts_are_spread_as_stated():
+    env = envs.make("cheetah")
+    raw = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), 2000)).obs
+    qpos, qvel = np.asarray(raw[:, :8]), np.asarray(raw[:, 8:])
+    assert np.abs(qpos).max() <= 0.1 and qpos.std() == pytest.approx(0.2 / np.sqrt(12), rel=0.03)
+    assert qvel.std() == pytest.approx(0.1, rel=0.03)
+    ant = jax.vmap(envs.make("ant").reset)(jax.random.split(jax.random.key(0), 500))
+    np.testing.assert_allclose(np.asarray(ant.obs[:, 2]).mean(), 0.75, atol=0.01)
+
+
+def test_a_large_mjx_batch_is_refused_on_an_old_cpu(monkeypatch):
+    assert jax.default_backend() == "cpu"
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    envs.check_batch("mjx", MAX_MJX_ON_OLD_CPU)
+    envs.check_batch("mujoco", 10**6)
+    with pytest.raises(envs.InputError, match="backend='mujoco'"):
+        envs.check_batch("mjx", MAX_MJX_ON_OLD_CPU + 1)
+    monkeypatch.setattr(jax, "__version__", "0.11.2")
+    envs.check_batch("mjx", MAX_MJX_ON_OLD_CPU + 1)
+    envs.make("point").check_batch(10**6)
+
+
+def test_braxs_wrappers_take_our_environments():
+    import brax.envs
+
+    env = envs.make("ant-angle-60")
+    assert isinstance(env, brax.envs.Env)
+    wrapped = brax.envs.training.wrap(env, episode_length=5)
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+    state = jax.jit(wrapped.reset)(keys)
+
+    def play(state, _):
+        state = wrapped.step(state, jnp.ones((4, 8)))
+        return state, (state.done, state.info["truncation"], state.obs)
+
+    _, (done, truncated, obs) = jax.jit(lambda s: jax.lax.scan(play, s, None, length=7))(state)
+    assert done[:, 0].tolist() == truncated[:, 0].tolist() == [0, 0, 0, 0, 1, 0, 0]
+    np.testing.assert_array_equal(obs[4], state.obs)
+
+
+def test_brax_worlds():
+    env = envs.make("brax/fast")
+    assert env.backend == "jax" and env.observation_size == 2
+    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), 3))
+    after = jax.jit(jax.vmap(env.step))(state, jnp.zeros((3, env.action_size)))
+    step = envs.transition(state, jnp.zeros((3, 1)), after)
+    assert not np.any(step.root_velocities)
+    np.testing.assert_array_equal(env.task.feature(step), after.obs)
+    assert after.reward.shape == (3,)
+    with pytest.raises(envs.InputError, match="cannot be computed from a buffer"):
+        env.task.reward(step)
+    with pytest.raises(envs.InputError, match=r"near names: brax/hopper"):
+        envs.make("brax/hoper")
+    with pytest.raises(envs.InputError, match="no back end"):
+        envs.make("brax/ant", backend="mujoco")
+    with pytest.raises(envs.InputError, match="no option gear"):
+        envs.make("brax/ant", gear=3)
+    with pytest.raises(envs.InputError, match="learner without a model"):
+        brax_worlds.brax_task("brax/inverted_pendulum").model_terminal(None)
+
+
+# --- the tree maze ------------------------------------------------------------------------------
+
+
+def test_no_wall_of_the_tree_maze_is_entered():
+    _, record = rollout(envs.make("tree-maze"), num_envs=64, num_steps=200)
+    positions = record[0].next_observations[..., :2]
+    assert not np.any(point.inside_wall(jnp.asarray(positions)))
+    assert positions[..., 1].max() > 0.5
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("inner", [False, True])
+def test_every_branch_of_the_tree_maze_can_be_reached(side, inner):
+    """Follow the corridors to one of the four dead ends, in fewer than the 100 steps there are."""
+    reach = 0.3 if inner else 0.9  # of the dead end, from the middle
+    turns = [(0.0, 0.6), (0.6, 0.6), (0.6, 1.4), (reach, 1.4), (reach, 1.9)]
+    corners = [(1.0 + side * x, y) for x, y in turns]
+    env = envs.make("tree-maze")
+    step, state, used = jax.jit(env.step), env.reset(jax.random.key(0)), 0
+    for corner in corners:
+        while np.abs(np.subtract(corner, state.obs[:2])).max() > 0.05 and used < 100:
+            towards = np.subtract(corner, state.obs[:2]) / (tasks.TREE_DT**2)
+            state, used = step(state, towards), used + 1
+    assert used < 100
+
+
+def test_the_point_is_the_published_one():
+    env = envs.make("point")
+    state = env.reset(jax.random.key(0))
+    np.testing.assert_array_equal(state.obs, 0.0)
+    position, velocity = np.zeros(2), np.zeros(2)
+    for action in np.random.default_rng(0).uniform(-1, 1, (30, 2)) + [0.6, 0.0]:
+        state = env.step(state, action)
+        velocity = 0.98 * velocity + 0.1 * np.clip(action, -1, 1)
+        velocity /= max(1.0, np.linalg.norm(velocity))
+        position = position + 0.1 * velocity
+    np.testing.assert_allclose(state.obs, [*position, *velocity], atol=1e-5)
+    assert np.linalg.norm(velocity) > 0.9
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def save_play(path, env, record, layout):
+    """A buffer file of random play, one episode per environment."""
+    step, rewards, _, obs, next_obs = record
+    if layout == "env":
+        obs, next_obs = step.observations, step.next_observations
+    length, num_envs = rewards.shape
+    rows = lambda x: np.ascontiguousarray(np.swapaxes(x, 0, 1)).reshape(-1, *x.shape[2:])
+    ends = np.tile(np.arange(length) == length - 1, num_envs)
+    arrays = dict(
+        observations=rows(obs), actions=rows(step.actions), rewards=rows(rewards),
+        next_observations=rows(next_obs), terminals=ends & False, timeouts=ends,
+        root_positions=rows(step.root_positions), root_velocities=rows(step.root_velocities),
+    )  # fmt: skip
+    metadata = dict(
+        dataset_name=env.name, env=env.task.env, task=env.name, layout=layout,
+        reward_kind="task" if env.task.has_reward else "none", task_options=env.task.options,
+        dt=env.dt, episode_length=length, generator={"script": "test", "flags": {}}, seed=0,
+        warmup_transitions=0,
+    )  # fmt: skip
+    return Path(buffers.save(path, arrays, metadata))
+
+
+@pytest.fixture
+def run_folder(recorded, tmp_path):
+    """A run with a point, an ant in both layouts and a cheetah."""
+    (tmp_path / "buffers").mkdir()
+    for k, (name, layout) in enumerate(
+        [("point-angle-60", "task"), ("ant-angle-60", "env"), ("ant-angle-60", "task"), ("cheetah", "env")]
+    ):
+        env, *record = recorded[name]
+        save_play(tmp_path / "buffers" / f"policy_{k:02d}.npz", env, record, layout)
+    return tmp_path
+
+
+def test_poses_are_rebuilt_from_either_layout(recorded, run_folder):
+    files = render.find_buffers(str(run_folder))
+    assert len(files) == 4
+    raw = recorded["ant-angle-60"][1].observations
+    for path in files[1:3]:
+        np.testing.assert_array_equal(render.read_episode(path, "2").qpos, raw[:, 2, :15])
+    cheetah = render.read_episode(files[3])
+    step = recorded["cheetah"][1]
+    np.testing.assert_array_equal(cheetah.qpos[:, 0], step.root_positions[:, -1, 0])
+    np.testing.assert_array_equal(cheetah.qpos[:, 1:], step.observations[:, -1, :8])
+    best = int(np.argmax(recorded["point-angle-60"][2].sum(0)))
+    assert f"episode {best + 1} of 4" in render.read_episode(files[0]).title
+    with pytest.raises(envs.InputError, match="--episode 4"):
+        render.read_episode(files[0], "4")
+    with pytest.raises(envs.InputError, match="neither a buffer file nor"):
+        render.find_buffers(str(run_folder / "nothing"))
+
+
+def test_sticks_need_no_open_gl(run_folder):
+    for path in render.find_buffers(str(run_folder))[1:]:
+        frames = render.draw_sticks(render.read_episode(path), np.array([0, 50]), (160, 120))
+        assert frames.shape == (2, 120, 160, 3)
+        assert np.any(frames[0] != frames[1]) and frames.std() > 10
+
+
+def test_render_writes_a_gif_per_policy(run_folder):
+    from PIL import Image
+
+    command = [sys.executable, "-m", "envs.render", str(run_folder), "--max-frames", "3", "--html"]
+    clean = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=clean, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for k in range(4):
+        with Image.open(run_folder / "render" / f"policy_{k:02d}.gif") as image:
+            assert image.n_frames == 3 and image.size == (320, 240)
+        assert f"[{k + 1}/4] policy_{k:02d}.npz" in done.stdout
+    page = (run_folder / "render" / "policy_03.html").read_text()
+    assert "<p " in page and "needs the internet" in page and "needs the internet" in done.stdout

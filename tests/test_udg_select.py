@@ -1,0 +1,541 @@
+"""udg_select: relabelling, scores, exact W1, what is written, and every refusal."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import envs
+import envs.buffers
+import udg_select
+from envs import buffer_figures, scripted
+from udg_select import Args
+
+ROOT = Path(__file__).parents[1]
+METADATA = {
+    "dataset_name": "toy", "env": "point", "task": "point", "layout": "env",
+    "reward_kind": "none", "dt": 0.1, "episode_length": 10,
+}  # fmt: skip
+
+
+def walk(angle, episodes=6, length=10, seed=0, speed=0.5, **changes):
+    """Arrays of a point robot that walks at `angle` degrees; (x, y, vx, vy) observed."""
+    rng = np.random.default_rng(seed)
+    heading = speed * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
+    velocity = heading + 0.1 * rng.normal(size=(episodes, length, 2))
+    position = np.concatenate(
+        [np.zeros((episodes, 1, 2)), np.cumsum(0.1 * velocity, axis=1)], axis=1
+    )
+    before = np.concatenate([np.zeros((episodes, 1, 2)), velocity[:, :-1]], axis=1)
+    arrays = {
+        "observations": np.concatenate([position[:, :-1], before], axis=-1),
+        "next_observations": np.concatenate([position[:, 1:], velocity], axis=-1),
+        "actions": np.clip(velocity, -1, 1),
+        "root_positions": position[:, :-1],
+        "root_velocities": velocity,
+    }
+    arrays = {k: v.reshape(episodes * length, -1).astype(np.float32) for k, v in arrays.items()}
+    rows = episodes * length
+    arrays["rewards"] = np.zeros(rows, np.float32)
+    arrays["terminals"] = np.zeros(rows, bool)
+    arrays["timeouts"] = np.arange(rows) % length == length - 1
+    return {**arrays, **changes}
+
+
+def write(path, arrays, **metadata):
+    return envs.buffers.save(path, arrays, {**METADATA, **metadata})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six buffers, policy k walking at 60 k degrees, the first of 6 episodes a warm-up."""
+    for k in range(6):
+        metadata = {"policy_id": k, "warmup_transitions": 10}
+        write(tmp_path / "buffers" / f"policy_{k:02d}.npz", walk(60 * k, seed=k), **metadata)
+    return tmp_path / "buffers"
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    for name in ("heatmap", "returns", "coverage", "distances"):
+        monkeypatch.setattr(buffer_figures, f"plot_{name}", lambda *a, **kw: None)
+
+
+def run(folder, tmp_path, **changes):
+    given = dict(
+        buffers=(str(folder),), task=("point-angle-60",), out=str(tmp_path / "out"), w1_points=20
+    )
+    return udg_select.main(Args(**{**given, **changes}))
+
+
+def saved(tmp_path, name="point-angle-60/top1.npz"):
+    return envs.buffers.load(tmp_path / "out" / name, quiet=True, verify=True)
+
+
+# --- relabelling and scores ---
+
+
+@pytest.mark.parametrize("name", ["point-angle-60", "point-goal-120"])
+def test_relabelled_rewards_are_the_environments(tmp_path, name):
+    env = envs.make(name)
+    state, steps, rewards = jax.jit(env.reset)(jax.random.key(0)), [], []
+    step = jax.jit(env.step)
+    for action in np.random.default_rng(0).uniform(-1, 1, (30, 2)).astype(np.float32):
+        after = step(state, action + np.float32([-0.5, 0.8]))
+        steps.append(envs.transition(state, action + np.float32([-0.5, 0.8]), after))
+        rewards.append(float(after.reward))
+        state = after
+    arrays = {
+        key: np.stack([np.asarray(getattr(s, key)) for s in steps])
+        for key in envs.Transition._fields
+        if key != "goals"
+    }
+    arrays |= {"rewards": np.zeros(30, np.float32), "terminals": np.zeros(30, bool)}
+    path = write(tmp_path / "b.npz", {**arrays, "timeouts": np.arange(30) == 29})
+    found = udg_select.relabel(udg_select.map_buffer(path), envs.task(name))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, rewards, rtol=0, atol=1e-6)
+
+
+def test_relabelling_in_blocks_is_the_same(folder, monkeypatch):
+    buffer = udg_select.map_buffer(folder / "policy_02.npz")
+    task = envs.task("point-angle-60")
+    whole = udg_select.relabel(buffer, task)
+    monkeypatch.setattr(udg_select, "BLOCK", 7)
+    np.testing.assert_array_equal(udg_select.relabel(buffer, task), whole)
+
+
+def test_scores_against_a_loop(tmp_path):
+    # four episodes: warm-up of 4, full 10, cut short at 3, terminated after 2
+    arrays = walk(0, episodes=1, length=19)
+    ends = np.array([4, 14, 17, 19])
+    flags = np.zeros(19, bool)
+    flags[ends - 1] = True
+    arrays["terminals"] = flags & (np.arange(19) == 18)
+    arrays["timeouts"] = flags & ~arrays["terminals"]
+    path = write(tmp_path / "b.npz", arrays, warmup_transitions=4)
+    buffer = udg_select.map_buffer(path)
+    rewards = np.arange(19, dtype=np.float32)
+    full, short = float(rewards[4:14].sum()), float(rewards[17:].sum())
+    score = udg_select.score_buffer(rewards, buffer, False)
+    assert score["episodes"] == 2
+    assert score["score"] == score["score_all"] == pytest.approx((full + short) / 2)
+    assert score["top_decile"] == pytest.approx(full)
+    assert score["per_step"] == pytest.approx((full + short) / 12)
+    assert score["std"] == pytest.approx(np.std([full, short]))
+
+
+def test_scores_with_and_without_the_warmup(folder):
+    buffer = udg_select.map_buffer(folder / "policy_00.npz")
+    rewards = np.where(np.arange(60) < 10, 0.0, 1.0).astype(np.float32)
+    score = udg_select.score_buffer(rewards, buffer, False)
+    assert (score["score"], score["score_trained"]) == (pytest.approx(50 / 6), 10.0)
+    score = udg_select.score_buffer(rewards, buffer, True)
+    assert (score["score"], score["score_all"]) == (10.0, pytest.approx(50 / 6))
+    assert score["episodes"] == 5
+
+
+def test_the_top_decile_is_the_mean_of_the_best_tenth(tmp_path):
+    buffer = udg_select.map_buffer(write(tmp_path / "b.npz", walk(0, episodes=40)))
+    rewards = np.repeat(np.arange(40, dtype=np.float32), 10)
+    assert udg_select.score_buffer(rewards, buffer, False)["top_decile"] == 10 * 37.5
+
+
+def test_ranking_is_by_score_and_stable():
+    scores = [{"score": s} for s in (1.0, 3.0, 2.0, 3.0)]
+    assert udg_select.rank_buffers(scores) == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize("angle", range(0, 360, 60))
+def test_every_direction_finds_its_buffer(folder, tmp_path, no_figures, angle):
+    task = f"point-angle-{angle}"
+    scores = run(folder, tmp_path, task=(task,), w1_points=0)[task]
+    assert np.argmax(scores) == angle // 60
+    buffer = saved(tmp_path, f"{task}/top1.npz")
+    assert set(buffer["policy_ids"]) == {angle // 60}
+
+
+# --- distances ---
+
+
+def test_wasserstein_against_all_permutations():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        x, y = rng.normal(size=(2, 6, 3))
+        costs = (
+            np.mean([np.linalg.norm(x[i] - y[p]) for i, p in enumerate(order)])
+            for order in itertools.permutations(range(6))
+        )
+        assert udg_select.wasserstein(x, y) == pytest.approx(min(costs), rel=1e-12)
+
+
+def test_wasserstein_of_a_shift_is_the_shift():
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    assert udg_select.wasserstein(x, x + [3.0, 4.0]) == pytest.approx(5.0, rel=1e-12)
+    assert udg_select.wasserstein(x, x[::-1]) == 0.0
+
+
+def test_pairwise_distances_and_their_floor(folder):
+    sources = udg_select.open_sources([str(folder)])
+    matrix = udg_select.pairwise_wasserstein(sources, envs.task("point"), Args(w1_points=30))
+    np.testing.assert_array_equal(matrix, matrix.T)
+    apart = matrix[~np.eye(6, dtype=bool)]
+    assert 0 < np.diag(matrix).max() < apart.min()
+    assert matrix[0, 3] > matrix[0, 1]  # opposite directions are further apart than neighbours
+    # uniform positions along two opposite rays of length 0.5: W1 is the mean of 2 t, t in [0, 0.5]
+    assert matrix[0, 3] == pytest.approx(0.55, rel=0.2)
+
+
+def test_distance_to_a_reference_is_smallest_for_its_own_direction(folder, tmp_path):
+    expert = write(tmp_path / "expert.npz", walk(120, seed=99))
+    sources = udg_select.open_sources([str(folder)])
+    reference = udg_select.map_buffer(expert)
+    task = envs.task("point-angle-120")
+    found = udg_select.reference_wasserstein(sources, reference, task, Args(w1_points=40))
+    for distances in found:
+        assert len(distances) == 6
+        assert np.argmin(distances) == 2
+
+
+def test_state_action_distance_has_no_unit(folder, tmp_path):
+    """Scaling one observation in every buffer leaves the standardised distance as it was."""
+    task = envs.task("point-angle-0")
+    scale = np.array([1, 1, 1000, 1], np.float32)
+    found = []
+    for factor in (np.ones(4, np.float32), scale):
+        paths = []
+        for k, angle in enumerate((0, 90, 0)):
+            arrays = walk(angle, seed=k)
+            for key in ("observations", "next_observations"):
+                arrays[key] = arrays[key] * factor
+            paths.append(str(write(tmp_path / f"s{k}.npz", arrays)))
+        sources = udg_select.open_sources(paths[:2])
+        reference = udg_select.map_buffer(paths[2])
+        args = Args(w1_points=40)
+        found.append(udg_select.reference_wasserstein(sources, reference, task, args)[1])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+# --- what is written ---
+
+
+def test_top1_holds_exactly_the_best_buffer(folder, tmp_path, no_figures):
+    run(folder, tmp_path)
+    source = envs.buffers.load(folder / "policy_01.npz", quiet=True)
+    buffer = envs.buffers.load(
+        tmp_path / "out/point-angle-60/top1.npz",
+        require_rewards=True, task="point-angle-60", quiet=True,
+    )  # fmt: skip
+    for key in ("observations", "actions", "next_observations", "terminals", "timeouts"):
+        np.testing.assert_array_equal(buffer[key], source[key])
+    velocity, angle = source["root_velocities"], np.radians(60)
+    expected = velocity @ np.array([np.cos(angle), np.sin(angle)])
+    np.testing.assert_allclose(buffer["rewards"], expected, atol=1e-6)
+    metadata = buffer.metadata
+    assert metadata["reward_kind"] == "relabelled"
+    assert metadata["task_options"] == {"angle_deg": 60}
+    assert metadata["dataset_name"] == "point-angle-60-udg-top1"
+    assert metadata["warmup_transitions"] == 10
+    (parent,) = metadata["parents"]
+    assert parent["path"] == "policy_01.npz"
+    assert parent["policy_id"] == 1
+    digest = hashlib.sha256((folder / "policy_01.npz").read_bytes()).hexdigest()
+    assert parent["sha256"] == digest
+    assert str(tmp_path) not in json.dumps(metadata)
+
+
+def test_mixtures_keep_order_ids_and_provenance(folder, tmp_path, no_figures):
+    run(folder, tmp_path, top=("2", "all"))
+    mixed = saved(tmp_path, "point-angle-60/top2.npz")
+    report = json.loads((tmp_path / "out/point-angle-60/scores.json").read_text())
+    best = [int(name[-2:]) for name in report["ranking"]]
+    np.testing.assert_array_equal(mixed["policy_ids"], np.repeat(best[:2], 60))
+    assert mixed.metadata["warmup_transitions"] is None
+    assert [p["warmup_transitions"] for p in mixed.metadata["parents"]] == [10, 10]
+    whole = saved(tmp_path, "point-angle-60/all.npz")
+    assert len(whole) == 360
+    assert sorted(set(whole["policy_ids"])) == [0, 1, 2, 3, 4, 5]
+    assert set(report["selections"]) == {"top2", "all"}
+    assert report["selections"]["all"]["num_transitions"] == 360
+    assert np.shape(report["w1_features"]) == (6, 6)
+
+
+def test_equal_size_takes_whole_episodes_in_equal_shares(folder, tmp_path, no_figures):
+    run(folder, tmp_path, top=("1", "2", "all"), size=60)
+    for label in ("top1", "top2", "all"):
+        buffer = saved(tmp_path, f"point-angle-60/{label}-size60.npz")
+        assert len(buffer) == 60
+        _, counts = np.unique(buffer["policy_ids"], return_counts=True)
+        assert len(set(counts)) == 1
+        assert (buffer["episode_lengths"] == 10).all()
+    source = envs.buffers.load(folder / "policy_00.npz", quiet=True)["observations"]
+    chosen = saved(tmp_path, "point-angle-60/all-size60.npz")
+    rows = chosen["observations"][chosen["policy_ids"] == 0]
+    episodes = source.reshape(6, 10, 4)
+    assert sum(np.array_equal(rows, episode) for episode in episodes) == 1
+
+
+def test_the_subsample_depends_on_the_seed_alone(folder):
+    sources = udg_select.open_sources([str(folder)])
+    chosen = [udg_select.choose_episodes(sources, Args(size=180, seed=s)) for s in (0, 0, 1)]
+    assert all(np.array_equal(a, b) for a, b in zip(chosen[0], chosen[1], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(chosen[0], chosen[2], strict=True))
+    assert [len(keep) for keep in chosen[0]] == [3] * 6
+
+
+def test_excluding_the_warmup_leaves_it_out_of_the_data(folder, tmp_path, no_figures):
+    run(folder, tmp_path, exclude_warmup=True)
+    buffer = saved(tmp_path, "point-angle-60/top1-trained.npz")
+    source = envs.buffers.load(folder / "policy_01.npz", quiet=True)
+    np.testing.assert_array_equal(buffer["observations"], source["observations"][10:])
+    assert buffer.metadata["warmup_transitions"] == 0
+
+
+def make_ant(path, **metadata):
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(21, 29)).astype(np.float32)
+    arrays = walk(0, episodes=2)
+    arrays |= {
+        "observations": states[:-1],
+        "next_observations": states[1:],
+        "actions": rng.uniform(-1, 1, (20, 8)).astype(np.float32),
+    }
+    return write(path, arrays, env="ant", task="ant", dt=0.05, **metadata)
+
+
+def test_the_ant_is_observed_and_paid_as_its_task_says(tmp_path, no_figures):
+    make_ant(tmp_path / "a.npz", task_options={"gear": 30.0})
+    run(tmp_path / "a.npz", tmp_path, task=("ant-angle-90",))
+    raw = envs.buffers.load(tmp_path / "a.npz", quiet=True)
+    buffer = saved(tmp_path, "ant-angle-90/top1.npz")
+    np.testing.assert_array_equal(buffer["observations"], raw["observations"][:, 2:])
+    np.testing.assert_array_equal(buffer["next_observations"], raw["next_observations"][:, 2:])
+    cost = 0.02 * (raw["actions"].astype(np.float64) ** 2).sum(1)
+    np.testing.assert_allclose(buffer["rewards"], raw["root_velocities"][:, 1] - cost, atol=1e-6)
+    options = ("ctrl_cost=0.5", "survive_bonus=1")
+    run(tmp_path / "a.npz", tmp_path, task=("ant-angle-90",), task_options=options, overwrite=True)
+    other = saved(tmp_path, "ant-angle-90/top1.npz")
+    np.testing.assert_allclose(
+        other["rewards"], raw["root_velocities"][:, 1] - 25 * cost + 1, atol=1e-5
+    )
+    assert other.metadata["task_options"]["ctrl_cost"] == 0.5
+
+
+def test_the_recorded_gear_decides_the_cost_of_a_torque(tmp_path):
+    path = make_ant(tmp_path / "a.npz", task_options={"gear": 150.0})
+    task = udg_select.open_task("ant-angle-0", {}, udg_select.open_sources([str(path)]))
+    assert task.options["ctrl_cost"] == 0.5
+
+
+def test_values_of_a_buffer_that_is_not_chosen_are_not_read(folder, tmp_path, no_figures):
+    def spoil(path):
+        with np.load(path) as data:
+            arrays = {key: data[key] for key in data.files}
+        arrays["observations"][3] = np.nan
+        np.savez(path, **arrays)
+
+    spoil(folder / "policy_04.npz")
+    run(folder, tmp_path)
+    spoil(folder / "policy_01.npz")
+    with pytest.raises(envs.InputError, match=r"policy_01.npz: observations: row 3"):
+        run(folder, tmp_path, overwrite=True)
+
+
+def test_a_run_folder_and_globs_and_lists_are_the_same(folder, tmp_path):
+    names = [str(path) for path in sorted(folder.glob("*.npz"))]
+    expected = [Path(name) for name in names]
+    for words in ([str(folder)], [str(folder.parent)], [str(folder / "*.npz")], names):
+        assert udg_select.buffer_paths(words) == expected
+
+
+def test_names_tell_runs_apart(tmp_path):
+    for seed in (0, 1):
+        for k in (0, 1):
+            path = tmp_path / f"seed{seed}/buffers/policy_{k:02d}.npz"
+            write(path, walk(90 * k), policy_id=k)
+    sources = udg_select.open_sources([str(tmp_path / "seed0"), str(tmp_path / "seed1")])
+    assert [source.name for source in sources][1:3] == [
+        "seed0/buffers/policy_01",
+        "seed1/buffers/policy_00",
+    ]
+    assert [source.policy_id for source in sources] == [0, 1, 2, 3]
+
+
+def test_scripted_buffers_are_what_they_say(tmp_path):
+    paths = scripted.point_buffers(tmp_path, seed=0, num=4, episodes=3, warmup=1)
+    assert [path.name for path in paths] == [f"policy_{k:02d}.npz" for k in range(4)]
+    for k, path in enumerate(paths):
+        buffer = envs.buffers.load(path, quiet=True, verify=True)
+        assert buffer["observations"].shape == (300, 4)
+        assert buffer.metadata["policy_id"] == k
+        heading = buffer["root_velocities"][100:].mean(0)
+        angle = np.degrees(np.arctan2(heading[1], heading[0])) % 360
+        assert abs((angle - 90 * k + 180) % 360 - 180) < 10
+
+
+# --- figures and command line ---
+
+
+def test_all_figures_are_drawn(folder, tmp_path):
+    expert = write(tmp_path / "expert.npz", walk(60, seed=99))
+    run(folder, tmp_path, reference=str(expert), task=("point-angle-60", "point-angle-0"))
+    out = tmp_path / "out"
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    each = ("top1.npz", "scores.json", "returns.png", "coverage.png", "distances.png")
+    tasks = ("point-angle-60", "point-angle-0")
+    assert files == {"heatmap.png"} | {f"{task}/{name}" for task in tasks for name in each}
+    report = json.loads((out / "point-angle-60/scores.json").read_text())
+    assert [len(values) for values in report["w1_to_reference"]] == [6, 6]
+    for path in out.rglob("*.png"):
+        assert path.stat().st_size > 5_000
+
+
+def test_a_single_buffer_and_equal_returns_can_be_drawn(tmp_path):
+    arrays = walk(0, episodes=1)
+    arrays["root_velocities"] *= 0
+    arrays["next_observations"][:] = arrays["observations"][:] = 0
+    arrays["root_positions"] *= 0
+    run(write(tmp_path / "b.npz", arrays), tmp_path)
+    assert (tmp_path / "out/point-angle-60/distances.png").exists()
+
+
+def command(*words, cwd=ROOT):
+    words = [sys.executable, str(ROOT / "udg_select.py"), *words]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+
+
+def test_quick_from_the_command_line(tmp_path):
+    done = command("--quick", "--out", str(tmp_path / "q"), "--top", "1", "all")
+    assert done.returncode == 0, done.stderr
+    assert "policy_00" in done.stdout.splitlines()[4]
+    top = envs.buffers.load(tmp_path / "q/point-angle-0/top1.npz", task="point-angle-0")
+    assert set(top["policy_ids"]) == {0}
+    assert top.metadata["mean_return"] > 50
+
+
+def test_an_error_is_one_line(folder, tmp_path):
+    done = command("--buffers", str(folder), "--task", "point-angel-60", "--task", "point-angle-0")
+    assert done.returncode != 0
+    assert done.stderr.startswith("udg_select.py: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "point-angle-60" in done.stderr
+
+
+# --- refusals ---
+
+
+def refused(folder, tmp_path, *words, **changes):
+    with pytest.raises(envs.InputError) as caught:
+        run(folder, tmp_path, **changes)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert not list(tmp_path.glob("out/*/*.npz"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"task": ("point-angel-60",)}, ("point-angel-60", "near names", "point-angle-60")),
+        ({"task": ()}, ("--task",)),
+        ({"task": ("point",)}, ("no reward", "point-angle-0")),
+        ({"task": ("ant-angle-60",)}, ("ant-angle-60", "'ant'", "'point'")),
+        ({"buffers": ()}, ("--buffers",)),
+        ({"top": ("7",)}, ("--top 7", "6 buffers", "from 1 to 6")),
+        ({"top": ("0",)}, ("--top 0",)),
+        ({"top": ("-1",)}, ("--top -1",)),
+        ({"top": ("best",)}, ("--top best", "'all'")),
+        ({"size": 100}, ("--size 100", "policy_01.npz", "60")),
+        ({"size": 5}, ("--size 5",)),
+        ({"size": -1}, ("--size",)),
+        ({"task_options": ("ctrl_cost",)}, ("--task-options", "ctrl_cost")),
+        ({"task_options": ("ctrl_cost=0.5",)}, ("ctrl_cost", "no option")),
+        ({"reference": "nowhere.npz"}, ("nowhere.npz", "does not exist")),
+    ],
+)
+def test_bad_flags(folder, tmp_path, no_figures, changes, words):
+    refused(folder, tmp_path, *words, **changes)
+
+
+def test_a_folder_without_buffers(tmp_path):
+    refused(tmp_path, tmp_path, "no buffers")
+    refused(tmp_path / "none", tmp_path, "does not exist")
+    refused(tmp_path / "*.npz", tmp_path, "matches no file")
+
+
+def test_a_file_named_twice_counts_once(folder):
+    name = str(folder / "policy_00.npz")
+    assert udg_select.buffer_paths([name, name]) == [Path(name)]
+
+
+def test_buffers_of_two_worlds(folder, tmp_path):
+    make_ant(folder / "policy_09.npz")
+    refused(folder, tmp_path, "policy_09.npz", "'ant'", "'point'")
+
+
+@pytest.mark.parametrize("key", ["root_positions", "root_velocities"])
+def test_missing_root_columns(folder, tmp_path, key):
+    arrays = walk(0)
+    del arrays[key]
+    write(folder / "policy_03.npz", arrays)
+    refused(folder, tmp_path, "policy_03.npz", key, "Remedy")
+
+
+def test_a_relabelled_file_is_not_relabelled_again(folder, tmp_path):
+    write(folder / "policy_03.npz", walk(0), layout="task", task="point-angle-0")
+    refused(folder, tmp_path, "policy_03.npz", "original buffers")
+
+
+def test_observations_of_another_size(tmp_path):
+    arrays = walk(0)
+    for key in ("observations", "next_observations"):
+        arrays[key] = arrays[key][:, :3]
+    refused(write(tmp_path / "b.npz", arrays), tmp_path, "b.npz", "[3, 2]", "[4, 2]")
+
+
+def test_existing_files_are_kept(folder, tmp_path, no_figures):
+    run(folder, tmp_path)
+    path = tmp_path / "out/point-angle-60/top1.npz"
+    before = path.read_bytes()
+    with pytest.raises(envs.InputError, match="--overwrite"):
+        run(folder, tmp_path)
+    assert path.read_bytes() == before
+    run(folder, tmp_path, top=("2",))
+    run(folder, tmp_path, overwrite=True)
+
+
+def test_nothing_but_warmup(tmp_path):
+    path = write(tmp_path / "b.npz", walk(0), warmup_transitions=60)
+    refused(path, tmp_path, "b.npz", "--exclude-warmup", exclude_warmup=True, w1_points=0)
+
+
+def test_a_task_that_would_have_ended_episodes_is_refused(tmp_path):
+    path = make_ant(tmp_path / "a.npz")
+    task = ("ant-angle-0",)
+    options = ("terminate=true",)
+    refused(path, tmp_path, "a.npz", "ends an episode", task=task, task_options=options)
+
+
+def test_a_reward_that_is_not_finite_names_the_row(tmp_path):
+    path = write(tmp_path / "b.npz", walk(0))
+    task = dataclasses.replace(
+        envs.task("point-angle-0"), reward=lambda step: step.actions[:, 0] * np.float32(np.nan)
+    )
+    with pytest.raises(envs.InputError, match="not finite in row 0"):
+        udg_select.relabel(udg_select.map_buffer(path), task)
+
+
+def test_deviations_agree_between_header_and_code():
+    text = (ROOT / "udg_select.py").read_text()
+    header, code = text.split('"""', 2)[1:]
+    listed = {word for word in header.split() if word[0] == "D" and word[1:].isdecimal()}
+    assert listed == {f"D{i}" for i in range(1, 6)}
+    assert all(f"# {name}" in code for name in listed)
+    page = (ROOT / "docs" / "udg_select.md").read_text()
+    assert all(f"| {name} |" in page for name in listed)

@@ -1,0 +1,482 @@
+"""wurl_sac.py against goldens, plain numpy and worlds with known answers."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+import wurl_sac as W
+
+GOLDEN = Path(__file__).parent / "golden"
+SINGLE = sorted(p.name for p in GOLDEN.glob("apwd_D*.npz"))
+PAIRS = sorted(p.name for p in GOLDEN.glob("apwd_pairwise_*.npz"))
+TINY = dict(
+    task="point", num_policies=3, num_envs=1, updates_per_step=0.1, num_updates=40, chunk=10, eval_every=20,
+    warmup_steps=200, hidden_sizes=(16, 16), batch_size=32, replay_size=500, eval_episodes=4, reward_scale=1.0,
+)  # fmt: skip
+
+
+def tiny(**changes):
+    return W.Args(**{**TINY, **changes})
+
+
+def golden(name):
+    with np.load(GOLDEN / name, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def cost_of(a, b, v, pad=0):
+    """c(t) of one pair through the script's own function, with `pad` rows of junk that the masks hide."""
+    f = jnp.float32
+    padded = lambda x: jnp.concatenate([jnp.asarray(x, f), jnp.full((pad, x.shape[1]), 3.3, f)])[None]
+    mask = lambda x: (jnp.arange(len(x) + pad) < len(x))[None]
+    cost = W.pairwise_apwd(padded(a), mask(a), padded(b), mask(b), jnp.asarray(v, f))
+    return np.asarray(cost[0, 0])
+
+
+# --- the projected Wasserstein cost ---
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize("name", SINGLE)
+def test_cost_golden(name, pad):
+    g = golden(name)
+    cost = cost_of(g["A"], g["B"], g["V"], pad)
+    assert np.all(cost[len(g["A"]) :] == 0.0)
+    cost = cost[: len(g["A"])]
+    np.testing.assert_allclose(cost.mean(), g["apwd"], atol=1e-4)
+    if g["min_proj_gap"] > 1e-6:  # else float32 may swap two points
+        np.testing.assert_allclose(cost, g["cost"], atol=2e-5)
+        if len(g["V"]) > 1 and not np.allclose(g["cost"], g["cost_scrambled_bug"], atol=1e-2):
+            assert np.abs(cost - g["cost_scrambled_bug"]).max() > 5e-3  # the reference's wrong credit
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_cost_bounds_w1(name):
+    g = golden(name)
+    mean = cost_of(g["A"], g["B"], g["V"]).mean()
+    assert mean >= g["w1_exact"] - 1e-4
+    if g["A"].shape[1] == 1:
+        np.testing.assert_allclose(mean, g["w1_exact"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairwise_golden(name):
+    g = golden(name)
+    K, D, _ = g["S"].shape
+    f = lambda x: jnp.asarray(x, jnp.float32)
+    ones = lambda x: jnp.ones(x.shape[:2], bool)
+    cost = W.pairwise_apwd(f(g["S"]), ones(g["S"]), f(g["Tg"]), ones(g["Tg"]), f(g["V"]))
+    np.testing.assert_allclose(cost.mean(-1), g["pair_w"], atol=1e-4)
+    scale, bc = float(g["scale"]), int(g["bc"])
+    for rescale, expected in ((True, g["reward_rescaled"]), (False, g["reward_unscaled"])):
+        args = tiny(num_policies=K, reward_scale=scale, rescale_episodes=rescale)
+        # an episode of D steps in a round of bc columns: the nominal length is bc
+        columns = max(bc, D)
+        source = jnp.zeros((K, 1, columns, g["S"].shape[-1])).at[:, 0, :D].set(f(g["S"]))
+        alive = jnp.broadcast_to(jnp.arange(columns) < D, (K, 1, columns))
+        target, there = f(g["Tg"])[:, None], ones(g["Tg"])[:, None]
+        reward, _ = W.apwd_reward(source, alive, target, there, f(g["V"]), args)
+        factor = columns / bc if rescale else 1.0  # golden: bc / D also where D > bc
+        np.testing.assert_allclose(reward[:, 0, :D], expected * factor, rtol=2e-4, atol=2e-4 * scale)
+        assert np.all(np.asarray(reward)[:, 0, D:] == 0.0)
+
+
+def test_identity_and_general_plan_agree():
+    key_a, key_v = jax.random.split(jax.random.key(0))
+    points = jax.random.normal(key_a, (3, 40, 2))
+    directions = W.unit_directions(key_v, 6, 2)
+    all_valid = jnp.ones((3, 40), bool)
+    fast = W.pairwise_apwd(points, all_valid, points, all_valid, directions)
+    padded = jnp.pad(points, ((0, 0), (0, 5), (0, 0)), constant_values=7.0)
+    mask = jnp.pad(all_valid, ((0, 0), (0, 5)))
+    general = W.pairwise_apwd(padded, mask, padded, mask, directions)
+    np.testing.assert_allclose(fast, general[:, :, :40], atol=1e-5)
+
+
+def test_cost_symmetry_and_permutations():
+    rng = np.random.default_rng(0)
+    a, b, v = rng.normal(size=(30, 3)), rng.normal(size=(30, 3)) + 1, np.eye(3)
+    cost = cost_of(a, b, v)
+    np.testing.assert_allclose(cost.mean(), cost_of(b, a, v).mean(), atol=1e-5)
+    order = rng.permutation(30)
+    np.testing.assert_allclose(cost_of(a, b[order], v), cost, atol=1e-5)
+    np.testing.assert_allclose(cost_of(a[order], b, v), cost[order], atol=1e-5)
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_directions(orthogonal):
+    v = W.unit_directions(jax.random.key(0), 7, 3, orthogonal)
+    assert v.shape == (7, 3)
+    np.testing.assert_allclose(np.linalg.norm(v, axis=-1), 1.0, atol=1e-6)
+    if orthogonal:
+        np.testing.assert_allclose(v[:3] @ v[:3].T, np.eye(3), atol=1e-6)
+
+
+def test_reward_pays_the_state_an_action_leads_to():
+    """Two straight runs apart from their first step on: the last step, the farthest, earns most; r_t is s_{t+1}'s."""
+    t = jnp.arange(1, 11, dtype=jnp.float32)
+    features = jnp.stack([jnp.stack([t, 0 * t], -1), jnp.stack([-t, 0 * t], -1)])[:, None]
+    alive = jnp.ones((2, 1, 10), bool)
+    args = tiny(num_policies=2)
+    reward, distances = W.apwd_reward(features, alive, features, alive, jnp.eye(2)[:1], args)
+    # along x the monotone plan pairs rank with rank: 1..10 with -10..-1, each 11 away
+    np.testing.assert_allclose(reward, 11.0, atol=1e-5)
+    np.testing.assert_allclose(distances, [[0, 11], [11, 0]], atol=1e-5)
+
+
+def test_pwd_pays_the_same_total_at_the_last_step():
+    features = jax.random.normal(jax.random.key(1), (3, 2, 8, 2))
+    alive = jnp.arange(8) < jnp.array([8, 5])[None, :, None]
+    alive = jnp.broadcast_to(alive, (3, 2, 8))
+    directions = W.unit_directions(jax.random.key(2), 4, 2)
+    dense, _ = W.apwd_reward(features, alive, features, alive, directions, tiny(rescale_episodes=False))
+    sparse, _ = W.apwd_reward(features, alive, features, alive, directions, tiny(objective="pwd"))
+    lengths = np.array([8, 5])
+    np.testing.assert_allclose(sparse.sum(-1), dense.sum(-1) / lengths, rtol=1e-5)
+    assert np.count_nonzero(np.asarray(sparse)) == 6
+    assert np.all(np.asarray(sparse)[:, 1, 4] > 0)
+
+
+def test_episode_rescaling_gives_short_episodes_the_same_total():
+    features = jax.random.normal(jax.random.key(1), (2, 1, 10, 2))
+    for length in (10, 4):
+        alive = jnp.broadcast_to(jnp.arange(10) < length, (2, 1, 10))
+        directions = W.unit_directions(jax.random.key(2), 4, 2)
+        reward, distances = W.apwd_reward(features, alive, features, alive, directions, tiny())
+        np.testing.assert_allclose(reward.sum(-1)[0, 0], 10 * distances[0, 1], rtol=1e-4)
+
+
+# --- baselines' rewards ---
+
+
+def test_diayn_and_dads_rewards_against_numpy():
+    args = tiny(objective="diayn", reward_scale=2.0)
+    K, shape = args.num_policies, (args.num_policies, 2, 5)
+    features = jax.random.normal(jax.random.key(0), (*shape, 2))
+    net = W.MLP((16, 16, K)).init(jax.random.key(1), features[0, 0])
+    logits = np.asarray(W.MLP((16, 16, K)).apply(net, features), np.float64)
+    log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = [[[2 * max(log_q[k, n, t, k], -10 * np.log(K)) for t in range(5)] for n in range(2)] for k in range(K)]
+    np.testing.assert_allclose(W.diayn_reward(net, features, args), expected, atol=1e-5)
+
+    net = W.MLP((256, 256, 2)).init(jax.random.key(1), jnp.zeros(2 + K))
+    change = jax.random.normal(jax.random.key(2), (*shape, 2))
+    reward = np.asarray(W.dads_reward(net, features, change, args))
+    for k in range(K):
+        x = np.asarray(features[k, 1, 3])
+        log_p = []
+        for other in range(K):
+            mean = W.MLP((256, 256, 2)).apply(net, np.concatenate([x, np.eye(K)[other]]).astype(np.float32))
+            log_p.append(-0.5 * np.sum((np.asarray(change[k, 1, 3]) - np.asarray(mean)) ** 2))
+        ratio = sum(np.exp(np.clip(log_p[other] - log_p[k], -20, 1)) for other in range(K) if other != k)
+        np.testing.assert_allclose(reward[k, 1, 3], 2 * (np.log(K) - np.log(1 + ratio)), atol=1e-4)
+
+
+# --- SAC ---
+
+
+def sac_case(seed=0, B=6):
+    args = tiny(alpha=0.3)
+    keys = jax.random.split(jax.random.key(seed), 8)
+    obs, actions = jax.random.normal(keys[0], (B, 4)), jnp.tanh(jax.random.normal(keys[1], (B, 2)))
+    batch = W.Transitions(
+        obs, actions, jax.random.normal(keys[2], (B,)), obs + 0.1, jnp.array([0.0, 1.0, 0, 0, 1, 0])
+    )
+    net = W.actor_net(args, 2)
+    actor = net.init(keys[3], obs)
+    critic = W.Critics(args.hidden_sizes).init(keys[4], obs, actions)
+    target = W.Critics(args.hidden_sizes).init(keys[5], obs, actions)
+    return args, batch, net, actor, critic, target, keys[6]
+
+
+def numpy_q(params, obs, actions):
+    """The twin Q networks from their arrays alone."""
+    out = []
+    for i in range(2):
+        x = np.concatenate([obs, actions], -1).astype(np.float64)
+        layers = params["params"][f"MLP_{i}"]
+        for j in range(3):
+            x = x @ np.asarray(layers[f"Dense_{j}"]["kernel"]) + np.asarray(layers[f"Dense_{j}"]["bias"])
+            x = np.maximum(x, 0) if j < 2 else x
+        out.append(x[:, 0])
+    return np.stack(out)
+
+
+def numpy_tanh_normal(mean, log_std, noise):
+    mean, log_std, noise = (np.asarray(x, np.float64) for x in (mean, log_std, noise))
+    u = mean + np.exp(log_std) * noise
+    a = np.tanh(u)
+    log_prob = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - np.log(1 - a**2)
+    return a, log_prob.sum(-1)
+
+
+def test_critic_loss_oracle_and_gradients():
+    args, batch, net, actor, critic, target, key = sac_case()
+    loss, _ = W.wurl_critic_loss(critic, target, actor, 0.3, batch, key, args)
+    mean, log_std = net.apply(actor, batch.next_observations)
+    a, log_prob = numpy_tanh_normal(mean, log_std, jax.random.normal(key, mean.shape))
+    next_q = numpy_q(target, batch.next_observations, a).min(0)
+    live = 1 - np.asarray(batch.terminals)  # a terminal stops bootstrapping, nothing else does
+    y = np.asarray(batch.rewards) + args.gamma * live * (next_q - 0.3 * log_prob)
+    q = numpy_q(critic, batch.observations, batch.actions)
+    np.testing.assert_allclose(loss, ((q - y) ** 2).mean(-1).sum(), rtol=1e-5)
+    loss_of = lambda *p: W.wurl_critic_loss(*p, 0.3, batch, key, args)[0]
+    grads = jax.grad(loss_of, (0, 1, 2))(critic, target, actor)
+    sizes = [sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(g)) for g in grads]
+    assert sizes[0] > 0 and sizes[1] == 0 and sizes[2] == 0
+
+
+def test_actor_loss_oracle_and_gradients():
+    args, batch, net, actor, critic, _, key = sac_case()
+    loss, metrics = W.wurl_actor_loss(actor, critic, 0.3, batch, key, args)
+    mean, log_std = net.apply(actor, batch.observations)
+    a, log_prob = numpy_tanh_normal(mean, log_std, jax.random.normal(key, mean.shape))
+    q = numpy_q(critic, batch.observations, a).min(0)
+    np.testing.assert_allclose(loss, (0.3 * log_prob - q).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["train/entropy"], -log_prob.mean(), rtol=1e-5)
+    grads = jax.grad(lambda p: W.wurl_actor_loss(p, critic, 0.3, batch, key, args)[0])(actor)
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape), actor)
+    step = lambda h: jax.tree.map(lambda p, d: p + h * d, actor, direction)
+    at = lambda h: float(W.wurl_actor_loss(step(h), critic, 0.3, batch, key, args)[0])
+    slope = sum(float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
+    np.testing.assert_allclose((at(2e-4) - at(-2e-4)) / 4e-4, slope, rtol=3e-2)
+
+
+def test_tanh_density_is_exact_where_tanh_saturates():
+    mean, log_std, noise = jnp.array([9.0]), jnp.array([0.0]), jnp.array([0.5])
+    _, log_prob = W.tanh_normal_sample(mean, log_std, noise)
+    u = 9.5
+    exact = -0.125 - 0.5 * np.log(2 * np.pi) - 2 * (np.log(2) - u - np.log1p(np.exp(-2 * u)))
+    np.testing.assert_allclose(log_prob, exact, rtol=1e-6)
+
+
+def test_alpha_moves_towards_the_target_entropy():
+    rises = jax.grad(W.wurl_alpha_loss)(0.0, 1.0, 2.0)  # entropy below target: alpha must grow
+    assert rises < 0 < jax.grad(W.wurl_alpha_loss)(0.0, 3.0, 2.0)
+
+
+def test_update_order():
+    """The actor steps against the critics after their step, and the target follows the new critics."""
+    args, batch, _, actor, critic, target, key = sac_case(B=6)
+    args = dataclasses.replace(args, batch_size=6, lr_decay=0.0)
+    init = W.adam(args).init
+    log_alpha = jnp.log(0.3)
+    agent = W.Agent(actor, critic, target, log_alpha, init(actor), init(critic), init(log_alpha))
+    ring = W.ring_init(jax.tree.map(lambda x: x[0], batch), 6)
+    ring = W.ring_insert(ring, batch, jnp.ones(6, bool))
+    new, _ = W.wurl_update(agent, ring, key, args, lambda x: x)
+    key_batch, _, key_actor = jax.random.split(key, 3)
+    rows = W.ring_sample(ring, key_batch, 6)
+    grads = jax.grad(lambda p: W.wurl_actor_loss(p, new.critic, jnp.exp(log_alpha), rows, key_actor, args)[0])(actor)
+    step, _ = W.adam(args).update(grads, init(actor))
+    for got, want in zip(*map(jax.tree.leaves, (new.actor, W.optax.apply_updates(actor, step))), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    for got, old, online in zip(*map(jax.tree.leaves, (new.target, target, new.critic)), strict=True):
+        np.testing.assert_allclose(got, 0.995 * old + 0.005 * online, atol=1e-6)
+
+
+# --- ring ---
+
+
+def test_ring_wraps_and_drops_masked_rows():
+    ring = W.ring_init({"x": jnp.float32(0)}, 5)
+    insert = lambda ring, values, mask: W.ring_insert(ring, {"x": jnp.array(values, jnp.float32)}, jnp.array(mask))
+    ring = insert(ring, [1.0, 99.0, 2.0], [True, False, True])
+    assert (int(ring.size), int(ring.position)) == (2, 2)
+    drawn = W.ring_sample(ring, jax.random.key(0), 200)["x"]
+    assert set(np.unique(drawn)) == {1.0, 2.0}  # never a row that was not written
+    ring = insert(ring, [3.0, 4.0, 5.0, 6.0], [True] * 4)
+    assert (int(ring.size), int(ring.position)) == (5, 1)
+    np.testing.assert_array_equal(ring.rows["x"], [6, 2, 3, 4, 5])
+
+
+# --- rollouts and buffers ---
+
+
+class Cliff(envs.Env):
+    """Counts steps; ends, truly, at the third one. Everything that a rollout must keep apart is visible in it."""
+
+    def __init__(self):
+        base = envs.task("point")
+        task = dataclasses.replace(base, terminal=lambda t: t.next_observations[..., 0] >= 3)
+        super().__init__(task, "jax")
+
+    def _start(self, key):
+        return jnp.float32(0)
+
+    def _advance(self, physics, action):
+        return physics + 1, jnp.zeros(2)
+
+    def _read(self, physics):
+        return jnp.full(4, physics), jnp.full(2, physics)
+
+
+def test_rollout_keeps_true_successors_and_ends():
+    args = tiny()
+    env = Cliff()
+    actor = W.Actor((16, 16), 2, -20.0, 2.0).init(jax.random.key(0), jnp.zeros((1, 4)))
+    steps = W.rollout(actor, jax.random.key(1), env, args, lambda x: x, 2, 6)
+    np.testing.assert_array_equal(steps.transition.observations[0, :, 0], [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(steps.transition.next_observations[0, :, 0], [1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(steps.alive[0], [1, 1, 1, 0, 0, 0])
+    assert bool(steps.terminals[0, 2]) and not bool(steps.terminals[0, 1])
+
+
+def test_rollout_log_probs_are_the_density_of_the_actions():
+    args, env = tiny(), envs.make("point")
+    net = W.Actor((16, 16), 2, -20.0, 2.0)
+    actor = net.init(jax.random.key(0), jnp.zeros((1, 4)))
+    steps = W.rollout(actor, jax.random.key(1), env, args, lambda x: x, 3, 5)
+    mean, log_std = map(np.asarray, net.apply(actor, steps.transition.observations))
+    u = np.arctanh(np.asarray(steps.transition.actions, np.float64))
+    _, expected = numpy_tanh_normal(mean, log_std, (u - mean) / np.exp(log_std))
+    np.testing.assert_allclose(steps.log_probs, expected, atol=1e-3)
+    steps = W.rollout(actor, jax.random.key(1), env, args, lambda x: x, 3, 5, random=True)
+    np.testing.assert_allclose(steps.log_probs, -2 * np.log(2), atol=1e-6)
+
+
+@functools.cache
+def finished_run(folder):
+    """One tiny run, shared by the tests below."""
+    metrics = W.main(tiny(out=str(folder)))
+    return folder, metrics
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return finished_run(tmp_path_factory.mktemp("wurl") / "run")
+
+
+def test_run_leaves_everything(run):
+    folder, metrics = run
+    for name in ("args.json", "log.jsonl", "state.npz", "policy.npz", "trajectories.png", "distances.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert metrics["eval/min_w"] > 0 and 0 <= metrics["eval/disc_success"] <= 1
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert records[0]["args"]["task"] == "point"
+    assert [r["step"] for r in records[1:]] == [20, 40]
+    assert not list((folder / "buffers").glob("*.rows"))
+
+
+def test_buffers_hold_all_that_happened(run):
+    folder, _ = run
+    args = tiny()
+    num_warmup, _, num_rounds = W.round_sizes(args, 100)
+    for k in range(3):
+        buffer = envs.buffers.load(folder / f"buffers/policy_{k:02d}.npz")
+        assert len(buffer) == (num_warmup + num_rounds) * 100
+        assert buffer.metadata["reward_kind"] == "none" and buffer.metadata["warmup_transitions"] == num_warmup * 100
+        assert buffer["timeouts"].sum() == num_warmup + num_rounds and not buffer["terminals"].any()
+        task = envs.task("point-angle-0")
+        t = envs.Transition(*(buffer[key] for key in envs.Transition._fields[:5]))
+        np.testing.assert_allclose(task.reward(t), t.next_observations[:, 2], atol=1e-5)
+        assert buffer["pseudo_rewards"].std() > 0
+
+
+def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
+    """Stop at update 20 as SIGTERM would, go on: the same state and buffers as the uninterrupted run."""
+    folder, _ = run
+    enter, evaluations = W.StopSignal.__enter__, []
+
+    def stopping(self):
+        enter(self)
+        evaluations.append(self)
+        return self
+
+    monkeypatch.setattr(W.StopSignal, "__enter__", stopping)
+    monkeypatch.setattr(W, "show_evaluation", lambda step, m: setattr(evaluations[-1], "name", "SIGTERM"))
+    args = tiny(out=str(tmp_path / "cut"))
+    with pytest.raises(SystemExit, match="go on with the same command and --resume"):
+        W.main(args)
+    monkeypatch.undo()
+    W.main(dataclasses.replace(args, resume=True))
+    for name in ("state.npz", "policy.npz"):
+        with np.load(folder / name) as a, np.load(tmp_path / "cut" / name) as b:
+            assert sorted(a.files) == sorted(b.files)
+            for key in a.files:
+                if "json" not in key:
+                    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    a, b = (envs.buffers.load(p / "buffers/policy_01.npz") for p in (folder, tmp_path / "cut"))
+    assert a.metadata["sha256"] == b.metadata["sha256"]
+    lines = [(p / "log.jsonl").read_text().splitlines() for p in (folder, tmp_path / "cut")]
+    strip = lambda line: {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+    assert [strip(x) for x in lines[0][1:]] == [strip(x) for x in lines[1][1:]]
+
+
+def test_torn_state_falls_back_and_another_run_is_refused(run, tmp_path):
+    folder, _ = run
+    tree, meta = {"x": jnp.arange(3.0), "key": jax.random.key(3)}, {"identity": {"seed": 0}}
+    W.save_state(tmp_path, tree, meta)
+    W.save_state(tmp_path, {**tree, "x": tree["x"] + 1}, meta)
+    path = tmp_path / "state.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    back, _ = W.load_state(tmp_path, tree, {"seed": 0})
+    np.testing.assert_array_equal(back["x"], [0, 1, 2])
+    assert jnp.array_equal(jax.random.key_data(back["key"]), jax.random.key_data(tree["key"]))
+    with pytest.raises(envs.InputError, match="seed was 0 and is now 1"):
+        W.load_state(tmp_path, tree, {"seed": 1})
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        W.main(tiny(out=str(folder)))
+
+
+def test_one_compilation_of_the_chunk():
+    args, env, task = tiny(), envs.make("point"), envs.task("point")
+    init, warmup, train_chunk, _ = W.make_train(args, env, task, lambda x: x, 100)
+    state, _ = warmup(init(jax.random.key(0)))
+    for _ in range(3):
+        state, _ = train_chunk(state)
+    assert train_chunk._cache_size() == 1
+    assert int(state.num_updates) == 30 and int(state.replay.size[0]) == 500
+
+
+@pytest.mark.parametrize("objective", ["pwd", "diayn", "dads"])
+def test_other_objectives_train(objective):
+    args, env, task = tiny(objective=objective), envs.make("point"), envs.task("point")
+    init, warmup, train_chunk, _ = W.make_train(args, env, task, lambda x: x, 100)
+    state, _ = warmup(init(jax.random.key(0)))
+    before = jax.tree.map(np.asarray, (state.agent.actor, state.net))
+    state, (metrics, *_) = train_chunk(state)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, (state.agent.actor, state.net))
+    assert all(x > 0 for x in jax.tree.leaves(moved))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_policies=0), "--num-policies must be at least 1"),
+        (dict(num_policies=1), "one policy has no neighbour"),
+        (dict(task_weight=1.0), "has no reward"),
+        (dict(replay_size=50), "--replay-size"),
+        (dict(chunk=15), "--chunk must be a multiple"),
+        (dict(task="ponit"), "point"),
+    ],
+)
+def test_bad_flags_are_refused_before_work(tmp_path, changes, message):
+    with pytest.raises(envs.InputError, match=message):
+        W.main(tiny(out=str(tmp_path / "no"), **changes))
+    assert not (tmp_path / "no").exists()
+
+
+def test_collapse_and_discriminator_metrics():
+    matrix = jnp.array([[0.0, 1, 5], [1, 0, 4], [5, 4, 0]])
+    m = W.distance_metrics(matrix, "eval")
+    assert float(m["eval/min_w"]) == 2.0 and float(m["eval/smallest_w"]) == 1.0
+    np.testing.assert_allclose(m["eval/pair_mean_w"], 20 / 6, rtol=1e-6)
+    assert int(m["eval/distinct_nearest"]) == 2
+    args = tiny(hidden_sizes=(32, 32))
+    apart = jnp.arange(3.0)[:, None, None, None] * 5 + jax.random.normal(jax.random.key(0), (3, 8, 10, 2))
+    mask = jnp.ones((3, 8, 10), bool)
+    success, accuracy = W.discriminator_success(apart, mask, mask, jax.random.key(1), args)
+    assert success > 0.9 and accuracy > 0.95
+    same = jax.random.normal(jax.random.key(0), (3, 8, 10, 2))
+    even = mask & (jnp.arange(8) % 2 == 0)[:, None]
+    success, _ = W.discriminator_success(same, even, mask & ~even, jax.random.key(1), args)
+    assert success < 0.5  # chance is 1/3

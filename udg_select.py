@@ -1,0 +1,592 @@
+"""UDG's selection: relabel reward-free buffers with a task's reward, pick those that suit it.
+
+Paper      Unsupervised Data Generation for Offline Reinforcement Learning: A Perspective from
+           Model (He et al., 2025), arXiv 2506.19643. No reference code is public.
+Idea       The gap between what a model-based offline learner reaches and the optimum is bounded
+           by W1(rho_beta, rho*), the distance between the state-action distributions of the data
+           and of the optimal policy. Nobody knows rho*; the return under the task's reward stands
+           in for the distance: the buffer of the highest return is the one to learn from.
+
+Algorithm  for K buffers of one world and every task:
+  (1) relabel:  r = task.reward(s, a, s') for all transitions, s -> task.observe(s)
+  (2) score:    J_k = mean over the complete episodes of buffer k of  sum_t r_t
+  (3) rank:     k_1 .. k_K by J_k, highest first
+  (4) mix:      top-n = buffers k_1 .. k_n, in full or cut to --size by whole episodes
+  (5) measure:  W1(i, j) between features of buffers i and j, and W1(k, reference) if given, on n
+                points each: min over permutations p of  1/n sum_i ||x_i - y_p(i)||   (exact)
+
+Symbols    K buffers | N transitions of a buffer | E its episodes | J_k score | n points of W1
+           rewards r [N] | returns sum_t r_t [E] | features f(s') [n, d], task.feature
+
+Deviations
+  D1  paper: does not say whether a buffer is the whole replay or what its first random steps
+      count; here: the whole file counts, the score without the warm-up part stands beside it, and
+      --exclude-warmup leaves that part out of score and data.
+  D2  paper: top 1, top 2 and all mixed differ in size by their number of buffers; here: also at
+      equal size (--size), an equal share of every buffer.
+  D3  paper: W1 appears in the bound and is never measured; here: by exact assignment on
+      subsamples, with the distance between two samples of one buffer on the diagonal, which is
+      what a distance of zero looks like at n points.
+  D4  paper: W1 is over (s, a) in raw units; here: features of s' between buffers, and (s, a) in
+      units of the pooled standard deviation against a reference, so that no unit decides.
+  D5  terminals stay as they were recorded; a task that would have ended an episode where the data
+      goes on is refused.
+
+Files      reads buffers (docs/buffer.md, layout "env"); writes <out>/<task>/: top1.npz, ... (layout
+           "task"), scores.json, returns.png, coverage.png, distances.png; <out>/heatmap.png
+Run        python udg_select.py --quick                                (scripted buffers, seconds)
+           python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60
+           python udg_select.py --buffers 'a/*.npz' --task ant-angle-0 ant-angle-60 --top 1 2 all
+Expect     see docs/udg_select.md
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+import envs
+import envs.buffers
+from envs import buffer_figures, scripted
+
+Words = tuple[tuple[str, ...], ...]  # `--flag a b --flag c` on the command line
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- input ---
+    buffers: tyro.conf.UseAppendAction[Words] = ()
+    """the K buffers: folders, files or quoted globs; several, of one world"""
+    task: tyro.conf.UseAppendAction[Words] = ()
+    """tasks to select for, e.g. ant-angle-60; several allowed"""
+    task_options: tuple[str, ...] = ()
+    """options of the tasks as name=value, e.g. ctrl_cost=0.5; recorded in the files"""
+    reference: str = ""
+    """a buffer of the same world, made by an expert of the task: its W1 to every buffer is shown"""
+    # --- selection ---
+    top: tuple[str, ...] = ("1",)
+    """what to write: numbers n (the n best, mixed) and 'all' (paper: 1, 2 and all)"""
+    size: int = 0
+    """transitions in each written file, by whole episodes in equal shares; 0: all (D2)"""
+    exclude_warmup: bool = False
+    """leave the random warm-up episodes out of score and data (D1)"""
+    seed: int = 0
+    """seed of the subsamples"""
+    # --- distances and output ---
+    w1_points: int = 500
+    """n: points per buffer in a W1; 0: no distances. Cost grows as K^2 n^3"""
+    out: str = ""
+    """folder to write below; empty: runs/udg_select"""
+    overwrite: bool = False
+    """replace files of the same name"""
+    quick: bool = False
+    """make ten scripted point buffers in a temporary folder and select for point-angle-0"""
+
+
+# === data ===
+
+BLOCK = 1 << 18  # rows that are relabelled at a time
+SCORED = ("actions", "root_positions", "root_velocities")  # columns whose values are checked
+WRITTEN = (*SCORED, "observations", "next_observations", "terminals", "timeouts")
+CARRIED = ("goals", "action_log_probs")  # optional columns that are written on where all have them
+
+
+class Source(NamedTuple):
+    """One of the K buffers."""
+
+    name: str  # shortest part of the path that tells it from the others
+    buffer: envs.buffers.Buffer  # memory-mapped: a column is read where it is used
+    policy_id: int
+
+
+def buffer_paths(words):
+    """Expand folders (or their `buffers` folder), files and globs -> list of files."""
+    paths = []
+    for word in words:
+        folder = Path(word)
+        if folder.is_dir():
+            folder = folder / "buffers" if (folder / "buffers").is_dir() else folder
+            found = sorted(folder.glob("*.npz"))
+            if not found:
+                raise envs.InputError(f"{word}: no buffers (*.npz) here; has the run finished?")
+            paths += found
+        else:
+            paths += envs.buffers.find(word)
+    unique = list(dict.fromkeys(paths))
+    if not unique:
+        raise envs.InputError("--buffers: no buffers given; name the folder of a wurl_sac.py run")
+    return unique
+
+
+def short_names(paths):
+    """Return file names, with as many parent folders as it takes to tell them apart."""
+    parts = [path.resolve().with_suffix("").parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise envs.InputError(f"--buffers: {paths[0]} is named twice")
+
+
+def map_buffer(path):
+    """Open a raw buffer; only the columns that are scored are read and checked."""
+    read = {*SCORED, *envs.buffers.STRUCTURE}
+    lazy = tuple(key for key in envs.buffers.COLUMNS if key not in read)
+    buffer = envs.buffers.load(path, quiet=True, unchecked=lazy)
+    for key in SCORED:
+        buffer[key]
+    if buffer.metadata["layout"] != "env":
+        raise envs.InputError(
+            f"{path}: layout: observations are those of task '{buffer.metadata['task']}', not of "
+            "the world. Remedy: use the original buffers, which wurl_sac.py wrote"
+        )
+    return buffer
+
+
+def gear(buffer):
+    """{"gear": 30.0} as recorded, or {}: the one option of a task that changes the physics."""
+    return {k: v for k, v in buffer.metadata["task_options"].items() if k == "gear"}
+
+
+def open_sources(words):
+    """Open K buffers of one world -> list of Source."""
+    paths = buffer_paths(words)
+    opened = [map_buffer(path) for path in paths]
+    worlds = [(b.metadata["env"], b.metadata["dt"], gear(b)) for b in opened]
+    for path, world in zip(paths, worlds, strict=True):
+        if world != worlds[0]:
+            raise envs.InputError(
+                f"{path}: env, dt and gear are {world}, but {paths[0]} has {worlds[0]}. "
+                "Remedy: select among buffers of one world"
+            )
+    ids = [buffer.metadata.get("policy_id") for buffer in opened]
+    if len(set(ids)) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
+        ids = range(len(opened))  # buffers of several runs: number them as they come
+    return [Source(*item) for item in zip(short_names(paths), opened, ids, strict=True)]
+
+
+def parse_options(words):
+    """('ctrl_cost=0.5', 'terminate=true') -> {'ctrl_cost': 0.5, 'terminate': True}."""
+    options = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            value = {"true": True, "false": False}.get(text.lower())
+            options[name] = float(text) if value is None else value
+        except ValueError:
+            raise envs.InputError(f"--task-options: '{word}' is not name=number") from None
+    return options
+
+
+def open_task(name, options, sources):
+    """Return the task, with the physical options (gear) that the buffers were recorded with."""
+    metadata = sources[0].buffer.metadata
+    known = envs.tasks.task_options(name)
+    recorded = {k: v for k, v in gear(sources[0].buffer).items() if k in known}
+    task = envs.task(name, **{**recorded, **options})
+    if task.env != metadata["env"]:
+        raise envs.InputError(
+            f"--task {name} is a task of '{task.env}', the buffers are of '{metadata['env']}'. "
+            f"Remedy: name a task of '{metadata['env']}'"
+        )
+    if not task.has_reward:
+        near = [n for n in envs.task_names() if n.startswith(f"{task.env}-")]
+        raise envs.InputError(f"--task {name} has no reward; tasks here: {', '.join(near)}")
+    for source in sources:
+        sizes = [source.buffer[key].shape[1] for key in ("observations", "actions")]
+        if sizes != [task.env_observation_size, task.action_size]:
+            raise envs.InputError(
+                f"{source.buffer.path}: observations and actions have {sizes} numbers, '{name}' "
+                f"needs {[task.env_observation_size, task.action_size]}. Remedy: record it again"
+            )
+    return task
+
+
+# === relabel ===
+
+
+def transitions(buffer, rows):
+    """Raw Transition of some rows (a slice or indices)."""
+    names = (name for name in envs.Transition._fields if name in buffer.arrays)
+    return envs.Transition(**{name: buffer.arrays[name][rows] for name in names})
+
+
+def relabel(buffer, task):
+    """(1) r = task.reward(s, a, s') -> (N,) float32, in blocks of rows."""
+    rewards = np.empty(len(buffer), np.float32)
+    for start in range(0, len(buffer), BLOCK):
+        rows = slice(start, start + BLOCK)
+        step = transitions(buffer, rows)
+        rewards[rows] = task.reward(step)
+        missed = int((np.asarray(task.terminal(step)) & ~buffer["terminals"][rows]).sum())
+        if missed:  # D5
+            raise envs.InputError(
+                f"{buffer.path}: terminals: '{task.name}' ends an episode in {missed} rows where "
+                "the data goes on. Remedy: collect in the task's world, or without termination"
+            )
+    if not np.isfinite(rewards).all():
+        row = int(np.argmin(np.isfinite(rewards)))
+        raise envs.InputError(
+            f"{buffer.path}: the reward of '{task.name}' is not finite in row {row}. "
+            "Remedy: find where its observations were recorded"
+        )
+    return rewards
+
+
+# === score ===
+
+
+def warmup_episodes(buffer):
+    """(E,) bool: episodes that begin among the random warm-up rows."""
+    starts = buffer["episode_ends"] - buffer["episode_lengths"]
+    return starts < (buffer.metadata["warmup_transitions"] or 0)
+
+
+def warmup_rows(buffer, keep):
+    """Number of warm-up rows among the episodes `keep`."""
+    return int(buffer["episode_lengths"][keep][warmup_episodes(buffer)[keep]].sum())
+
+
+def score_buffer(rewards, buffer, exclude_warmup):
+    """(2) J = mean return of the complete episodes, and what helps to judge it.
+
+    rewards (N,) -> dict: score (what is ranked), score_all, score_trained (without the warm-up
+    episodes; None where nothing else is left), std, top_decile (mean of the best tenth of the
+    episodes), per_step, episodes, returns (list of those episodes).
+    An episode is complete when it terminated or reached the full length; where none did, all count.
+    """
+    ends, lengths = buffer["episode_ends"], buffer["episode_lengths"]
+    returns = np.add.reduceat(rewards.astype(np.float64), ends - lengths)
+    complete = buffer["terminals"][ends - 1] | (lengths >= buffer.metadata["episode_length"])
+    if not complete.any():
+        complete = np.ones(len(ends), bool)
+    trained = complete & ~warmup_episodes(buffer)
+    if exclude_warmup and not trained.any():
+        raise envs.InputError(
+            f"{buffer.path}: holds nothing but warm-up episodes. Remedy: omit --exclude-warmup"
+        )
+    used = trained if exclude_warmup else complete  # D1
+    best = np.sort(returns[used])[::-1][: max(1, int(used.sum()) // 10)]
+    score_all = float(returns[complete].mean())
+    score_trained = float(returns[trained].mean()) if trained.any() else None
+    return {
+        "score": score_trained if exclude_warmup else score_all,
+        "score_all": score_all,
+        "score_trained": score_trained,
+        "std": float(returns[used].std()),
+        "top_decile": float(best.mean()),
+        "per_step": float(returns[used].sum() / lengths[used].sum()),
+        "episodes": int(used.sum()),
+        "returns": returns[used].tolist(),
+    }
+
+
+def rank_buffers(scores):
+    """(3) Indices of the buffers, best first; equal scores keep their order."""
+    return sorted(range(len(scores)), key=lambda k: -scores[k]["score"])
+
+
+# === distance ===
+
+
+def wasserstein(x, y):
+    """(5) Exact W1 of two samples of n points: min over permutations of mean ||x_i - y_p(i)||."""
+    cost = cdist(x, y)
+    return float(cost[linear_sum_assignment(cost)].mean())
+
+
+def sample(buffer, num, rng, args):
+    """Return the Transition of `num` rows (fewer where the buffer is small) in random order."""
+    warmup = warmup_rows(buffer, slice(None)) if args.exclude_warmup else 0
+    usable = len(buffer) - warmup
+    return transitions(buffer, warmup + rng.choice(usable, min(num, usable), replace=False))
+
+
+def pairwise_wasserstein(sources, world, args):
+    """(5) W1 between features of all buffers (K, K); two samples of one on the diagonal."""
+    rng, points = np.random.default_rng(args.seed), []
+    for source in sources:
+        step = sample(source.buffer, 2 * args.w1_points, rng, args)
+        points.append(np.asarray(world.feature(step), np.float64))
+    n = max(1, min(map(len, points)) // 2)
+    matrix = np.zeros((len(points), len(points)))
+    for i, j in zip(*np.triu_indices(len(points)), strict=True):
+        matrix[i, j] = matrix[j, i] = wasserstein(points[i][:n], points[j][-n:])  # D3
+    return matrix
+
+
+def reference_wasserstein(sources, reference, task, args):
+    """(5) W1 of every buffer to the reference -> by features (K,), by state-actions (K,)."""
+    rng, points = np.random.default_rng(args.seed), []
+    for buffer in [*(source.buffer for source in sources), reference]:
+        step = sample(buffer, args.w1_points, rng, args)
+        pairs = np.concatenate([task.observe(step.observations), step.actions], axis=1)
+        points.append((np.asarray(task.feature(step), np.float64), pairs.astype(np.float64)))
+    n = min(len(pairs) for _, pairs in points)
+    spread = np.concatenate([pairs for _, pairs in points]).std(axis=0)
+    unit = np.where(spread > 1e-6, spread, 1.0)  # D4
+    *points, (f, sa) = [(x[:n], z[:n] / unit) for x, z in points]
+    return [wasserstein(x, f) for x, _ in points], [wasserstein(z, sa) for _, z in points]
+
+
+# === selection ===
+
+
+def parse_top(words, num_buffers):
+    """('1', '2', 'all') -> {'top1': 1, 'top2': 2, 'all': K}."""
+    chosen = {}
+    for word in words:
+        num = num_buffers if word == "all" else int(word) if word.isdecimal() else 0
+        if not 1 <= num <= num_buffers:
+            raise envs.InputError(
+                f"--top {word}: there are {num_buffers} buffers. "
+                f"Remedy: 'all' or numbers from 1 to {num_buffers}"
+            )
+        chosen["all" if word == "all" else f"top{num}"] = num
+    return chosen
+
+
+def choose_episodes(sources, args):
+    """(4) Episodes to write of each source -> list of sorted indices; --size in equal shares."""
+    share, chosen = args.size // len(sources), []
+    rng = np.random.default_rng(args.seed)
+    for source in sources:
+        keep = np.arange(source.buffer.num_episodes)
+        if args.exclude_warmup:
+            keep = keep[~warmup_episodes(source.buffer)]
+        if args.size:  # D2
+            order = rng.permutation(keep)
+            reached = np.cumsum(source.buffer["episode_lengths"][order])
+            if reached[-1] < share or reached[0] > share:
+                raise envs.InputError(
+                    f"{source.buffer.path}: --size {args.size} needs {share:,} transitions of it, "
+                    f"of {reached[-1]:,} in whole episodes. Remedy: another --size"
+                )
+            keep = np.sort(order[reached <= share])
+        chosen.append(keep)
+    return chosen
+
+
+@functools.cache
+def file_sha256(path):
+    """Return what `sha256sum` prints for the file."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def gather(sources, rewards, task, episodes):
+    """(4) Arrays of a written file: the chosen episodes of the sources, one after the other."""
+    masks = []
+    for source, keep in zip(sources, episodes, strict=True):
+        chosen = np.isin(np.arange(source.buffer.num_episodes), keep)
+        masks.append(np.repeat(chosen, source.buffer["episode_lengths"]))
+
+    def join(columns, view=np.asarray):
+        parts = zip(columns, masks, strict=True)
+        return np.concatenate([view(c if mask.all() else c[mask]) for c, mask in parts])
+
+    shared = [key for key in CARRIED if all(key in s.buffer.arrays for s in sources)]
+    columns = {key: [s.buffer[key] for s in sources] for key in (*WRITTEN, *shared)}
+    views = {"observations": task.observe, "next_observations": task.observe}
+    arrays = {key: join(columns[key], views.get(key, np.asarray)) for key in columns}
+    ids = [np.full(len(s.buffer), s.policy_id, np.int32) for s in sources]
+    return {**arrays, "rewards": join(rewards), "policy_ids": join(ids)}
+
+
+def provenance(source, keep, score):
+    """Where rows of a written file come from: file name, digest, what was taken, its score."""
+    return {
+        "path": Path(source.buffer.path).name,
+        "name": source.name,
+        "sha256": file_sha256(source.buffer.path),
+        "policy_id": source.policy_id,
+        "score": score["score"],
+        "num_transitions": int(source.buffer["episode_lengths"][keep].sum()),
+        "num_episodes": len(keep),
+        "warmup_transitions": warmup_rows(source.buffer, keep),
+    }
+
+
+def write_selection(path, label, chosen, rewards, scores, task, args):
+    """Write one selection -> its entry in scores.json."""
+    for source in chosen:  # values that scoring did not look at
+        envs.buffers.load(source.buffer.path, ("observations", "next_observations"), quiet=True)
+    episodes = choose_episodes(chosen, args)
+    arrays = gather(chosen, rewards, task, episodes)
+    parents = [provenance(*item) for item in zip(chosen, episodes, scores, strict=True)]
+    warmup = [parent["warmup_transitions"] for parent in parents]
+    metadata = {
+        "dataset_name": f"{task.name}-udg-{label}",
+        "env": task.env,
+        "task": task.name,
+        "layout": "task",
+        "reward_kind": "relabelled",
+        "task_options": task.options,
+        "dt": task.dt,
+        "episode_length": max(source.buffer.metadata["episode_length"] for source in chosen),
+        "generator": {"script": "udg_select.py", "flags": portable_flags(args)},
+        "seed": args.seed,
+        "warmup_transitions": None if any(warmup[1:]) else warmup[0],
+        "reference": task.reference,
+        "backend": chosen[0].buffer.metadata.get("backend"),
+        "parents": parents,
+    }
+    envs.buffers.save(path, arrays, metadata)
+    saved = envs.buffers.load(path, ("rewards",), quiet=True)
+    print(f"wrote {saved.summary()} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
+    keys = ("num_transitions", "num_episodes", "mean_return", "std_return")
+    return {"file": path.name, "parents": parents, **{key: saved.metadata[key] for key in keys}}
+
+
+def portable_flags(args):
+    """Flags for the metadata: file names without their folders, which mean nothing elsewhere."""
+    flags = dataclasses.asdict(args)
+    flags["buffers"] = [Path(word).name for word in flatten(args.buffers)]
+    return {**flags, "reference": Path(args.reference).name, "out": Path(args.out).name}
+
+
+# === run ===
+
+
+def flatten(words):
+    """(("a", "b"), ("c",)) or ("a", "b", "c") -> ["a", "b", "c"]."""
+    return [w for word in words for w in ((word,) if isinstance(word, str) else word)]
+
+
+def show_table(task, sources, scores, order, to_reference):
+    """Print the ranking, aligned."""
+    width = max(6, *(len(source.name) for source in sources))
+    head = f"{'rank':>4}  {'buffer':<{width}} {'return':>10} {'std':>9} {'top 10%':>9} "
+    head += f"{'per step':>9} {'trained':>9} {'episodes':>8}"
+    head += "" if to_reference is None else f" {'W1 ref f':>9} {'W1 ref sa':>9}"
+    print(f"\n{task.name}: mean return of complete episodes\n{head}")
+    for rank, k in enumerate(order, start=1):
+        s = scores[k]
+        trained = "-" if s["score_trained"] is None else f"{s['score_trained']:.2f}"
+        line = f"{rank:>4}  {sources[k].name:<{width}} {s['score']:>10.2f} {s['std']:>9.2f} "
+        line += f"{s['top_decile']:>9.2f} {s['per_step']:>9.4f} {trained:>9} {s['episodes']:>8}"
+        if to_reference is not None:
+            line += "".join(f" {values[k]:>9.3f}" for values in to_reference)
+        print(line)
+    print(flush=True)
+
+
+def planned_files(out, tasks, selections, args):
+    """{(task name, selection): path}, refused where one is there already."""
+    tail = (f"-size{args.size}" if args.size else "") + ("-trained" if args.exclude_warmup else "")
+    files = {
+        (task.name, label): out / task.name / f"{label}{tail}.npz"
+        for task in tasks
+        for label in selections
+    }
+    for path in files.values():
+        if path.exists() and not args.overwrite:
+            raise envs.InputError(f"{path}: exists. Remedy: --overwrite, or another --out")
+    return files
+
+
+def select(task, sources, reference, matrix, selections, files, args):
+    """Everything for one task: relabel, score, rank, write, show -> entry of the heat map (K,)."""
+    rewards = [relabel(source.buffer, task) for source in sources]
+    scores = [
+        score_buffer(r, source.buffer, args.exclude_warmup)
+        for r, source in zip(rewards, sources, strict=True)
+    ]
+    order = rank_buffers(scores)
+    to_reference = None
+    if reference is not None and args.w1_points:
+        to_reference = reference_wasserstein(sources, reference, task, args)
+    show_table(task, sources, scores, order, to_reference)
+    written = {}
+    for label, num in selections.items():
+        chosen = order[:num]
+        parts = ([items[k] for k in chosen] for items in (sources, rewards, scores))
+        path = files[task.name, label]
+        written[label] = write_selection(path, path.stem, *parts, task, args)
+    names, folder = [source.name for source in sources], path.parent
+    buffer_figures.plot_returns(folder / "returns.png", task, names, scores, order)
+    buffer_figures.plot_coverage(folder / "coverage.png", task, sources, scores, order)
+    if matrix is not None:
+        drawn = (task, names, scores, order, matrix, to_reference)
+        buffer_figures.plot_distances(folder / "distances.png", *drawn)
+    plain = [{key: value for key, value in s.items() if key != "returns"} for s in scores]
+    report = {
+        "task": task.name,
+        "task_options": task.options,
+        "flags": portable_flags(args),
+        "ranking": [names[k] for k in order],
+        "buffers": dict(zip(names, plain, strict=True)),
+        "selections": written,
+        "w1_features": None if matrix is None else matrix.tolist(),
+        "w1_to_reference": to_reference,
+    }
+    write_json(folder / "scores.json", report)
+    return [s["score"] for s in scores]
+
+
+def write_json(path, value):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False))
+    os.replace(temporary, path)
+
+
+def main(args) -> dict[str, Any]:
+    """Select for every task -> {task name: scores of the K buffers}."""
+    if args.quick:
+        given = dict(task=args.task or ("point-angle-0",), out=args.out or "runs/udg_select/quick")
+        with tempfile.TemporaryDirectory() as folder:
+            scripted.point_buffers(folder, args.seed)
+            given |= dict(buffers=(folder,), overwrite=True, quick=False)
+            return main(dataclasses.replace(args, **given))
+    started = time.time()
+    if not args.task:
+        raise envs.InputError("--task: name at least one, e.g. --task ant-angle-60")
+    if args.size < 0 or args.w1_points < 0:
+        raise envs.InputError("--size and --w1-points: give 0 or a positive number")
+    options = parse_options(args.task_options)
+    names = dict.fromkeys(flatten(args.task))
+    for name in names:
+        envs.task(name)  # a wrong name is refused before anything is read
+    sources = open_sources(flatten(args.buffers))
+    selections = parse_top(args.top, len(sources))
+    tasks = [open_task(name, options, sources) for name in names]
+    out = Path(args.out or "runs/udg_select")
+    files = planned_files(out, tasks, selections, args)
+    reference = open_sources([args.reference])[0].buffer if args.reference else None
+    if reference is not None and reference.metadata["env"] != tasks[0].env:
+        raise envs.InputError(f"--reference {args.reference}: is not of world '{tasks[0].env}'")
+    rows = sum(len(source.buffer) for source in sources)
+    print(f"{len(sources)} buffers of '{tasks[0].env}', {rows:,} transitions", flush=True)
+
+    world = envs.task(tasks[0].env)
+    matrix = pairwise_wasserstein(sources, world, args) if args.w1_points else None
+    table = {}
+    for task in tasks:
+        (out / task.name).mkdir(parents=True, exist_ok=True)
+        table[task.name] = select(task, sources, reference, matrix, selections, files, args)
+    labels = [source.name for source in sources]
+    values = np.array(list(table.values())).T
+    buffer_figures.plot_heatmap(out / "heatmap.png", labels, list(table), values)
+    first = next(iter(files.values()))
+    print(f"{out}: figures, scores.json; {time.time() - started:.1f} s\n"
+          f"next: python mopo.py --dataset {first}", flush=True)  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except envs.InputError as error:
+        sys.exit(f"udg_select.py: error: {error}")
