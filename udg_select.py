@@ -50,7 +50,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -69,7 +69,7 @@ class Args:
     # --- input ---
     buffers: tyro.conf.UseAppendAction[Words] = ()
     """the K buffers: folders, files or quoted globs; several, of one world"""
-    task: tyro.conf.UseAppendAction[Words] = ()
+    tasks: Annotated[tyro.conf.UseAppendAction[Words], tyro.conf.arg(name="task")] = ()
     """tasks to select for, e.g. ant-angle-60; several allowed"""
     task_options: tuple[str, ...] = ()
     """options of the tasks as name=value, e.g. ctrl_cost=0.5; recorded in the files"""
@@ -274,9 +274,7 @@ def score_buffer(rewards, buffer, exclude_warmup):
         complete = np.ones(len(ends), bool)
     trained = complete & ~warmup_episodes(buffer)
     if exclude_warmup and not trained.any():
-        raise envs.InputError(
-            f"{buffer.path}: holds nothing but warm-up episodes. Remedy: omit --exclude-warmup"
-        )
+        raise envs.InputError(f"{buffer.path}: holds nothing but warm-up episodes. Remedy: omit --exclude-warmup")
     used = trained if exclude_warmup else complete  # D1
     best = np.sort(returns[used])[::-1][: max(1, int(used.sum()) // 10)]
     score_all = float(returns[complete].mean())
@@ -328,17 +326,21 @@ def pairwise_wasserstein(sources, world, args):
 
 
 def reference_wasserstein(sources, reference, task, args):
-    """(5) W1 of every buffer to the reference -> by features (K,), by state-actions (K,)."""
+    """(5) W1 to the reference by features (K + 1,) and by state-actions (K + 1,).
+
+    The last entry is the reference against itself, on two samples: the floor (D3).
+    """
     rng, points = np.random.default_rng(args.seed), []
     for buffer in [*(source.buffer for source in sources), reference]:
-        step = sample(buffer, args.w1_points, rng, args)
+        step = sample(buffer, 2 * args.w1_points, rng, args)
         pairs = np.concatenate([task.observe(step.observations), step.actions], axis=1)
         points.append((np.asarray(task.feature(step), np.float64), pairs.astype(np.float64)))
-    n = min(len(pairs) for _, pairs in points)
     spread = np.concatenate([pairs for _, pairs in points]).std(axis=0)
     unit = np.where(spread > 1e-6, spread, 1.0)  # D4
-    *points, (f, sa) = [(x[:n], z[:n] / unit) for x, z in points]
-    return [wasserstein(x, f) for x, _ in points], [wasserstein(z, sa) for _, z in points]
+    n = max(1, min(len(pairs) for _, pairs in points) // 2)
+    f, sa = points[-1]
+    by_features = [wasserstein(x[:n], f[-n:]) for x, _ in points]
+    return by_features, [wasserstein(z[:n] / unit, sa[-n:] / unit) for _, z in points]
 
 
 # === selection ===
@@ -351,8 +353,7 @@ def parse_top(words, num_buffers):
         num = num_buffers if word == "all" else int(word) if word.isdecimal() else 0
         if not 1 <= num <= num_buffers:
             raise envs.InputError(
-                f"--top {word}: there are {num_buffers} buffers. "
-                f"Remedy: 'all' or numbers from 1 to {num_buffers}"
+                f"--top {word}: there are {num_buffers} buffers. Remedy: 'all' or numbers from 1 to {num_buffers}"
             )
         chosen["all" if word == "all" else f"top{num}"] = num
     return chosen
@@ -480,17 +481,16 @@ def show_table(task, sources, scores, order, to_reference):
         if to_reference is not None:
             line += "".join(f" {values[k]:>9.3f}" for values in to_reference)
         print(line)
+    if to_reference is not None:
+        floor = "".join(f" {values[-1]:>9.3f}" for values in to_reference)
+        print(f"{'two samples of the reference itself':<{len(head) - 20}}{floor}")
     print(flush=True)
 
 
 def planned_files(out, tasks, selections, args):
     """{(task name, selection): path}, refused where one is there already."""
     tail = (f"-size{args.size}" if args.size else "") + ("-trained" if args.exclude_warmup else "")
-    files = {
-        (task.name, label): out / task.name / f"{label}{tail}.npz"
-        for task in tasks
-        for label in selections
-    }
+    files = {(task.name, label): out / task.name / f"{label}{tail}.npz" for task in tasks for label in selections}
     for path in files.values():
         if path.exists() and not args.overwrite:
             raise envs.InputError(f"{path}: exists. Remedy: --overwrite, or another --out")
@@ -500,10 +500,7 @@ def planned_files(out, tasks, selections, args):
 def select(task, sources, reference, matrix, selections, files, args):
     """Everything for one task: relabel, score, rank, write, show -> entry of the heat map (K,)."""
     rewards = [relabel(source.buffer, task) for source in sources]
-    scores = [
-        score_buffer(r, source.buffer, args.exclude_warmup)
-        for r, source in zip(rewards, sources, strict=True)
-    ]
+    scores = [score_buffer(r, source.buffer, args.exclude_warmup) for r, source in zip(rewards, sources, strict=True)]
     order = rank_buffers(scores)
     to_reference = None
     if reference is not None and args.w1_points:
@@ -545,18 +542,18 @@ def write_json(path, value):
 def main(args) -> dict[str, Any]:
     """Select for every task -> {task name: scores of the K buffers}."""
     if args.quick:
-        given = dict(task=args.task or ("point-angle-0",), out=args.out or "runs/udg_select/quick")
+        given = dict(tasks=args.tasks or ("point-angle-0",), out=args.out or "runs/udg_select/quick")
         with tempfile.TemporaryDirectory() as folder:
             scripted.point_buffers(folder, args.seed)
             given |= dict(buffers=(folder,), overwrite=True, quick=False)
             return main(dataclasses.replace(args, **given))
     started = time.time()
-    if not args.task:
+    if not args.tasks:
         raise envs.InputError("--task: name at least one, e.g. --task ant-angle-60")
     if args.size < 0 or args.w1_points < 0:
         raise envs.InputError("--size and --w1-points: give 0 or a positive number")
     options = parse_options(args.task_options)
-    names = dict.fromkeys(flatten(args.task))
+    names = dict.fromkeys(flatten(args.tasks))
     for name in names:
         envs.task(name)  # a wrong name is refused before anything is read
     sources = open_sources(flatten(args.buffers))

@@ -1043,23 +1043,22 @@ def train_policies(state, train_chunk, evaluation, args, task, folder, files, lo
     return state, *evaluate_now(50)  # the authors' protocol
 
 
-def finish(folder, args, task, env, files, rollouts, actor, snapshot, observe, episode_length):
+def finish(folder, args, task, env, files, warmup, rollouts, actor, snapshot, observe, episode_length):
     """Everything a finished run leaves behind: buffers, policy, figures."""
     metadata = {
         "dataset_name": f"{task.name}-wurl-seed{args.seed}", "env": task.env, "layout": "env",
         "task": task.name, "reward_kind": "task" if task.has_reward else "none", "task_options": task.options,
         "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
         "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
-        "warmup_transitions": round_sizes(args, episode_length)[0] * args.num_envs * episode_length,
     }  # fmt: skip
     drop = ("action_log_probs",)  # the policy has moved on: a density is worth keeping of fresh rollouts only
     if args.collect == "rollouts":  # in place of the training data
-        metadata["warmup_transitions"], drop = 0, ("pseudo_rewards",)
+        warmup, drop = [0] * args.num_policies, ("pseudo_rewards",)
         files = envs.episodes.EpisodeFiles(files.folder, args.num_policies, env.observation_size, env.action_size)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 2), args.num_policies)
         steps = jax.jit(rollouts, static_argnums=2)(actor, keys, args.rollout_episodes)
         record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
-    files.finish(metadata, drop)
+    files.finish(metadata, warmup, drop)
     about = {"task": task.name, "observations": "task" if observe is task.observe else "env"}
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
     write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
@@ -1101,12 +1100,14 @@ def main(args):
     if not args.resume:
         state, (_, _, steps, pseudo_rewards) = warmup(state)
         record(files, task, steps, pseudo_rewards)
+        meta["warmup"] = list(files.counts)
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
 
     state, metrics, snapshot = train_policies(
         state, train_chunk, evaluation, args, task, folder, files, logger, save
     )
-    finish(folder, args, task, env, files, rollouts, state.agent.actor, snapshot, observe, episode_length)
+    actor = state.agent.actor
+    finish(folder, args, task, env, files, meta["warmup"], rollouts, actor, snapshot, observe, episode_length)
     print(f"{folder}: buffers/policy_*.npz, policy.npz, trajectories.png, distances.png; {time.time() - started:.0f} s")
     print(f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)
     return {k: np.asarray(v) for k, v in metrics.items()}

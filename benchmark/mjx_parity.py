@@ -1,6 +1,6 @@
 """How far MJX drifts from C MuJoCo, and how fast both are on this machine.
 
-    python benchmark/mjx_parity.py                       parity of four robots, about 10 minutes on 2 cores
+    python benchmark/mjx_parity.py                       parity of four robots
     python benchmark/mjx_parity.py --robots ant --speed  and steps per second of both back ends
     python benchmark/mjx_parity.py --speed --batches 256 4096 16384      on a GPU
 
@@ -42,7 +42,8 @@ def play(env, states, actions):
         now = states.pipeline_state
         return states, (now.qpos, now.qvel, states.reward)
 
-    return jax.tree.map(np.asarray, jax.jit(lambda s, a: jax.lax.scan(advance, s, a)[1])(states, actions))
+    run = jax.jit(lambda states, actions: jax.lax.scan(advance, states, actions)[1])
+    return jax.tree.map(np.asarray, run(states, actions))
 
 
 def starts(env, num_starts, seed):
@@ -125,7 +126,8 @@ def check(robot, table):
         for name, limit in zip(("qpos", "qvel"), limits, strict=True):
             median = table[steps][name][0] if steps in table else 0.0
             if not median <= limit:
-                failures.append(f"{robot}: median {name} error after {steps}: {median:.2g} > {limit:g}")
+                message = f"{robot}: median {name} error after {steps} steps"
+                failures.append(f"{message}: {median:.2g} > {limit:g}")
     return failures
 
 
@@ -164,7 +166,8 @@ def main(argv=None):
             failures += check(robot, table)
             results["parity"][robot] = table
     if args.speed:
-        print("\n| robot | back end | environments | steps per second | compile s |\n|---|---|---|---|---|")
+        print("\n| robot | back end | environments | steps per second | compile s |")
+        print("|---|---|---|---|---|")
         for robot, backend, batch in [
             (r, b, n) for r in args.robots for b in ("mujoco", "mjx") for n in args.batches
         ]:

@@ -167,12 +167,13 @@ def plot_distances(path, task, names, scores, order, matrix, to_reference):
         values = [scores[k]["score"] for k in range(len(names))]
         spaces = (f"({space})", "(s, a), standardised")
         for axis, distance, where in zip(axes[1:], to_reference, spaces, strict=True):
-            axis.scatter(distance, values, color="tab:blue")
+            axis.scatter(distance[:-1], values, color="tab:blue")
             axis.scatter(distance[order[0]], values[order[0]], color="tab:orange", label="top 1")
+            axis.axvline(distance[-1], color="gray", ls=":", label="reference to itself")
             for k, name in enumerate(names):
                 spot = (distance[k], values[k])
                 axis.annotate(name, spot, xytext=(4, 3), textcoords="offset points", fontsize=7)
             axis.set(xlabel=f"W1 to the reference in {where}", ylabel="mean return")
-            axis.margins(x=0.2)
-            axis.legend(frameon=False, loc="lower left")
+            axis.margins(x=0.25)
+            axis.legend(frameon=False, loc="upper right")
     figure.savefig(path, dpi=110)

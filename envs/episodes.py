@@ -72,13 +72,17 @@ class EpisodeFiles:
                 raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
             self.counts[k] += len(rows)
 
-    def finish(self, metadata, drop=()):
-        """Write policy_XX.npz of every file, without the columns `drop`, then remove the row files."""
+    def finish(self, metadata, warmup, drop=()):
+        """Write policy_XX.npz of every file, without the columns `drop`, then remove the row files.
+
+        metadata: of all; warmup: of each policy, how many of its first rows were made by random actions.
+        """
         for k, path in enumerate(self.paths):
-            rows = np.memmap(path, self.dtype, "r")
+            rows = np.memmap(path, self.dtype, "r")  # never empty: a run begins with its warm-up
             names = [name for name in self.dtype.names if name not in drop]
             arrays = {name: np.ascontiguousarray(rows[name]) for name in names}
-            buffers.save(path.with_suffix(".npz"), arrays, {**metadata, "policy_id": k})
+            own = {"policy_id": k, "warmup_transitions": warmup[k]}
+            buffers.save(path.with_suffix(".npz"), arrays, {**metadata, **own})
         for path in self.paths:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

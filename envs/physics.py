@@ -10,13 +10,13 @@ Same XML, start, observation, reward and termination. A step that makes the simu
 observations, not a termination.
 """
 
-import atexit
 import contextlib
 import functools
 import importlib.util
 import os
 import pathlib
 import threading
+import weakref
 from typing import NamedTuple
 
 import jax
@@ -182,7 +182,7 @@ class _CEngine:
         self.pool = rollout.Rollout(nthread=num_threads)
         # Several devices of one process call back at once; the pool's MjData are not theirs alone.
         self.lock = threading.Lock()
-        atexit.register(self.pool.close)
+        weakref.finalize(self, self.pool.close)  # ends its threads with the engine, or at exit
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         self.shapes = (
             jax.ShapeDtypeStruct((2 * self.size,), jnp.uint32),

@@ -1,4 +1,4 @@
-"""Point robots in pure JAX: a free plane and a small tree-shaped maze (worlds of WURL, section 5)."""
+"""Point robots in pure JAX: a free plane and a small tree-shaped maze (worlds of WURL)."""
 
 from typing import NamedTuple
 

@@ -328,8 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", help="a run's folder, or a buffer file")
     parser.add_argument("--out", help="folder for the pictures (default: RUN/render)")
-    parser.add_argument("--episode", default="best", help="best (default), last, or a number from 0")
-    parser.add_argument("--max-frames", type=int, default=100, help="steps are skipped beyond these")
+    parser.add_argument("--episode", default="best", help="best, last, or a number from 0")
+    parser.add_argument("--max-frames", type=int, default=100, help="beyond, steps are skipped")
     parser.add_argument("--width", type=int, default=320, help="pixels, even")
     parser.add_argument("--height", type=int, default=240, help="pixels, even")
     parser.add_argument("--html", action="store_true", help=f"brax's viewer too. {VIEWER_NOTE}")

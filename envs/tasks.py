@@ -383,4 +383,5 @@ def check_options(name: str, options: dict, known: tuple[str, ...]) -> None:
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, task_names(), n=5, cutoff=0.5)
     hint = f"; near names: {', '.join(near)}" if near else ""
-    return f"no environment or task is called '{name}'{hint}; all: {', '.join(_BUILDERS)}, brax/<name>"
+    known = ", ".join((*_BUILDERS, "brax/<name>"))
+    return f"no environment or task is called '{name}'{hint}; all: {known}"

@@ -9,8 +9,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from envs import InputError, buffer_figures, buffers
 
@@ -321,6 +323,40 @@ def test_flipped_bytes_never_escape(tmp_path):
     assert caught > 200
 
 
+RELAXED = hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+
+
+@RELAXED
+@hypothesis.given(data=st.binary(max_size=300), ending=st.booleans())
+def test_any_bytes_are_refused(tmp_path, data, ending):
+    """Also behind a valid, empty zip directory."""
+    path = tmp_path / "any.npz"
+    path.write_bytes(data + (b"PK\x05\x06" + bytes(18) if ending else b""))
+    refused(path, "any.npz")
+
+
+@RELAXED
+@hypothesis.given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    state=st.integers(1, 4),
+    action=st.integers(1, 3),
+    terminal=st.sets(st.integers(0, 5)),
+    compressed=st.booleans(),
+)
+def test_any_episodes_round_trip(tmp_path, lengths, state, action, terminal, compressed):
+    arrays = make_arrays(lengths, state, action, terminal=terminal)
+    metadata = make_metadata(warmup_transitions=0)
+    path = buffers.save(tmp_path / "any.npz", arrays, metadata, compressed=compressed)
+    buffer = buffers.load(path, quiet=True, verify=True)
+    for key, value in arrays.items():
+        np.testing.assert_array_equal(buffer[key], value)
+    assert list(buffer["episode_lengths"]) == lengths
+
+
 @pytest.mark.parametrize(
     "changes, word",
     [
@@ -537,9 +573,7 @@ def test_inspect_command(saved, tmp_path):
     path, _ = saved
     figure = tmp_path / "figure.png"
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "envs.buffers", "inspect"]
-    done = subprocess.run(
-        [*command, str(path), "--figure", str(figure)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, str(path), "--figure", str(figure)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in ("15 transitions", "root_velocities", "15x3", "dataset_name", "verdict"):
         assert word in done.stdout

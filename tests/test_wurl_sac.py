@@ -31,12 +31,18 @@ def golden(name):
         return {key: file[key] for key in file.files}
 
 
+pairwise_apwd = jax.jit(W.pairwise_apwd)
+apwd_reward = jax.jit(W.apwd_reward, static_argnames="args")
+critic_loss = jax.jit(W.wurl_critic_loss, static_argnames="args")
+actor_loss = jax.jit(W.wurl_actor_loss, static_argnames="args")
+
+
 def cost_of(a, b, v, pad=0):
     """c(t) of one pair through the script's own function, with `pad` rows of junk that the masks hide."""
     f = jnp.float32
     padded = lambda x: jnp.concatenate([jnp.asarray(x, f), jnp.full((pad, x.shape[1]), 3.3, f)])[None]
     mask = lambda x: (jnp.arange(len(x) + pad) < len(x))[None]
-    cost = W.pairwise_apwd(padded(a), mask(a), padded(b), mask(b), jnp.asarray(v, f))
+    cost = pairwise_apwd(padded(a), mask(a), padded(b), mask(b), jnp.asarray(v, f))
     return np.asarray(cost[0, 0])
 
 
@@ -72,7 +78,7 @@ def test_pairwise_golden(name):
     K, D, _ = g["S"].shape
     f = lambda x: jnp.asarray(x, jnp.float32)
     ones = lambda x: jnp.ones(x.shape[:2], bool)
-    cost = W.pairwise_apwd(f(g["S"]), ones(g["S"]), f(g["Tg"]), ones(g["Tg"]), f(g["V"]))
+    cost = pairwise_apwd(f(g["S"]), ones(g["S"]), f(g["Tg"]), ones(g["Tg"]), f(g["V"]))
     np.testing.assert_allclose(cost.mean(-1), g["pair_w"], atol=1e-4)
     scale, bc = float(g["scale"]), int(g["bc"])
     for rescale, expected in ((True, g["reward_rescaled"]), (False, g["reward_unscaled"])):
@@ -82,7 +88,7 @@ def test_pairwise_golden(name):
         source = jnp.zeros((K, 1, columns, g["S"].shape[-1])).at[:, 0, :D].set(f(g["S"]))
         alive = jnp.broadcast_to(jnp.arange(columns) < D, (K, 1, columns))
         target, there = f(g["Tg"])[:, None], ones(g["Tg"])[:, None]
-        reward, _ = W.apwd_reward(source, alive, target, there, f(g["V"]), args)
+        reward, _ = apwd_reward(source, alive, target, there, f(g["V"]), args=args)
         factor = columns / bc if rescale else 1.0  # golden: bc / D also where D > bc
         np.testing.assert_allclose(reward[:, 0, :D], expected * factor, rtol=2e-4, atol=2e-4 * scale)
         assert np.all(np.asarray(reward)[:, 0, D:] == 0.0)
@@ -93,10 +99,10 @@ def test_identity_and_general_plan_agree():
     points = jax.random.normal(key_a, (3, 40, 2))
     directions = W.unit_directions(key_v, 6, 2)
     all_valid = jnp.ones((3, 40), bool)
-    fast = W.pairwise_apwd(points, all_valid, points, all_valid, directions)
+    fast = pairwise_apwd(points, all_valid, points, all_valid, directions)
     padded = jnp.pad(points, ((0, 0), (0, 5), (0, 0)), constant_values=7.0)
     mask = jnp.pad(all_valid, ((0, 0), (0, 5)))
-    general = W.pairwise_apwd(padded, mask, padded, mask, directions)
+    general = pairwise_apwd(padded, mask, padded, mask, directions)
     np.testing.assert_allclose(fast, general[:, :, :40], atol=1e-5)
 
 
@@ -125,7 +131,7 @@ def test_reward_pays_the_state_an_action_leads_to():
     features = jnp.stack([jnp.stack([t, 0 * t], -1), jnp.stack([-t, 0 * t], -1)])[:, None]
     alive = jnp.ones((2, 1, 10), bool)
     args = tiny(num_policies=2)
-    reward, distances = W.apwd_reward(features, alive, features, alive, jnp.eye(2)[:1], args)
+    reward, distances = apwd_reward(features, alive, features, alive, jnp.eye(2)[:1], args=args)
     # along x the monotone plan pairs rank with rank: 1..10 with -10..-1, each 11 away
     np.testing.assert_allclose(reward, 11.0, atol=1e-5)
     np.testing.assert_allclose(distances, [[0, 11], [11, 0]], atol=1e-5)
@@ -136,8 +142,8 @@ def test_pwd_pays_the_same_total_at_the_last_step():
     alive = jnp.arange(8) < jnp.array([8, 5])[None, :, None]
     alive = jnp.broadcast_to(alive, (3, 2, 8))
     directions = W.unit_directions(jax.random.key(2), 4, 2)
-    dense, _ = W.apwd_reward(features, alive, features, alive, directions, tiny(rescale_episodes=False))
-    sparse, _ = W.apwd_reward(features, alive, features, alive, directions, tiny(objective="pwd"))
+    dense, _ = apwd_reward(features, alive, features, alive, directions, args=tiny(rescale_episodes=False))
+    sparse, _ = apwd_reward(features, alive, features, alive, directions, args=tiny(objective="pwd"))
     lengths = np.array([8, 5])
     np.testing.assert_allclose(sparse.sum(-1), dense.sum(-1) / lengths, rtol=1e-5)
     assert np.count_nonzero(np.asarray(sparse)) == 6
@@ -149,7 +155,7 @@ def test_episode_rescaling_gives_short_episodes_the_same_total():
     for length in (10, 4):
         alive = jnp.broadcast_to(jnp.arange(10) < length, (2, 1, 10))
         directions = W.unit_directions(jax.random.key(2), 4, 2)
-        reward, distances = W.apwd_reward(features, alive, features, alive, directions, tiny())
+        reward, distances = apwd_reward(features, alive, features, alive, directions, args=tiny())
         np.testing.assert_allclose(reward.sum(-1)[0, 0], 10 * distances[0, 1], rtol=1e-4)
 
 
@@ -219,7 +225,7 @@ def numpy_tanh_normal(mean, log_std, noise):
 
 def test_critic_loss_oracle_and_gradients():
     args, batch, net, actor, critic, target, key = sac_case()
-    loss, _ = W.wurl_critic_loss(critic, target, actor, 0.3, batch, key, args)
+    loss, _ = critic_loss(critic, target, actor, 0.3, batch, key, args=args)
     mean, log_std = net.apply(actor, batch.next_observations)
     a, log_prob = numpy_tanh_normal(mean, log_std, jax.random.normal(key, mean.shape))
     next_q = numpy_q(target, batch.next_observations, a).min(0)
@@ -227,7 +233,7 @@ def test_critic_loss_oracle_and_gradients():
     y = np.asarray(batch.rewards) + args.gamma * live * (next_q - 0.3 * log_prob)
     q = numpy_q(critic, batch.observations, batch.actions)
     np.testing.assert_allclose(loss, ((q - y) ** 2).mean(-1).sum(), rtol=1e-5)
-    loss_of = lambda *p: W.wurl_critic_loss(*p, 0.3, batch, key, args)[0]
+    loss_of = lambda *p: critic_loss(*p, 0.3, batch, key, args=args)[0]
     grads = jax.grad(loss_of, (0, 1, 2))(critic, target, actor)
     sizes = [sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(g)) for g in grads]
     assert sizes[0] > 0 and sizes[1] == 0 and sizes[2] == 0
@@ -235,16 +241,16 @@ def test_critic_loss_oracle_and_gradients():
 
 def test_actor_loss_oracle_and_gradients():
     args, batch, net, actor, critic, _, key = sac_case()
-    loss, metrics = W.wurl_actor_loss(actor, critic, 0.3, batch, key, args)
+    loss, metrics = actor_loss(actor, critic, 0.3, batch, key, args=args)
     mean, log_std = net.apply(actor, batch.observations)
     a, log_prob = numpy_tanh_normal(mean, log_std, jax.random.normal(key, mean.shape))
     q = numpy_q(critic, batch.observations, a).min(0)
     np.testing.assert_allclose(loss, (0.3 * log_prob - q).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["train/entropy"], -log_prob.mean(), rtol=1e-5)
-    grads = jax.grad(lambda p: W.wurl_actor_loss(p, critic, 0.3, batch, key, args)[0])(actor)
+    grads = jax.grad(lambda p: actor_loss(p, critic, 0.3, batch, key, args=args)[0])(actor)
     direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape), actor)
     step = lambda h: jax.tree.map(lambda p, d: p + h * d, actor, direction)
-    at = lambda h: float(W.wurl_actor_loss(step(h), critic, 0.3, batch, key, args)[0])
+    at = lambda h: float(actor_loss(step(h), critic, 0.3, batch, key, args=args)[0])
     slope = sum(float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
     np.testing.assert_allclose((at(2e-4) - at(-2e-4)) / 4e-4, slope, rtol=3e-2)
 
@@ -274,7 +280,7 @@ def test_update_order():
     new, _ = W.wurl_update(agent, ring, key, args, lambda x: x)
     key_batch, _, key_actor = jax.random.split(key, 3)
     rows = W.ring_sample(ring, key_batch, 6)
-    grads = jax.grad(lambda p: W.wurl_actor_loss(p, new.critic, jnp.exp(log_alpha), rows, key_actor, args)[0])(actor)
+    grads = jax.grad(lambda p: actor_loss(p, new.critic, jnp.exp(log_alpha), rows, key_actor, args=args)[0])(actor)
     step, _ = W.adam(args).update(grads, init(actor))
     for got, want in zip(*map(jax.tree.leaves, (new.actor, W.optax.apply_updates(actor, step))), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The runs behind docs/wurl_sac.md. Pick parts by name: benchmark/wurl_sac.sh point scale ant paper
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+point() { # 5 seeds, about 3 minutes each on 2 cores
+    for seed in 0 1 2 3 4; do python wurl_sac.py --task point --seed $seed; done
+}
+
+scale() { # reward scale on the point robot, 1 seed each
+    for scale in 0.3 3 10 50; do
+        python wurl_sac.py --task point --reward-scale $scale --out runs/wurl_sac/point/scale$scale
+    done
+}
+
+ant() { # the main job, under 30 minutes on 2 cores
+    python wurl_sac.py --num-policies 10
+}
+
+cheetah() {
+    python wurl_sac.py --task cheetah
+}
+
+paper() { # 200k steps and updates a policy: about 1 h 40 min on 2 cores, for a GPU
+    python wurl_sac.py --num-policies 10 --preset paper --out runs/wurl_sac/ant/paper-seed0
+}
+
+for part in "${@:-point}"; do $part; done
+python results/collect.py runs/wurl_sac/*/*

@@ -1,0 +1,781 @@
+"""mopo.py against goldens, plain numpy and worlds with known answers."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+import envs.buffers
+import mopo as M
+from envs import tasks
+from tests.oracles import mopo_oracle as oracle
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = dict(
+    model_hidden_sizes=(16, 16), ensemble_size=3, num_elites=2, max_epochs=3, hidden_sizes=(16, 16), batch_size=40,
+    horizon=3, retain=2, rollout_batch=64, rollout_freq=10, chunk=20, eval_every=40, num_updates=80, eval_episodes=2,
+)  # fmt: skip
+
+
+def tiny(**changes):
+    return M.Args(**{**TINY, **changes})
+
+
+def golden(name):
+    """Arrays of a golden file, in float32 where they are floats."""
+    with np.load(GOLDEN / f"mopo_{name}.npz", allow_pickle=False) as file:
+        return {k: file[k].astype(np.float32) if file[k].dtype == float else file[k] for k in file.files}
+
+
+def close(found, wanted, tolerance):
+    """Relative to the largest entry, as float32 sums are."""
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max(), rtol=tolerance)
+
+
+def random_data(num_rows=400, num_obs=3, num_actions=2, seed=0, **columns):
+    """Transitions of a linear world with small noise."""
+    rng = np.random.default_rng(seed)
+    obs, actions = rng.normal(size=(num_rows, num_obs)), rng.uniform(-1, 1, (num_rows, num_actions))
+    after = obs + 0.1 * actions @ rng.normal(size=(num_actions, num_obs)) + 0.01 * rng.normal(size=obs.shape)
+    data = M.Transitions(obs, actions, obs[:, 0], after, np.zeros(num_rows))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), data._replace(**columns))
+
+
+class AbstractTask(NamedTuple):
+    """What the model needs to know of a task."""
+
+    model_terminal: Callable = lambda next_obs: jnp.zeros(next_obs.shape[:-1], bool)
+    model_reward: Callable | None = None
+    observation_size: int = 3
+    action_size: int = 2
+
+
+# Eager JAX compiles operation by operation, which costs more than everything these tests compute.
+refresh = jax.jit(M.refresh, static_argnums=(5, 6))
+update = jax.jit(M.mopo_update, static_argnums=4)
+model_rollout = jax.jit(M.model_rollout, static_argnums=(4, 5))
+fit_init = jax.jit(M.fit_init, static_argnums=2)
+fit_chunk = jax.jit(M.fit_chunk, static_argnums=2)
+split_data = jax.jit(M.split_data, static_argnums=2)
+predict = jax.jit(M.predict, static_argnums=3)
+critic_loss = jax.jit(M.mopo_critic_loss, static_argnums=6)
+actor_loss = jax.jit(M.mopo_actor_loss, static_argnums=5)
+model_loss = jax.jit(M.mopo_model_loss, static_argnums=3)
+
+
+@functools.cache
+def small_world(**changes):
+    """args, task, data, a fresh model and a fresh agent with its ring, on random data."""
+    args = tiny(**changes)
+    task, data = AbstractTask(), random_data()
+    init_fit, _, model = M.make_fit(args)
+    fit = init_fit(jax.random.split(jax.random.key(0), 1), data)
+    state = M.make_train(args, task)[0](jax.random.split(jax.random.key(1), 1))
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    return args, task, data, first(model(fit, data)), first(state.agent), first(state.ring)
+
+
+# --- goldens ---
+
+
+def test_nll_golden():
+    g = golden("nll")
+    args = M.Args(logvar_coef=float(g["logvar_loss_coef"]))
+    loss = lambda mean, raw, high, low: M.gaussian_nll(M.Ensemble((), (), high, low), mean, raw, g["targets"], args)
+    inputs = g["mean"], g["raw_logvar"], g["max_logvar"], g["min_logvar"]
+    total, grads = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
+    close(total, g["total"], 1e-6)
+    for name, grad, tolerance in zip(
+        ("mean", "raw_logvar", "max_logvar", "min_logvar"), grads, (1e-5, 1e-5, 2e-3, 1e-5), strict=True
+    ):
+        close(grad, g[f"grad_{name}"], tolerance)
+    close(M.bound_logvar(M.Ensemble((), (), g["max_logvar"], g["min_logvar"]), g["raw_logvar"]), g["logvar"], 1e-5)
+
+
+def golden_net(g):
+    layers = range(5)
+    return M.Ensemble(
+        tuple(g[f"W{i}"] for i in layers), tuple(g[f"b{i}"] for i in layers), g["max_logvar"], g["min_logvar"]
+    )
+
+
+def test_forward_golden():
+    g = golden("forward")
+    net = golden_net(g)
+    x = M.model_inputs((g["mu"][0], g["std"][0]), g["x"][:, :4], g["x"][:, 4:])
+    mean, raw = M.ensemble_apply(net, x)
+    close(mean, g["mean"], 1e-5)
+    close(M.bound_logvar(net, raw), g["logvar"], 1e-5)
+    np.testing.assert_allclose(M.Args().model_decays, g["weight_decays"], rtol=1e-6)
+    close(M.weight_decay(net, M.Args()), g["decay_loss"], 1e-5)
+
+
+PENALTIES = {
+    "max_aleatoric": "max_aleatoric_all", "max_aleatoric_elites": "max_aleatoric_elites",
+    "max_dist_to_mean": "max_dist_to_mean", "max_pairwise": "max_pairwise_elites",
+    "ensemble_std": "ensemble_std", "total_std": "total_std_norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_penalty_golden(kind):
+    g = golden("penalty")
+    net = M.Ensemble((), (), jnp.full(18, 50.0), jnp.full(18, -50.0))  # bounds far away: raw passes
+    close(jnp.exp(0.5 * M.bound_logvar(net, g["logvar"])), g["std"], 1e-5)
+    u = M.penalty(g["mean"], g["std"], g["elites"], kind)
+    close(u, g[f"pen_{PENALTIES[kind]}"], 1e-5)
+    row = np.arange(40)
+    noise = g["eps"][g["model_idx"], row]
+    next_obs, rewards = M.model_step(g["obs"], g["mean"], g["std"], g["model_idx"], noise)
+    close(next_obs, g["next_obs"], 1e-5)
+    close(rewards, g["reward_raw"], 1e-5)
+    close(rewards - g["lam"] * u, g[f"reward_{PENALTIES[kind]}"], 1e-5)
+
+
+def test_penalty_default_is_the_papers():
+    assert M.Args().penalty == "max_aleatoric"
+
+
+BOX = np.nextafter(np.float32(100), np.float32(0))  # the golden's box is open, ours is closed
+TERMINATIONS = {
+    "halfcheetah": (envs.task("cheetah-run").model_terminal, BOX, "orlkit"),
+    "walker2d": (tasks.forward_task("walker2d", ctrl_cost=0.0).model_terminal, BOX, "orlkit"),
+    "hopper": (tasks.forward_task("hopper", ctrl_cost=0.0).model_terminal, np.inf, "gym"),
+    "ant": (envs.task("ant-angle-0", terminate=True).model_terminal, np.inf, "gym"),
+    "humanoid": (envs.task("humanoid").model_terminal, np.inf, "gym"),
+}
+
+
+@pytest.mark.parametrize("name", TERMINATIONS)
+def test_termination_golden(name):
+    g = golden("termination")
+    next_obs = g[f"{name}_next_obs"]
+    terminal, box, convention = TERMINATIONS[name]
+    size = next_obs.shape[1]
+    model = M.Model(None, None, None, jnp.full(size, -box), jnp.full(size, box))
+    task = AbstractTask(model_terminal=terminal)
+    broken, outside, terminals = M.rollout_ends(model, task, jnp.asarray(next_obs), jnp.zeros(len(next_obs)))
+    ends, wanted = np.asarray(broken | outside | terminals), g[f"{name}_done_{convention}"]
+    same = np.ones(len(wanted), bool)
+    if name == "humanoid":  # our task is open at z = 1 and 2; the golden looks at z alone, we at all of s'
+        same = ~np.isin(next_obs[:, 0], [1.0, 2.0]) & np.isfinite(next_obs).all(1)
+        assert (~same).sum() == 6 and ends[~same].all()
+    assert 0 < wanted[same].sum() < same.sum()
+    np.testing.assert_array_equal(ends[same], wanted[same])
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_early_stop_golden(case):
+    g = golden("early_stop")
+    prefix, args = f"c{case}_", M.Args()
+    with np.load(GOLDEN / "mopo_early_stop.npz", allow_pickle=False) as file:
+        losses = file[prefix + "losses"]
+    best, idle, snapshot, epoch = jnp.full(7, 1e10), jnp.int32(0), np.zeros(7, int), 0
+    counters, gains = [], []
+    while idle < args.patience:
+        best, idle, gained = M.keep_best(best, idle, jnp.asarray(losses[epoch], jnp.float32), args)
+        epoch += 1
+        counters.append(int(idle))
+        gains.append(np.asarray(gained))
+        snapshot[gains[-1]] = epoch
+    assert epoch == g[prefix + "ge5_stop_epochs"]
+    close(best, g[prefix + "ge5_best"], 1e-6)
+    np.testing.assert_array_equal(np.stack(gains), g[prefix + "ge5_updated"])
+    np.testing.assert_array_equal(counters, g[prefix + "ge5_counters"])
+    elites = jnp.argsort(best, stable=True)[: args.num_elites]
+    np.testing.assert_array_equal(elites, g[prefix + "ge5_elites"])
+    stop, _, snap64, elites64 = oracle.early_stop(losses)
+    assert stop == epoch and list(elites64) == list(np.asarray(elites))
+    np.testing.assert_array_equal(snap64, snapshot)
+
+
+def test_sac_golden():
+    g = golden("sac")
+    actions, log_probs = M.tanh_normal_sample(g["mean"], g["log_std"], g["eps"])
+    close(actions, g["action"], 1e-5)
+    close(log_probs, g["log_prob_exact"], 1e-5)
+    assert np.abs(log_probs - g["log_prob_eps1e6"]).max() > 1.0  # the approximation is another number
+    next_q = np.minimum(g["q1_target"], g["q2_target"])
+    alpha = np.exp(g["log_alpha"])
+    y = M.sac_target(g["reward"], g["done"], next_q, g["log_prob_exact"], alpha, g["gamma"])
+    close(y, g["td_target"], 1e-5)
+    close(np.mean((g["q_pred"] - np.asarray(y)) ** 2, 1), g["critic_loss_full"], 1e-5)
+    entropy = -g["log_prob_exact"].mean()
+    loss, grad = jax.value_and_grad(M.mopo_alpha_loss)(g["log_alpha"], entropy, g["target_entropy"])
+    close(loss, g["alpha_loss"], 1e-5)
+    close(grad, g["alpha_grad"], 1e-5)
+
+
+# --- losses against numpy, and where their gradients go ---
+
+
+def test_model_loss_is_the_oracles():
+    args, _, data, model, _, _ = small_world()
+    rows = jax.tree.map(lambda x: x[:90].reshape(3, 30, *x.shape[1:]), data)
+    x = np.asarray(M.model_inputs(model.scale, rows.observations, rows.actions))
+    y = np.asarray(M.model_targets(rows))
+    net64 = jax.tree.map(lambda v: np.asarray(v, float), model.net)
+    decays = [2.5e-5, 5e-5, 1e-4]  # three layers: the first two c and the output's
+    wanted = oracle.model_loss(*net64, x.astype(float), y.astype(float), decays, args.logvar_coef)
+    close(model_loss(model.net, x, y, args), wanted, 1e-5)
+    np.testing.assert_allclose(y[..., :-1], rows.next_observations - rows.observations, rtol=1e-6)
+    np.testing.assert_array_equal(y[..., -1], rows.rewards)
+
+
+def test_model_gradient_reaches_all_and_no_other_member():
+    args, _, data, model, _, _ = small_world()
+    rows = jax.tree.map(lambda x: x[:90].reshape(3, 30, *x.shape[1:]), data)
+    x, y = M.model_inputs(model.scale, rows.observations, rows.actions), M.model_targets(rows)
+    model_grad = jax.jit(jax.grad(M.mopo_model_loss), static_argnums=3)
+    grads = model_grad(model.net, x, y, args)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    other = model_grad(model.net, x, y.at[0].add(1.0), args)
+    for a, b in zip(jax.tree.leaves(grads[:2]), jax.tree.leaves(other[:2]), strict=True):
+        assert np.abs(a[0] - b[0]).max() > 0
+        np.testing.assert_array_equal(a[1:], b[1:])
+    direction = jax.tree.map(lambda v: jnp.sign(v + 1e-9), model.net)
+    at = lambda t: float(model_loss(jax.tree.map(lambda v, d: v + t * d, model.net, direction), x, y, args))
+    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
+    close((at(1e-3) - at(-1e-3)) / 2e-3, slope, 1e-2)
+
+
+def sac_inputs():
+    args, _, data, _, agent, _ = small_world()
+    target = jax.tree.map(lambda v: v + 0.1, agent.critic)
+    terminals = jnp.arange(40) % 3 == 0
+    batch = jax.tree.map(lambda x: x[:40], data)._replace(terminals=terminals.astype(jnp.float32))
+    return args, agent._replace(target=target), batch, jnp.float32(0.3), jax.random.key(5)
+
+
+def test_critic_loss_is_the_oracles():
+    args, agent, batch, alpha, key = sac_inputs()
+    loss, metrics = critic_loss(agent.critic, agent.target, agent.actor, alpha, batch, key, args)
+    b = jax.tree.map(lambda x: np.asarray(x, float), batch)
+    noise = np.asarray(jax.random.normal(key, b.actions.shape), float)
+    next_actions, log_probs = oracle.actor(agent.actor, b.next_observations, noise, args.log_std_min, args.log_std_max)
+    next_q = oracle.twin_q(agent.target, b.next_observations, next_actions).min(0)
+    y = b.rewards + args.gamma * (1 - b.terminals) * (next_q - 0.3 * log_probs)
+    q = oracle.twin_q(agent.critic, b.observations, b.actions)
+    close(loss, ((q - y) ** 2).mean(1).sum(), 1e-4)
+    close(metrics["train/target"], y.mean(), 1e-4)
+
+
+def test_actor_loss_is_the_oracles():
+    args, agent, batch, alpha, key = sac_inputs()
+    loss, metrics = actor_loss(agent.actor, agent.critic, alpha, batch, key, args)
+    obs = np.asarray(batch.observations, float)
+    noise = np.asarray(jax.random.normal(key, batch.actions.shape), float)
+    actions, log_probs = oracle.actor(agent.actor, obs, noise, args.log_std_min, args.log_std_max)
+    close(loss, np.mean(0.3 * log_probs - oracle.twin_q(agent.critic, obs, actions).min(0)), 1e-4)
+    close(metrics["train/entropy"], -log_probs.mean(), 1e-4)
+
+
+def test_gradients_stop_where_the_equations_say():
+    args, agent, batch, alpha, key = sac_inputs()
+    size = lambda tree: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
+    grads = jax.grad(lambda *x: critic_loss(*x, batch, key, args)[0], (0, 1, 2, 3))(
+        agent.critic, agent.target, agent.actor, alpha
+    )
+    assert size(grads[0]) > 0 and size(grads[1:]) == 0
+    grads = jax.grad(lambda actor: actor_loss(actor, agent.critic, alpha, batch, key, args)[0])(agent.actor)
+    assert all(size(leaf) > 0 for leaf in jax.tree.leaves(grads))
+    grads = jax.grad(M.mopo_alpha_loss, (0, 1))(jnp.float32(-1.0), jnp.float32(0.5), -2.0)
+    assert float(grads[0]) == 2.5 and float(grads[1]) == 0  # entropy above its target: alpha falls
+
+
+def test_update_is_in_the_order_of_the_header():
+    """Critics, then the actor with the new critics, then alpha with the entropy before the actor's step."""
+    args, task, data, model, agent, ring = small_world()
+    ring, _ = refresh(agent, ring, model, data, jax.random.key(2), args, task)
+    key = jax.random.key(3)
+    after, metrics = update(agent, ring, data, key, args)
+    key_batch, key_critic, key_actor = jax.random.split(key, 3)
+    batch = M.mixed_batch(ring, data, key_batch, args)
+    alpha, opts = jnp.float32(1.0), M.optimisers(args)
+    step = lambda opt, grads, state, params: jax.tree.map(jnp.add, params, opt.update(grads, state)[0])
+    loss = lambda p: critic_loss(p, agent.target, agent.actor, alpha, batch, key_critic, args)[0]
+    critic = step(opts[1], jax.grad(loss)(agent.critic), agent.critic_opt, agent.critic)
+    loss = lambda p: actor_loss(p, critic, alpha, batch, key_actor, args)[0]
+    actor = step(opts[0], jax.grad(loss)(agent.actor), agent.actor_opt, agent.actor)
+    for found, wanted in ((after.critic, critic), (after.actor, actor)):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-7)
+    assert float(metrics["train/entropy"]) > -2.0 and float(after.log_alpha) < 0.0
+    for t, old, new in zip(*map(jax.tree.leaves, (after.target, agent.target, critic)), strict=True):
+        np.testing.assert_allclose(t, 0.995 * old + 0.005 * new, atol=1e-6)
+
+
+def test_alpha_is_clipped_where_it_is_used():
+    args, task, data, model, agent, ring = small_world()
+    ring, _ = refresh(agent, ring, model, data, jax.random.key(2), args, task)
+    _, metrics = update(agent._replace(log_alpha=jnp.float32(3.0)), ring, data, jax.random.key(3), args)
+    assert float(metrics["train/alpha"]) == 1.0
+
+
+# --- data, scale, bootstrap ---
+
+
+def test_scale_comes_from_the_training_rows_only():
+    data = random_data()
+    args = tiny()
+    train, holdout, _ = split_data(jax.random.key(0), data, args)
+    assert len(holdout) == 80 and sorted([*np.asarray(train), *np.asarray(holdout)]) == list(range(400))
+    spoilt = data._replace(observations=data.observations.at[holdout].set(1e3))
+    _, _, (mean, std) = split_data(jax.random.key(0), spoilt, args)
+    x = np.concatenate([data.observations, data.actions], 1)[np.asarray(train)]
+    close(mean, x.mean(0), 1e-5)
+    close(std, x.std(0), 1e-5)
+    fit = fit_init(jax.random.key(0), data, args)
+    assert fit.bootstrap.shape == (3, 320) and not np.isin(fit.bootstrap, fit.holdout).any()
+    shares = [len(np.unique(row)) / 320 for row in np.asarray(fit.bootstrap)]
+    assert min(shares) > 0.55 and max(shares) < 0.72  # 1 - 1/e of the rows: with replacement
+    assert not np.array_equal(fit.bootstrap[0], fit.bootstrap[1])
+
+
+def test_constant_column_gives_no_nan():
+    data = random_data()
+    data = data._replace(observations=data.observations.at[:, 1].set(0.7), actions=data.actions.at[:, 0].set(0.0))
+    args = tiny()
+    _, _, (_, std) = split_data(jax.random.key(0), data, args)
+    assert std[1] == 1.0 and std[3] == 1.0
+    fit = fit_chunk(fit_init(jax.random.key(0), data, args), data, args)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(fit.net))
+
+
+def test_exact_epochs_visit_every_row_once():
+    """Rows of one member, one at a time: after an epoch its Adam has seen each bootstrap row once."""
+    args = tiny(exact_epochs=True, model_batch_size=32)
+    data = random_data(num_rows=400)
+    fit = fit_init(jax.random.key(0), data, args)
+    batch, steps, calls = M.epoch_sizes(320, args)
+    assert (batch, steps, calls) == (32, 10, 1)
+    after = fit_chunk(fit, data, args)
+    np.testing.assert_array_equal(np.sort(after.bootstrap, 1), np.sort(fit.bootstrap, 1))
+    assert not np.array_equal(after.bootstrap, fit.bootstrap)  # shuffled for the next epoch
+    assert int(after.step) == 10 and np.all(after.holdout_mse < 1e9)
+
+
+def test_terminals_are_terminals_and_not_timeouts(tmp_path):
+    """A buffer of timeouts only bootstraps everywhere; a terminal row does not."""
+    path = M.scripted_dataset(tmp_path / "point.npz")
+    buffer = envs.buffers.load(path, quiet=True)
+    assert buffer["timeouts"].any() and not buffer["terminals"].any()
+    assert "timeouts" not in M.Transitions._fields
+    y = M.sac_target(jnp.ones(2), jnp.array([0.0, 1.0]), jnp.full(2, 10.0), jnp.zeros(2), 0.1, 0.9)
+    np.testing.assert_allclose(y, [10.0, 1.0])
+
+
+# --- ring and rollouts ---
+
+
+def test_ring_wraps_and_drops_dead_rows():
+    rng = np.random.default_rng(0)
+    ring, inserts = M.ring_init({"x": jnp.zeros(2)}, 10), []
+    for i in range(5):
+        rows = 100.0 * i + rng.uniform(1, 50, (7, 2)).astype(np.float32)
+        mask = rng.uniform(size=7) < 0.7
+        inserts.append((rows, mask))
+        ring = M.ring_insert(ring, {"x": jnp.asarray(rows)}, jnp.asarray(mask))
+        wanted = oracle.ring_contents(10, inserts)
+        assert int(ring.size) == len(wanted)
+        found = {tuple(row) for row in np.asarray(ring.rows["x"])[: int(ring.size)]}
+        assert found == {tuple(row) for row in wanted}
+    total = sum(mask.sum() for _, mask in inserts)
+    assert total > 10 and int(ring.position) == total % 10
+
+
+def test_no_empty_row_inside_the_ring_after_two_refreshes():
+    args, task, data, model, agent, ring = small_world()
+    assert len(ring.rows.rewards) == 64 * 3 * 2
+    for i in range(2):
+        ring, metrics = refresh(agent, ring, model, data, jax.random.key(i), args, task)
+    size = int(ring.size)
+    assert size == 384 and float(metrics["model/rollout_length"]) == 3.0
+    assert np.all(np.abs(ring.rows.observations[:size]).sum(1) > 0)
+    sample = M.ring_sample(ring, jax.random.key(9), 5000)
+    assert len(np.unique(sample.rewards)) > 370  # from everywhere in it
+
+
+def roll(task=None, starts=None, model=None, key=0, **changes):
+    args, plain, data, own, agent, _ = small_world()
+    args = dataclasses.replace(args, **changes)
+    starts = data.observations[:50] if starts is None else starts
+    return model_rollout(model or own, agent.actor, starts, jax.random.key(key), args, task or plain)
+
+
+def test_lambda_weighs_the_penalty():
+    rows, _, info = roll(lam=0.0)
+    np.testing.assert_array_equal(rows.rewards, info["reward"])
+    penalised, _, info = roll(lam=2.0)
+    np.testing.assert_allclose(penalised.rewards, info["reward"] - 2.0 * info["u"], rtol=1e-6)
+    np.testing.assert_allclose(rows.observations[0], penalised.observations[0])
+    assert np.all(info["u"] > 0)
+
+
+def test_rollout_goes_on_from_where_it_was():
+    rows, keep, _ = roll()
+    assert keep.all() and rows.rewards.shape == (3, 50)
+    np.testing.assert_array_equal(rows.observations[1:], rows.next_observations[:-1])
+    assert np.all(np.abs(rows.actions) <= 1.0)
+
+
+def test_all_terminal_rollouts_store_one_step():
+    task = AbstractTask(model_terminal=lambda next_obs: jnp.ones(next_obs.shape[:-1], bool))
+    rows, keep, info = roll(task)
+    assert keep[0].all() and not keep[1:].any()
+    assert rows.terminals[0].min() == 1.0 and info["terminal"].sum() == 50
+    args, _, data, model, agent, ring = small_world()
+    ring, metrics = refresh(agent, ring, model, data, jax.random.key(0), args, task)
+    assert int(ring.size) == 64 and float(metrics["model/rollout_length"]) == 1.0
+
+
+@pytest.mark.parametrize("value, flag", [("bootstrap", 0.0), ("zero", 1.0)])
+def test_out_of_range_ends_a_rollout(value, flag):
+    _, _, data, model, _, _ = small_world()
+    tight = model._replace(low=jnp.full(3, -1e-3), high=jnp.full(3, 1e-3))
+    rows, keep, info = roll(model=tight, range_value=value)
+    assert keep[0].all() and not keep[1:].any() and info["outside"][0].all()
+    np.testing.assert_array_equal(rows.terminals[0], flag)
+    low, high = M.data_range(data, tiny(range_margin=0.5))
+    span = np.asarray(high - low)
+    both = np.concatenate([data.observations, data.next_observations])
+    np.testing.assert_allclose(span, 2 * (both.max(0) - both.min(0)), rtol=1e-5)
+
+
+def test_broken_predictions_are_never_stored():
+    starts = random_data().observations[:50].at[::5].set(jnp.nan)
+    rows, keep, _ = roll(starts=starts)
+    bad = np.arange(50) % 5 == 0
+    assert not keep[:, bad].any() and keep[:, ~bad].all()
+    kept = jax.tree.map(lambda x: np.asarray(x)[np.asarray(keep)], rows)
+    assert all(np.isfinite(x).all() for x in kept)
+
+
+def test_known_reward_is_the_tasks():
+    reward = lambda obs, actions, next_obs: next_obs[..., 1] - actions[..., 0]
+    rows, _, _ = roll(AbstractTask(model_reward=reward), reward="known", lam=0.0)
+    np.testing.assert_allclose(rows.rewards, rows.next_observations[..., 1] - rows.actions[..., 0], rtol=1e-6)
+
+
+def test_elites_roll_out_and_all_members_warn():
+    """Members apart by construction: samples come from the elites alone, u from the widest of all."""
+    mean = jnp.stack([jnp.full((500, 4), 10.0 * i) for i in range(3)])
+    std = jnp.stack([jnp.full((500, 4), s) for s in (0.1, 0.2, 5.0)])
+    draw = jnp.array([0, 1])[jax.random.randint(jax.random.key(0), (500,), 0, 2)]
+    next_obs, _ = M.model_step(jnp.zeros((500, 3)), mean, std, draw, jnp.zeros((500, 4)))
+    assert set(np.unique(next_obs)) == {0.0, 10.0}
+    np.testing.assert_allclose(M.penalty(mean, std, draw[:1], "max_aleatoric"), 10.0, rtol=1e-6)  # ||5 * 1_4||
+
+
+# --- the nearest-neighbour model ---
+
+
+def test_knn_is_the_oracles():
+    args, data = tiny(model="knn", knn_rows=150, knn_scale=2.0), random_data()
+    model = M.knn_model(jax.random.key(0), data, args)
+    obs, actions = data.observations[:30] + 0.1, data.actions[:30]
+    mean, std, u = predict(model, obs, actions, args)
+    x = np.asarray(M.model_inputs(model.scale, obs, actions), float)
+    index, distance = oracle.nearest(np.asarray(model.net.inputs, float), x)
+    assert len(model.net.inputs) == 150
+    close(u, 2.0 * distance, 1e-4)
+    np.testing.assert_array_equal(mean[0], np.asarray(model.net.targets)[index])
+    assert not std.any() and list(model.elites) == [0]
+
+
+def test_knn_is_exact_on_its_own_rows():
+    args, data = tiny(model="knn", holdout_share=0.0), random_data()
+    model = M.knn_model(jax.random.key(0), data, args)
+    mean, _, u = predict(model, data.observations, data.actions, args)
+    close(mean[0], M.model_targets(data), 1e-6)
+    assert np.abs(u).max() < 1e-3
+
+
+# --- calibration against the world ---
+
+
+def test_calibration_measures_the_error():
+    args, _, data, model, _, _ = small_world()
+    rows = jax.tree.map(lambda x: x[:60].reshape(20, 3, *x.shape[1:]), data)
+    alive = jnp.arange(60).reshape(20, 3) % 4 > 0
+    metrics, points = M.calibration(model, rows, alive, args)
+    live = np.asarray(alive).ravel()
+    mean, std, u = predict(model, data.observations[:60], data.actions[:60], args)
+    y = np.asarray(M.model_targets(data))[:60]
+    elites = np.asarray(model.elites)
+    square = (np.asarray(mean)[elites] - y)[:, live] ** 2
+    close(metrics["model/world_rmse"], np.sqrt(square.mean()), 1e-5)
+    close(metrics["model/world_sigma"], np.sqrt((np.asarray(std)[elites][:, live] ** 2).mean()), 1e-5)
+    error = np.sqrt(square.sum(-1).mean(0))
+    close(metrics["model/world_error"], error.mean(), 1e-5)
+    close(metrics["model/world_correlation"], np.corrcoef(np.asarray(u)[live], error)[0, 1], 1e-3)
+    assert np.isnan(points[:, ~live]).all() and not np.isnan(points[:, live]).any()
+
+
+# --- probe: a linear world with known noise ---
+
+
+@functools.cache
+def linear_world(num_rows=20_000, noise=0.03):
+    """s' = A s + B a + noise, r = s_0 + noise; a narrow buffer; the fitted ensemble of one seed."""
+    rng = np.random.default_rng(1)
+    obs, actions = 0.5 * rng.normal(size=(num_rows, 3)), rng.uniform(-0.3, 0.3, (num_rows, 1))
+    a, b = rng.normal(size=(3, 3)) / 3, rng.normal(size=(1, 3))
+    after = obs @ a + actions @ b + noise * rng.normal(size=obs.shape)
+    data = M.Transitions(obs, actions, obs[:, 0] + noise * rng.normal(size=num_rows), after, np.zeros(num_rows))
+    data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), data)
+    args = M.Args(ensemble_size=3, num_elites=2, model_hidden_sizes=(64, 64), max_epochs=30, holdout_rows=4_000)
+    init, chunk, model = M.make_fit(args)
+    fit = init(jax.random.split(jax.random.key(0), 1), data)
+    while M.fitting(fit, args).all():
+        fit = chunk(fit, data)
+    return args, data, jax.tree.map(lambda x: x[0], (fit, model(fit, data)))
+
+
+def test_linear_world_is_recovered():
+    args, data, (fit, model) = linear_world()
+    floor = 0.03**2
+    mse = np.asarray(fit.best)[np.asarray(model.elites)]
+    assert np.all(mse < 1.2 * floor) and np.all(mse > 0.8 * floor), mse / floor
+    rows = jax.tree.map(lambda x: x[fit.holdout], data)
+    _, std, _ = predict(model, rows.observations, rows.actions, args)
+    sigma = np.sqrt(np.mean(np.asarray(std) ** 2, (0, 1)))
+    assert np.all(np.abs(sigma / 0.03 - 1) < 0.2), sigma
+
+
+def test_penalty_grows_away_from_the_data():
+    args, data, (_, model) = linear_world()
+    rng = np.random.default_rng(0)
+    obs, actions = rng.uniform(-20, 20, (2_000, 3)), rng.uniform(-1, 1, (2_000, 1))
+    for kind in ("max_aleatoric", "ensemble_std", "total_std"):
+        kind_args = dataclasses.replace(args, penalty=kind)
+        _, _, near = predict(model, data.observations[:2_000], data.actions[:2_000], kind_args)
+        _, _, far = predict(model, jnp.float32(obs), jnp.float32(actions), kind_args)
+        assert far.mean() > 2 * near.mean(), (kind, float(far.mean() / near.mean()))
+
+
+def test_elites_are_the_best_and_snapshots_come_back():
+    _, data, (fit, model) = linear_world()
+    np.testing.assert_array_equal(np.sort(model.elites), np.sort(np.argsort(fit.best)[:2]))
+    rows = jax.tree.map(lambda x: x[fit.holdout], data)
+    mean, _ = M.ensemble_apply(model.net, M.model_inputs(model.scale, rows.observations, rows.actions))
+    mse = np.mean((np.asarray(mean) - np.asarray(M.model_targets(rows))) ** 2, (1, 2))
+    close(mse, fit.best, 1e-3)
+
+
+# --- seeds and determinism ---
+
+
+def test_a_seed_alone_is_the_seed_among_others():
+    args, task, data = tiny(rollout_freq=50, chunk=50, num_updates=50, eval_every=50), AbstractTask(), random_data()
+    keys = jax.random.split(jax.random.key(3), 2)
+
+    def run(keys, over_seeds):
+        fit = over_seeds(lambda key: fit_chunk(fit_init(key, data, args), data, args))(keys)
+        model = over_seeds(lambda fit: M.fitted_model(fit, data, args))(fit)
+        state = M.make_train(args, task)[0](keys)
+
+        def updates(agent, ring, model, key):
+            ring, _ = refresh(agent, ring, model, data, key, args, task)
+            step = lambda agent, key: update(agent, ring, data, key, args)
+            return jax.lax.scan(step, agent, jax.random.split(key, 50))[0]
+
+        return over_seeds(lambda x: updates(*x))((state.agent, state.ring, model, keys))
+
+    both = jax.jit(lambda k: run(k, jax.vmap))(keys)
+    alone = jax.jit(lambda k: run(k, lambda f: functools.partial(jax.lax.map, f)))(keys[1:])
+    for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a[1], b[0], atol=1e-4)
+    assert not np.allclose(jax.tree.leaves(both.actor)[0][0], jax.tree.leaves(both.actor)[0][1])
+
+
+# --- the whole script ---
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The same programs are compiled once for all runs of this file."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5, "jax_persistent_cache_min_entry_size_bytes": -1,
+    }  # fmt: skip
+    old = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return str(M.scripted_dataset(tmp_path_factory.mktemp("data") / "point-angle-0.npz"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(dataset, tmp_path_factory):
+    """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
+    original = M.make_train
+
+    def spy(*inputs):
+        made.append(original(*inputs))
+        return made[-1]
+
+    M.make_train = spy
+    try:
+        result = M.main(args)
+    finally:
+        M.make_train = original
+    return args, folder, result, [chunk._cache_size() for _, chunk in made]
+
+
+def state_of(folder):
+    with np.load(folder / "state.npz", allow_pickle=False) as file:
+        return {k: file[k] for k in file.files if k != "meta_json"}
+
+
+def test_run_leaves_what_it_promises(whole_run):
+    _, folder, result, _ = whole_run
+    for name in ("learning_curve", "dynamics", "penalty"):
+        assert (folder / f"{name}.png").stat().st_size > 5_000
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert records[0]["args"]["horizon"] == 3
+    epochs = [r for r in records if "model/holdout_mse" in r]
+    assert len(epochs) == 6 and len(epochs[0]["model/holdout_mse"]) == 3
+    evaluations = [r for r in records if "eval/return" in r]
+    assert [(r["step"], r["seed"]) for r in evaluations] == [(40, 0), (40, 1), (80, 0), (80, 1)]
+    for key in (
+        "train/q", "train/alpha", "train/entropy", "train/critic_loss", "model/u_real", "model/u_model_p95",
+        "model/penalty_share", "model/world_rmse", "model/world_sigma", "eval/return_data_length",
+    ):  # fmt: skip
+        assert all(np.isfinite(r[key]) for r in evaluations), key
+    returns = [r["eval/return"] for r in evaluations]
+    np.testing.assert_allclose(result["score"], np.mean(returns), rtol=1e-4)
+    np.testing.assert_allclose(result["last"], np.mean(returns[2:]), rtol=1e-4)
+
+
+def test_chunk_is_compiled_once(whole_run):
+    assert sorted(whole_run[3]) == [0, 1]  # the first make_train is for its init
+
+
+def test_policy_file_is_the_policy(whole_run):
+    args, folder, _, _ = whole_run
+    obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    with np.load(folder / "policy.npz", allow_pickle=False) as file:
+        assert str(file["kind"]) == "tanh_gaussian"
+        kernel = [file[f"actor/params/MLP_0/Dense_{i}/kernel"] for i in range(3)]
+        bias = [file[f"actor/params/MLP_0/Dense_{i}/bias"] for i in range(3)]
+    assert kernel[0].shape == (2, 4, 16)
+    x = obs
+    for i in range(3):
+        x = x @ kernel[i][1] + bias[i][1]
+        x = np.maximum(x, 0) if i < 2 else x
+    params = {"params": {"MLP_0": {f"Dense_{i}": {"kernel": kernel[i][1], "bias": bias[i][1]} for i in range(3)}}}
+    mean, _ = M.policy_net(args, 2).apply(params, obs)
+    np.testing.assert_allclose(np.tanh(x[:, :2]), np.tanh(mean), atol=1e-6)
+
+
+@pytest.mark.parametrize("phase", ["model step", "update"])
+def test_interrupted_run_equals_the_whole_one(phase, whole_run, tmp_path, monkeypatch):
+    args, folder, result, _ = whole_run
+    args = dataclasses.replace(args, out=str(tmp_path / "run"))
+    line = M.progress_line
+
+    def interrupt(label, count, *rest):
+        line(label, count, *rest)
+        if label == phase:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(M, "progress_line", interrupt)
+    with pytest.raises(SystemExit, match="--resume"):
+        M.main(args)
+    monkeypatch.setattr(M, "progress_line", line)
+    again = M.main(dataclasses.replace(args, resume=True))
+    whole, resumed = state_of(folder), state_of(tmp_path / "run")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+    assert again == result
+    timeless = lambda lines: [
+        {k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in lines.splitlines()[1:]
+    ]
+    logs = [timeless((f / "log.jsonl").read_text()) for f in (folder, tmp_path / "run")]
+    assert logs[0] == logs[1]
+
+
+def test_resume_refuses_other_flags(whole_run):
+    args, _, _, _ = whole_run
+    with pytest.raises(envs.InputError, match=r"lam was 1\.0 and is now 2\.0"):
+        M.main(dataclasses.replace(args, lam=2.0, resume=True))
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        M.main(args)
+
+
+def test_knn_runs_and_resumes(dataset, tmp_path):
+    args = tiny(dataset=dataset, out=str(tmp_path / "run"), model="knn", knn_rows=300, num_updates=40, reward="known")
+    result = M.main(args)
+    assert np.isfinite(result["score"]) and not (tmp_path / "run" / "model" / "state.npz").exists()
+    assert M.main(dataclasses.replace(args, resume=True)) == result
+
+
+# --- what a user can do wrong ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(task="point-angle-60"), r"udg_select\.py --buffers .* --task point-angle-60"),
+        (dict(chunk=15), "multiple of --rollout-freq"),
+        (dict(eval_every=50), "--chunk must divide"),
+        (dict(num_elites=4), "--num-elites"),
+        (dict(real_ratio=1.0), "--real-ratio"),
+        (dict(rollout_batch=10_007), "--rollout-batch"),
+        (dict(horizon=0), "must be positive"),
+        (dict(rollout_batch=8_000_000, retain=50), "lower --rollout-batch"),
+    ],
+)  # fmt: skip
+def test_refusals(changes, message, dataset, tmp_path):
+    with pytest.raises(envs.InputError, match=message):
+        M.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+
+
+def test_reward_free_data_is_refused(tmp_path):
+    path = M.scripted.point_buffers(tmp_path, seed=0, num=1, episodes=2)[0]
+    with pytest.raises(envs.InputError, match="udg_select"):
+        M.main(tiny(dataset=str(path), out=str(tmp_path / "run")))
+
+
+def test_known_reward_is_refused_where_unknown():
+    with pytest.raises(envs.InputError, match="--reward known"):
+        M.check_args(tiny(reward="known"), envs.task("ant-angle-60"), 1_000)
+
+
+def test_presets(dataset, tmp_path, capsys):
+    assert M.parse_args(["--quick"], M.mopo_preset).num_updates == 3_000
+    args = M.parse_args(["--dataset", dataset, "--preset", "cpu", "--num-updates", "4000"], M.mopo_preset)
+    assert (args.max_epochs, args.rollout_batch, args.num_updates, args.horizon, args.lam) == (20, 10_000, 4_000, 5, 1)
+    assert "nothing is published for point-angle-0-scripted" in capsys.readouterr().out
+    assert M.PRESETS["walker2d-medium-expert-v2"] == {"horizon": 1, "lam": 2.5, "num_updates": 3_000_000}
+    with pytest.raises(envs.InputError, match="--dataset"):
+        M.parse_args([], M.mopo_preset)
+    with pytest.raises(envs.InputError, match="unknown; one of"):
+        M.parse_args(["--quick", "--preset", "gpu"], M.mopo_preset)
+
+
+def test_scripted_dataset_is_relabelled(dataset):
+    buffer = envs.buffers.load(dataset, quiet=True, task="point-angle-0", require_rewards=True)
+    np.testing.assert_allclose(buffer["rewards"], buffer["next_observations"][:, 2], atol=1e-5)
+    assert buffer["episode_returns"].max() > 60 and abs(buffer["episode_returns"].mean()) < 30
