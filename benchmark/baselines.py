@@ -92,7 +92,8 @@ class Rows:
     """Transitions as tensors: observations, actions, rewards, next_observations, terminals."""
 
     def __init__(self, arrays):
-        self.arrays = [torch.as_tensor(np.asarray(x, np.float32)) for x in arrays]
+        """arrays: five float32 arrays or tensors, rows first."""
+        self.arrays = [torch.as_tensor(x) for x in arrays]
 
     def sample(self, batch_size):
         """`batch_size` rows, uniformly with replacement."""

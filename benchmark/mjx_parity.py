@@ -26,10 +26,10 @@ HORIZONS = (1, 10, 50, 100)
 # median over starts of the largest entry's error: {steps: (qpos, qvel)}; float32, about ten times
 # what was measured (docs/envs.md)
 TOLERANCES = {
-    "cheetah": {1: (2e-6, 1e-4), 10: (1e-4, 2e-3)},
-    "hopper": {1: (5e-7, 1e-5), 10: (2e-6, 3e-5)},
-    "walker2d": {1: (2e-6, 1e-4), 10: (1e-4, 2e-3)},
-    "ant": {1: (2e-6, 1e-4), 10: (1e-4, 2e-3)},
+    "cheetah": {1: (1e-6, 3e-5), 10: (6e-5, 1.5e-3)},
+    "hopper": {1: (1e-6, 1e-5), 10: (2e-6, 2e-5)},
+    "walker2d": {1: (1e-6, 6e-5), 10: (1e-5, 2e-4)},
+    "ant": {1: (1e-6, 2e-5), 10: (5e-6, 6e-5)},
 }
 CTRL_COST = {"cheetah": 0.1, "hopper": 1e-3, "walker2d": 1e-3, "ant": 0.5}
 

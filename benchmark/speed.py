@@ -11,6 +11,7 @@ hold also where the machine's speed drifts. Beside every number stand the cores 
 used and the cores that others used meanwhile (and what the hypervisor took): a row with more than
 0.1 of the latter is marked as disturbed, and its number is no measurement of this code.
 Parts sac and mopo need PyTorch (pip install torch==2.13.0); nothing else does. See docs/speed.md.
+JAX runs on the CPU unless JAX_PLATFORMS says otherwise; the targets are those of a CPU.
 """
 
 import argparse
@@ -30,14 +31,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
 from mujoco import rollout as mujoco_rollout
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import baselines
 import envs
@@ -119,6 +121,7 @@ class Bench:
             seconds, own, others = np.array(of_case).T
             values.append([case.value(s) for s in seconds])
             self.row(case.name, case.unit, values[-1], case.target, (own.mean(), others.max()))
+            self.rows[-1]["cpu_seconds_of_a_call"] = (own * seconds).tolist()
         return values
 
     def row(self, name, unit, values, target=None, cores=None):
@@ -143,11 +146,11 @@ class Bench:
 def table_row(row):
     """A row as a line of a markdown table."""
     number = lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
-    target, verdict = "", ""
+    target, verdict, most = "", "", row["target_is_most"]
     if row["target"] is not None:
-        met = (row["median"] > row["target"]) != row["target_is_most"]
-        target = f"{'<=' if row['target_is_most'] else '>='} {row['target']:g}"
-        verdict = "met" if met or row["median"] == row["target"] else "**missed**"
+        met = row["median"] <= row["target"] if most else row["median"] >= row["target"]
+        target = f"{'<=' if most else '>='} {row['target']:g}"
+        verdict = "met" if met else "**missed**"
     if row["other_cores"] > DISTURBED:
         verdict = f"{verdict} (disturbed)".strip()
     own = "" if row["own_cores"] is None else f"{row['own_cores']:.2f}"
@@ -161,7 +164,7 @@ def machine():
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*:\s*(.+)", info)
     about = {"cpu": model.group(1) if model else platform.machine(), "cores": os.cpu_count()}
-    about |= {"date": time.strftime("%Y-%m-%d"), "commit": envs.buffers.git_commit()}
+    about |= {"date": time.strftime("%Y-%m-%d"), "commit": envs.buffers.git_commit()[:12]}
     torch = baselines.torch
     about |= envs.buffers.versions() | {"torch": torch.__version__ if torch else "none"}
     return about
@@ -217,6 +220,22 @@ def torch_with(threads, function):
         function()
 
     return run
+
+
+def both_threads(name, function, unit, amount):
+    """PyTorch on one thread and on all cores: two cases."""
+    threads = (("1 thread", 1), ("all cores", os.cpu_count()))
+    return [
+        Case(f"PyTorch, {label}: {name}", torch_with(n, function), unit, amount, calls=1)
+        for label, n in threads
+    ]
+
+
+def chain_case(members, batch, width):
+    """The machine's matmul rate at these sizes."""
+    chain, flops = matmul_chain(members, batch, width)
+    shape = f"{members} x " * (members > 1) + f"{batch} x {width} x {width}"
+    return Case(f"jax matmul {shape}, chained", chain, "GF/s", flops / 1e9)
 
 
 # === parts ===
@@ -288,21 +307,19 @@ def sac(bench):
         keys = jax.random.split(jax.random.key(2), num)
         return lambda: program((agent, replay, keys))
 
-    one = [np.asarray(x[0]) for x in rows]
-    plain = baselines.SAC(sizes, args.hidden_sizes, [args.learning_rate] * 3, args.alpha, False,
-                          args.log_std_min)  # fmt: skip
-    plain_rows = baselines.Rows(one)
+    rates = [args.learning_rate] * 3
+    plain = baselines.SAC(sizes, args.hidden_sizes, rates, args.alpha, False, args.log_std_min)
+    plain_rows = baselines.Rows([np.array(x[0]) for x in rows])
     plain_steps = lambda: [plain.update(plain_rows.sample(args.batch_size)) for _ in range(steps)]
     flops = sac_flops(*sizes, args.hidden_sizes, args.batch_size)
-    chain, chain_flops = matmul_chain(1, args.batch_size, args.hidden_sizes[0])
-    large, large_flops = matmul_chain(1, 1024, 1024)
+    once = lambda name, function, amount: Case(name, function, "/s", amount, calls=1)
     ours, torch_1, _, _, rate, _ = bench.measure(
-        Case("wurl_update, K = 10 in turn (policy updates)", updates(1), "/s", num * steps),
-        Case("PyTorch SAC, 1 thread", torch_with(1, plain_steps), "/s", steps),
-        Case("PyTorch SAC, all cores", torch_with(os.cpu_count(), plain_steps), "/s", steps),
-        Case("wurl_update, K = 10 as one batch (policy updates)", updates(num), "/s", num * steps),
-        Case("jax matmul 128 x 256 x 256, chained", chain, "GF/s", chain_flops / 1e9),
-        Case("jax matmul 1024 x 1024 x 1024, chained", large, "GF/s", large_flops / 1e9),
+        once("wurl_update, K = 10 in turn (policy updates)", updates(1), num * steps),
+        once("PyTorch SAC, 1 thread", torch_with(1, plain_steps), steps),
+        once("PyTorch SAC, all cores", torch_with(os.cpu_count(), plain_steps), steps),
+        once("wurl_update, K = 10 as one batch (policy updates)", updates(num), num * steps),
+        chain_case(1, args.batch_size, max(args.hidden_sizes)),
+        chain_case(1, 1024, 1024),
     )
     bench.ratio("in turn, against PyTorch on 1 thread", ours, torch_1, 3)
     share = f"in turn, share of the matmul floor ({flops / 1e9:.3f} GF an update)"
@@ -355,10 +372,11 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     if not apart < 1e-4:
         raise SystemExit(f"{robot}: raw MuJoCo lands {apart:.2g} m from the rollout: compare nothing")
     size, amount = f"{robot}, {num_policies} x {num_envs} environments", steps.actions[..., 0].size
+    case = lambda name, f: Case(f"{size}: {name}", f, "steps/s", amount, calls=amount > 10_000)
     fast, raw, raw_steps = bench.measure(
-        Case(f"{size}: wurl_sac.rollout", ours, "steps/s", amount),
-        Case(f"{size}: mujoco.rollout, whole episodes in a call", whole, "steps/s", amount),
-        Case(f"{size}: mujoco.rollout, a call for each step", stepwise, "steps/s", amount),
+        case("wurl_sac.rollout", ours),
+        case("mujoco.rollout, whole episodes in a call", whole),
+        case("mujoco.rollout, a call for each step", stepwise),
     )
     bench.ratio(f"{size}: of whole episodes", fast, raw, target, "%", 100)
     bench.ratio(f"{size}: of a call for each step", fast, raw_steps, None, "%", 100)
@@ -372,34 +390,34 @@ def collection(bench):
         collection_at(bench, robot, num, each, 200, 70)
 
 
-class MopoParts(NamedTuple):
-    """What the mopo part times, each a function of no arguments."""
+class Mopo(NamedTuple):
+    """What the mopo part times: functions of no arguments, mopo.py's and PyTorch's, and their sizes."""
 
     epoch: Callable
     refresh: Callable
     updates: Callable
     chunk: Callable
+    plain: dict[str, tuple[Callable, int]]
 
 
-def mopo_parts(args, task, data, num_updates):
-    """mopo.py's own functions at these flags, warmed up where one feeds the other."""
+def mopo_parts(args, task, data, num_updates, plain):
+    """mopo.py's own functions at these flags; its `updates` need a `refresh` before them."""
     key = jax.random.split(jax.random.key(0), 1)
     fit_init, fit_chunk, fitted = mopo.make_fit(args)
     init, train_chunk = mopo.make_train(args, task)
     _, _, calls = mopo.epoch_sizes(len(data.rewards) - args.holdout_rows, args)
     state = {"fit": fit_init(key, data), "train": init(key)}
     model = fitted(state["fit"], data)
-    only = lambda tree: jax.tree.map(lambda x: x[0], tree)
-    one_model, agent = only(model), only(state["train"].agent)
+    first = lambda tree: jax.tree.map(lambda x: jnp.copy(x[0]), tree)
+    one_model, agent = first(model), first(state["train"].agent)
+    state["ring"] = first(state["train"].ring)
     refill = lambda ring, key: mopo.refresh(agent, ring, one_model, data, key, args, task)
     refill = jax.jit(refill, donate_argnums=0)
-    state["ring"] = jax.tree.map(jnp.copy, only(state["train"].ring))
 
+    @jax.jit
     def scan(agent, ring, key):
         step = lambda agent, key: mopo.mopo_update(agent, ring, data, key, args)
         return jax.lax.scan(step, agent, jax.random.split(key, num_updates))
-
-    scan = jax.jit(scan)
 
     def epoch():
         for _ in range(calls):
@@ -414,19 +432,18 @@ def mopo_parts(args, task, data, num_updates):
         state["train"], metrics = train_chunk(state["train"], model, data)
         return metrics
 
-    return MopoParts(epoch, refresh, lambda: scan(agent, state["ring"], key[0]), chunk)
+    return Mopo(epoch, refresh, lambda: scan(agent, state["ring"], key[0]), chunk, plain)
 
 
-def mopo_plain(args, data, bench):
-    """The same work in PyTorch -> Dynamics steps, rollout, SAC updates: functions, their sizes."""
-    rows = baselines.Rows([np.asarray(x) for x in data])
-    sizes = data.observations.shape[1], data.actions.shape[1]
-    world = baselines.Dynamics(
-        rows, args.model_hidden_sizes, args.ensemble_size, args.model_decays
-    )
+def mopo_plain(args, data, sizes):
+    """The same work in PyTorch; sizes: model steps, rollout rows, SAC updates of a call."""
+    rows = baselines.Rows([np.array(x) for x in data])
+    hidden, members = args.model_hidden_sizes, args.ensemble_size
+    world = baselines.Dynamics(rows, hidden, members, args.model_decays)
     rates = args.actor_lr, args.critic_lr, args.alpha_lr
-    agent = baselines.SAC(sizes, args.hidden_sizes, rates, 1.0, True, args.log_std_min)
-    num_steps, num_rows, num_updates = (4, 500, 10) if bench.small else (60, 10_000, 150)
+    shape = data.observations.shape[1], data.actions.shape[1]
+    agent = baselines.SAC(shape, args.hidden_sizes, rates, 1.0, True, args.log_std_min)
+    num_steps, num_rows, num_updates = sizes
     num_real = int(args.real_ratio * args.batch_size)
     made = baselines.Rows(world.rollout(agent, num_rows, args.horizon, args.lam))
 
@@ -434,69 +451,74 @@ def mopo_plain(args, data, bench):
         parts = rows.sample(num_real), made.sample(args.batch_size - num_real)
         agent.update([baselines.torch.cat(pair) for pair in zip(*parts, strict=True)])
 
-    train = lambda: world.train(num_steps, args.model_batch_size)
-    roll = lambda: world.rollout(agent, num_rows, args.horizon, args.lam)
-    return (train, num_steps), (roll, num_rows), (lambda: [update() for _ in range(num_updates)], num_updates)
+    return {
+        "train": (lambda: world.train(num_steps, args.model_batch_size), num_steps),
+        "rollout": (lambda: world.rollout(agent, num_rows, args.horizon, args.lam), num_rows),
+        "updates": (lambda: [update() for _ in range(num_updates)], num_updates),
+    }
+
+
+def mopo_model(bench, args, parts, num_rows, widths):
+    """An epoch of the model's fit."""
+    (train, done), name = parts.plain["train"], f"model, an epoch of {num_rows // 1000}k rows"
+    steps, batch = num_rows // args.model_batch_size, args.model_batch_size
+    epoch, _, plain, rate = bench.measure(
+        Case(f"fit_chunk: {name}", parts.epoch, "s", 1, 6.5, 1),
+        *both_threads(f"{name}, from {done} steps", train, "s", steps / done),
+        chain_case(args.ensemble_size, batch, max(widths)),
+    )
+    bench.ratio(f"{name}: against PyTorch on all cores", plain, epoch)
+    flops = steps * sum(mlp_flops(widths, args.ensemble_size * batch)[:3]) / 1e9
+    floor = [flops / r for r in rate]
+    bench.ratio(f"{name}: share of the matmul floor", floor, epoch, None, "%", 100)
+
+
+def mopo_rollouts(bench, args, parts, widths):
+    """A refresh of the ring -> PyTorch's seconds for it."""
+    (roll, done), name = parts.plain["rollout"], f"rollout {args.rollout_batch} x {args.horizon}"
+    rolled, _, plain, rate = bench.measure(
+        Case(f"refresh: {name}", parts.refresh, "s", 1, 5, 1),
+        *both_threads(f"{name}, from {done}", roll, "s", args.rollout_batch / done),
+        chain_case(args.ensemble_size, mopo.rows_at_once(args), max(widths)),
+    )
+    bench.ratio(f"{name}: against PyTorch on all cores", plain, rolled)
+    rows = args.ensemble_size * args.rollout_batch * args.horizon
+    floor = [mlp_flops(widths, rows)[0] / 1e9 / r for r in rate]
+    bench.ratio(f"{name}: share of the matmul floor", floor, rolled, None, "%", 100)
+    return plain
+
+
+def mopo_sac(bench, args, parts, num_updates, shape, plain_refresh):
+    """SAC on a filled ring, alone and with its refreshes."""
+    (learn, done), every, name = parts.plain["updates"], args.rollout_freq, "SAC, no refreshes"
+    alone, _, plain, rate, whole = bench.measure(
+        Case(f"mopo_update: {name}", parts.updates, "/s", num_updates, 200, 1),
+        *both_threads(name, learn, "/s", done),
+        chain_case(1, args.batch_size, max(args.hidden_sizes)),
+        Case(f"train_chunk: SAC, a refresh every {every}", parts.chunk, "/s", every, 105, 1),
+    )
+    bench.ratio(f"{name}: against PyTorch on all cores", alone, plain)
+    flops = sac_flops(*shape, args.hidden_sizes, args.batch_size) / 1e9
+    bench.ratio(f"{name}: share of the matmul floor", alone, rate, None, "%", 100 * flops)
+    both = [every / (every / x + y) for x, y in zip(plain, plain_refresh, strict=True)]
+    bench.ratio("SAC with refreshes: against PyTorch on all cores, computed", whole, both)
 
 
 def mopo_part(bench):
     """halfcheetah size (17 observations, 6 actions), 100k rows, horizon 5, one seed."""
     args = dataclasses.replace(mopo.Args(), **mopo.PRESETS["halfcheetah-medium-v2"])
-    num_rows, task = 100_000, envs.task("cheetah-run")
+    num_rows, num_updates, plain_sizes = 100_000, 500, (60, 5_000, 150)
     if bench.small:
-        num_rows, args = 4_000, dataclasses.replace(args, rollout_batch=1_000, rollout_freq=50, chunk=50)
-    sizes = task.observation_size, task.action_size
-    data = random_rows(jax.random.key(0), (num_rows + args.holdout_rows,), *sizes)
-    parts = mopo_parts(args, task, data, 50 if bench.small else 500)
-    train, roll, learn = mopo_plain(args, data, bench)
-    steps, b, every = num_rows // args.model_batch_size, args.rollout_batch, args.rollout_freq
-    threads = (("1 thread", 1), ("all cores", os.cpu_count()))
-    plain = lambda name, unit, function, amount: [
-        Case(f"PyTorch, {label}: {name}", torch_with(n, function), unit, amount, calls=1)
-        for label, n in threads
-    ]
-    wide = max(args.model_hidden_sizes)
-    chains = [matmul_chain(args.ensemble_size, n, wide) for n in (args.model_batch_size, mopo.rows_at_once(args))]
-    chains.append(matmul_chain(1, args.batch_size, max(args.hidden_sizes)))
-    chain = lambda i, name: Case(f"jax matmul {name}, chained", chains[i][0], "GF/s", chains[i][1] / 1e9)
-    once = lambda name, function, unit, amount, target: Case(name, function, unit, amount, target, 1)
-
-    forward, to_weights, to_hidden, _ = mlp_flops(
-        (sum(sizes), *args.model_hidden_sizes, 2 * (sizes[0] + 1)), args.ensemble_size * args.model_batch_size
-    )
-    name = f"model, an epoch of {num_rows // 1000}k rows"
-    epoch, _, two, rate = bench.measure(
-        once(f"fit_chunk: {name}", parts.epoch, "s", 1, 6.5),
-        *plain(f"{name}, from {train[1]} steps", "s", train[0], steps / train[1]),
-        chain(0, f"{args.ensemble_size} x {args.model_batch_size} x {wide} x {wide}"),
-    )
-    bench.ratio(f"{name}: against PyTorch on all cores", two, epoch)
-    floor = [steps * (forward + to_weights + to_hidden) / 1e9 / r for r in rate]
-    bench.ratio(f"{name}: share of the matmul floor", floor, epoch, None, "%", 100)
-
-    name = f"rollout {b} x {args.horizon}"
-    rolled, _, two, rate = bench.measure(
-        once(f"refresh: {name}", parts.refresh, "s", 1, 5),
-        *plain(f"{name}, from {roll[1]}", "s", roll[0], b / roll[1]),
-        chain(1, f"{args.ensemble_size} x {mopo.rows_at_once(args)} x {wide} x {wide}"),
-    )
-    bench.ratio(f"{name}: against PyTorch on all cores", two, rolled)
-    flops = forward / args.model_batch_size * b * args.horizon / 1e9
-    bench.ratio(f"{name}: share of the matmul floor", [flops / r for r in rate], rolled, None, "%", 100)
-
-    name = "SAC, no refreshes"
-    amount = 50 if bench.small else 500
-    alone, _, torch_alone, rate, whole = bench.measure(
-        once(f"mopo_update: {name}", parts.updates, "/s", amount, 200),
-        *plain(name, "/s", learn[0], learn[1]),
-        chain(2, f"{args.batch_size} x {max(args.hidden_sizes)} x {max(args.hidden_sizes)}"),
-        once(f"train_chunk: SAC with a refresh every {every} updates", parts.chunk, "/s", every, 105),
-    )
-    bench.ratio(f"{name}: against PyTorch on all cores", alone, torch_alone)
-    flops = sac_flops(*sizes, args.hidden_sizes, args.batch_size) / 1e9
-    bench.ratio(f"{name}: share of the matmul floor", alone, rate, None, "%", 100 * flops)
-    both = [every / (every / x + y) for x, y in zip(torch_alone, two, strict=True)]
-    bench.ratio("SAC with refreshes: against PyTorch on all cores, computed", whole, both)
+        num_rows, num_updates, plain_sizes = 4_000, 50, (4, 500, 10)
+        args = dataclasses.replace(args, rollout_batch=1_000, rollout_freq=50, chunk=50)
+    task = envs.task("cheetah-run")
+    shape = task.observation_size, task.action_size
+    data = random_rows(jax.random.key(0), (num_rows + args.holdout_rows,), *shape)
+    parts = mopo_parts(args, task, data, num_updates, mopo_plain(args, data, plain_sizes))
+    widths = (sum(shape), *args.model_hidden_sizes, 2 * (shape[0] + 1))
+    mopo_model(bench, args, parts, num_rows, widths)
+    plain_refresh = mopo_rollouts(bench, args, parts, widths)
+    mopo_sac(bench, args, parts, num_updates, shape, plain_refresh)
 
 
 def first_lines(folder):
@@ -571,6 +593,8 @@ def run_all(args):
 def markdown(path):
     """Put the numbers of a file into docs/speed.md, between its two marks."""
     result = json.loads(Path(path).read_text())
+    if "--check" in result["command"]:
+        raise SystemExit(f"{path} is of a --check: its numbers mean nothing; run without")
     about = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     text = f"`{result['command']}`: {result['seconds']:.0f} s. {about}\n\n"
     text += "\n".join([HEAD, RULE, *map(table_row, result["rows"])])
@@ -602,7 +626,7 @@ def main():
     seconds = time.perf_counter() - began
     print(f"\n{len(rows)} rows in {seconds:.0f} s", flush=True)
     if args.json:
-        command = " ".join(["python", "benchmark/speed.py", *sys.argv[1:]])
+        command = " ".join(["python benchmark/speed.py", *sys.argv[1:]])
         result = {"command": command, "seconds": seconds, "machine": machine(), "rows": rows}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -101,7 +101,7 @@ def _inner(name: str, backend: str | None):
         return brax.envs.get_environment(short, **chosen)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sizes(name: str) -> tuple[int, int, float]:
     """Return observation size, action size, dt, without running a reset."""
     inner = _inner(name, None)
