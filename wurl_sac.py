@@ -86,7 +86,7 @@ class Args:
     # --- budget ---
     num_policies: int = 10
     """K: number of policies (paper: 10)"""
-    num_updates: int = 32_000
+    num_updates: int = 36_000
     """gradient steps per policy; environment steps per policy = num_updates / updates_per_step"""
     updates_per_step: float = 0.25
     """U: gradient steps per environment step of a policy (reference code: 1; ours on a CPU: 0.25)"""
@@ -761,7 +761,7 @@ def make_train(args, env, task, observe, episode_length):
     def train_round(state, warmup):
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
-        steps = rollouts(state.agent.actor, jax.random.split(key_rollout, K), args.num_envs, warmup)
+        steps = rollouts(state.agent.actor, jax.random.split(key_rollout, K), args.num_envs, warmup)  # D3
         reward, distances, net, net_opt = pseudo_reward(state, steps, key_reward)
         t = steps.transition
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)

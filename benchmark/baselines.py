@@ -6,6 +6,7 @@ those of the code measured beside them (for MOPO those of OfflineRL-Kit). No tra
 them; PyTorch is needed by nothing else here and is not a dependency of the project.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -68,7 +69,7 @@ def transport_cost_equal(source, target, directions):
 
 
 def nearest_reward(points, directions, scale, cost_function=transport_cost):
-    """Pseudo-reward [K, D] of K policies' points [K, D, d]: the cost to the nearest other policy."""
+    """Pseudo-reward [K, D] of the points [K, D, d]: the cost to the nearest other policy."""
     rewards = np.zeros(points.shape[:2])
     for k in range(len(points)):
         others = [l for l in range(len(points)) if l != k]
@@ -83,7 +84,7 @@ def nearest_reward(points, directions, scale, cost_function=transport_cost):
 def mlp(widths):
     """Linear layers of the given widths, ReLU between them."""
     layers = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -173,7 +174,7 @@ class Ensemble:
 
     def __init__(self, num_inputs, num_targets, hidden, size, decays):
         widths = (num_inputs, *hidden, 2 * num_targets)
-        shapes = list(zip(widths[:-1], widths[1:], strict=True))
+        shapes = list(itertools.pairwise(widths))
         self.weights = [torch.empty(size, *shape) for shape in shapes]
         for weight, (fan_in, _) in zip(self.weights, shapes, strict=True):
             nn.init.trunc_normal_(weight, std=1.0 / (2.0 * fan_in**0.5))
@@ -208,7 +209,7 @@ class Dynamics:
     """An ensemble in training, and rollouts in it."""
 
     def __init__(self, rows, hidden, size, decays):
-        """rows: Rows of real data; every member draws its batches from its own bootstrap of them."""
+        """rows: Rows of real data; every member draws its batches from its own bootstrap."""
         observations, actions, rewards, next_observations, _ = rows.arrays
         self.x = torch.cat([observations, actions], -1)
         self.mean, self.std = self.x.mean(0), self.x.std(0)

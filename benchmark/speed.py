@@ -1,9 +1,9 @@
-"""How fast the scripts are on this machine, beside plain NumPy and PyTorch and the machine's own limits.
+"""How fast the scripts are here, beside plain NumPy and PyTorch and the machine's own limits.
 
-    python benchmark/speed.py                            everything, under 8 minutes on 2 quiet cores
-    python benchmark/speed.py --part sac --json out.json    one part, numbers to a file
-    python benchmark/speed.py --check                    every part in small: does it work?
-    python benchmark/speed.py --markdown out.json        numbers of a file -> the table of docs/speed.md
+    python benchmark/speed.py                       everything, under 8 minutes on 2 quiet cores
+    python benchmark/speed.py --part sac --json F   one part, numbers to a file
+    python benchmark/speed.py --check               every part in small: does it work?
+    python benchmark/speed.py --markdown F          numbers of a file -> the table of docs/speed.md
 
 Parts: pseudo_reward, sac, collection, mopo, startup. The parts run one after the other, each in a
 process of its own. What is compared within a part runs in turn, again and again, so that ratios
@@ -16,6 +16,7 @@ JAX runs on the CPU unless JAX_PLATFORMS says otherwise; the targets are those o
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -32,8 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +41,13 @@ import mujoco
 import numpy as np
 from mujoco import rollout as mujoco_rollout
 
-import baselines
 import envs
 import envs.buffers
 import mopo
 import wurl_sac
+from benchmark import baselines
 
+ROOT = Path(__file__).resolve().parents[1]
 DISTURBED = 0.1  # cores used by others from which a number is marked
 HEAD = "| part | what | median | best | | target | | own cores | other cores | load |"
 RULE = "|---|---|--:|--:|---|---|---|--:|--:|--:|"
@@ -76,7 +77,7 @@ class Case(NamedTuple):
 
 
 def cpu_clock():
-    """-> CPU seconds of the whole machine (with those stolen from it), of this process and children."""
+    """-> CPU seconds of the machine (with those stolen from it), of this process and children."""
     with open("/proc/stat") as file:
         user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
@@ -174,7 +175,7 @@ def machine():
 
 
 def matmul_chain(members, batch, width, seconds=0.1):
-    """-> function, FLOPs of a call: x [members, batch, width] times one square matrix after another.
+    """-> function, FLOPs of a call: x [members, batch, width] times square matrices, one by one.
 
     The matrices are orthogonal, so that x keeps its size; a member axis of 1 is a plain matmul.
     """
@@ -197,8 +198,8 @@ def matmul_chain(members, batch, width, seconds=0.1):
 
 
 def mlp_flops(widths, batch):
-    """Matmul FLOPs of (forward, gradient of the weights, gradient of the hidden layers, last: inputs)."""
-    layers = [2.0 * batch * a * b for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    """Matmul FLOPs of: forward, gradients of weights, of hidden layers, of the inputs."""
+    layers = [2.0 * batch * a * b for a, b in itertools.pairwise(widths)]
     return sum(layers), sum(layers), sum(layers[1:]), layers[0]
 
 
@@ -243,33 +244,34 @@ def chain_case(members, batch, width):
 
 def pseudo_reward(bench):
     """All K (K - 1) pairs of K = 10 policies, 200 points each, 5 directions."""
-    rng = np.random.default_rng(0)
     for dim in (2, 17):
-        points = rng.normal(size=(10, 200, dim)).cumsum(1).astype(np.float32)
-        directions = np.asarray(wurl_sac.unit_directions(jax.random.key(0), 5, dim))
-        args = wurl_sac.Args(num_policies=10, num_directions=5, reward_scale=1.0)
-        alive = jnp.ones((10, 1, 200), bool)
-        program = jax.jit(
-            lambda p, alive, v, args=args: wurl_sac.apwd_reward(p, alive, p, alive, v, args)[0]
-        )
-        ours = lambda f=program, p=points[:, None], a=alive, v=directions: f(p, a, v)
-        uneven = lambda f=ours, a=alive.at[0, 0, -1].set(False): f(a=a)
-        exact = points.astype(np.float64), directions.astype(np.float64), 1.0
-        loop = lambda exact=exact: baselines.nearest_reward(*exact)
-        ranks = lambda exact=exact: baselines.nearest_reward(*exact, baselines.transport_cost_equal)
-        for name, reward in (("wurl_sac", np.asarray(ours())[:, 0]), ("rank to rank", ranks())):
-            error = np.abs(reward - loop()).mean() / loop().mean()
-            if not error < 1e-4:
-                raise SystemExit(f"{name} and the NumPy loop differ by {error:.2g}: compare nothing")
-        size = f"d = {dim}"
-        ours, loop, ranks, _ = bench.measure(
-            Case(f"{size}: wurl_sac.apwd_reward", ours, "ms"),
-            Case(f"{size}: NumPy, loop over pairs, directions, points", loop, "ms"),
-            Case(f"{size}: NumPy, loop over pairs, directions (equal lengths only)", ranks, "ms"),
-            Case(f"{size}: wurl_sac.apwd_reward, unequal lengths", uneven, "ms"),
-        )
-        bench.ratio(f"{size}: against the loop", loop, ours, 100)
-        bench.ratio(f"{size}: against the loop without points", ranks, ours)
+        pseudo_reward_at(bench, dim)
+
+
+def pseudo_reward_at(bench, dim):
+    """Random walks in `dim` dimensions: check that all agree, then time them."""
+    points = np.random.default_rng(0).normal(size=(10, 200, dim)).cumsum(1).astype(np.float32)
+    directions = np.asarray(wurl_sac.unit_directions(jax.random.key(0), 5, dim))
+    args = wurl_sac.Args(num_policies=10, num_directions=5, reward_scale=1.0)
+    p, alive = jnp.asarray(points[:, None]), jnp.ones((10, 1, 200), bool)
+    shorter = alive.at[0, 0, -1].set(False)
+    program = jax.jit(lambda alive: wurl_sac.apwd_reward(p, alive, p, alive, directions, args)[0])
+    exact = points.astype(np.float64), directions.astype(np.float64), 1.0
+    by_ranks = baselines.transport_cost_equal
+    loop, ranks = baselines.nearest_reward(*exact), baselines.nearest_reward(*exact, by_ranks)
+    for name, reward in (("wurl_sac", np.asarray(program(alive))[:, 0]), ("ranks", ranks)):
+        error = np.abs(reward - loop).mean() / loop.mean()
+        if not error < 1e-4:
+            raise SystemExit(f"d = {dim}: {name} and the NumPy loop differ by {error:.2g}")
+    case = lambda name, function: Case(f"d = {dim}: {name}", function, "ms")
+    ours, loop, ranks, _ = bench.measure(
+        case("wurl_sac.apwd_reward", lambda: program(alive)),
+        case("NumPy, pairs, directions, points", lambda: baselines.nearest_reward(*exact)),
+        case("NumPy, pairs, directions", lambda: baselines.nearest_reward(*exact, by_ranks)),
+        case("wurl_sac.apwd_reward, unequal lengths", lambda: program(shorter)),
+    )
+    bench.ratio(f"d = {dim}: against the loop over points", loop, ours, 100)
+    bench.ratio(f"d = {dim}: against NumPy without that loop", ranks, ours)
 
 
 def random_rows(key, shape, num_obs, num_act):
@@ -354,7 +356,7 @@ def open_loop(env, start, actions):
 
 
 def collection_at(bench, robot, num_policies, num_envs, length, target):
-    """Environment steps of wurl_sac's rollouts against raw MuJoCo on the same starts and actions."""
+    """Steps of wurl_sac's rollouts against raw MuJoCo on the same starts and actions."""
     env, task = envs.make(robot, "mujoco"), envs.task(robot)
     length = 10 if bench.small else length
     args = wurl_sac.Args(num_policies=num_policies, num_envs=num_envs)
@@ -370,7 +372,7 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     whole, stepwise = open_loop(env, start, steps.actions)
     apart = np.abs(whole()[:, env.robot.frame_skip - 1, 1:3] - steps.root_positions[:, 1]).max()
     if not apart < 1e-4:
-        raise SystemExit(f"{robot}: raw MuJoCo lands {apart:.2g} m from the rollout: compare nothing")
+        raise SystemExit(f"{robot}: raw MuJoCo lands {apart:.2g} m from the rollout")
     size, amount = f"{robot}, {num_policies} x {num_envs} environments", steps.actions[..., 0].size
     case = lambda name, f: Case(f"{size}: {name}", f, "steps/s", amount, calls=amount > 10_000)
     fast, raw, raw_steps = bench.measure(
@@ -391,7 +393,7 @@ def collection(bench):
 
 
 class Mopo(NamedTuple):
-    """What the mopo part times: functions of no arguments, mopo.py's and PyTorch's, and their sizes."""
+    """What the mopo part times: mopo.py's functions, and PyTorch's with the size of a call."""
 
     epoch: Callable
     refresh: Callable
@@ -526,9 +528,8 @@ def first_lines(folder):
     command = [sys.executable, "-u", "wurl_sac.py", "--out", str(folder)]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     began, seen = time.perf_counter(), {}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
     limit = threading.Timer(300, process.kill)
     limit.start()
     lines = []
