@@ -1013,7 +1013,7 @@ def run_identity(args, **data):
 def run_folder(args, script, task):
     """The run's folder, made if need be; refuses to write over another run."""
     folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
-    if not args.resume and (folder / "args.json").exists():
+    if not args.resume and (any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()):
         raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -68,9 +68,10 @@ import envs
 class Args:
     # --- run ---
     task: str = "ant"
-    """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; a task adds a task reward"""
+    """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; a task's reward is recorded, and
+    learnt from with task_weight"""
     preset: str = ""
-    """a name in PRESETS; empty: the one of the world (ours), 'paper': the published budget of the world"""
+    """a name in PRESETS; empty: the one of the world (ours); 'paper': the published budget of ant and cheetah"""
     seed: int = 0
     """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
     out: str = ""
@@ -96,7 +97,7 @@ class Args:
     """L: steps of an episode; 0: the task's own (ant, cheetah 200; point 100)"""
     warmup_steps: int = 2_000
     """environment steps per policy with uniform random actions at the start (reference code: 20,000 over all)"""
-    chunk: int = 200
+    chunk: int = 500
     """gradient steps per policy in one jitted call; a multiple of a round's, a divisor of eval_every"""
     eval_every: int = 4_000
     """gradient steps per policy between two evaluations"""
@@ -169,7 +170,7 @@ PRESETS = {
     "point": POINT,
     "tree-maze": POINT,
     "paper": dict(
-        num_updates=200_000, updates_per_step=1.0, num_envs=1, chunk=400, eval_every=4_000, learning_rate=3e-4,
+        num_updates=200_000, updates_per_step=1.0, num_envs=1, chunk=1_000, eval_every=4_000, learning_rate=3e-4,
     ),
 }  # fmt: skip
 QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_every=1_500)
@@ -606,8 +607,9 @@ def discriminator_success(x, train, test, key, args, num_steps=1_000, batch_size
         updates, opt = optimiser.update(grads, opt)
         return (optax.apply_updates(params, updates), opt), None
 
-    params = net.init(key, x[:1])
-    keys = jax.random.split(key, num_steps)
+    key_init, key_steps = jax.random.split(key)
+    params = net.init(key_init, x[:1])
+    keys = jax.random.split(key_steps, num_steps)
     (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), keys)
     logits, weight = net.apply(params, x), test.reshape(-1) / test.sum()
     return jnp.exp(-cross_entropy(logits, y) @ weight), (logits.argmax(-1) == y) @ weight
@@ -736,18 +738,20 @@ def make_train(args, env, task, observe, episode_length):
         """Lines (2) to (5), without the task term -> reward [K, N, L], distances [K, K], net, net_opt."""
         features, alive = features_of(steps.transition), steps.alive
         d = features.shape[-1]
-        directions = unit_directions(key, args.num_directions, d, args.orthogonal_directions)
+        key_directions, key_net = jax.random.split(key)
+        directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
         reward, distances = apwd_reward(features, alive, features, alive, directions, args)
         net, net_opt = state.net, state.net_opt
         index = jnp.broadcast_to(jnp.arange(args.num_policies)[:, None, None], steps.alive.shape)
         if args.objective == "diayn":
             reward = diayn_reward(net, features, args)
-            net, net_opt = fit_net(net, net_opt, diayn_loss, (features, index), alive, key, args)
+            net, net_opt = fit_net(net, net_opt, diayn_loss, (features, index), alive, key_net, args)
         if args.objective == "dads":
             before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
             change = (features - before) / jnp.maximum((features - before).std((0, 1, 2)), 1e-6)
-            reward = dads_reward(net, before, change, args)
-            net, net_opt = fit_net(net, net_opt, dads_loss, (before, change, index), alive, key, args)
+            known = alive & (jnp.arange(alive.shape[-1]) > 0)  # the feature before the first step is not
+            reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
+            net, net_opt = fit_net(net, net_opt, dads_loss, (before, change, index), known, key_net, args)
         if args.objective == "none":
             reward = jnp.zeros_like(reward)
         return reward, distances, net, net_opt
@@ -910,7 +914,7 @@ def run_identity(args, **data):
 def run_folder(args, script, task):
     """The run's folder, made if need be; refuses to write over another run."""
     folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
-    if not args.resume and (folder / "args.json").exists():
+    if not args.resume and (any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()):
         raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -955,9 +959,18 @@ def wurl_preset(args):
 
 def check_args(args, task, episode_length):
     """Refuse what cannot work, before any long work starts."""
+    positive = ("num_envs", "num_directions", "rollout_episodes", "chunk", "eval_every", "num_updates", "batch_size")
+    for name in positive:
+        if getattr(args, name) < 1:
+            raise envs.InputError(f"--{name.replace('_', '-')} must be at least 1")
     _, updates, _ = round_sizes(args, episode_length)
     steps = args.num_envs * episode_length
+    index = args.div_features.split(",")
     rules = {
+        f"--div-features: task, full or indices below {task.env_observation_size}, such as 0,1":
+            args.div_features in ("task", "full")
+            or all(i.isdigit() and int(i) < task.env_observation_size for i in index),
+        "--eval-episodes must be at least 2: half of them are held out": args.eval_episodes >= 2,
         "--num-policies must be at least 1": args.num_policies >= 1,
         "one policy has no neighbour: add --diversity-weight 0 --task-weight 1":
             args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
@@ -967,9 +980,9 @@ def check_args(args, task, episode_length):
             args.replay_size >= max(steps, args.batch_size),
         "--warmup-steps must be positive: the first batch needs data": args.warmup_steps > 0,
         f"--chunk must be a multiple of a round's updates ({updates})":
-            args.chunk > 0 and args.chunk % updates == 0,
+            args.chunk % updates == 0,
         "--chunk must divide --eval-every and --num-updates":
-            args.eval_every % max(args.chunk, 1) == args.num_updates % max(args.chunk, 1) == 0,
+            args.eval_every % args.chunk == args.num_updates % args.chunk == 0,
         "--lr-decay is a share: 0 to 1": 0 <= args.lr_decay <= 1,
         "--num-envs times the episode length must stay under 46341": steps < 46341,
     }  # fmt: skip
@@ -1011,9 +1024,8 @@ def record(files, task, steps, pseudo_rewards):
     files.append(steps.transition, steps.terminals, steps.alive, **columns)
 
 
-def train_policies(state, train_chunk, evaluation, args, task, folder, files, logger, save):
+def train_policies(state, train_chunk, evaluation, eval_key, args, task, files, logger, save):
     """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays."""
-    eval_key = jax.random.fold_in(jax.random.key(args.seed), 1)  # the same starts and noise every time
     step = first = int(state.num_updates)
     began, saved, train = time.time(), time.time(), {}
 
@@ -1044,24 +1056,11 @@ def train_policies(state, train_chunk, evaluation, args, task, folder, files, lo
     return state, *evaluate_now(50)  # the authors' protocol
 
 
-def finish(folder, args, task, env, files, warmup, rollouts, actor, snapshot, observe, episode_length):
-    """Everything a finished run leaves behind: buffers, policy, figures."""
-    metadata = {
-        "dataset_name": f"{task.name}-wurl-seed{args.seed}", "env": task.env, "layout": "env",
-        "task": task.name, "reward_kind": "task" if task.has_reward else "none", "task_options": task.options,
-        "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
-        "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
-    }  # fmt: skip
-    drop = ("action_log_probs",)  # the policy has moved on: a density is worth keeping of fresh rollouts only
-    if args.collect == "rollouts":  # in place of the training data
-        warmup, drop = [0] * args.num_policies, ("pseudo_rewards",)
-        files = envs.episodes.EpisodeFiles(files.folder, args.num_policies, env.observation_size, env.action_size)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 2), args.num_policies)
-        steps = jax.jit(rollouts, static_argnums=2)(actor, keys, args.rollout_episodes)
-        record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
-    files.finish(metadata, warmup, drop)
+def write_outputs(folder, args, task, actor, snapshot, observe):
+    """policy.npz and the figures."""
     about = {"task": task.name, "observations": "task" if observe is task.observe else "env"}
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
+    about |= {"versions": envs.buffers.versions()}
     write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
     paths = [snapshot[k] for k in ("paths", "features", "alive")]
     envs.figures.plot_paths(folder / "trajectories.png", task, *paths)
@@ -1074,27 +1073,56 @@ def finish(folder, args, task, env, files, warmup, rollouts, actor, snapshot, ob
         envs.figures.plot_distances(folder / "distances.png", task, steps, curves, snapshot["matrix"])
 
 
+def fresh_rollouts(args, task, env, rollouts, actor, key, folder):
+    """--collect rollouts: new episodes of the final policies -> their row files in `folder`."""
+    files = envs.episodes.EpisodeFiles(folder, args.num_policies, env.observation_size, env.action_size)
+    collect = jax.jit(rollouts, static_argnums=2)
+    steps = collect(actor, jax.random.split(key, args.num_policies), args.rollout_episodes)
+    record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
+    return files
+
+
+def write_buffers(folder, args, task, env, files, warmup, fresh, episode_length):
+    """The last act of a run: buffers/policy_XX.npz, whole, then the row files go."""
+    metadata = {
+        "dataset_name": f"{task.name}-wurl-seed{args.seed}", "env": task.env, "layout": "env",
+        "task": task.name, "reward_kind": "task" if task.has_reward else "none", "task_options": task.options,
+        "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
+        "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
+    }  # fmt: skip
+    if args.collect == "replay":  # the policies moved on: a density is worth keeping of fresh rollouts only
+        files.finish(folder / "buffers", metadata, warmup, drop=("action_log_probs",))
+    else:
+        rows = fresh(folder / "rollouts")
+        rows.finish(folder / "buffers", metadata, [0] * args.num_policies, drop=("pseudo_rewards",))
+        rows.remove()
+    files.remove()
+
+
 def main(args):
     """Train K policies and write their buffers -> metrics of the last evaluation."""
     started = time.time()
     task = envs.task(args.task)
+    if task.env.startswith("brax/"):  # brax's rewards are not functions of a recorded transition
+        task = dataclasses.replace(task, has_reward=False, reward=lambda t: np.zeros_like(t.root_positions[..., 0]))
     env = envs.make(task.env, None if args.backend == "auto" else args.backend)
     episode_length = args.episode_length or task.episode_length
     check_args(args, task, episode_length)
-    env.check_batch(args.num_policies * max(args.num_envs, 50))
+    env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50))
     diverse = args.diversity_weight != 0 and args.objective != "none"
     observe = (lambda x: x) if diverse else task.observe  # a diverse policy must see where it is
     folder = run_folder(args, "wurl_sac", task.name)
 
     init, warmup, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
     evaluation = make_evaluation(args, task, rollouts)
-    key, meta = jax.random.key(args.seed), {"identity": run_identity(args), "log": 0, "rows": None}
+    key_train, key_eval, key_collect = jax.random.split(jax.random.key(args.seed), 3)
+    meta = {"identity": run_identity(args), "log": 0, "rows": None}
     if args.resume:
-        state, meta = load_state(folder, jax.eval_shape(init, key), meta["identity"])
+        state, meta = load_state(folder, jax.eval_shape(init, key_train), meta["identity"])
     else:
-        state = init(key)
+        state = init(key_train)
     sizes = (args.num_policies, env.observation_size, env.action_size)
-    files = envs.episodes.EpisodeFiles(folder / "buffers", *sizes, meta["rows"])
+    files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"])
     logger = Logger(folder, args, meta["log"], int(state.num_updates))
     save = lambda state: save_state(folder, state, {**meta, "log": logger.file.tell(), "rows": files.counts})
     announce(folder, args, task, env, episode_length, files)
@@ -1102,14 +1130,17 @@ def main(args):
         state, (_, _, steps, pseudo_rewards) = warmup(state)
         record(files, task, steps, pseudo_rewards)
         meta["warmup"] = list(files.counts)
+        save(state)
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
 
     state, metrics, snapshot = train_policies(
-        state, train_chunk, evaluation, args, task, folder, files, logger, save
+        state, train_chunk, evaluation, key_eval, args, task, files, logger, save
     )
     actor = state.agent.actor
-    finish(folder, args, task, env, files, meta["warmup"], rollouts, actor, snapshot, observe, episode_length)
-    print(f"{folder}: buffers/policy_*.npz, policy.npz, trajectories.png, distances.png; {time.time() - started:.0f} s")
+    write_outputs(folder, args, task, actor, snapshot, observe)
+    fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect)
+    write_buffers(folder, args, task, env, files, meta["warmup"], fresh, episode_length)
+    print(f"{folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - started:.0f} s")
     print(f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)
     return {k: np.asarray(v) for k, v in metrics.items()}
 

@@ -128,6 +128,7 @@ class Bench:
     def row(self, name, unit, values, target=None, cores=None):
         """Note and print a row; without `cores` it is derived from the rows before it."""
         less = unit in ("s", "ms")
+        target = None if self.small else target
         median, best = statistics.median(values), (min if less else max)(values)
         if cores is None:
             cores = [None, max(r["other_cores"] for r in self.rows)]
@@ -533,16 +534,16 @@ def first_lines(folder):
     limit = threading.Timer(300, process.kill)
     limit.start()
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        seen.setdefault(line.split(" ")[0], time.perf_counter() - began)
-        if line.startswith("update "):
-            break
-    process.kill()
-    process.wait()
-    limit.cancel()
+    try:
+        while "update" not in seen and (line := process.stdout.readline()):
+            lines.append(line)
+            seen.setdefault(line.split(" ")[0], time.perf_counter() - began)
+    finally:
+        limit.cancel()
+        process.kill()
+        process.wait()
     if "update" not in seen:
-        raise SystemExit("wurl_sac.py showed no progress:\n" + "".join(lines[-5:]))
+        raise SystemExit("wurl_sac.py showed no progress in 300 s:\n" + "".join(lines[-5:]))
     return seen["warm-up:"], seen["update"]
 
 
@@ -593,6 +594,8 @@ def run_all(args):
 
 def markdown(path):
     """Put the numbers of a file into docs/speed.md, between its two marks."""
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: no such file; make it: python benchmark/speed.py --json {path}")
     result = json.loads(Path(path).read_text())
     if "--check" in result["command"]:
         raise SystemExit(f"{path} is of a --check: its numbers mean nothing; run without")

@@ -4,7 +4,6 @@ A run appends every step of every policy here, one file of fixed-width rows per 
 `finish` makes the buffers (docs/buffer.md) of them.
 """
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ class EpisodeFiles:
     """`folder`/policy_XX.rows, one per policy; `counts` (rows in each) belongs into a run's saved state."""
 
     def __init__(self, folder, num_policies, observation_size, action_size, counts=None):
-        """Open, and cut every file to `counts` rows (None: empty). InputError where a file holds fewer."""
+        """Open, and cut every file to `counts` rows (None: empty); InputError where one holds fewer."""
         wide, float32 = lambda n: (np.float32, (n,)), np.float32
         self.dtype = np.dtype(
             [
@@ -38,9 +37,13 @@ class EpisodeFiles:
         self.paths = [self.folder / f"policy_{k:02d}.rows" for k in range(num_policies)]
         self.counts = list(counts or [0] * num_policies)
         for path, count in zip(self.paths, self.counts, strict=True):
+            size = path.stat().st_size if path.exists() else 0
+            if size < count * self.dtype.itemsize:
+                raise InputError(
+                    f"{path}: holds fewer than {count} rows: the run is finished, or the file was cut; "
+                    "start a new run with another --out"
+                )
             with open(path, "ab") as file:
-                if file.tell() < count * self.dtype.itemsize:
-                    raise InputError(f"{path}: holds fewer than {count} rows; start a new run (--out)")
                 file.truncate(count * self.dtype.itemsize)
 
     def append(self, transition, terminals, alive, **columns):
@@ -72,8 +75,8 @@ class EpisodeFiles:
                 raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
             self.counts[k] += len(rows)
 
-    def finish(self, metadata, warmup, drop=()):
-        """Write policy_XX.npz of every file, without the columns `drop`, then remove the row files.
+    def finish(self, folder, metadata, warmup, drop=()):
+        """Write `folder`/policy_XX.npz of every file, without the columns `drop`.
 
         metadata: of all; warmup: of each policy, how many of its first rows were made by random actions.
         """
@@ -82,7 +85,10 @@ class EpisodeFiles:
             names = [name for name in self.dtype.names if name not in drop]
             arrays = {name: np.ascontiguousarray(rows[name]) for name in names}
             own = {"policy_id": k, "warmup_transitions": warmup[k]}
-            buffers.save(path.with_suffix(".npz"), arrays, {**metadata, **own})
+            buffers.save(Path(folder) / f"{path.stem}.npz", arrays, {**metadata, **own})
+
+    def remove(self):
+        """Delete the row files and their folder, once the buffers are whole."""
         for path in self.paths:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            path.unlink(missing_ok=True)
+        self.folder.rmdir()

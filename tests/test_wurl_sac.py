@@ -368,7 +368,7 @@ def test_run_leaves_everything(run):
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert records[0]["args"]["task"] == "point"
     assert [r["step"] for r in records[1:]] == [20, 40]
-    assert not list((folder / "buffers").glob("*.rows"))
+    assert not (folder / "rows").exists()
 
 
 def test_buffers_hold_all_that_happened(run):
@@ -462,6 +462,9 @@ def test_other_objectives_train(objective):
         (dict(task_weight=1.0), "has no reward"),
         (dict(replay_size=50), "--replay-size"),
         (dict(chunk=15), "--chunk must be a multiple"),
+        (dict(num_envs=0), "--num-envs must be at least 1"),
+        (dict(eval_episodes=1), "--eval-episodes"),
+        (dict(div_features="0,99"), "--div-features"),
         (dict(task="ponit"), "point"),
     ],
 )
@@ -486,3 +489,53 @@ def test_collapse_and_discriminator_metrics():
     even = mask & (jnp.arange(8) % 2 == 0)[:, None]
     success, _ = W.discriminator_success(same, even, mask & ~even, jax.random.key(1), args)
     assert success < 0.5  # chance is 1/3
+
+
+@pytest.mark.parametrize("world", ["ant", "cheetah", "point", "tree-maze", "humanoid", "brax/ant"])
+@pytest.mark.parametrize("flags", [[], ["--preset", "paper"]])
+def test_presets_fit_every_world(world, flags):
+    args = W.parse_args(["--task", world, *flags], W.wurl_preset)
+    task = envs.task(world)
+    W.check_args(args, task, args.episode_length or task.episode_length)
+
+
+def test_features_are_of_the_state_an_action_leads_to():
+    task = envs.task("point")
+    before, after = np.zeros((5, 4), np.float32), np.arange(20, dtype=np.float32).reshape(5, 4)
+    t = envs.Transition(before, before[:, :2], after, before[:, :2], before[:, :2])
+    for features, expected in (("task", after[:, :2]), ("full", after), ("3,0", after[:, [3, 0]])):
+        np.testing.assert_array_equal(W.feature_function(tiny(div_features=features), task)(t), expected)
+
+
+def test_nearest_is_chosen_for_each_episode():
+    """Policy 0's two episodes lie beside different neighbours: each is paid the distance to its own."""
+    near = lambda x: jnp.full((4, 1), x) + jnp.linspace(0, 0.01, 4)[:, None]
+    features = jnp.stack([jnp.stack([near(0.0), near(10.0)]), jnp.stack([near(1.0)] * 2), jnp.stack([near(12.0)] * 2)])
+    alive = jnp.ones((3, 2, 4), bool)
+    # each policy's points are pooled as targets; policy 0's episodes as sources meet half of a target's points each
+    reward, _ = apwd_reward(features, alive, features, alive, jnp.ones((1, 1)), args=tiny(num_policies=3))
+    np.testing.assert_allclose(reward[0, 0], 1.0, atol=0.02)
+    np.testing.assert_allclose(reward[0, 1], 2.0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(task="point-angle-0", num_policies=1, objective="none", task_weight=1.0, auto_alpha=True),
+        dict(random=True),
+        dict(collect="rollouts", rollout_episodes=3),
+    ],
+)
+def test_baselines_run(tmp_path, changes):
+    """Supervised, random and fresh data: whole runs, readable buffers, the right columns."""
+    args = tiny(out=str(tmp_path / "run"), num_updates=20, **changes)
+    W.main(args)
+    buffers = [envs.buffers.load(p) for p in sorted((tmp_path / "run/buffers").glob("*.npz"))]
+    assert len(buffers) == args.num_policies and not (tmp_path / "run/rows").exists()
+    if args.task_weight:
+        assert buffers[0].metadata["reward_kind"] == "task" and buffers[0]["rewards"].std() > 0
+    if args.random:
+        assert np.abs(np.mean(buffers[0]["actions"])) < 0.1 and np.std(buffers[0]["actions"]) > 0.5
+    if args.collect == "rollouts":
+        assert all(len(b) == 300 and b.metadata["warmup_transitions"] == 0 for b in buffers)
+        assert "action_log_probs" in buffers[0].arrays and not (tmp_path / "run/rollouts").exists()
