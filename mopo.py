@@ -30,9 +30,9 @@ Deviations
       `max_epochs`.
   D5  orig, ORLKit: an epoch visits every row of the bootstrap once; here: as many random draws of
       it (--exact-epochs for theirs).
-  D6  orig lets a rollout leave the data, ORLKit calls |s| > 100 terminal; here: it ends outside the
-      data's range plus a margin and bootstraps there, because a terminal (value 0) would be a prize
-      wherever Q < 0 (--range-value zero). Rows that are not finite are dropped.
+  D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: it
+      ends outside the data's range plus a margin, and the value there is min(V, 0): V is a guess that
+      SAC inflates, and 0, a terminal's value, is a prize wherever Q < 0. Rows not finite are dropped.
   D7  orig: target entropy -3 in every task and one rate; here: ORLKit's -A, rates, cosine, alpha <= 1.
   D8  ORLKit corrects tanh by log(1 - a^2 + 1e-6); here: exactly, as orig.
   D9  orig: all gradients from the weights before the update; here: ORLKit's order, line (7).
@@ -52,7 +52,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,8 +157,8 @@ class Args:
     """share of real rows in a batch (both: 0.05)"""
     range_margin: float = 0.5
     """rollouts end outside the data's range by this share of it, at least of 1 (ours, D6)"""
-    range_value: Literal["bootstrap", "zero"] = "bootstrap"
-    """value of a state out of range: the critics', or zero as after a termination (D6)"""
+    range_value: Literal["worst", "bootstrap", "zero"] = "worst"
+    """value of a state out of range: the critics' V, zero, or the lesser of the two (ours, D6)"""
     # --- SAC ---
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
@@ -198,7 +197,10 @@ PUBLISHED = {  # horizon h, lam: OfflineRL-Kit for D4RL v2
     "walker2d-medium-replay-v2": (1, 2.5),
     "walker2d-medium-expert-v2": (1, 2.5),
 }
-CPU = {"max_epochs": 20, "num_updates": 20_000, "eval_every": 2_000, "rollout_batch": 10_000}
+CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what each is for)
+    "max_epochs": 20, "num_updates": 20_000, "eval_every": 2_000, "rollout_batch": 10_000,
+    "real_ratio": 0.5, "lam": 0.3, "actor_lr": 3e-4, "alpha_lr": 3e-3,
+}  # fmt: skip
 PRESETS = {"cpu": CPU} | {
     name: {"horizon": h, "lam": lam, "num_updates": 3_000_000} for name, (h, lam) in PUBLISHED.items()
 }
@@ -212,14 +214,18 @@ QUICK = {
 # === data ===
 
 
-class Transitions(NamedTuple):
-    """What SAC learns from; leading axes free, features last."""
+class Rows(NamedTuple):
+    """Steps of the data or of the model; leading axes free, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
-    rewards: jax.Array  # [..]
+    rewards: jax.Array  # [..] the data's r; of model rows r - lam u
     next_observations: jax.Array  # [.., S]
-    terminals: jax.Array  # [..] 1.0 where the episode truly ended: stops bootstrapping, as no time limit does
+    terminals: jax.Array  # [..] 1.0 where the episode truly ended: value 0 after it
+    outside: jax.Array  # [..] 1.0 where a rollout left the data's range: value at most 0 after it      # D6
+
+
+DATA_KEYS = Rows._fields[:-1]
 
 
 class Ring(NamedTuple):
@@ -381,10 +387,14 @@ def mopo_model_loss(net, x, targets, args):
     return gaussian_nll(net, mean, raw, targets, args) + weight_decay(net, args)
 
 
-def sac_target(rewards, terminals, next_q, next_log_probs, alpha, gamma):
-    """y = r~ + gamma (1 - terminal) (min_e Qbar_e(s', a') - alpha log pi(a'|s')), [B]; no gradient."""
-    y = rewards + gamma * (1 - terminals) * (next_q - alpha * next_log_probs)
-    return jax.lax.stop_gradient(y)
+def sac_target(batch, next_q, next_log_probs, alpha, gamma):
+    """y = r~ + gamma (1 - terminal) V(s') [B],  V = min_e Qbar_e(s', a') - alpha log pi(a'|s'); no gradient.
+
+    Outside the data's range V is not known and min(V, 0) stands for it.
+    """
+    value = next_q - alpha * next_log_probs
+    value = jnp.where(batch.outside > 0.5, jnp.minimum(value, 0.0), value)  # D6
+    return jax.lax.stop_gradient(batch.rewards + gamma * (1 - batch.terminals) * value)
 
 
 def mopo_critic_loss(critic, target, actor, alpha, batch, key, args):
@@ -393,7 +403,7 @@ def mopo_critic_loss(critic, target, actor, alpha, batch, key, args):
     next_actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
     critics = Critics(args.hidden_sizes)
     next_q = critics.apply(target, batch.next_observations, next_actions).min(0)
-    y = sac_target(batch.rewards, batch.terminals, next_q, log_probs, alpha, args.gamma)
+    y = sac_target(batch, next_q, log_probs, alpha, args.gamma)
     q = critics.apply(critic, batch.observations, batch.actions)
     chex.assert_equal_shape([q[0], y])
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
@@ -459,9 +469,7 @@ def mopo_update(agent, ring, data, key, args):
     step, critic_opt = critic_adam.update(grads, agent.critic_opt)
     critic = optax.apply_updates(agent.critic, step)
 
-    grads, actor_metrics = jax.grad(mopo_actor_loss, has_aux=True)(
-        agent.actor, critic, alpha, batch, key_actor, args
-    )
+    grads, actor_metrics = jax.grad(mopo_actor_loss, has_aux=True)(agent.actor, critic, alpha, batch, key_actor, args)
     step, actor_opt = actor_adam.update(grads, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
 
@@ -684,7 +692,7 @@ def rollout_ends(model, task, next_obs, rewards):
 
 
 def model_rollout(model, actor, starts, key, args, task):
-    """Lines (4), (5) from states [b, S] -> Transitions [h, b], whether to keep them [h, b], info."""
+    """Lines (4), (5) from states [b, S] -> Rows [h, b], whether to keep them [h, b], info."""
 
     def step(carry, key):
         obs, alive = carry
@@ -700,8 +708,10 @@ def model_rollout(model, actor, starts, key, args, task):
         penalised = rewards - args.lam * u
         broken, outside, terminals = rollout_ends(model, task, next_obs, penalised)
         keep = alive & ~broken
-        flags = terminals | outside if args.range_value == "zero" else terminals  # D6
-        rows = Transitions(obs, actions, penalised, next_obs, flags.astype(jnp.float32))
+        ends = (terminals, outside)
+        if args.range_value != "worst":  # D6
+            ends = (terminals | (outside & (args.range_value == "zero")), jnp.zeros_like(outside))
+        rows = Rows(obs, actions, penalised, next_obs, *(x.astype(jnp.float32) for x in ends))
         info = {"u": u, "reward": rewards, "terminal": keep & terminals, "outside": keep & outside}
         alive = keep & ~outside & ~terminals
         return (jnp.where(alive[:, None], next_obs, obs), alive), (rows, keep, info)
@@ -766,7 +776,7 @@ def evaluate(env, act, params, key, num_episodes, length):
 
 
 def real_rows(env, actor, key, args, length):
-    """Steps of the current, stochastic policy in the world -> Transitions [L, E], alive [L, E]."""
+    """Steps of the current, stochastic policy in the world -> Rows [L, E], alive [L, E]."""
     key_reset, key_steps = jax.random.split(key)
 
     def step(carry, key):
@@ -774,7 +784,7 @@ def real_rows(env, actor, key, args, length):
         mean, log_std = policy_net(args, env.action_size).apply(actor, state.obs)
         actions, _ = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
         after = jax.vmap(env.step)(state, actions)
-        rows = Transitions(state.obs, actions, after.reward, after.obs, after.done)
+        rows = Rows(state.obs, actions, after.reward, after.obs, after.done, jnp.zeros_like(after.done))
         return (after, alive & (after.done < 0.5)), (rows, alive)
 
     start = jax.vmap(env.reset)(jax.random.split(key_reset, args.eval_episodes))
@@ -835,7 +845,7 @@ class MopoState(NamedTuple):
     key: jax.Array
     num_updates: jax.Array
     agent: Agent
-    ring: Ring  # of Transitions, model rows
+    ring: Ring  # of Rows of the model
 
 
 def map_seeds(function, xs):
@@ -868,7 +878,7 @@ def make_train(args, task):
         critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
         opts = [opt.init(p) for opt, p in zip(optimisers(args), (actor, critic, zero), strict=True)]
         agent = Agent(actor, critic, jax.tree.map(jnp.copy, critic), zero, *opts)
-        row = Transitions(obs, actions, zero, obs, zero)
+        row = Rows(obs, actions, zero, obs, zero, zero)
         ring = ring_init(row, args.rollout_batch * args.horizon * args.retain)
         return MopoState(key, jnp.int32(0), agent, ring)
 
@@ -1055,45 +1065,13 @@ def mopo_preset(args):
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    preset = PRESETS.get(data, {}) | PRESETS.get(args.preset, {})
-    if "lam" in preset:
-        return args.preset or data, preset
-    name = f"{args.preset or 'none'} (nothing is published for {data}: h = 5, lambda = 1)"
-    return name, preset
-
-
-def scripted_dataset(path):
-    """A point-angle-0 buffer for --quick: noisy walks in ten directions, all mixed -> path."""
-    if path.exists():
-        return path
-    task = envs.task("point-angle-0")
-    with tempfile.TemporaryDirectory() as folder:
-        files = scripted.point_buffers(folder, seed=0, num=10, episodes=8)
-        parts = [envs.buffers.load(file, quiet=True) for file in files]
-        arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0].arrays}
-    arrays["rewards"] = task.reward(envs.Transition(*(arrays[k] for k in envs.Transition._fields[:-1])))
-    about = {"dataset_name": "point-angle-0-scripted", "task": task.name, "layout": "task", "reward_kind": "relabelled"}
-    about |= {"task_options": task.options, "warmup_transitions": None}
-    return envs.buffers.save(path, arrays, {**parts[0].metadata, **about})
-
-
-def open_dataset(args):
-    """Read the buffer and find its task -> buffer, task. InputError where they do not fit."""
-    path = args.dataset
-    if args.quick and not path:
-        folder = Path(args.out or f"runs/mopo/point-angle-0/seed{args.seed}")
-        path = scripted_dataset(folder / "point-angle-0.npz")
-    buffer = envs.buffers.load(path, Transitions._fields, True, args.task or None)
-    about = buffer.metadata
-    task = envs.task(about["task"], **about["task_options"])
-    sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
-    if about["layout"] != "task" or sizes != (task.observation_size, task.action_size):
-        raise envs.InputError(
-            f"{path}: observations: {sizes[0]} numbers in layout '{about['layout']}', {task.name} "
-            f"observes {task.observation_size}; convert: python udg_select.py --buffers {path} "
-            f"--task {task.name}"
-        )
-    return buffer, task
+    named = args.preset if args.preset in PUBLISHED else data
+    published = PRESETS.get(named, {})
+    if args.preset == "cpu":  # the budget is ours, the published horizon and lambda stay
+        published = {**published, **CPU, **{k: published[k] for k in ("horizon", "lam") if k in published}}
+    if named in PUBLISHED:
+        return f"{args.preset or named}", published
+    return f"{args.preset or 'none'} (nothing is published for {data})", published
 
 
 def check_args(args, task, num_rows):
@@ -1121,7 +1099,7 @@ def check_args(args, task, num_rows):
 
 def announce(folder, args, task, env, num_rows):
     """Print what will run and what it needs; refuse where memory or disk cannot hold it."""
-    row = 4 * (2 * task.observation_size + task.action_size + 2)
+    row = 4 * (2 * task.observation_size + task.action_size + 3)
     ring = args.num_seeds * args.rollout_batch * args.horizon * args.retain * row
     need, disk = 2 * ring + num_rows * row, shutil.disk_usage(folder).free  # a copy while it is fed
     stats = jax.devices()[0].memory_stats() or {}
@@ -1137,10 +1115,13 @@ def announce(folder, args, task, env, num_rows):
         raise envs.InputError(f"{folder}: memory or disk cannot hold the model rows; {remedy}")
 
 
-def log_seeds(logger, step, metrics, seeds, first_seed):
-    """One record for each of `seeds`, positions on the leading axis of every metric."""
+def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
+    """One record for each of `seeds`, positions on the leading axis of every metric; prints the returns."""
     for s in seeds:
-        logger.log(int(step), {k: v[s] for k, v in metrics.items()}, seed=first_seed + int(s))
+        record = {k: v[s] for k, v in metrics.items()} | ({"time/updates_per_s": rate} if rate else {})
+        logger.log(int(step), record, seed=first_seed + int(s))
+    if "eval/return" in metrics:
+        print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
 
 
 def train_model(args, data, fit, folder, logger, save):
@@ -1171,34 +1152,38 @@ def train_model(args, data, fit, folder, logger, save):
     return model(fit, data)
 
 
-def train_policy(args, task, state, model, data, evaluation, folder, logger, save):
-    """Lines (4) to (7) for all seeds, with evaluations -> state."""
-    _, train_chunk = make_train(args, task)
+def check_finite(where, metrics):
+    """Raise InputError where a metric is not finite: no later update would mend it."""
+    for name, values in metrics.items():
+        if not np.isfinite(values).all():
+            raise envs.InputError(f"{where}: {name} is not finite; lower the learning rates")
+
+
+def train_phase(label, total, state, train_chunk, evaluation, shown, args, logger, save):
+    """Run train_chunk: state -> state, metrics [S] until state.num_updates is `total` -> state.
+
+    Every eval_every updates and at the end the metrics and those of evaluation(state) are logged; the
+    names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
+    signal, which then ends the process. Raises InputError where a metric is not finite.
+    """
     step = first = int(state.num_updates[0])
     began = saved = time.time()
     with StopSignal() as stop:
-        while step < args.num_updates and not stop.name:
-            state, train = train_chunk(state, model, data)
+        while step < total and not stop.name:
+            state, train = train_chunk(state)
             step = int(state.num_updates[0])
             train = {k: np.asarray(v) for k, v in train.items()}
-            broken = [k for k, v in train.items() if not np.isfinite(v).all()]
-            if broken:
-                raise envs.InputError(f"update {step}: {broken[0]} is not finite; lower the rates")
+            check_finite(f"{label} {step}", train)
             rate = (step - first) / (time.time() - began)
-            names = ("train/q", "train/entropy", "model/reward", "model/penalty_share")
-            shown = {k: train[k].mean() for k in names}
-            progress_line("update", step, args.num_updates, rate, shown)
-            if step % args.eval_every == 0 or step == args.num_updates:
-                metrics, _ = evaluation(state.agent.actor, model)
-                metrics["time/updates_per_s"] = np.full(args.num_seeds, rate)
-                log_seeds(logger, step, train | metrics, range(args.num_seeds), args.seed)
-                returns = np.asarray(metrics["eval/return"])
-                print(f"  return at {step}:", *(f"{x:.2f}" for x in returns), flush=True)
-            if step == args.num_updates or stop.name or time.time() - saved > 60:
-                save(folder, state)
+            progress_line(label, step, total, rate, {k: train[k].mean() for k in shown})
+            if step % args.eval_every == 0 or step == total:
+                metrics = {**train, **{k: np.asarray(v) for k, v in evaluation(state).items()}}
+                log_seeds(logger, step, metrics, range(args.num_seeds), args.seed, rate)
+            if step == total or stop.name or time.time() - saved > 60:
+                save(state)
                 saved = time.time()
-    if step < args.num_updates:
-        sys.exit(f"stopped by {stop.name} at update {step}; go on with the same command and --resume")
+    if step < total:
+        sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
     return state
 
 
@@ -1233,12 +1218,13 @@ def plot_run(folder, task, buffer, points):
 def main(args):
     """Fit the model, train the policy in it, write policy and figures -> envs.curves.summary."""
     started = time.time()
-    buffer, task = open_dataset(args)
+    path = args.dataset or scripted.dataset(Path(args.out or f"runs/mopo/point-angle-0/seed{args.seed}"))
+    buffer, task = envs.buffers.load_task(path, DATA_KEYS, args.task)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     check_args(args, task, len(buffer))
     env.check_batch(args.num_seeds * args.eval_episodes)
-    data = Transitions(*(jnp.asarray(buffer[k], jnp.float32) for k in Transitions._fields))
+    data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     folder = run_folder(args, "mopo", task.name)
     (folder / "model").mkdir(exist_ok=True)
     announce(folder, args, task, env, len(buffer))
@@ -1268,7 +1254,13 @@ def main(args):
     if state is None:
         state = init(key_policy)
         save(folder, state)
-    state = train_policy(args, task, state, model, data, evaluation, folder, logger, save)
+    train_chunk = make_train(args, task)[1]
+    state = train_phase(
+        "update", args.num_updates, state, lambda state: train_chunk(state, model, data),
+        lambda state: evaluation(state.agent.actor, model)[0],
+        ("train/q", "train/entropy", "model/reward", "model/penalty_share"), args, logger,
+        lambda state: save(folder, state),
+    )  # fmt: skip
     about = {"task": task.name, "observations": "task", "versions": envs.buffers.versions()}
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
     write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": state.agent.actor}, about)

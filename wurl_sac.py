@@ -495,16 +495,12 @@ def wurl_update(agent, replay, key, args, observe):
     """Line (7): one SAC step of one policy on a batch of its replay -> agent, metrics."""
     key_batch, key_critic, key_actor = jax.random.split(key, 3)
     batch = ring_sample(replay, key_batch, args.batch_size)
-    batch = batch._replace(
-        observations=observe(batch.observations), next_observations=observe(batch.next_observations)
-    )
+    batch = batch._replace(observations=observe(batch.observations), next_observations=observe(batch.next_observations))
     alpha = jnp.exp(agent.log_alpha)
     optimiser = adam(args)
 
     grad_fn = jax.value_and_grad(wurl_critic_loss, has_aux=True)
-    (_, critic_metrics), grads = grad_fn(
-        agent.critic, agent.target, agent.actor, alpha, batch, key_critic, args
-    )
+    (_, critic_metrics), grads = grad_fn(agent.critic, agent.target, agent.actor, alpha, batch, key_critic, args)
     step, critic_opt = optimiser.update(grads, agent.critic_opt)
     critic = optax.apply_updates(agent.critic, step)
 
@@ -1134,9 +1130,7 @@ def main(args):
         save(state)
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
 
-    state, metrics, snapshot = train_policies(
-        state, train_chunk, evaluation, key_eval, args, task, files, logger, save
-    )
+    state, metrics, snapshot = train_policies(state, train_chunk, evaluation, key_eval, args, task, files, logger, save)
     actor = state.agent.actor
     write_outputs(folder, args, task, actor, snapshot, observe)
     fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect)

@@ -168,9 +168,7 @@ def main(argv=None):
     if args.speed:
         print("\n| robot | back end | environments | steps per second | compile s |")
         print("|---|---|---|---|---|")
-        for robot, backend, batch in [
-            (r, b, n) for r in args.robots for b in ("mujoco", "mjx") for n in args.batches
-        ]:
+        for robot, backend, batch in [(r, b, n) for r in args.robots for b in ("mujoco", "mjx") for n in args.batches]:
             rate, compiled = speed(robot, backend, batch, args.seconds)
             print(f"| {robot} | {backend} | {batch} | {rate:,.0f} | {compiled:.1f} |", flush=True)
             results["speed"][f"{robot} {backend} {batch}"] = (rate, compiled)

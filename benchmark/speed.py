@@ -227,10 +227,7 @@ def torch_with(threads, function):
 def both_threads(name, function, unit, amount):
     """PyTorch on one thread and on all cores: two cases."""
     threads = (("1 thread", 1), ("all cores", os.cpu_count()))
-    return [
-        Case(f"PyTorch, {label}: {name}", torch_with(n, function), unit, amount, calls=1)
-        for label, n in threads
-    ]
+    return [Case(f"PyTorch, {label}: {name}", torch_with(n, function), unit, amount, calls=1) for label, n in threads]
 
 
 def chain_case(members, batch, width):

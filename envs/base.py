@@ -92,9 +92,7 @@ class Env(abc.ABC):
         raw_obs, position = self._read(physics)
         now = {"raw_obs": raw_obs, "root_position": position, "root_velocity": velocity}
         before = state.info
-        step = Transition(
-            before["raw_obs"], action, raw_obs, before["root_position"], velocity
-        )
+        step = Transition(before["raw_obs"], action, raw_obs, before["root_position"], velocity)
         return State(
             pipeline_state=physics,
             obs=self.task.observe(raw_obs),

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from envs.errors import InputError
+from envs.tasks import task as find_task
 
 SCHEMA = "udg-buffer"
 SCHEMA_VERSION = 1
@@ -320,11 +321,7 @@ def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...
         for key in wanted:
             with _readable(path, key):
                 packed = members[key].info.compress_type
-                arrays[key] = (
-                    _unpack_member(archive, members[key])
-                    if packed
-                    else _map_member(path, members[key])
-                )
+                arrays[key] = _unpack_member(archive, members[key]) if packed else _map_member(path, members[key])
     _check_metadata(metadata, path)
     _check_values(arrays, metadata, path, unchecked)
     return Buffer(arrays, metadata, str(path))
@@ -391,6 +388,24 @@ def load(
     if not quiet:
         print(buffer.summary(), flush=True)
     return buffer
+
+
+def load_task(path: str | os.PathLike, keys: Iterable[str] | None, task: str = "") -> tuple[Buffer, Any]:
+    """What an offline learner opens: a buffer with task rewards, and its task -> Buffer, Task.
+
+    keys: the arrays to read; task: a name that the file's must equal, empty for the file's own.
+    Raises InputError as `load` does, and where the file's observations are not those of its task.
+    """
+    buffer = load(path, keys, require_rewards=True, task=task or None)
+    about = buffer.metadata
+    found = find_task(about["task"], **about["task_options"])
+    sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
+    if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
+        raise _fail(
+            path, "observations", f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes "
+            f"{found.observation_size}", f"convert: python udg_select.py --buffers {path} --task {found.name}",
+        )  # fmt: skip
+    return buffer, found
 
 
 def _merge(parts: list[Buffer], path: str) -> Buffer:

@@ -167,9 +167,7 @@ def _control_range(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
 class _CEngine:
     """C MuJoCo and its thread pool; start and step are functions of one environment."""
 
-    def __init__(
-        self, model: mujoco.MjModel, frame_skip: int, num_threads: int, contact_cost: float
-    ):
+    def __init__(self, model: mujoco.MjModel, frame_skip: int, num_threads: int, contact_cost: float):
         self.model = model
         self.frame_skip = frame_skip
         self.dt = model.opt.timestep * frame_skip

@@ -50,8 +50,7 @@ def find_buffers(path: str) -> list[pathlib.Path]:
     files = sorted(found.glob("buffers/policy_*.npz")) or sorted(found.glob("policy_*.npz"))
     if not files:
         raise InputError(
-            f"{path}: neither a buffer file nor a run's folder with buffers/policy_*.npz; "
-            "runs of wurl_sac.py have them"
+            f"{path}: neither a buffer file nor a run's folder with buffers/policy_*.npz; runs of wurl_sac.py have them"
         )
     return files
 
@@ -92,8 +91,7 @@ def _choose(path, which: str, returns: np.ndarray, reward_kind: str) -> int:
         return int(np.argmax(returns))
     if not which.isdigit() or int(which) >= len(returns):
         raise InputError(
-            f"{path}: --episode {which} is neither 'best' nor 'last' nor below {len(returns)}, "
-            "the episodes in the file"
+            f"{path}: --episode {which} is neither 'best' nor 'last' nor below {len(returns)}, the episodes in the file"
         )
     return int(which)
 
@@ -137,10 +135,7 @@ def open_gl_works() -> bool:
     Chooses EGL where MUJOCO_GL is not set, which has to happen before MuJoCo is imported.
     """
     os.environ.setdefault("MUJOCO_GL", "egl")
-    probe = (
-        "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); "
-        "mujoco.Renderer(m, 8, 8).render()"
-    )
+    probe = "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); mujoco.Renderer(m, 8, 8).render()"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True)
     return done.returncode == 0
 

@@ -1,5 +1,6 @@
 """Scripted data of the point world: what `--quick` runs on where there is no file yet."""
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -52,3 +53,21 @@ def point_buffers(folder, seed, num=10, episodes=20, warmup=2):
         }  # fmt: skip
         envs.buffers.save(paths[k], arrays, metadata)
     return paths
+
+
+def dataset(folder):
+    """point-angle-0.npz in `folder`: noisy walks in ten directions mixed and relabelled -> its path.
+
+    An existing file is kept: a resumed run must find the data it began with.
+    """
+    path, task = Path(folder) / "point-angle-0.npz", envs.task("point-angle-0")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as raw:
+        parts = [envs.buffers.load(file, quiet=True) for file in point_buffers(raw, seed=0, episodes=8)]
+        arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0].arrays}
+    arrays["rewards"] = task.reward(envs.Transition(*(arrays[k] for k in envs.Transition._fields[:-1])))
+    about = {"dataset_name": "point-angle-0-scripted", "task": task.name, "layout": "task", "reward_kind": "relabelled"}
+    about |= {"task_options": task.options, "warmup_transitions": None}
+    return envs.buffers.save(path, arrays, {**parts[0].metadata, **about})

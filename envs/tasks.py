@@ -67,8 +67,7 @@ class Task:
         """Return 100 (R - random) / (expert - random); InputError where no reference is known."""
         if self.reference is None:
             raise InputError(
-                f"task '{self.name}' has no reference returns, so a score cannot be normalised: "
-                "use the raw return"
+                f"task '{self.name}' has no reference returns, so a score cannot be normalised: use the raw return"
             )
         random, expert = self.reference
         return 100.0 * (returns - random) / (expert - random)
@@ -173,6 +172,27 @@ def _tree_maze(name: str = "tree-maze") -> Task:
     return dataclasses.replace(_point_world(name), env="tree-maze", dt=TREE_DT)
 
 
+TREE_ENDS = ((0.1, 1.9), (0.7, 1.9), (1.3, 1.9), (1.9, 1.9))  # the four dead ends, from left to right
+
+
+def _tree_end(name: str, number: float) -> Task:
+    """Minus the straight distance to dead end 1 to 4: blind to the walls, it can point into the wrong branch."""
+    if number not in (1, 2, 3, 4):
+        raise InputError(f"no environment or task is called '{name}': the maze has dead ends 1 to 4")
+    x, y = TREE_ENDS[int(number) - 1]
+
+    def reward(observations):
+        return _float32(-(((observations[..., 0] - x) ** 2 + (observations[..., 1] - y) ** 2) ** 0.5))
+
+    return dataclasses.replace(
+        _tree_maze(name),
+        reward=_on_next(reward),
+        has_reward=True,
+        model_reward=lambda obs, actions, next_obs: reward(next_obs),
+        options={"end": int(number)},
+    )
+
+
 # --- MuJoCo robots ------------------------------------------------------------------------------
 
 
@@ -248,9 +268,7 @@ def _cheetah_world(name: str = "cheetah") -> Task:
     return _robot_world(name, "cheetah", feature=feature, feature_names=("x velocity", "z"))
 
 
-def _cheetah_run(
-    name: str, c_z: float = 0.0, *, ctrl_cost: float = 0.1, max_speed: float = 3.0
-) -> Task:
+def _cheetah_run(name: str, c_z: float = 0.0, *, ctrl_cost: float = 0.1, max_speed: float = 3.0) -> Task:
     """min(v_x, max_speed) - ctrl_cost ||a||^2 + c_z (z - nominal z)."""
 
     def reward(step):
@@ -273,14 +291,10 @@ def _humanoid_world(name: str = "humanoid") -> Task:
         z = observations[..., 0]
         return ~((z > 1.0) & (z < 2.0))
 
-    return _robot_world(
-        name, "humanoid", episode_length=1000, terminal=_on_next(fallen), model_terminal=fallen
-    )
+    return _robot_world(name, "humanoid", episode_length=1000, terminal=_on_next(fallen), model_terminal=fallen)
 
 
-def forward_task(
-    robot: str, *, ctrl_cost: float, survive_bonus: float = 0.0, survive_on_done: bool = True
-) -> Task:
+def forward_task(robot: str, *, ctrl_cost: float, survive_bonus: float = 0.0, survive_on_done: bool = True) -> Task:
     """Gymnasium's task for a robot: forward velocity - ctrl_cost ||a||^2 + survive_bonus.
 
     survive_on_done: pay the bonus on the step that ends an episode too (v2 to v4, D4RL's data);
@@ -314,6 +328,7 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "point-angle-<deg>": _point_angle,
     "point-goal-<deg>": _point_goal,
     "tree-maze": _tree_maze,
+    "tree-maze-end-<n>": _tree_end,
     "ant": _ant_world,
     "ant-angle-<deg>": _ant_angle,
     "cheetah": _cheetah_world,
@@ -332,6 +347,8 @@ def task_names() -> tuple[str, ...]:
     for template in _BUILDERS:
         if "<deg>" in template:
             names += [template.replace("<deg>", str(angle)) for angle in UDG_ANGLES]
+        elif "<n>" in template:
+            names += [template.replace("<n>", str(number)) for number in (1, 2, 3, 4)]
         elif "<" not in template:
             names.append(template)
     return tuple(names)
@@ -366,9 +383,7 @@ def task_options(name: str) -> tuple[str, ...]:
         if re.fullmatch(re.sub(r"<\w+>", lambda _: _NUMBER, template), name):
             parameters = inspect.signature(builder).parameters.values()
             bound = getattr(builder, "keywords", {})
-            return tuple(
-                p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in bound
-            )
+            return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in bound)
     return ()
 
 

@@ -1,6 +1,6 @@
 """Copy what is worth keeping of finished runs into results/: the log without local paths, and figures.
 
-    python results/collect.py runs/wurl_sac/point/seed*      ->  results/wurl_sac/point/seed0.jsonl, seed0-*.png
+python results/collect.py runs/wurl_sac/point/seed*      ->  results/wurl_sac/point/seed0.jsonl, seed0-*.png
 """
 
 import json

@@ -32,7 +32,7 @@ V5 = {
 }  # fmt: skip
 # One name of every family, so that each reward is run through its world.
 FAMILIES = (
-    "point", "point-angle-60", "point-goal-240", "tree-maze", "ant", "ant-angle-60", "cheetah",
+    "point", "point-angle-60", "point-goal-240", "tree-maze", "tree-maze-end-2", "ant", "ant-angle-60", "cheetah",
     "cheetah-run", "cheetah-jump", "cheetah-crawl", "cheetah-jump-7.5", "humanoid",
 )  # fmt: skip
 
@@ -437,9 +437,7 @@ def test_making_a_point_robot_needs_no_engine():
         "assert not {'mujoco', 'brax'} & set(sys.modules); "
         "import warnings; warnings.warn('mine'); envs.make('brax/fast'); envs.make('ant', 'mjx')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "mine" in done.stderr and "warp" not in done.stderr and "jaxopt" not in done.stderr
@@ -581,6 +579,15 @@ def test_every_branch_of_the_tree_maze_can_be_reached(side, inner):
             towards = np.subtract(corner, state.obs[:2]) / (tasks.TREE_DT**2)
             state, used = step(state, towards), used + 1
     assert used < 100
+    number = {(-1, False): 1, (-1, True): 2, (1, True): 3, (1, False): 4}[side, inner]
+    rewards = {n: envs.task(f"tree-maze-end-{n}").model_reward(None, None, state.obs) for n in (1, 2, 3, 4)}
+    assert max(rewards, key=rewards.get) == number and rewards[number] > -0.15
+
+
+def test_the_maze_has_four_ends():
+    for name in ("tree-maze-end-5", "tree-maze-end-0", "tree-maze-end-1.5"):
+        with pytest.raises(envs.InputError, match="dead ends 1 to 4"):
+            envs.task(name)
 
 
 def test_the_point_is_the_published_one():
@@ -668,9 +675,7 @@ def test_render_writes_a_gif_per_policy(run_folder):
     command = [sys.executable, "-m", "envs.render", str(run_folder), "--html", "--max-frames", "3"]
     command += ["--width", "96", "--height", "64"]
     clean = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=clean, timeout=600
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean, timeout=600)
     assert done.returncode == 0, done.stderr
     for number, name in ((1, "policy_00"), (2, "policy_03")):
         with Image.open(run_folder / "render" / f"{name}.gif") as image:

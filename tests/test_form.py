@@ -1,6 +1,6 @@
 """The form of the scripts: what a reader relies on when moving from one to the next.
 
-    python tests/test_form.py --fix      copies every shared block from its canonical script into the others
+python tests/test_form.py --fix      copies every shared block from its canonical script into the others
 """
 
 import ast
@@ -18,7 +18,8 @@ SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 LEARNERS = [name for name in SCRIPTS if name != "udg_select"]
 BANNERS = ("data", "networks", "losses", "update", "evaluation", "training", "run")
 PACKAGES = {"jax", "flax", "optax", "chex", "tyro", "numpy", "scipy", "matplotlib", "tensorboardX", "wandb", "envs"}
-OWN = {"Args", "main", "make_train", "make_evaluation", "check_args", "announce", "finish"}  # a script's own by nature
+# Names that are a script's own by nature.
+OWN = {"Args", "main", "make_train", "make_evaluation", "check_args", "announce", "finish", "plot_run"}
 MAX_FUNCTION, MAX_NESTING = 60, 3
 
 

@@ -17,7 +17,7 @@ import pytest
 import envs
 import envs.buffers
 import mopo as M
-from envs import tasks
+from envs import scripted, tasks
 from tests.oracles import mopo_oracle as oracle
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,11 +44,11 @@ def close(found, wanted, tolerance):
 
 
 def random_data(num_rows=400, num_obs=3, num_actions=2, seed=0, **columns):
-    """Transitions of a linear world with small noise."""
+    """Rows of a linear world with small noise."""
     rng = np.random.default_rng(seed)
     obs, actions = rng.normal(size=(num_rows, num_obs)), rng.uniform(-1, 1, (num_rows, num_actions))
     after = obs + 0.1 * actions @ rng.normal(size=(num_actions, num_obs)) + 0.01 * rng.normal(size=obs.shape)
-    data = M.Transitions(obs, actions, obs[:, 0], after, np.zeros(num_rows))
+    data = M.Rows(obs, actions, obs[:, 0], after, np.zeros(num_rows), np.zeros(num_rows))
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), data._replace(**columns))
 
 
@@ -208,7 +208,8 @@ def test_sac_golden():
     assert np.abs(log_probs - g["log_prob_eps1e6"]).max() > 1.0  # the approximation is another number
     next_q = np.minimum(g["q1_target"], g["q2_target"])
     alpha = np.exp(g["log_alpha"])
-    y = M.sac_target(g["reward"], g["done"], next_q, g["log_prob_exact"], alpha, g["gamma"])
+    batch = M.Rows(None, None, g["reward"], None, g["done"], np.zeros(64))
+    y = M.sac_target(batch, next_q, g["log_prob_exact"], alpha, g["gamma"])
     close(y, g["td_target"], 1e-5)
     close(np.mean((g["q_pred"] - np.asarray(y)) ** 2, 1), g["critic_loss_full"], 1e-5)
     entropy = -g["log_prob_exact"].mean()
@@ -254,7 +255,9 @@ def sac_inputs():
     args, _, data, _, agent, _ = small_world()
     target = jax.tree.map(lambda v: v + 0.1, agent.critic)
     terminals = jnp.arange(40) % 3 == 0
-    batch = jax.tree.map(lambda x: x[:40], data)._replace(terminals=terminals.astype(jnp.float32))
+    outside = jnp.arange(40) % 4 == 0
+    flags = dict(terminals=terminals.astype(jnp.float32), outside=outside.astype(jnp.float32))
+    batch = jax.tree.map(lambda x: x[:40], data)._replace(**flags)
     return args, agent._replace(target=target), batch, jnp.float32(0.3), jax.random.key(5)
 
 
@@ -265,7 +268,10 @@ def test_critic_loss_is_the_oracles():
     noise = np.asarray(jax.random.normal(key, b.actions.shape), float)
     next_actions, log_probs = oracle.actor(agent.actor, b.next_observations, noise, args.log_std_min, args.log_std_max)
     next_q = oracle.twin_q(agent.target, b.next_observations, next_actions).min(0)
-    y = b.rewards + args.gamma * (1 - b.terminals) * (next_q - 0.3 * log_probs)
+    value = next_q - 0.3 * log_probs
+    assert (value[::4] > 0).any()  # rows that end outside, where the lesser is 0
+    value[::4] = np.minimum(value[::4], 0.0)
+    y = b.rewards + args.gamma * (1 - b.terminals) * value
     q = oracle.twin_q(agent.critic, b.observations, b.actions)
     close(loss, ((q - y) ** 2).mean(1).sum(), 1e-4)
     close(metrics["train/target"], y.mean(), 1e-4)
@@ -368,12 +374,19 @@ def test_exact_epochs_visit_every_row_once():
 
 def test_terminals_are_terminals_and_not_timeouts(tmp_path):
     """A buffer of timeouts only bootstraps everywhere; a terminal row does not."""
-    path = M.scripted_dataset(tmp_path / "point.npz")
+    path = scripted.dataset(tmp_path)
     buffer = envs.buffers.load(path, quiet=True)
     assert buffer["timeouts"].any() and not buffer["terminals"].any()
-    assert "timeouts" not in M.Transitions._fields
-    y = M.sac_target(jnp.ones(2), jnp.array([0.0, 1.0]), jnp.full(2, 10.0), jnp.zeros(2), 0.1, 0.9)
-    np.testing.assert_allclose(y, [10.0, 1.0])
+    assert "terminals" in M.DATA_KEYS and "timeouts" not in M.DATA_KEYS
+    batch = M.Rows(None, None, jnp.ones(2), None, jnp.array([0.0, 1.0]), jnp.zeros(2))
+    np.testing.assert_allclose(M.sac_target(batch, jnp.full(2, 10.0), jnp.zeros(2), 0.1, 0.9), [10.0, 1.0])
+
+
+@pytest.mark.parametrize("value, known", [(10.0, 0.0), (-10.0, -10.0)])
+def test_value_outside_the_range_is_never_a_prize(value, known):
+    batch = M.Rows(None, None, jnp.ones(2), None, jnp.zeros(2), jnp.array([0.0, 1.0]))
+    y = M.sac_target(batch, jnp.full(2, value), jnp.zeros(2), 0.1, 0.9)
+    np.testing.assert_allclose(y, [1.0 + 0.9 * value, 1.0 + 0.9 * known], rtol=1e-6)
 
 
 # --- ring and rollouts ---
@@ -440,13 +453,14 @@ def test_all_terminal_rollouts_store_one_step():
     assert int(ring.size) == 64 and float(metrics["model/rollout_length"]) == 1.0
 
 
-@pytest.mark.parametrize("value, flag", [("bootstrap", 0.0), ("zero", 1.0)])
-def test_out_of_range_ends_a_rollout(value, flag):
+@pytest.mark.parametrize("value, terminal, outside", [("worst", 0, 1), ("bootstrap", 0, 0), ("zero", 1, 0)])
+def test_out_of_range_ends_a_rollout(value, terminal, outside):
     _, _, data, model, _, _ = small_world()
     tight = model._replace(low=jnp.full(3, -1e-3), high=jnp.full(3, 1e-3))
     rows, keep, info = roll(model=tight, range_value=value)
     assert keep[0].all() and not keep[1:].any() and info["outside"][0].all()
-    np.testing.assert_array_equal(rows.terminals[0], flag)
+    np.testing.assert_array_equal(rows.terminals[0], terminal)
+    np.testing.assert_array_equal(rows.outside[0], outside)
     low, high = M.data_range(data, tiny(range_margin=0.5))
     span = np.asarray(high - low)
     both = np.concatenate([data.observations, data.next_observations])
@@ -533,7 +547,8 @@ def linear_world(num_rows=20_000, noise=0.03):
     obs, actions = 0.5 * rng.normal(size=(num_rows, 3)), rng.uniform(-0.3, 0.3, (num_rows, 1))
     a, b = rng.normal(size=(3, 3)) / 3, rng.normal(size=(1, 3))
     after = obs @ a + actions @ b + noise * rng.normal(size=obs.shape)
-    data = M.Transitions(obs, actions, obs[:, 0] + noise * rng.normal(size=num_rows), after, np.zeros(num_rows))
+    rewards, zeros = obs[:, 0] + noise * rng.normal(size=num_rows), np.zeros(num_rows)
+    data = M.Rows(obs, actions, rewards, after, zeros, zeros)
     data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), data)
     args = M.Args(ensemble_size=3, num_elites=2, model_hidden_sizes=(64, 64), max_epochs=30, holdout_rows=4_000)
     init, chunk, model = M.make_fit(args)
@@ -616,7 +631,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return str(M.scripted_dataset(tmp_path_factory.mktemp("data") / "point-angle-0.npz"))
+    return str(scripted.dataset(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="module")
@@ -762,7 +777,13 @@ def test_known_reward_is_refused_where_unknown():
 def test_presets(dataset, tmp_path, capsys):
     assert M.parse_args(["--quick"], M.mopo_preset).num_updates == 3_000
     args = M.parse_args(["--dataset", dataset, "--preset", "cpu", "--num-updates", "4000"], M.mopo_preset)
-    assert (args.max_epochs, args.rollout_batch, args.num_updates, args.horizon, args.lam) == (20, 10_000, 4_000, 5, 1)
+    assert (args.max_epochs, args.rollout_batch, args.num_updates, args.horizon, args.lam) == (
+        20,
+        10_000,
+        4_000,
+        5,
+        0.3,
+    )
     assert "nothing is published for point-angle-0-scripted" in capsys.readouterr().out
     assert M.PRESETS["walker2d-medium-expert-v2"] == {"horizon": 1, "lam": 2.5, "num_updates": 3_000_000}
     with pytest.raises(envs.InputError, match="--dataset"):

@@ -192,9 +192,7 @@ def sac_case(seed=0, B=6):
     args = tiny(alpha=0.3)
     keys = jax.random.split(jax.random.key(seed), 8)
     obs, actions = jax.random.normal(keys[0], (B, 4)), jnp.tanh(jax.random.normal(keys[1], (B, 2)))
-    batch = W.Transitions(
-        obs, actions, jax.random.normal(keys[2], (B,)), obs + 0.1, jnp.array([0.0, 1.0, 0, 0, 1, 0])
-    )
+    batch = W.Transitions(obs, actions, jax.random.normal(keys[2], (B,)), obs + 0.1, jnp.array([0.0, 1.0, 0, 0, 1, 0]))
     net = W.actor_net(args, 2)
     actor = net.init(keys[3], obs)
     critic = W.Critics(args.hidden_sizes).init(keys[4], obs, actions)
