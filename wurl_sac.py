@@ -32,6 +32,13 @@ Deviations
   D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy).
   D10 reference keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run, which
       ends the chase of policies after one another, so that what is saved is what was reached.
+  D11 reference code updates once per real step; here: per nominal step, N L a round also where episodes end early
+      (humanoid), so that a round is one program: updates per real step then exceed --updates-per-step. Without a
+      pseudo-reward, which needs whole episodes side by side, a new episode begins where one ends: all N L happen.
+  D12 reference code draws 5 directions for each pair of an episode and a cache; here: one draw of M serves all pairs
+      of a round, whose N episodes are pooled into one sample a policy.
+  D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics; both draw from all that was seen; here:
+      the features of s_{t+1}, this round's rows and its standard deviation.
 
 Files      writes runs/wurl_sac/<task>/<name>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
            log.jsonl, state.npz, trajectories.png, distances.png
@@ -413,7 +420,7 @@ def dads_loss(net, features, change, index, args):
 
 
 def fit_net(net, net_opt, loss, rows, alive, key, args, batch_size=200):
-    """Train the discriminator or predictor on this round: rows [K, N, L, ..] with alive [K, N, L], N L Adam steps."""
+    """N L Adam steps of the discriminator or predictor on this round: rows [K, N, L, ..], alive [K, N, L]."""  # D13
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
     valid = jnp.argsort(~alive.reshape(-1), stable=True)  # steps that happened first
 
@@ -533,8 +540,11 @@ class Rollout(NamedTuple):
     alive: jax.Array
 
 
-def rollout(actor, key, env, args, observe, num_envs, length, random=False):
-    """Line (1): `num_envs` episodes of `length` steps of one policy from fresh resets; uniform actions if `random`."""
+def rollout(actor, key, env, args, observe, num_envs, length, random=False, restart=False):
+    """Line (1): `num_envs` episodes of `length` steps of one policy from fresh resets; uniform actions if `random`.
+
+    restart: begin a new episode where one terminates, so that all N L steps happen.                        # D11
+    """
     net = actor_net(args, env.action_size)
     key_reset, key_steps = jax.random.split(key)
 
@@ -552,7 +562,12 @@ def rollout(actor, key, env, args, observe, num_envs, length, random=False):
             state.info.get("goal"),
         )  # fmt: skip
         terminals = after.done > 0.5
-        return (after, alive & ~terminals), Rollout(transition, terminals, log_probs, alive)
+        steps = Rollout(transition, terminals, log_probs, alive)
+        if restart:
+            fresh = jax.vmap(env.reset)(jax.random.split(jax.random.fold_in(key, 2), num_envs))
+            pick = lambda new, old: jnp.where(terminals.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            return (jax.tree.map(pick, fresh, after), alive), steps
+        return (after, alive & ~terminals), steps
 
     start = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
     alive = jnp.ones(num_envs, bool)
@@ -681,7 +696,7 @@ def empty_transition(env):
 def round_sizes(args, episode_length):
     """Rounds of warm-up, updates per round, rounds of training."""
     steps = args.num_envs * episode_length
-    updates = max(round(args.updates_per_step * steps), 1)
+    updates = max(round(args.updates_per_step * steps), 1)  # D11
     return -(-args.warmup_steps // steps), updates, -(-args.num_updates // updates)
 
 
@@ -696,10 +711,10 @@ def make_train(args, env, task, observe, episode_length):
         1 if jax.default_backend() == "cpu" and max(args.hidden_sizes) > 128 else args.num_policies
     )
 
-    def rollouts(actor, keys, num_envs, random=False):
+    def rollouts(actor, keys, num_envs, random=False, restart=False):
         """Line (1) for all policies: actor [K], keys [K] -> Rollout [K, N, L, ..]."""
         one = lambda actor, key: rollout(
-            actor, key, env, args, observe, num_envs, episode_length, random or args.random
+            actor, key, env, args, observe, num_envs, episode_length, random or args.random, restart
         )
         return jax.vmap(one)(actor, keys)
 
@@ -735,7 +750,7 @@ def make_train(args, env, task, observe, episode_length):
         """Lines (2) to (5), without the task term -> reward [K, N, L], distances [K, K], net, net_opt."""
         features, alive = features_of(steps.transition), steps.alive
         d = features.shape[-1]
-        key_directions, key_net = jax.random.split(key)
+        key_directions, key_net = jax.random.split(key)  # D12
         directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
         reward, distances = apwd_reward(features, alive, features, alive, directions, args)
         net, net_opt = state.net, state.net_opt
@@ -762,7 +777,8 @@ def make_train(args, env, task, observe, episode_length):
     def train_round(state, warmup):
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
-        steps = rollouts(state.agent.actor, jax.random.split(key_rollout, K), args.num_envs, warmup)  # D3
+        keys = jax.random.split(key_rollout, K)
+        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, args.objective == "none")  # D3
         reward, distances, net, net_opt = pseudo_reward(state, steps, key_reward)
         t = steps.transition
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
@@ -1021,10 +1037,13 @@ def record(files, task, steps, pseudo_rewards):
     files.append(steps.transition, steps.terminals, steps.alive, **columns)
 
 
-def train_policies(state, train_chunk, evaluation, eval_key, args, task, files, logger, save):
-    """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays."""
+def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save):
+    """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays.
+
+    train: metrics of the last chunk before a resume; save(state, train) writes them with the state.
+    """
     step = first = int(state.num_updates)
-    began, saved, train = time.time(), time.time(), {}
+    began = saved = time.time()
 
     def evaluate_now(num_episodes):
         metrics, snapshot = evaluation(state.agent.actor, eval_key, num_episodes)
@@ -1038,15 +1057,14 @@ def train_policies(state, train_chunk, evaluation, eval_key, args, task, files, 
             step = int(state.num_updates)
             record(files, task, steps, pseudo_rewards)
             rate = (step - first) / (time.time() - began)
-            train = {k: np.mean(v) for k, v in train.items()} | {"time/updates_per_s": rate}
-            if args.num_policies > 1:
-                train |= distance_metrics(distances[-1], "train")
+            train |= distance_metrics(distances[-1], "train") if args.num_policies > 1 else {}
+            train = {k: float(np.mean(v)) for k, v in train.items()} | {"time/updates_per_s": rate}
             names = ("train/min_w", "train/reward", "train/q", "train/entropy")
             progress_line("update", step, args.num_updates, rate, {k: train[k] for k in names if k in train})
             if step % args.eval_every == 0 and step < args.num_updates:
                 evaluate_now(args.eval_episodes)
             if step >= args.num_updates or stop.name or time.time() - saved > 60:
-                save(state)
+                save(state, train)
                 saved = time.time()
     if step < args.num_updates:
         sys.exit(f"stopped by {stop.name} at update {step}; go on with the same command and --resume")
@@ -1059,6 +1077,10 @@ def write_outputs(folder, args, task, actor, snapshot, observe):
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
     about |= {"versions": envs.buffers.versions()}
     write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
+    if args.div_features != "task":
+        every = ",".join(map(str, range(task.env_observation_size)))
+        index = (every if args.div_features == "full" else args.div_features).split(",")
+        task = dataclasses.replace(task, feature_names=tuple(f"s'[{i}]" for i in index))
     paths = [snapshot[k] for k in ("paths", "features", "alive")]
     envs.figures.plot_paths(folder / "trajectories.png", task, *paths)
     if args.num_policies > 1:
@@ -1113,7 +1135,7 @@ def main(args):
     init, warmup, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
     evaluation = make_evaluation(args, task, rollouts)
     key_train, key_eval, key_collect = jax.random.split(jax.random.key(args.seed), 3)
-    meta = {"identity": run_identity(args), "log": 0, "rows": None}
+    meta = {"identity": run_identity(args), "log": 0, "rows": None, "train": {}}
     if args.resume:
         state, meta = load_state(folder, jax.eval_shape(init, key_train), meta["identity"])
     else:
@@ -1121,16 +1143,19 @@ def main(args):
     sizes = (args.num_policies, env.observation_size, env.action_size)
     files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"])
     logger = Logger(folder, args, meta["log"], int(state.num_updates))
-    save = lambda state: save_state(folder, state, {**meta, "log": logger.file.tell(), "rows": files.counts})
+    now = lambda train: {**meta, "log": logger.file.tell(), "rows": files.counts, "train": train}
+    save = lambda state, train: save_state(folder, state, now(train))
     announce(folder, args, task, env, episode_length, files)
     if not args.resume:
         state, (_, _, steps, pseudo_rewards) = warmup(state)
         record(files, task, steps, pseudo_rewards)
         meta["warmup"] = list(files.counts)
-        save(state)
+        save(state, {})
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
 
-    state, metrics, snapshot = train_policies(state, train_chunk, evaluation, key_eval, args, task, files, logger, save)
+    state, metrics, snapshot = train_policies(
+        state, meta["train"], train_chunk, evaluation, key_eval, args, task, files, logger, save
+    )
     actor = state.agent.actor
     write_outputs(folder, args, task, actor, snapshot, observe)
     fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect)

@@ -34,7 +34,7 @@ class State:
     pipeline_state: the world's physics; obs (S,) float32: what the task observes;
     reward, done (): float32, done is 1 for a true termination and never for a time limit;
     metrics: {}; info: raw_obs (S_world,), root_position (2,) of THIS state, root_velocity (2,):
-    the displacement over the step that led here / dt (zeros after a reset).
+    the displacement over the step that led here / dt (zeros after a reset); goal (2,) in mazes with one.
     """
 
     pipeline_state: Any
@@ -92,7 +92,7 @@ class Env(abc.ABC):
         raw_obs, position = self._read(physics)
         now = {"raw_obs": raw_obs, "root_position": position, "root_velocity": velocity}
         before = state.info
-        step = Transition(before["raw_obs"], action, raw_obs, before["root_position"], velocity)
+        step = Transition(before["raw_obs"], action, raw_obs, before["root_position"], velocity, before.get("goal"))
         return State(
             pipeline_state=physics,
             obs=self.task.observe(raw_obs),
@@ -139,6 +139,7 @@ def transition(state: State, action: jax.Array, next_state: State) -> Transition
         next_observations=next_state.info["raw_obs"],
         root_positions=state.info["root_position"],
         root_velocities=next_state.info["root_velocity"],
+        goals=state.info.get("goal"),
     )
 
 

@@ -56,9 +56,9 @@ def plot_distances(path, task, steps, curves, matrix):
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     image = right.imshow(matrix, cmap="viridis")
-    right.set(
-        xlabel="policy l", ylabel="policy k", title=f"between policies, last, in ({', '.join(task.feature_names)})"
-    )
+    names = task.feature_names
+    space = f"({', '.join(names)})" if len(names) < 5 else f"{len(names)} features"
+    right.set(xlabel="policy l", ylabel="policy k", title=f"between policies, last, in {space}")
     ticks = range(0, len(matrix), max(1, len(matrix) // 10))
     right.set(xticks=ticks, yticks=ticks)
     figure.colorbar(image, ax=right, label="projected W1")

@@ -11,7 +11,6 @@ observations, not a termination.
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import pathlib
@@ -25,7 +24,8 @@ import mujoco
 import numpy as np
 from mujoco import rollout
 
-from envs.base import Env, quiet_imports
+from envs import maze
+from envs.base import Env, State, quiet_imports
 from envs.errors import InputError
 from envs.robots import ROBOTS
 from envs.tasks import Task
@@ -57,7 +57,8 @@ class MujocoEnv(Env):
     xml: another XML than the robot's: a name in Gymnasium's assets, or a path.
     gear: of every motor; None: the task's, else the robot's.
     margin_scale: factor on all contact margins (0.5 gives MuJoCo 2's contacts from a MuJoCo 3.5
-        or later, which adds up the margins of a pair where it used to take the larger).
+        or later, which adds up the margins of a pair where it used to take the larger);
+        None: the robot's.
     contact_cost: weight of the contact forces clipped to +-1 and squared, taken off the reward
         (Gymnasium's Ant-v5: 5e-4). C MuJoCo only, slow, and not in relabelled rewards.
     num_threads: of the pool; None: all cores.
@@ -70,7 +71,7 @@ class MujocoEnv(Env):
         *,
         xml: str | None = None,
         gear: float | None = None,
-        margin_scale: float = 1.0,
+        margin_scale: float | None = None,
         contact_cost: float = 0.0,
         num_threads: int | None = None,
     ):
@@ -84,7 +85,8 @@ class MujocoEnv(Env):
         self.robot = ROBOTS[task.env]
         if gear is None:
             gear = task.options.get("gear", self.robot.gear)
-        self.model = load_model(xml or self.robot.xml, gear, margin_scale)
+        scale = self.robot.margin_scale if margin_scale is None else margin_scale
+        self.model = load_model(xml or self.robot.xml, gear, scale, self.robot.maze)
         self._check_model(xml or self.robot.xml)
         if backend == "mujoco":
             pool = num_threads or os.cpu_count()
@@ -116,6 +118,13 @@ class MujocoEnv(Env):
             qvel = jax.random.uniform(key_qvel, shape, jnp.float32, -width, width)
         return self.engine.start(qpos, qvel)
 
+    def reset(self, key: jax.Array) -> State:
+        state = super().reset(key)
+        if self.robot.maze:
+            goal = maze.sample_goal(self.robot.maze, jax.random.fold_in(key, 1))
+            state = state.replace(info={**state.info, "goal": goal})
+        return state
+
     def _advance(self, physics: Physics, action: jax.Array) -> tuple[Physics, jax.Array]:
         return self.engine.step(physics, action)
 
@@ -143,9 +152,11 @@ def asset_path(xml: str) -> str:
     return str(path)
 
 
-def load_model(xml: str, gear: float | None = None, margin_scale: float = 1.0) -> mujoco.MjModel:
-    """Load an XML (as in asset_path), set all gears, scale all contact margins."""
+def load_model(xml: str, gear: float | None = None, margin_scale: float = 1.0, in_maze: str = "") -> mujoco.MjModel:
+    """Load an XML (as in asset_path), put it in a maze if named, set all gears, scale all contact margins."""
     spec = mujoco.MjSpec.from_file(asset_path(xml))
+    if in_maze:
+        maze.edit_spec(spec, in_maze)
     # MuJoCo warns, on the screen and in a log file, when it sets a total mass while compiling.
     total_mass, spec.compiler.settotalmass = spec.compiler.settotalmass, -1
     model = spec.compile()
@@ -181,44 +192,53 @@ class _CEngine:
         # Several devices of one process call back at once; the pool's MjData are not theirs alone.
         self.lock = threading.Lock()
         weakref.finalize(self, self.pool.close)  # ends its threads with the engine, or at exit
-        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        self.rooms = {}  # batch size -> arrays of a rollout, kept because allocating them costs as much as a step
         self.shapes = (
             jax.ShapeDtypeStruct((2 * self.size,), jnp.uint32),
-            shape((model.nq,)), shape((model.nv,)), shape(()), shape((2,)),
-        )  # fmt: skip
+            jax.ShapeDtypeStruct((self.size - 1 + 3,), jnp.float32),  # qpos, qvel, contact cost, velocity
+        )
 
     def start(self, qpos: jax.Array, qvel: jax.Array) -> Physics:
         state = jnp.concatenate([jnp.zeros((1,), jnp.float32), qpos, qvel])
         return Physics(double_bits(state), qpos, qvel, jnp.zeros((), jnp.float32))
 
     def step(self, physics: Physics, action: jax.Array) -> tuple[Physics, jax.Array]:
-        *fields, velocity = jax.pure_callback(
-            self.host_step, self.shapes, physics.memory, action, vmap_method="broadcast_all"
-        )
-        return Physics(*fields), velocity
+        # One array in and two out: each array that crosses to the host and back has its price.
+        packed = jnp.concatenate([physics.memory, jax.lax.bitcast_convert_type(action, jnp.uint32)], -1)
+        bits, floats = jax.pure_callback(self.host_step, self.shapes, packed, vmap_method="broadcast_all")
+        qpos, qvel, cost, velocity = jnp.split(floats, [self.model.nq, self.size - 1, self.size], -1)
+        return Physics(bits, qpos, qvel, cost[0]), velocity
 
-    def host_step(self, bits, action):
-        """Step a batch. bits (..., 2n) uint32, action (..., A) -> arrays of self.shapes."""
-        bits, action = np.asarray(bits), np.asarray(action)
-        lead = bits.shape[:-1]
-        before = np.ascontiguousarray(bits).reshape(-1, bits.shape[-1]).view(np.float64)
-        control = self.centre + self.half * action.reshape(-1, action.shape[-1])
+    def host_step(self, packed):
+        """Step a batch. packed (..., 2n + A) uint32, bits of states and actions -> arrays of self.shapes."""
+        packed = np.asarray(packed)
+        lead, flat = packed.shape[:-1], packed.reshape(-1, packed.shape[-1])
+        before = flat[:, : 2 * self.size].copy().view(np.float64)
+        control = self.centre + self.half * flat[:, 2 * self.size :].view(np.float32)
         with self.lock:
             if self.contact_cost:
                 after, cost = self._step_with_contacts(before, control)
             else:
-                after, cost = self._roll(before, control), np.zeros(len(before))
+                after, cost = self._roll(before, control), 0.0
         self._hold_unstable(before, after)
-        nq = self.model.nq
-        velocity = (after[:, 1:3] - before[:, 1:3]) / self.dt
-        floats = (after[:, 1 : 1 + nq], after[:, 1 + nq :], cost, velocity)
-        arrays = [after.view(np.uint32)] + [part.astype(np.float32) for part in floats]
+        floats = np.empty((len(flat), self.size + 2), np.float32)
+        floats[:, : self.size - 1] = after[:, 1:]
+        floats[:, self.size - 1] = cost
+        floats[:, self.size :] = (after[:, 1:3] - before[:, 1:3]) / self.dt
+        arrays = after.view(np.uint32), floats
         return tuple(part.reshape(lead + part.shape[1:]) for part in arrays)
 
     def _roll(self, before: np.ndarray, control: np.ndarray) -> np.ndarray:
-        repeated = np.repeat(control[:, None], self.frame_skip, axis=1)
-        states, _ = self.pool.rollout([self.model], self.datas, before, repeated)
-        return np.ascontiguousarray(states[:, -1])
+        batch, steps = len(before), self.frame_skip
+        if batch not in self.rooms:
+            room = lambda width: np.empty((batch, steps, width))
+            self.rooms[batch] = [self.model] * batch, room(self.model.nu), room(self.size), room(self.model.nsensordata)
+        models, repeated, states, sensors = self.rooms[batch]
+        repeated[:] = control[:, None]
+        self.pool.rollout(
+            models, self.datas, before, repeated, nstep=steps, state=states, sensordata=sensors, skip_checks=True
+        )
+        return states[:, -1].copy()
 
     def _step_with_contacts(self, before: np.ndarray, control: np.ndarray):
         """Step one by one, since only MjData holds the contact forces. -> states, costs."""

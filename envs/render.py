@@ -114,7 +114,7 @@ def load_robot(env: str):
     """Load the MuJoCo model that a world's robot is drawn with."""
     from envs.physics import load_model
 
-    return load_model(ROBOTS[env].xml)
+    return load_model(ROBOTS[env].xml, in_maze=ROBOTS[env].maze)
 
 
 # --- frames: (F, height, width, 3) uint8 --------------------------------------------------------

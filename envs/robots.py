@@ -22,6 +22,8 @@ class Robot:
     start_qvel: float  # scale of the noise on qvel ...
     start_normal: bool  # ... normal, or uniform
     gear: float | None = None  # of all motors; None: as in the XML
+    margin_scale: float = 1.0  # of contact margins; 0.5: MuJoCo 2's contacts, which D4RL's data has
+    maze: str = ""  # walls around it: a name in envs.maze.MAPS
     # raw observations (..., S) -> (...,) bool, for tasks that end where it fails; None: never
     healthy: Callable | None = None
 
@@ -52,7 +54,7 @@ ROBOTS = {
     ),
     "hopper": Robot(
         "hopper.xml", 4, 0.008, 11, 3, skip_qpos=1, clip_qvel=10.0,
-        start_qpos=0.005, start_qvel=0.005, start_normal=False, healthy=_hopper_healthy,
+        start_qpos=0.005, start_qvel=0.005, start_normal=False, healthy=_hopper_healthy, margin_scale=0.5,
     ),
     "humanoid": Robot(
         "humanoid.xml", 5, 0.015, 45, 17, skip_qpos=2, clip_qvel=None,
@@ -63,3 +65,6 @@ ROBOTS = {
         start_qpos=0.005, start_qvel=0.005, start_normal=False, healthy=_walker_healthy,
     ),
 }  # fmt: skip
+for _maze in ("umaze", "medium", "large"):
+    # D4RL's ant: motors of gear 1 with controls up to 30, which is gear 30; twice the timestep (envs.maze).
+    ROBOTS[f"ant-maze-{_maze}"] = dataclasses.replace(ROBOTS["ant"], dt=0.1, margin_scale=0.5, maze=_maze)

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from envs import maze
 from envs.errors import InputError
 from envs.robots import ROBOTS
 
@@ -294,11 +295,13 @@ def _humanoid_world(name: str = "humanoid") -> Task:
     return _robot_world(name, "humanoid", episode_length=1000, terminal=_on_next(fallen), model_terminal=fallen)
 
 
-def forward_task(robot: str, *, ctrl_cost: float, survive_bonus: float = 0.0, survive_on_done: bool = True) -> Task:
+def forward_task(
+    robot: str, name: str = "", *, ctrl_cost: float, survive_bonus: float = 0.0, survive_on_done: bool = True
+) -> Task:
     """Gymnasium's task for a robot: forward velocity - ctrl_cost ||a||^2 + survive_bonus.
 
     survive_on_done: pay the bonus on the step that ends an episode too (v2 to v4, D4RL's data);
-    False: only on healthy steps (v5). The robot's own rule ends an episode. Not in the registry.
+    False: only on healthy steps (v5). The robot's own rule ends an episode.
     """
     healthy = ROBOTS[robot].healthy
 
@@ -311,12 +314,43 @@ def forward_task(robot: str, *, ctrl_cost: float, survive_bonus: float = 0.0, su
         return _float32(pay + survive_bonus * alive)
 
     return _robot_world(
-        robot, robot, reward=reward, has_reward=True, episode_length=1000,
+        name or robot, robot, reward=reward, has_reward=True, episode_length=1000,
         terminal=_on_next(terminal), model_terminal=terminal,
+        feature_names=("x", "y" if robot == "ant" else "z"),
         options={
             "ctrl_cost": ctrl_cost, "survive_bonus": survive_bonus,
             "survive_on_done": survive_on_done,
         },
+    )  # fmt: skip
+
+
+# D4RL's locomotion, `-v2`: control cost, survive bonus, (random, expert) returns of d4rl/infos.py.
+D4RL = {
+    "halfcheetah": ("cheetah", 0.1, 0.0, (-280.178953, 12135.0)),
+    "hopper": ("hopper", 1e-3, 1.0, (-20.272305, 3234.3)),
+    "walker2d": ("walker2d", 1e-3, 1.0, (1.629008, 4592.3)),
+}
+
+
+def _d4rl(name: str) -> Task:
+    """Forward velocity - cost + bonus, the bonus also on the step that ends an episode."""
+    robot, ctrl_cost, bonus, reference = D4RL[name]
+    task = forward_task(robot, name, ctrl_cost=ctrl_cost, survive_bonus=bonus)
+    return dataclasses.replace(task, options={}, reference=reference)
+
+
+def _ant_maze(name: str) -> Task:
+    """1 on the step that ends within 0.5 m of the goal, which ends the episode; the goal is not observed."""
+
+    def at_goal(step):
+        if step.goals is None:
+            raise InputError(f"'{name}' pays for reaching a goal, and the data has no goals")
+        return maze.reached(step.next_observations[..., :2], step.goals)
+
+    steps = maze.STEPS[name.removeprefix("ant-maze-")]
+    return _robot_world(
+        name, name, reward=lambda step: _float32(at_goal(step)), has_reward=True, terminal=at_goal,
+        feature=_xy_of_next, episode_length=steps, eval_length=steps, reference=(0.0, 1.0),
     )  # fmt: skip
 
 
@@ -337,6 +371,8 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "cheetah-crawl": functools.partial(_cheetah_run, c_z=-15.0),
     "cheetah-jump-<c_z>": _cheetah_run,
     "humanoid": _humanoid_world,
+    **dict.fromkeys(D4RL, _d4rl),
+    **{f"ant-maze-{name}": _ant_maze for name in maze.MAPS},
 }
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 

@@ -346,6 +346,22 @@ def test_rollout_log_probs_are_the_density_of_the_actions():
     np.testing.assert_allclose(steps.log_probs, -2 * np.log(2), atol=1e-6)
 
 
+def test_restart_begins_anew_where_an_episode_ends():
+    """Random hoppers fall within 50 steps: without restart nothing happens after it, with it all steps do."""
+    args, env, length = tiny(), envs.make("hopper"), 120
+    actor = W.actor_net(args, 3).init(jax.random.key(0), jnp.zeros(11))
+    one = jax.jit(lambda key, restart: W.rollout(actor, key, env, args, lambda x: x, 4, length, True, restart),
+                  static_argnums=1)  # fmt: skip
+    whole, cut = (jax.tree.map(np.asarray, one(jax.random.key(1), restart)) for restart in (True, False))
+    assert whole.alive.all() and not cut.alive[:, -1].any() and cut.alive.sum() < 0.6 * whole.alive.sum()
+    assert (whole.terminals.sum(1) >= 2).all()
+    nexts, obs = whole.transition.next_observations[:, :-1], whole.transition.observations[:, 1:]
+    goes_on = (nexts == obs).all(-1)
+    np.testing.assert_array_equal(goes_on, ~whole.terminals[:, :-1])
+    after = obs[whole.terminals[:, :-1]]
+    assert np.abs(after[:, 0] - 1.25).max() < 0.006 and len(np.unique(after[:, 0])) == len(after)  # fresh starts
+
+
 @functools.cache
 def finished_run(folder):
     """One tiny run, shared by the tests below."""
@@ -412,6 +428,33 @@ def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
     lines = [(p / "log.jsonl").read_text().splitlines() for p in (folder, tmp_path / "cut")]
     strip = lambda line: {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
     assert [strip(x) for x in lines[0][1:]] == [strip(x) for x in lines[1][1:]]
+
+
+def test_a_run_cut_in_its_last_evaluation_ends_the_same(run, tmp_path, monkeypatch):
+    """Killed after the last update: the metrics of that update's chunk still reach the last record."""
+
+    def cut(step, metrics):
+        if step == 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(W, "show_evaluation", cut)
+    args = tiny(out=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        W.main(args)
+    monkeypatch.undo()
+    W.main(dataclasses.replace(args, resume=True))
+    last = [json.loads((p / "log.jsonl").read_text().splitlines()[-1]) for p in (run[0], tmp_path / "cut")]
+    a, b = ({k: v for k, v in record.items() if not k.startswith("time/")} for record in last)
+    assert a == b and "train/q" in a and "train/min_w" in a
+
+
+@pytest.mark.parametrize("features, names", [("full", 4), ("0,3", 2)])
+def test_figures_name_the_features_that_were_used(run, tmp_path, monkeypatch, features, names):
+    seen = []
+    monkeypatch.setattr(envs.figures, "plot_paths", lambda path, task, *x: seen.append(task.feature_names))
+    args = tiny(div_features=features, num_policies=1, objective="none")
+    W.write_outputs(tmp_path, args, envs.task("point"), {}, dict.fromkeys(("paths", "features", "alive")), None)
+    assert len(seen[0]) == names and seen[0][-1] == "s'[3]"
 
 
 def test_torn_state_falls_back_and_another_run_is_refused(run, tmp_path):

@@ -1,0 +1,118 @@
+"""AntMaze as D4RL has it: maps, walls as few boxes, goals. Geometry and tasks, apart from any engine.
+
+A cell is 4 m wide; the cell R, where the ant starts, is the origin; x runs along a row, y down the rows of a map.
+"""
+
+import functools
+
+import numpy as np
+
+CELL, WALL_HALF_HEIGHT = 4.0, 1.0  # metres
+GOAL_RADIUS = 0.5
+TIMESTEP = 0.02  # of the physics, twice Gymnasium's
+SOLREF, SOLIMP = (0.02, 1.0), (0.8, 0.8, 0.01)  # of all contacts
+CONTACTS = 12  # at once, for MJX, whose cost is set by the contacts that could be
+
+MAPS = {
+    "umaze": (
+        "#####",
+        "#R..#",
+        "###.#",
+        "#G..#",
+        "#####",
+    ),
+    "medium": (
+        "########",
+        "#R.##..#",
+        "#..#...#",
+        "##...###",
+        "#..#...#",
+        "#.#..#.#",
+        "#...#.G#",
+        "########",
+    ),
+    "large": (
+        "############",
+        "#R...#.....#",
+        "#.##.#.#.#.#",
+        "#......#...#",
+        "#.####.###.#",
+        "#..#.#.....#",
+        "##.#.#.#.###",
+        "#..#...#.G.#",
+        "############",
+    ),
+}
+STEPS = {"umaze": 700, "medium": 1000, "large": 1000}  # D4RL's limits
+
+
+def find(name: str, letter: str) -> tuple[int, int]:
+    """Row and column of the one cell with a letter."""
+    return next((i, row.index(letter)) for i, row in enumerate(MAPS[name]) if letter in row)
+
+
+def position(name: str, row, column) -> np.ndarray:
+    """Centre (..., 2) of a cell, in metres from the start."""
+    start = find(name, "R")
+    return CELL * np.stack([np.asarray(column) - start[1], np.asarray(row) - start[0]], -1).astype(np.float32)
+
+
+def cell(name: str, positions) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the cells that positions (..., 2) lie in."""
+    start = find(name, "R")
+    column, row = np.moveaxis(np.floor(np.asarray(positions) / CELL + 0.5).astype(int), -1, 0)
+    return row + start[0], column + start[1]
+
+
+@functools.cache
+def walls(name: str) -> tuple[tuple[float, float, float, float], ...]:
+    """The walls as few rectangles: x, y of the centre and half widths, in metres.
+
+    Greedy: the first wall cell not yet covered grows right as far as it can, then down.
+    """
+    left = np.array([[c == "#" for c in row] for row in MAPS[name]])
+    boxes = []
+    while left.any():
+        top, first = np.argwhere(left)[0]
+        width = int(np.argmin(np.append(left[top, first:], False)))
+        full = left[top:, first : first + width].all(1)
+        height = int(np.argmin(np.append(full, False)))
+        left[top : top + height, first : first + width] = False
+        x, y = position(name, top + (height - 1) / 2, first + (width - 1) / 2)
+        boxes.append((float(x), float(y), CELL * width / 2, CELL * height / 2))
+    return tuple(boxes)
+
+
+def edit_spec(spec, name: str) -> None:
+    """Turn Gymnasium's ant (a mujoco.MjSpec) into D4RL's in its maze, in place."""
+    import mujoco
+
+    spec.option.timestep = TIMESTEP
+    for x, y, half_x, half_y in walls(name):
+        spec.worldbody.add_geom(
+            type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, WALL_HALF_HEIGHT], size=[half_x, half_y, WALL_HALF_HEIGHT],
+            contype=1, conaffinity=1, rgba=[0.7, 0.5, 0.3, 1.0],
+        )  # fmt: skip
+    for geom in spec.geoms:
+        geom.solref[:2] = SOLREF
+        geom.solimp[:3] = SOLIMP
+    # MJX takes these caps by their index among the numbers of the XML, not by name: no other may come before.
+    for number in list(spec.numerics):
+        spec.delete(number)
+    for cap in ("max_contact_points", "max_geom_pairs"):
+        spec.add_numeric(name=cap, size=1, data=[CONTACTS])
+
+
+def reached(positions, goals):
+    """Whether positions (..., 2) are within 0.5 m of goals (..., 2)."""
+    return ((positions - goals) ** 2).sum(-1) <= GOAL_RADIUS**2
+
+
+def sample_goal(name: str, key):
+    """D4RL's goal (2,): the cell G + U(0, 1)^2 + U(0, 0.5)^2, a new one for every episode."""
+    import jax
+    import jax.numpy as jnp
+
+    key_cell, key_noise = jax.random.split(key)
+    offset = jax.random.uniform(key_cell, (2,)) + 0.5 * jax.random.uniform(key_noise, (2,))
+    return jnp.maximum(position(name, *find(name, "G")) + offset, 0.0)

@@ -1,0 +1,182 @@
+"""The tasks that D4RL's files came from: physics of MuJoCo 2.2, terminations, scores, mazes."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from envs import maze, physics, robots, tasks
+from tests.test_envs import state_at
+
+GOLDEN = Path(__file__).parent / "golden"
+RUNNERS = {"halfcheetah": 9, "hopper": 6, "walker2d": 9}
+
+
+def recorded(name):
+    with np.load(GOLDEN / f"envs_{name}_mj220.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def d4rl_env(name):
+    """The registered task; for the ant, which D4RL has only in mazes and with contact costs, its bare physics."""
+    if name == "ant":
+        task = tasks.forward_task("ant", ctrl_cost=0.5)
+        return physics.MujocoEnv(task, "mujoco", gear=150.0, margin_scale=robots.ROBOTS["ant-maze-umaze"].margin_scale)
+    return envs.make(name)
+
+
+@pytest.mark.parametrize("name", [*RUNNERS, "ant"])
+def test_one_step_is_that_of_mujoco_2(name):
+    env, data = d4rl_env(name), recorded(name)
+    after = jax.jit(jax.vmap(env.step))(state_at(env, data["qpos"], data["qvel"]), data["action"])
+    now = jax.tree.map(np.asarray, after.pipeline_state)
+    np.testing.assert_allclose(now.qpos, data["next_qpos"], rtol=0, atol=1.5e-7)
+    np.testing.assert_allclose(now.qvel, data["next_qvel"], rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("name, steps, tolerance", [("halfcheetah", 100, 1e-4), ("hopper", 100, 1e-6),
+                                                    ("walker2d", 100, 1e-6), ("ant", 10, 1e-6)])  # fmt: skip
+def test_open_loop_is_that_of_mujoco_2(name, steps, tolerance):
+    env, data = d4rl_env(name), recorded(name)
+    start = state_at(env, data["ol_qpos"][:1], data["ol_qvel"][:1])
+
+    def advance(state, action):
+        state = jax.vmap(env.step)(state, action[None])
+        return state, state.pipeline_state.qpos[0]
+
+    path = jax.jit(lambda s, a: jax.lax.scan(advance, s, a)[1])(start, data["ol_action"][:steps])
+    np.testing.assert_allclose(path, data["ol_qpos"][1 : steps + 1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_rewards_and_ends_follow_from_the_states(name):
+    env, data, skip = d4rl_env(name), recorded(name), 1
+    after = jax.jit(jax.vmap(env.step))(state_at(env, data["qpos"], data["qvel"]), data["action"])
+    z, angle = data["next_qpos"][:, 1], data["next_qpos"][:, 2]
+    rest = np.concatenate([data["next_qpos"][:, 2:], data["next_qvel"]], 1)
+    healthy = {
+        "halfcheetah": np.ones(len(z), bool),
+        "hopper": (np.abs(rest) < 100).all(1) & (z > 0.7) & (np.abs(angle) < 0.2),
+        "walker2d": (z > 0.8) & (z < 2.0) & (np.abs(angle) < 1.0),
+    }[name]
+    np.testing.assert_array_equal(after.done > 0, ~healthy)
+    speed = (data["next_qpos"][:, 0] - data["qpos"][:, 0]) / env.dt
+    cost = (0.1 if name == "halfcheetah" else 1e-3) * (data["action"] ** 2).sum(1)
+    bonus = 0.0 if name == "halfcheetah" else 1.0  # also on the step that ends an episode
+    np.testing.assert_allclose(after.reward, speed - cost + bonus, rtol=0, atol=2e-5)
+    assert after.obs.shape[1] == env.observation_size == len(data["qpos"][0]) - skip + len(data["qvel"][0])
+
+
+def test_scores_are_d4rls():
+    """100 (R - random) / (expert - random) with the constants of d4rl/infos.py."""
+    for name, random, expert in (
+        ("halfcheetah", -280.178953, 12135.0), ("hopper", -20.272305, 3234.3), ("walker2d", 1.629008, 4592.3),
+        ("ant-maze-umaze", 0.0, 1.0),
+    ):  # fmt: skip
+        score = envs.task(name).normalized_score
+        assert score(random) == pytest.approx(0.0) and score(expert) == pytest.approx(100.0)
+    assert envs.task("halfcheetah").normalized_score(4659.0) == pytest.approx(39.78, abs=0.01)
+
+
+def test_a_cheetah_buffer_serves_both_names():
+    """`cheetah` and `halfcheetah` are one world: same raw layout, same physics."""
+    assert envs.task("halfcheetah").env == envs.task("cheetah").env
+    assert envs.task("halfcheetah").episode_length == 1000
+
+
+# --- mazes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, goal, num_walls, most", [
+    ("umaze", (0, 8), 18, 5), ("medium", (20, 20), 38, 13), ("large", (32, 24), 62, 17),
+])  # fmt: skip
+def test_walls_cover_the_map_and_nothing_else(name, goal, num_walls, most):
+    grid = np.array([list(row) for row in maze.MAPS[name]])
+    rows, columns = np.indices(grid.shape)
+    centres = maze.position(name, rows, columns)
+    boxes = np.array(maze.walls(name))
+    inside = (np.abs(centres[..., None, :] - boxes[:, :2]) < boxes[:, 2:]).all(-1).sum(-1)
+    np.testing.assert_array_equal(inside, grid == "#")  # once each, so that no two overlap
+    assert (grid == "#").sum() == num_walls and len(boxes) <= most
+    np.testing.assert_array_equal(maze.position(name, *maze.find(name, "G")), goal)
+    np.testing.assert_array_equal(maze.cell(name, centres), (rows, columns))
+
+
+def test_the_ant_does_not_pass_a_wall():
+    """Thrown at the wall 2 m to its left it stops there; along the corridor it flies on."""
+    env = envs.make("ant-maze-umaze")
+    qpos = np.tile(env.model.qpos0, (2, 1))
+    qvel = np.zeros((2, env.model.nv))
+    qvel[:, 0] = -8.0, 8.0
+    state = state_at(env, qpos, qvel)
+    goals = {**state.info, "goal": jnp.array([[0.0, 8.0]] * 2)}
+
+    def step(state, _):
+        state = jax.vmap(env.step)(state, jnp.zeros((2, 8)))
+        return state, state.info["root_position"]
+
+    path = np.asarray(jax.jit(lambda s: jax.lax.scan(step, s, length=20)[1])(state.replace(info=goals)))
+    assert -2.0 < path[:, 0, 0].min() < -0.5  # the torso's sphere is 0.25 m wide
+    assert path[-1, 1, 0] > 2.5
+
+
+def test_goals_are_drawn_anew_and_as_in_d4rl():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    env = envs.make("ant-maze-umaze")
+    first = jax.jit(jax.vmap(env.reset))(keys[:64])
+    goals = np.asarray(jax.vmap(lambda k: maze.sample_goal("umaze", k))(keys)) - [0, 8]
+    assert goals.min() >= 0 and goals.max() <= 1.5
+    np.testing.assert_allclose(goals.mean(0), 0.75, atol=0.03)
+    np.testing.assert_allclose(goals.var(0), (1 + 0.25) / 12, atol=0.01)
+    assert len(np.unique(first.info["goal"][:, 0])) == 64
+    assert first.obs.shape == (64, 29) and env.dt == pytest.approx(0.1)
+
+
+def test_reaching_the_goal_pays_once_and_ends():
+    task = envs.task("ant-maze-umaze")
+    where = np.zeros((3, 29), np.float32)
+    where[:, :2] = [[0.0, 7.6], [0.0, 7.4], [0.3, 8.3]]
+    two, goals = where[:, :2], np.tile(np.float32([0.0, 8.0]), (3, 1))
+    step = envs.Transition(where, np.zeros((3, 8)), where, two, two, goals)
+    np.testing.assert_array_equal(task.reward(step), [1, 0, 1])
+    np.testing.assert_array_equal(task.terminal(step), [True, False, True])
+    with pytest.raises(envs.InputError, match="no goals"):
+        task.reward(step._replace(goals=None))
+    assert [envs.task(f"ant-maze-{m}").eval_length for m in maze.MAPS] == [700, 1000, 1000]
+
+
+def test_the_environment_pays_what_relabelling_pays():
+    env = envs.make("ant-maze-umaze")
+    keys = jax.random.split(jax.random.key(1), 6)
+    state = jax.jit(jax.vmap(env.reset))(keys)
+    near = state.info["root_position"] + jnp.array([0.45, 0.0])  # at the edge of the goal: some move out of it
+    state = state.replace(info={**state.info, "goal": near})
+    action = jax.random.uniform(jax.random.key(2), (6, 8), minval=-1.0)
+    after = jax.jit(jax.vmap(env.step))(state, action)
+    step = envs.transition(state, action, after)
+    np.testing.assert_array_equal(env.task.reward(step), after.reward)
+    np.testing.assert_array_equal(env.task.terminal(step), after.done > 0)
+    assert 0 < float(after.reward.sum()) <= 6
+
+
+def test_mjx_sees_few_contacts_in_the_maze():
+    """One box per wall cell would cost it 475 contact slots."""
+    from envs.base import quiet_imports
+
+    with quiet_imports():
+        from mujoco import mjx
+    model = physics.load_model("ant.xml", 30.0, 0.5, "large")
+    data = mjx.make_data(mjx.put_model(model, impl="jax"), impl="jax")
+    assert data._impl.contact.dist.shape == (maze.CONTACTS,)
+
+
+def test_names_are_offered():
+    names = envs.task_names()
+    assert {"halfcheetah", "hopper", "walker2d", "ant-maze-umaze", "ant-maze-medium", "ant-maze-large"} <= set(names)
+    with pytest.raises(envs.InputError, match="ant-maze-large"):
+        envs.task("ant-maze-huge")
+    json.dumps([envs.task(name).options for name in names])  # they go into a buffer's metadata
