@@ -27,7 +27,7 @@ Deviations
   D3  paper: W1 appears in the bound and is never measured; here: by exact assignment on
       subsamples, with the distance between two samples of one buffer on the diagonal, which is
       what a distance of zero looks like at n points.
-  D4  paper: W1 is over (s, a) in raw units; here: features of s' between buffers, and (s, a) in
+  D4  paper: W1 is over (s, a) in raw units; here: features of s' between buffers, in their units, and (s, a) in
       units of the pooled standard deviation against a reference, so that no unit decides.
   D5  terminals stay as they were recorded; a task that would have ended an episode where the data
       goes on is refused.
@@ -41,7 +41,6 @@ Expect     see docs/udg_select.md
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -124,7 +123,7 @@ def buffer_paths(words):
             paths += found
         else:
             paths += envs.buffers.find(word)
-    unique = list(dict.fromkeys(paths))
+    unique = list({path.resolve(): path for path in paths}.values())
     if not unique:
         raise envs.InputError("--buffers: no buffers given; name the folder of a wurl_sac.py run")
     return unique
@@ -164,17 +163,32 @@ def open_sources(words):
     """Open K buffers of one world -> list of Source."""
     paths = buffer_paths(words)
     opened = [map_buffer(path) for path in paths]
-    worlds = [(b.metadata["env"], b.metadata["dt"], gear(b)) for b in opened]
+    worlds = [(b.metadata["env"], b.metadata["dt"], b.metadata["episode_length"], gear(b)) for b in opened]
     for path, world in zip(paths, worlds, strict=True):
         if world != worlds[0]:
             raise envs.InputError(
-                f"{path}: env, dt and gear are {world}, but {paths[0]} has {worlds[0]}. "
-                "Remedy: select among buffers of one world"
+                f"{path}: env, dt, episode_length and gear are {world}, but {paths[0]} has {worlds[0]}. "
+                "Remedy: select among buffers of one world and length, whose returns compare"
             )
     ids = [buffer.metadata.get("policy_id") for buffer in opened]
     if len(set(ids)) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
         ids = range(len(opened))  # buffers of several runs: number them as they come
     return [Source(*item) for item in zip(short_names(paths), opened, ids, strict=True)]
+
+
+def open_reference(word, sources):
+    """Open the one buffer of an expert, of the world of the sources."""
+    found = open_sources([word])
+    if len(found) > 1:
+        raise envs.InputError(f"--reference {word}: {len(found)} buffers. Remedy: name one file")
+    buffer, first = found[0].buffer, sources[0].buffer
+    sizes = [[b["observations"].shape[1], b["actions"].shape[1]] for b in (buffer, first)]
+    if buffer.metadata["env"] != first.metadata["env"] or sizes[0] != sizes[1]:
+        raise envs.InputError(
+            f"--reference {word}: is of world '{buffer.metadata['env']}' with {sizes[0]} numbers, the buffers are of "
+            f"'{first.metadata['env']}' with {sizes[1]}"
+        )
+    return buffer
 
 
 def parse_options(words):
@@ -195,6 +209,12 @@ def open_task(name, options, sources):
     metadata = sources[0].buffer.metadata
     known = envs.tasks.task_options(name)
     recorded = {k: v for k, v in gear(sources[0].buffer).items() if k in known}
+    for key, value in recorded.items():
+        if options.get(key, value) != value:
+            raise envs.InputError(
+                f"--task-options {key}={options[key]:g}: the buffers were recorded with {key} {value:g}, and a learner "
+                f"would be judged in another world. Remedy: leave {key} out"
+            )
     task = envs.task(name, **{**recorded, **options})
     if task.env != metadata["env"]:
         raise envs.InputError(
@@ -202,8 +222,8 @@ def open_task(name, options, sources):
             f"Remedy: name a task of '{metadata['env']}'"
         )
     if not task.has_reward:
-        near = [n for n in envs.task_names() if n.startswith(f"{task.env}-")]
-        raise envs.InputError(f"--task {name} has no reward; tasks here: {', '.join(near)}")
+        near = [n for n in envs.task_names() if envs.task(n).env == task.env and envs.task(n).has_reward]
+        raise envs.InputError(f"--task {name} has no reward; tasks here: {', '.join(near) or 'none'}")
     for source in sources:
         sizes = [source.buffer[key].shape[1] for key in ("observations", "actions")]
         if sizes != [task.env_observation_size, task.action_size]:
@@ -309,7 +329,19 @@ def sample(buffer, num, rng, args):
     """Return the Transition of `num` rows (fewer where the buffer is small) in random order."""
     warmup = warmup_rows(buffer, slice(None)) if args.exclude_warmup else 0
     usable = len(buffer) - warmup
+    if usable < 2:
+        raise envs.InputError(f"{buffer.path}: {usable} rows to measure a distance with. Remedy: --w1-points 0")
     return transitions(buffer, warmup + rng.choice(usable, min(num, usable), replace=False))
+
+
+def points_of(buffer, values):
+    """Values (n, d) as float64; InputError where one is not finite."""
+    if not np.isfinite(values).all():
+        raise envs.InputError(
+            f"{buffer.path}: observations: what distances are measured on is not finite. Remedy: record it again, or "
+            "--w1-points 0"
+        )
+    return np.asarray(values, np.float64)
 
 
 def pairwise_wasserstein(sources, world, args):
@@ -317,7 +349,7 @@ def pairwise_wasserstein(sources, world, args):
     rng, points = np.random.default_rng(args.seed), []
     for source in sources:
         step = sample(source.buffer, 2 * args.w1_points, rng, args)
-        points.append(np.asarray(world.feature(step), np.float64))
+        points.append(points_of(source.buffer, world.feature(step)))
     n = max(1, min(map(len, points)) // 2)
     matrix = np.zeros((len(points), len(points)))
     for i, j in zip(*np.triu_indices(len(points)), strict=True):
@@ -334,7 +366,7 @@ def reference_wasserstein(sources, reference, task, args):
     for buffer in [*(source.buffer for source in sources), reference]:
         step = sample(buffer, 2 * args.w1_points, rng, args)
         pairs = np.concatenate([task.observe(step.observations), step.actions], axis=1)
-        points.append((np.asarray(task.feature(step), np.float64), pairs.astype(np.float64)))
+        points.append((points_of(buffer, task.feature(step)), points_of(buffer, pairs)))
     spread = np.concatenate([pairs for _, pairs in points]).std(axis=0)
     unit = np.where(spread > 1e-6, spread, 1.0)  # D4
     n = max(1, min(len(pairs) for _, pairs in points) // 2)
@@ -360,27 +392,39 @@ def parse_top(words, num_buffers):
 
 
 def choose_episodes(sources, args):
-    """(4) Episodes to write of each source -> list of sorted indices; --size in equal shares."""
-    share, chosen = args.size // len(sources), []
+    """(4) Episodes to write of each source -> list of sorted indices; --size in equal shares of whole episodes.
+
+    What does not fill an episode of one source is handed on to the next, so that the sum comes as near as it can.
+    """
+    taken, chosen = 0, []
     rng = np.random.default_rng(args.seed)
-    for source in sources:
-        keep = np.arange(source.buffer.num_episodes)
+    for i, source in enumerate(sources):
+        keep, lengths = np.arange(source.buffer.num_episodes), source.buffer["episode_lengths"]
         if args.exclude_warmup:
             keep = keep[~warmup_episodes(source.buffer)]
         if args.size:  # D2
-            order = rng.permutation(keep)
-            reached = np.cumsum(source.buffer["episode_lengths"][order])
-            if reached[-1] < share or reached[0] > share:
+            share = args.size * (i + 1) // len(sources) - taken
+            if lengths[keep].sum() < share or lengths[keep].min() > share:
                 raise envs.InputError(
                     f"{source.buffer.path}: --size {args.size} needs {share:,} transitions of it, "
-                    f"of {reached[-1]:,} in whole episodes. Remedy: another --size"
+                    f"of {lengths[keep].sum():,} in whole episodes. Remedy: another --size"
                 )
-            keep = np.sort(order[reached <= share])
+            keep = fill(rng.permutation(keep), lengths, share)
+            taken += int(lengths[keep].sum())
         chosen.append(keep)
     return chosen
 
 
-@functools.cache
+def fill(order, lengths, room):
+    """Go through the episodes `order` and take each that still fits into `room` -> sorted indices."""
+    taken = []
+    for episode in order:
+        if lengths[episode] <= room:
+            taken.append(episode)
+            room -= lengths[episode]
+    return np.sort(np.array(taken, np.int64))
+
+
 def file_sha256(path):
     """Return what `sha256sum` prints for the file."""
     with open(path, "rb") as handle:
@@ -424,7 +468,7 @@ def write_selection(path, label, chosen, rewards, scores, task, args):
     """Write one selection -> its entry in scores.json."""
     for source in chosen:  # values that scoring did not look at
         envs.buffers.load(source.buffer.path, ("observations", "next_observations"), quiet=True)
-    episodes = choose_episodes(chosen, args)
+    episodes = choose_episodes(chosen, args)  # it was seen to work before the first file was written
     arrays = gather(chosen, rewards, task, episodes)
     parents = [provenance(*item) for item in zip(chosen, episodes, scores, strict=True)]
     warmup = [parent["warmup_transitions"] for parent in parents]
@@ -491,7 +535,8 @@ def planned_files(out, tasks, selections, args):
     """{(task name, selection): path}, refused where one is there already."""
     tail = (f"-size{args.size}" if args.size else "") + ("-trained" if args.exclude_warmup else "")
     files = {(task.name, label): out / task.name / f"{label}{tail}.npz" for task in tasks for label in selections}
-    for path in files.values():
+    reports = [out / task.name / "scores.json" for task in tasks]
+    for path in [*files.values(), *reports]:
         if path.exists() and not args.overwrite:
             raise envs.InputError(f"{path}: exists. Remedy: --overwrite, or another --out")
     return files
@@ -506,6 +551,8 @@ def select(task, sources, reference, matrix, selections, files, args):
     if reference is not None and args.w1_points:
         to_reference = reference_wasserstein(sources, reference, task, args)
     show_table(task, sources, scores, order, to_reference)
+    for num in selections.values():
+        choose_episodes([sources[k] for k in order[:num]], args)  # refuses before anything is written
     written = {}
     for label, num in selections.items():
         chosen = order[:num]
@@ -526,6 +573,7 @@ def select(task, sources, reference, matrix, selections, files, args):
         "ranking": [names[k] for k in order],
         "buffers": dict(zip(names, plain, strict=True)),
         "selections": written,
+        "w1_points": args.w1_points,
         "w1_features": None if matrix is None else matrix.tolist(),
         "w1_to_reference": to_reference,
     }
@@ -543,15 +591,16 @@ def main(args) -> dict[str, Any]:
     """Select for every task -> {task name: scores of the K buffers}."""
     if args.quick:
         given = dict(tasks=args.tasks or ("point-angle-0",), out=args.out or "runs/udg_select/quick")
+        given["overwrite"] = args.overwrite or not args.out  # the default folder holds nothing else
         with tempfile.TemporaryDirectory() as folder:
             scripted.point_buffers(folder, args.seed)
-            given |= dict(buffers=(folder,), overwrite=True, quick=False)
+            given |= dict(buffers=(folder,), quick=False)
             return main(dataclasses.replace(args, **given))
     started = time.time()
     if not args.tasks:
         raise envs.InputError("--task: name at least one, e.g. --task ant-angle-60")
-    if args.size < 0 or args.w1_points < 0:
-        raise envs.InputError("--size and --w1-points: give 0 or a positive number")
+    if min(args.size, args.w1_points, args.seed) < 0:
+        raise envs.InputError("--size, --w1-points and --seed: give 0 or a positive number")
     options = parse_options(args.task_options)
     names = dict.fromkeys(flatten(args.tasks))
     for name in names:
@@ -561,9 +610,7 @@ def main(args) -> dict[str, Any]:
     tasks = [open_task(name, options, sources) for name in names]
     out = Path(args.out or "runs/udg_select")
     files = planned_files(out, tasks, selections, args)
-    reference = open_sources([args.reference])[0].buffer if args.reference else None
-    if reference is not None and reference.metadata["env"] != tasks[0].env:
-        raise envs.InputError(f"--reference {args.reference}: is not of world '{tasks[0].env}'")
+    reference = open_reference(args.reference, sources) if args.reference else None
     rows = sum(len(source.buffer) for source in sources)
     print(f"{len(sources)} buffers of '{tasks[0].env}', {rows:,} transitions", flush=True)
 
@@ -585,5 +632,5 @@ def main(args) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except envs.InputError as error:
+    except (envs.InputError, OSError) as error:
         sys.exit(f"udg_select.py: error: {error}")

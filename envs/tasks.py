@@ -336,6 +336,9 @@ def _d4rl(name: str) -> Task:
     """Forward velocity - cost + bonus, the bonus also on the step that ends an episode."""
     robot, ctrl_cost, bonus, reference = D4RL[name]
     task = forward_task(robot, name, ctrl_cost=ctrl_cost, survive_bonus=bonus)
+    if robot == "cheetah":  # diversity is measured as in the other tasks of this world
+        world = _cheetah_world()
+        task = dataclasses.replace(task, feature=world.feature, feature_names=world.feature_names)
     return dataclasses.replace(task, options={}, reference=reference)
 
 

@@ -277,6 +277,19 @@ def test_equal_size_takes_whole_episodes_in_equal_shares(folder, tmp_path, no_fi
     assert sum(np.array_equal(rows, episode) for episode in episodes) == 1
 
 
+def test_what_does_not_fill_an_episode_goes_to_the_next_source(folder, tmp_path, no_figures):
+    """50 rows of 4 buffers in episodes of 10: 10, 10, 10 and 20, not 4 x 10."""
+    run(folder, tmp_path, top=("4",), size=50)
+    ids, counts = np.unique(saved(tmp_path, "point-angle-60/top4-size50.npz")["policy_ids"], return_counts=True)
+    assert len(ids) == 4 and sorted(counts) == [10, 10, 10, 20]
+
+
+def test_episodes_that_fit_are_taken_whatever_their_order():
+    lengths = np.array([40, 3, 50, 7, 5])
+    np.testing.assert_array_equal(udg_select.fill(np.array([2, 1, 0, 4, 3]), lengths, 15), [1, 3, 4])
+    assert udg_select.fill(np.array([0, 2]), lengths, 15).size == 0
+
+
 def test_the_subsample_depends_on_the_seed_alone(folder):
     sources = udg_select.open_sources([str(folder)])
     chosen = [udg_select.choose_episodes(sources, Args(size=180, seed=s)) for s in (0, 0, 1)]
@@ -447,6 +460,8 @@ def refused(folder, tmp_path, *words, **changes):
         ({"size": 100}, ("--size 100", "policy_01.npz", "60")),
         ({"size": 5}, ("--size 5",)),
         ({"size": -1}, ("--size",)),
+        ({"seed": -1}, ("--seed",)),
+        ({"size": 120, "top": ("2", "1")}, ("--size 120", "policy_01.npz", "60")),
         ({"task_options": ("ctrl_cost",)}, ("--task-options", "ctrl_cost")),
         ({"task_options": ("ctrl_cost=0.5",)}, ("ctrl_cost", "no option")),
         ({"reference": "nowhere.npz"}, ("nowhere.npz", "does not exist")),
@@ -465,6 +480,61 @@ def test_a_folder_without_buffers(tmp_path):
 def test_a_file_named_twice_counts_once(folder):
     name = str(folder / "policy_00.npz")
     assert udg_select.buffer_paths([name, name]) == [Path(name)]
+
+
+def test_one_file_by_two_paths_counts_once(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert len(udg_select.buffer_paths(["policy_00.npz", str(folder / "policy_00.npz")])) == 1
+
+
+def test_episodes_of_two_lengths_do_not_compare(folder, tmp_path):
+    write(folder / "policy_09.npz", walk(60, length=30), episode_length=30)
+    refused(folder, tmp_path, "policy_09.npz", "episode_length", "30")
+
+
+def test_gear_is_that_of_the_data(tmp_path):
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(21, 29)).astype(np.float32)
+    two = np.zeros((20, 2), np.float32)
+    arrays = {"observations": states[:-1], "next_observations": states[1:], "actions": np.zeros((20, 8), np.float32)}
+    arrays |= {"root_positions": two, "root_velocities": two, "rewards": two[:, 0], "terminals": two[:, 0] > 0}
+    arrays["timeouts"] = np.arange(20) == 19
+    about = {"env": "ant", "task": "ant", "dt": 0.05, "episode_length": 20, "task_options": {"gear": 30.0}}
+    write(tmp_path / "a.npz", arrays, **about)
+    path = tmp_path / "a.npz"
+    refused(path, tmp_path, "gear=150", "gear 30", tasks=("ant-angle-90",), task_options=("gear=150",), w1_points=0)
+
+
+def test_a_reference_is_one_file_of_the_world(folder, tmp_path):
+    refused(folder, tmp_path, "6 buffers", "name one file", reference=str(folder))
+
+
+def test_a_buffer_that_is_not_finite_has_no_distance(folder, tmp_path, no_figures):
+    with np.load(folder / "policy_04.npz") as data:
+        arrays = {key: data[key] for key in data.files}
+    arrays["next_observations"][:] = np.nan
+    np.savez(folder / "policy_04.npz", **arrays)
+    refused(folder, tmp_path, "policy_04.npz", "not finite", "--w1-points 0")
+
+
+def test_a_warmup_only_reference_is_refused(folder, tmp_path):
+    path = write(tmp_path / "r.npz", walk(60), warmup_transitions=60)
+    refused(folder, tmp_path, "r.npz", "0 rows", reference=str(path), exclude_warmup=True)
+
+
+def test_an_out_that_cannot_be_made_is_one_line(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command("--buffers", str(folder), "--task", "point-angle-60", "--out", str(tmp_path / "file" / "x"))
+    assert done.returncode and "Traceback" not in done.stderr and "file" in done.stderr
+
+
+def test_quick_keeps_what_is_in_a_named_folder(tmp_path, no_figures):
+    kept = tmp_path / "out/point-angle-0/top1.npz"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(envs.InputError, match="--overwrite"):
+        udg_select.main(Args(quick=True, out=str(tmp_path / "out"), w1_points=0))
+    assert kept.read_text() == "mine"
 
 
 def test_buffers_of_two_worlds(folder, tmp_path):
@@ -499,8 +569,12 @@ def test_existing_files_are_kept(folder, tmp_path, no_figures):
     with pytest.raises(envs.InputError, match="--overwrite"):
         run(folder, tmp_path)
     assert path.read_bytes() == before
-    run(folder, tmp_path, top=("2",))
-    run(folder, tmp_path, overwrite=True)
+    report = tmp_path / "out/point-angle-60/scores.json"
+    with pytest.raises(envs.InputError, match=r"scores.json: exists"):  # it would no longer tell of top1.npz
+        run(folder, tmp_path, top=("2",))
+    assert set(json.loads(report.read_text())["selections"]) == {"top1"}
+    run(folder, tmp_path, top=("2",), overwrite=True)
+    assert set(json.loads(report.read_text())["selections"]) == {"top2"}
 
 
 def test_nothing_but_warmup(tmp_path):
