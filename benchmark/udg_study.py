@@ -7,8 +7,8 @@
 
 A study is a set of sources (runs of wurl_sac.py), tasks, picks (which buffers of which source
 udg_select.py takes) and learners. Its cells are the commands below runs/study/<budget>/: sources/<source>,
-data/<study>/<source>/<task>/..., learn/<task>/<pick>-<learner>. Cells that two studies share are made once. A cell is
-done when its last file exists; a run that was stopped goes on from its state. Results: results/udg/<study>.jsonl.
+data/<source>/<task>/..., learn/<task>/<pick>-<learner>. Cells that two studies share are made once. A cell is
+done when its last file was written by the same command; a run that was stopped goes on from its state.
 """
 
 import argparse
@@ -29,17 +29,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "udg"
 sys.path.insert(0, str(ROOT))
 
-from envs import curves  # noqa: E402  (the line above makes it importable from a plain clone)
+from envs import buffers, curves  # noqa: E402  (the line above makes it importable from a plain clone)
 
 ANGLES = (0, 60, 120, 180, 240, 300)
 SUPERVISED = "--num-policies 1 --objective none --diversity-weight 0 --task-weight 1 --auto-alpha --lr-decay 0"
 RANDOM = "--random --num-policies 1 --objective none"
 POINT_RANDOM = f"--task point {RANDOM} --num-updates 30000 --eval-every 30000"
-ROBOT_RANDOM = f"{RANDOM} --num-updates 12600 --chunk 600 --eval-every 12600"
+ROBOT_RANDOM = f"{RANDOM} --num-updates 40000 --eval-every 40000"  # 160k steps
 
 # name of a source: flags of wurl_sac.py
 SOURCES = {
     "point": "--task point",
+    "point-s1": "--task point --seed 1",
+    "point-s2": "--task point --seed 2",
     "point-k2": "--task point --num-policies 2",
     "point-k5": "--task point --num-policies 5",
     "point-k20": "--task point --num-policies 20",
@@ -48,9 +50,12 @@ SOURCES = {
     "point-dads": "--task point --objective dads --discriminator-lr 3e-4",
     "point-none": "--task point --objective none --diversity-weight 0",
     "point-random": POINT_RANDOM,
-    **{f"point-expert-{a}": f"--task point-angle-{a} {SUPERVISED}" for a in ANGLES},
+    "point-expert-0": f"--task point-angle-0 {SUPERVISED}",
+    # What the bound speaks of is the distribution of the expert, not of its learning: fresh episodes.
+    **{f"point-rho-{a}": f"--task point-angle-{a} {SUPERVISED} --collect rollouts" for a in ANGLES},
     "maze": "--task tree-maze",
-    "maze-k12": "--task tree-maze --num-policies 12",
+    "maze-k4": "--task tree-maze --num-policies 4",
+    "maze-k20": "--task tree-maze --num-policies 20",
     "maze-random": POINT_RANDOM.replace("point", "tree-maze"),
     "ant": "--task ant",
     "ant-random": f"--task ant {ROBOT_RANDOM}",
@@ -59,9 +64,10 @@ SOURCES = {
     "cheetah-full": "--task cheetah --div-features full",
     "cheetah-k2": "--task cheetah --num-policies 2",
     "cheetah-k5": "--task cheetah --num-policies 5",
-    "cheetah-partial": "--task cheetah-run --task-weight 1 --diversity-weight 1",
+    # The speed is paid as a task, the height is left to diversity; the weights are three mixing ratios.
+    **{f"cheetah-partial-{w}": f"--task cheetah-run --task-weight {w} --div-features 0" for w in (1, 3, 10)},
     "cheetah-random": f"--task cheetah {ROBOT_RANDOM}",
-    "humanoid": "--task humanoid --num-policies 4 --num-updates 2000 --eval-every 1000",
+    "humanoid": "--task humanoid --num-policies 4",
 }
 # world: learner: script and flags, at CPU budget. Point worlds need small nets only.
 SMALL = "--hidden-sizes 64 64 --num-updates 6000 --eval-every 1000"
@@ -74,11 +80,15 @@ LEARNERS = {
     "cheetah": {"mopo": "mopo.py --preset cpu"},
 }
 # --budget gpu: the published sizes (specs of the papers); same studies, other folders.
-GPU = {
-    "wurl_sac.py": {"ant": "--preset paper", "cheetah": "--preset paper", "humanoid": "--preset paper"},
-    "mopo.py": {"point": "", "ant": "--num-seeds 5", "cheetah": "--num-seeds 5"},
+GPU = {"ant": "--preset paper", "cheetah": "--preset paper", "humanoid": "--num-updates 1000000 --eval-every 50000"}
+CPU = {"humanoid": "--num-updates 2000 --eval-every 1000"}
+GPU_LEARNERS = {
+    "point": {"mopo": "mopo.py --num-updates 50000", "knn": "mopo.py --num-updates 50000 --model knn"},
+    "ant": {"mopo": "mopo.py --num-seeds 5"},
+    "cheetah": {"mopo": "mopo.py --num-seeds 5"},
 }
-SIZE = {"cpu": {"point": 20_000, "ant": 50_000, "cheetah": 50_000}, "gpu": {"point": 20_000, "ant": 0, "cheetah": 0}}
+SIZE = {"cpu": {"point": 20_000, "ant": 50_000, "cheetah": 50_000}}
+SIZE["gpu"] = {"point": 20_000, "ant": 150_000, "cheetah": 150_000}
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,8 @@ STUDIES = {
     "cheetah": Study(
         "Diverse against random data; diversity on (v_x, z), on all 17 numbers, with a known part of the reward.",
         ("cheetah-jump", "cheetah-crawl"),
-        {"top1": "cheetah:1", "full": "cheetah-full:1", "partial": "cheetah-partial:1", "random": "cheetah-random:1"},
+        {"top1": "cheetah:1", "full": "cheetah-full:1", "random": "cheetah-random:1",
+         **{f"partial {w}": f"cheetah-partial-{w}:1" for w in (1, 3, 10)}},
     ),
     "how-many": Study(
         "How many policies? The worst direction and the mean over directions against K.",
@@ -144,19 +155,26 @@ STUDIES = {
         "Walls: the reward is the distance to a dead end as the crow flies, which points the wrong way in places.",
         MAZE_TASKS, tops("maze", random="maze-random:1"), seeds=3,
     ),
-    "collapse": Study("More policies than the maze has branches: is the collapse seen?", sources=("maze-k12",)),
+    "collapse": Study(
+        "As many policies as the maze has dead ends, and more: is the collapse seen?",
+        sources=("maze-k4", "maze", "maze-k20"),
+    ),
+    "seeds": Study(
+        "How much of all this is the luck of one run of wurl_sac.py?",
+        POINT_TASKS, {"seed 0": "point:1", "seed 1": "point-s1:1", "seed 2": "point-s2:1"}, seeds=3,
+    ),
     "humanoid": Study("wurl_sac.py on the humanoid: does it run, how fast, how diverse?", sources=("humanoid",)),
 }  # fmt: skip
 
 
 class Cell(NamedTuple):
-    """A command, the file that shows it is done, and the cells that must be done before."""
+    """A command, the file that it writes last, and the cells that must be done before."""
 
     name: str
     command: list[str]
     done: Path
     needs: tuple[str, ...]
-    state: Path | None = None  # where a stopped run goes on from
+    runs: Path | None = None  # the folder of a run, which goes on from its state
 
 
 def world(name):
@@ -165,72 +183,68 @@ def world(name):
 
 
 def source_cell(base, source, budget):
+    flags = SOURCES[source].split()
+    if "--random" not in flags:
+        flags += {"cpu": CPU, "gpu": GPU}[budget].get(world(source), "").split()
+    num = int(flags[flags.index("--num-policies") + 1]) if "--num-policies" in flags else 10
     folder = base / "sources" / source
-    more = GPU["wurl_sac.py"].get(world(source), "") if budget == "gpu" and "--random" not in SOURCES[source] else ""
-    command = ["wurl_sac.py", *SOURCES[source].split(), *more.split(), "--out", str(folder)]
-    return Cell(f"source {source}", command, folder / "policy.npz", (), folder / "state.npz")
+    command = ["wurl_sac.py", *flags, "--out", str(folder)]
+    return Cell(f"source {source}", command, folder / "buffers" / f"policy_{num - 1:02d}.npz", (), folder)
 
 
-def data_cells(base, name, study, budget):
-    """Cells of udg_select.py: one for each set of buffers, for all tasks; with a reference, one more for each task."""
-    folder, size, cells = base / "data" / name, SIZE[budget][world(study.tasks[0])], {}
-    for buffers in dict.fromkeys(pick.split(":")[0] for pick in study.picks.values()):
-        tops = [pick.split(":")[1] for pick in study.picks.values() if pick.split(":")[0] == buffers]
-        source, _, policy = buffers.partition("/")
+def tasks_of(picked):
+    """The tasks that any study selects for among these buffers: one command makes all their files."""
+    users = [s for s in STUDIES.values() if s.picks and any(p.split(":")[0] == picked for p in s.picks.values())]
+    return list(dict.fromkeys(task for study in users for task in study.tasks))
+
+
+def data_cells(base, study, budget):
+    """Cells of udg_select.py: one for each set of buffers; one for W1 to the expert and task where it is asked for."""
+    cells = {}
+    for picked in dict.fromkeys(pick.split(":")[0] for pick in study.picks.values()):
+        source, _, policy = picked.partition("/")
         files = base / "sources" / source / "buffers" / (f"{policy}.npz" if policy else "")
-        command = [
-            "udg_select.py",
-            "--buffers",
-            str(files),
-            "--task",
-            *study.tasks,
-            "--top",
-            *tops,
-            "--size",
-            str(size),
-        ]
-        command += ["--w1-points", "0", "--overwrite", "--out", str(folder / buffers)]
-        done = data_file(base, name, study.tasks[-1], f"{buffers}:{tops[-1]}", budget)
-        cells[f"data {buffers}"] = Cell(f"data {buffers}", command, done, (f"source {source}",))
-    if not study.reference:
-        return cells
-    for task in study.tasks:
-        expert = f"point-expert-{task.split('-')[-1]}"
+        tops = ["1"] if policy or "--num-policies 1 " in f"{SOURCES[source]} " else ["1", "2", "all"]
+        tasks, size, folder = tasks_of(picked), str(SIZE[budget][world(source)]), base / "data" / picked
+        command = ["udg_select.py", "--buffers", str(files), "--task", *tasks, "--top", *tops, "--size", size]
+        command += ["--w1-points", "0", "--overwrite", "--out", str(folder)]
+        name, done = f"data {picked}", folder / tasks[-1] / "scores.json"
+        cells[name] = Cell(name, command, done, (f"source {source}",))
+    for task in study.tasks if study.reference else ():
+        expert, folder = f"point-rho-{task.split('-')[-1]}", base / "data" / "reference"
         command = ["udg_select.py", "--buffers", str(base / "sources" / "point" / "buffers"), "--task", task]
-        command += ["--reference", str(base / "sources" / expert / "buffers" / "policy_00.npz"), "--size", str(size)]
-        command += ["--overwrite", "--out", str(folder / "reference")]
-        done = data_file(base, name, task, "reference:1", budget)
-        cells[f"w1 {task}"] = Cell(f"w1 {task}", command, done, ("source point", f"source {expert}"))
+        command += ["--reference", str(base / "sources" / expert / "buffers" / "policy_00.npz"), "--overwrite"]
+        needs = ("source point", f"source {expert}")
+        done = folder / task / "scores.json"
+        cells[f"w1 {task}"] = Cell(f"w1 {task}", [*command, "--out", str(folder)], done, needs)
     return cells
 
 
-def data_file(base, name, task, pick, budget):
-    """The file that udg_select.py writes for a pick and task of the study `name`."""
-    (buffers, top), size = pick.split(":"), SIZE[budget][world(task)]
-    stem = ("all" if top == "all" else f"top{top}") + (f"-size{size}" if size else "")
-    return base / "data" / name / buffers / task / f"{stem}.npz"
+def data_file(base, task, pick, budget):
+    """The file that udg_select.py writes for a pick and task."""
+    picked, top = pick.split(":")
+    stem = "all" if top == "all" else f"top{top}"
+    return base / "data" / picked / task / f"{stem}-size{SIZE[budget][world(task)]}.npz"
 
 
-def learner_cell(base, name, study, task, pick, learner, budget):
-    folder = base / "learn" / task / f"{pick.replace('/', '-').replace(':', '-')}-{learner}"
-    script, *flags = LEARNERS[world(task)][learner].split()
-    if budget == "gpu":
-        flags = GPU[script][world(task)].split()
-    command = [script, "--dataset", str(data_file(base, name, task, pick, budget)), *flags, "--out", str(folder)]
-    if study.seeds > 1:
-        command += ["--num-seeds", str(study.seeds)]
+def learner_cell(base, study, task, pick, learner, budget):
+    folder = base / "learn" / task / f"{pick.replace('/', '-').replace(':', '-')}-{learner}-seeds{study.seeds}"
+    script, *flags = {"cpu": LEARNERS, "gpu": GPU_LEARNERS}[budget][world(task)][learner].split()
+    if study.seeds > 1 and "--num-seeds" not in flags:
+        flags += ["--num-seeds", str(study.seeds)]
+    command = [script, "--dataset", str(data_file(base, task, pick, budget)), *flags, "--out", str(folder)]
     need = f"data {pick.split(':')[0]}"
-    return Cell(f"learn {task} {pick} {learner}", command, folder / "policy.npz", (need,), folder / "state.npz")
+    return Cell(f"learn {task} {pick} {learner}", command, folder / "learning_curve.png", (need,), folder)
 
 
 def cells_of(name, base, budget):
     """Every cell of a study by name, each after what it needs, and its learners (task, label, pick, learner, cell)."""
     study = STUDIES[name]
-    later = data_cells(base, name, study, budget) if study.picks else {}
+    later = data_cells(base, study, budget) if study.picks else {}
     sources = [*study.sources, *(need.split()[1] for cell in later.values() for need in cell.needs)]
     cells = {f"source {s}": source_cell(base, s, budget) for s in dict.fromkeys(sources)} | later
     learning = [
-        (task, label, pick, learner, learner_cell(base, name, study, task, pick, learner, budget))
+        (task, label, pick, learner, learner_cell(base, study, task, pick, learner, budget))
         for label, pick in (study.picks or {}).items()
         for task in study.tasks
         for learner in study.learners
@@ -238,23 +252,40 @@ def cells_of(name, base, budget):
     return cells | {cell.name: cell for *_, cell in learning}, learning
 
 
+def record_file(cell, base):
+    """Where the command of a finished cell is kept, to see whether it is still the one that is asked for."""
+    return base / "logs" / f"{cell.name.replace(' ', '_').replace('/', '-')}.json"
+
+
+def is_done(cell, base):
+    """Whether a cell was finished, by this very command."""
+    record = record_file(cell, base)
+    return cell.done.exists() and record.exists() and json.loads(record.read_text())["command"] == cell.command
+
+
 def run_cell(cell, base, core):
-    """Run one command to its end, its output in a log beside it -> whether it worked."""
-    log = base / "logs" / f"{cell.name.replace(' ', '_').replace('/', '-')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if cell.state and cell.state.exists() else []
-    command = [sys.executable, *cell.command, *resume]
+    """Run one command to its end, its output in a log beside its record -> whether it worked."""
+    record = record_file(cell, base)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if cell.runs and any(cell.runs.glob("**/state*.npz")) else []
     pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
-    with open(log, "ab") as out:
+    began = time.time()
+    with open(record.with_suffix(".log"), "ab") as out:
+        command = [sys.executable, *cell.command, *resume]
         code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, preexec_fn=pin).returncode
-    if code:
-        print(f"FAILED {cell.name}: exit {code}, see {log}\n  {' '.join(command)}", flush=True)
-    return code == 0 and cell.done.exists()
+    if code or not cell.done.exists():
+        print(
+            f"FAILED {cell.name}: exit {code}, see {record.with_suffix('.log')}\n  {portable(cell.command)}", flush=True
+        )
+        return False
+    about = {"command": cell.command, "seconds": round(time.time() - began), "resumed": bool(resume)}
+    record.write_text(json.dumps(about | {"commit": buffers.git_commit(), "versions": buffers.versions()}))
+    return True
 
 
 def run_cells(cells, base, jobs):
     """Run what is not done, `jobs` at once, each on a core of its own -> names of what failed."""
-    done = {name for name, cell in cells.items() if cell.done.exists()}
+    done = {name for name, cell in cells.items() if is_done(cell, base)}
     waiting = {name: cell for name, cell in cells.items() if name not in done}
     failed, running, began, count = set(), {}, time.time(), len(waiting)
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
@@ -289,20 +320,22 @@ def gather(name, base, budget):
     """results/udg/<study>.jsonl from finished cells: a header, a line per source, per learner and seed, per W1."""
     study, rows = STUDIES[name], []
     cells, learning = cells_of(name, base, budget)
-    finished = [cell for cell in cells.values() if cell.done.exists()]
+    finished = [cell for cell in cells.values() if is_done(cell, base)]
     rows += [source_row(cell) for cell in finished if cell.name.startswith("source")]
     for cell in finished:
         if cell.name.startswith("w1"):
-            found = json.loads((cell.done.parent / "scores.json").read_text())
-            rows.append({"task": found["task"], "w1": found["w1_to_reference"]})
+            found = json.loads(cell.done.read_text())
+            features, pairs = (dict(zip(found["buffers"], values, strict=False)) for values in found["w1_to_reference"])
+            rows.append({"task": found["task"], "w1": {"(s, a), standardised": pairs, "features": features}})
     for task, label, pick, learner, cell in learning:
-        if cell.done.exists():
+        if cell in finished:
             about = {"task": task, "label": label, "pick": pick, "learner": learner}
-            about |= data_row(data_file(base, name, task, pick, budget))
+            about |= data_row(data_file(base, task, pick, budget))
             rows += [{**about, **row} for row in learner_rows(cell.done.parent)]
+    records = {cell.name: json.loads(record_file(cell, base).read_text()) for cell in finished}
     header = {"study": name, "question": study.question, "budget": budget, "seeds": study.seeds}
-    header["commands"] = [portable(cell.command) for cell in finished]
-    header["missing"] = [cell.name for cell in cells.values() if not cell.done.exists()]
+    header["missing"] = [name for name in cells if name not in records]
+    header["cells"] = {name: {**record, "command": portable(record["command"])} for name, record in records.items()}
     path = RESULTS / (f"{name}.jsonl" if budget == "cpu" else f"{name}-{budget}.jsonl")
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(map(json.dumps, [header, *rows])) + "\n")
@@ -311,14 +344,15 @@ def gather(name, base, budget):
 
 def source_row(cell):
     """The last numbers of a source and its smallest distances over time."""
-    records = [json.loads(line) for line in (cell.done.parent / "log.jsonl").read_text().splitlines()[1:]]
+    records = [json.loads(line) for line in (cell.runs / "log.jsonl").read_text().splitlines()[1:]]
     last = {k: v for k, v in (records[-1] if records else {}).items() if np.ndim(v) == 0}
-    curve = [[r["step"], r["eval/min_w"]] for r in records if "eval/min_w" in r]
-    return {"source": cell.name.split()[1], "last": last, "min_w": curve}
+    curve = lambda key: [[r["step"], r[key]] for r in records if key in r]
+    curves_of = {"min_w": curve("eval/min_w"), "smallest_w": curve("eval/smallest_w")}
+    return {"source": cell.name.split()[1], "last": last, **curves_of}
 
 
 def data_row(data):
-    """What a selection is made of: its mean return, the buffers chosen, the score of every buffer it could choose."""
+    """A selection: its mean return, the buffers chosen, the score of every buffer it could choose."""
     found = json.loads((data.parent / "scores.json").read_text())
     chosen = found["selections"][data.stem.split("-size")[0]]
     row = {"data_mean": chosen["mean_return"], "data_rows": chosen["num_transitions"]}
@@ -336,7 +370,7 @@ def learner_rows(folder):
 
 def portable(command):
     """A command with paths as from the repository's root."""
-    return " ".join(["python", *(part.replace(f"{ROOT}/", "") for part in command)])
+    return " ".join(["python", *command])
 
 
 def main():
@@ -358,7 +392,7 @@ def main():
     for name, study in STUDIES.items():
         cells, _ = cells_of(name, base, args.budget)
         if args.list:
-            made = sum(cell.done.exists() for cell in cells.values())
+            made = sum(is_done(cell, base) for cell in cells.values())
             print(f"{name:17} {made:3} of {len(cells):3} cells made  {study.question}")
         if args.commands == name:
             print(*(portable(cell.command) for cell in cells.values()), sep="\n")
@@ -366,7 +400,7 @@ def main():
     for name in names:
         if name == args.commands:
             continue
-        if args.run:
+        if name in args.run or "all" in args.run:
             failed |= run_cells(cells_of(name, base, args.budget)[0], base, args.jobs)
         gather(name, base, args.budget)
     if failed:

@@ -3,7 +3,7 @@
     python results/udg_figures.py              draws results/udg/<study>.png and prints the tables of docs/udg.md
     python results/udg_figures.py bound        one study
 
-Score of a run: the mean of its last three evaluations, episodes as long as the data's.
+Score of a run: the mean of its last five evaluations, episodes as long as the data's; the last and the best beside it.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 FOLDER = Path(__file__).resolve().parent / "udg"
-LAST = 3
+LAST = 5
 
 
 def load(path):
@@ -40,7 +40,7 @@ def scores(learners, key="label"):
 
 
 def spread(values):
-    """Mean, and half the range over seeds where there are several."""
+    """Mean and, where there are several seeds, their standard deviation."""
     return f"{np.mean(values):.1f}" + (f" +- {np.std(values):.1f}" if len(values) > 1 else "")
 
 
@@ -64,80 +64,76 @@ def bars(path, header, learners):
             if label not in found:
                 continue
             x = j + (i - (len(labels) - 1) / 2) * width
-            axis.bar(x, np.mean(found[label]), 0.9 * width, color=f"C{i}", label=label if j == 0 else None)
+            axis.bar(x, np.mean(found[label]), 0.9 * width, color=f"C{i}")
             axis.plot([x] * len(found[label]), found[label], "k.", ms=3)
             data = means[task, label]
             axis.plot([x - 0.4 * width, x + 0.4 * width], [data, data], "k-", lw=1.5)
     axis.set_xticks(range(len(table)), list(table), rotation=15)
     axis.axhline(0, color="k", lw=0.5)
     axis.set(ylabel="return", title=f"{header['study']}: learner (bar, dots: seeds) and its data's mean episode (dash)")
-    axis.legend(frameon=False, fontsize=8, ncol=len(labels), loc="lower center", bbox_to_anchor=(0.5, -0.32))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(labels))]
+    axis.legend(
+        handles, labels, frameon=False, fontsize=8, ncol=len(labels), loc="lower center", bbox_to_anchor=(0.5, -0.32)
+    )
     drawn.tight_layout()
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
     rows = [[task, *(spread(found[x]) if x in found else "" for x in labels)] for task, found in table.items()]
-    average = [np.mean([np.mean(found[x]) for found in table.values() if x in found]) for x in labels]
-    worst = [min(np.mean(found[x]) for found in table.values() if x in found) for x in labels]
-    rows += [["mean over tasks", *(f"{x:.1f}" for x in average)], ["worst task", *(f"{x:.1f}" for x in worst)]]
+    whole = [found for found in table.values() if set(found) == set(labels)]  # tasks that every pick has
+    if whole:
+        means = np.array([[np.mean(found[x]) for x in labels] for found in whole])
+        rows += [["mean over tasks", *(f"{x:.1f}" for x in means.mean(0))]]
+        rows += [["worst task", *(f"{x:.1f}" for x in means.min(0))]]
     print_table(["task", *labels], rows)
 
 
 def bound(path, header, learners, distances):
     """A learner's return on every buffer against the buffer's W1 to the expert, and against its relabelled return."""
     models = list(dict.fromkeys(row["learner"] for row in learners))
-    space = next(k for k in next(iter(distances.values())))
-    drawn, axes = plt.subplots(len(models), 2, figsize=(11, 4.2 * len(models)), squeeze=False)
+    spaces = list(next(iter(distances.values())))
+    drawn, axes = plt.subplots(len(models), 3, figsize=(16, 4.2 * len(models)), squeeze=False)
     lines = []
-    for model, pair in zip(models, axes, strict=True):
+    for model, row_of_axes in zip(models, axes, strict=True):
         found = [row for row in learners if row["learner"] == model and row["task"] in distances]
-        picked = {"w1": [], "score": [], "oracle": 0.0, "tasks": 0, "differ": 0, "wrong": 0}
-        points = []
+        ranks, shares, differ, misses = [], [], [], []
         for j, task in enumerate(dict.fromkeys(row["task"] for row in found)):
             rows = [row for row in found if row["task"] == task]
-            names = [row["chosen"][0] for row in rows]
-            w1 = np.array([distances[task][space][name] for name in names])
-            data, gain = (np.array([row[k] for row in rows]) for k in ("data_mean", "score"))
-            for axis, x in zip(pair, (w1, data), strict=True):
-                axis.plot(x, gain, "o", ms=4, color=f"C{j}", label=task)
-            points.append((stats.spearmanr(-w1, gain)[0], stats.spearmanr(data, gain)[0]))
-            picked["w1"].append(gain[w1.argmin()] / gain.max())
-            picked["score"].append(gain[data.argmax()] / gain.max())
-            picked["differ"] += int(w1.argmin() != data.argmax())
-            picked["wrong"] += int(data.argmax() != gain.argmax())
-            picked["tasks"] += 1
-        pair[0].set(xlabel=f"W1 to the expert's data ({space})", ylabel="return", title=f"{model}: distance")
-        pair[1].set(xlabel="mean relabelled return of the buffer", ylabel="return", title=f"{model}: return")
-        pair[1].legend(frameon=False, fontsize=7)
-        rank = np.mean(points, 0)
-        shares = (f"{np.mean(picked[key]):.2f}" for key in ("w1", "score"))
-        misses = (f"{picked[key]} of {picked['tasks']}" for key in ("differ", "wrong"))
-        lines.append([model, *(f"{x:.2f}" for x in rank), *shares, *misses])
+            names, gain = [row["chosen"][0] for row in rows], np.array([row["score"] for row in rows])
+            data = np.array([row["scores"][name] for row, name in zip(rows, names, strict=True)])
+            predictors = [-np.array([distances[task][space][name] for name in names]) for space in spaces] + [data]
+            for axis, x in zip(row_of_axes, predictors, strict=True):
+                axis.plot(np.abs(x) if x is not data else x, gain, "o", ms=4, color=f"C{j}", label=task)
+            ranks.append([stats.spearmanr(x, gain)[0] for x in predictors])
+            shares.append([gain[x.argmax()] / gain.max() for x in predictors])
+            differ.append(predictors[0].argmax() != data.argmax())
+            misses.append(data.argmax() != gain.argmax())
+        labels = [f"W1 to the expert, {space}" for space in spaces] + ["mean relabelled return of the buffer"]
+        for axis, label in zip(row_of_axes, labels, strict=True):
+            axis.set(xlabel=label, ylabel="return of the learner", title=model)
+        row_of_axes[-1].legend(frameon=False, fontsize=7)
+        for label, rank, share in zip(labels, np.mean(ranks, 0), np.mean(shares, 0), strict=True):
+            lines.append([model, label, f"{rank:.2f}", f"{share:.2f}"])
+        of = f"of {len(misses)} tasks"
+        print(f"{model}: return and W1 choose another buffer in {sum(differ)} {of}; return misses the best in "
+              f"{sum(misses)} {of}\n")  # fmt: skip
     drawn.tight_layout()
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
-    print_table(
-        ["model", "rank correlation of -W1", "of the relabelled return", "share of the best, nearest buffer",
-         "share of the best, highest return", "return and distance choose otherwise", "return misses the best"], lines,
-    )  # fmt: skip
+    print_table(["model", "predictor", "rank correlation, mean over tasks", "share of the best it chooses"], lines)
 
 
 def sources_table(sources):
-    """The diversity of every source that has one."""
-    keys = (
-        "eval/min_w",
-        "eval/pair_mean_w",
-        "eval/distinct_nearest",
-        "eval/disc_success",
-        "eval/disc_success_held_out",
-    )
-    rows = [
-        [name, *(f"{row['last'][k]:.3g}" for k in keys), f"{row['last'].get('time/updates_per_s', float('nan')):.3g}"]
-        for name, row in sources.items()
-        if all(k in row["last"] for k in keys)
-    ]
+    """The diversity of every source that has one; a smallest distance under a quarter of the mean is a collapse."""
+    keys = ("eval/min_w", "eval/smallest_w", "eval/pair_mean_w", "eval/distinct_nearest", "eval/disc_success",
+            "eval/disc_success_held_out", "time/updates_per_s")  # fmt: skip
+    rows = []
+    for name, row in sources.items():
+        if all(k in row["last"] for k in keys):
+            last = [row["last"][k] for k in keys]
+            rows.append([name, *(f"{x:.3g}" for x in last), "yes" if last[1] < 0.25 * last[0] else "no"])
     if rows:
-        head = ["source", "minimum W", "pair mean W", "distinct neighbours", "success", "held out", "updates/s"]
-        print_table(head, rows)
+        head = ["source", "minimum W", "smallest", "pair mean", "distinct neighbours", "success", "held out"]
+        print_table([*head, "updates/s", "collapse warned of"], rows)
 
 
 def distances_over_time(path, header, sources):
@@ -159,10 +155,11 @@ def main(names):
             continue
         header, sources, learners, distances = load(path)
         print(f"## {path.stem}: {header['question']}\n")
+        print(f"{header['seeds']} seeds of the learner; one run of wurl_sac.py a source.\n")
         if header["missing"]:
             print(f"Not made yet: {len(header['missing'])} cells, e.g. {header['missing'][0]}\n")
         sources_table(sources)
-        if distances:
+        if distances and learners:
             bound(path.with_suffix(".png"), header, learners, distances)
         elif learners:
             bars(path.with_suffix(".png"), header, learners)

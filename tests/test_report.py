@@ -1,0 +1,402 @@
+"""results/report.py: numbers against numpy, escaping, bad input, and the page in a real browser.
+
+The browser is Debian's chromium (apt-get install -y --no-install-recommends chromium); without it its test fails.
+"""
+
+import dataclasses
+import html
+import html.parser
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from PIL import Image
+from scipy import stats
+
+from envs import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "results"))
+
+import report  # noqa: E402
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=http://example.org/x onerror=alert(2)>&amp;\u202e\x00\ud800"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+# --- synthetic runs -----------------------------------------------------------------------------
+
+
+def header(**args):
+    versions = {"python": "3.12.0", "jax": "0.11.2"}
+    return {"args": {"num_updates": 600, **args}, "versions": versions, "commit": "abc123", "device": "cpu"}
+
+
+def write_log(folder, head, records):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record) for record in ([head] if head else []) + records]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def learner(root, task, name, returns, score=None, **args):
+    """A finished mopo run; returns (seeds, evaluations)."""
+    records = []
+    for i, step in enumerate(range(100, 601, 100)):
+        for s, row in enumerate(returns):
+            record = {"step": step, "seed": args.get("seed", 0) + s, "eval/return": row[i], "train/q": float(i)}
+            records.append(record | ({"eval/score": row[i] / score} if score else {}))
+    head = header(rollout_freq=10, **{"dataset": f"runs/udg_select/{task}/top1.npz", "seed": 0, **args})
+    return write_log(root / "mopo" / task / name, head, records)
+
+
+def wurl(root, name="seed0"):
+    """A finished wurl_sac run of three policies with pictures and a render."""
+    records = [
+        {"step": step, "eval/min_w": step / 100, "eval/disc_success": 0.9, "eval/travel": [1.0, 2.0, 3.0]}
+        for step in (300, 600)
+    ]
+    folder = write_log(root / "wurl_sac" / "point" / name, header(num_policies=3, task="point", seed=0), records)
+    for figure, size in (("trajectories", (40, 30)), ("distances", (50, 30))):
+        Image.new("RGB", size, "red").save(folder / f"{figure}.png")
+    (folder / "render").mkdir()
+    frames = [Image.new("P", (20, 20), i) for i in range(3)]
+    frames[0].save(folder / "render" / "policy_00.gif", save_all=True, append_images=frames[1:], loop=0)
+    return folder
+
+
+def selection(root, task="point-angle-0"):
+    """What udg_select.py leaves."""
+    folder = root / "udg_select" / task
+    folder.mkdir(parents=True)
+    one = {"score": 1.5, "std": 0.1, "top_decile": 2.0, "per_step": 0.015, "score_trained": None, "episodes": 7}
+    parents = [{"name": "policy_01"}]
+    written = {"top1": {"parents": parents, "num_transitions": 700, "num_episodes": 7, "mean_return": 1.5}}
+    scores = {"task": task, "flags": {"buffers": ["buffers"], "tasks": [[task]], "top": ["1"], "quick": False}}
+    scores |= {"ranking": ["policy_01", "policy_00"], "buffers": {"policy_00": one | {"score": -1}, "policy_01": one}}
+    (folder / "scores.json").write_text(json.dumps(scores | {"selections": written}))
+    Image.new("RGB", (30, 30), "blue").save(folder.parent / "heatmap.png")
+    return folder
+
+
+def make(tmp_path, *paths):
+    """The page of some folders, as text."""
+    out = tmp_path / "page.html"
+    report.main([*(str(path) for path in paths), "--out", str(out)])
+    return out.read_text(encoding="utf-8")
+
+
+class Reader(html.parser.HTMLParser):
+    """Elements with attributes, visible text, and the rows of all tables."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text, self.rows, self.in_cell = [], "", [], False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+        self.rows += [[]] if name == "tr" else []
+        if name in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, name):
+        self.in_cell &= name not in ("td", "th")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.in_cell:
+            self.rows[-1][-1] += data
+
+    def row(self, start):
+        return next(row for row in self.rows if row and row[0].startswith(start))
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 14))
+def test_iqm_is_the_trimmed_mean(n):
+    scores = np.random.default_rng(n).normal(size=(3, n))
+    np.testing.assert_allclose(report.iqm(scores[0]), stats.trim_mean(scores[0], 0.25))
+    np.testing.assert_allclose(report.iqm(scores, axis=1), [stats.trim_mean(row, 0.25) for row in scores])
+
+
+def test_bootstrap_draws_seeds_within_tasks():
+    rng = np.random.default_rng(3)
+    strata = [rng.normal(size=5), 1000 + rng.normal(size=8)]
+    low, high = report.bootstrap(strata)
+    assert low < report.iqm(np.concatenate(strata)) < high
+    again = np.random.default_rng(11)
+    drawn = np.concatenate([again.choice(s, (20_000, len(s))) for s in strata], axis=1)
+    values = stats.trim_mean(drawn, 0.25, axis=1)
+    np.testing.assert_allclose([low, high], np.quantile(values, [0.025, 0.975]), atol=0.05 * (high - low) + 0.02)
+    assert report.bootstrap(strata) == (low, high)
+    few = np.array([1.0, 2.0])
+    assert report.bootstrap([few]) is None and report.bootstrap([strata[0], few]) is None
+    narrow = [np.array([0.0, 1.0, 2.0] * 3), np.array([1000.0, 1001.0, 1002.0] * 3)]
+    low, high = report.bootstrap(narrow)
+    assert high - low < 300, "seeds of one task must not be drawn in place of another task's"
+
+
+def test_final_table_against_numpy(tmp_path):
+    returns = np.random.default_rng(0).normal(100, 20, (5, 6)).round(3)
+    learner(tmp_path, "point-angle-0", "seed0", returns[:2].tolist(), num_seeds=2)
+    for s in (2, 3, 4):
+        learner(tmp_path, "point-angle-0", f"seed{s}", returns[s : s + 1].tolist(), seed=s)
+    learner(tmp_path, "point-angle-0", "two-seed0", (returns[:2] / 3).tolist(), lam=2.0)
+    page = Reader(make(tmp_path, tmp_path))
+    scores = returns[:, -5:].mean(1)
+    low, high = report.bootstrap([scores])
+    five = report.number
+    assert page.row("mopo")[1:8] == [
+        "5", f"{five(scores.mean())} \u00b1 {five(scores.std())}", five(stats.trim_mean(scores, 0.25)),
+        f"{five(low)} to {five(high)}", five(returns[:, -1].mean()), five(returns.max(1).mean()),
+        "600 updates, finished",
+    ]  # fmt: skip
+    other = page.row("mopo two")
+    assert other[1] == "2" and other[4] == "none: 2 seeds" and "lam=2.0" in other[0]
+
+
+def test_curve_is_mean_and_spread(tmp_path):
+    returns = np.array([[1.0, 2, 3, 4, 5, 6], [3.0, 4, 5, 6, 7, 8]])
+    learner(tmp_path, "t", "seed0", returns.tolist())
+    dots = [a["data-text"] for name, a in Reader(make(tmp_path, tmp_path)).elements if name == "circle"]
+    assert [f"mopo, {100 * (i + 1)}: {i + 2:.3f} \u00b1 1.000" for i in range(6)] == dots[:6]
+
+
+def test_seeds_that_stopped_early_count_where_all_were_evaluated():
+    steps, mean, std = report.spread({0: {1: 1.0, 2: 2.0, 3: 9.0}, 1: {1: 3.0, 2: 4.0}})
+    assert steps.tolist() == [1, 2] and mean.tolist() == [2, 3] and std.tolist() == [1, 1]
+
+
+def test_over_tasks(tmp_path):
+    rng, scores = np.random.default_rng(1), {}
+    for task in ("a", "b"):
+        returns = rng.normal(50, 5, (3, 6))
+        learner(tmp_path, task, "seed0", returns.tolist(), score=100.0)
+        scores[task] = returns[:, -5:].mean(1) / 100
+    row = next(r for r in Reader(make(tmp_path, tmp_path)).rows if r[:3] == ["mopo", "2", "3"])
+    low, high = report.bootstrap(list(scores.values()))
+    everything = np.concatenate(list(scores.values()))
+    assert row[3:] == [
+        report.number(everything.mean()), report.number(stats.trim_mean(everything, 0.25)),
+        f"{report.number(low)} to {report.number(high)}",
+    ]  # fmt: skip
+
+
+def test_a_copy_counts_once_and_other_numbers_stand_apart(tmp_path):
+    log = learner(tmp_path / "runs", "t", "seed0", [[1.0] * 6]) / "log.jsonl"
+    committed = tmp_path / "results" / "mopo" / "t"
+    committed.mkdir(parents=True)
+    shutil.copy(log, committed / "seed0.jsonl")
+    learner(tmp_path / "more", "t", "seed0", [[2.0] * 6])
+    page = make(tmp_path, tmp_path / "runs", tmp_path / "results", tmp_path / "more")
+    assert "seed0.jsonl" in page and "counted once" in page and "shown apart" in page
+    rows = [row for row in Reader(page).rows if row and row[0].startswith("mopo")]
+    assert [row[1:3] for row in rows[:2]] == [["1", "1.000"], ["1", "2.000"]]
+
+
+def test_pictures_beside_committed_logs(tmp_path):
+    for name in ("top1", "top1-zero"):
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+        (tmp_path / f"{name}-penalty.png").write_text("")
+    assert report.find_pictures(tmp_path / "top1.jsonl") == {"penalty.png": tmp_path / "top1-penalty.png"}
+
+
+@pytest.mark.parametrize("name", ["wurl_sac", "mopo", "cped", "qdq", "dac"])
+def test_command_line_gives_the_recorded_flags(name):
+    script = importlib.import_module(name)
+    args = dataclasses.replace(script.Args(), seed=3, out="a folder/x", quick=True)
+    flags = json.loads(json.dumps(dataclasses.asdict(args)))
+    words = shlex.split(report.command(name, flags))
+    assert words[:2] == ["python", f"{name}.py"]
+    assert tyro.cli(script.Args, args=words[2:]) == args
+
+
+# --- escaping, nothing from the net -------------------------------------------------------------
+
+
+def test_everything_from_a_file_is_escaped(tmp_path):
+    folder = learner(tmp_path, "t", "<b>seed0", [[1.0] * 6], lam=HOSTILE, dataset=HOSTILE)
+    log = folder / "log.jsonl"
+    evil = {"step": 600, "seed": 0, f"eval/{HOSTILE}": 1.0, "eval/bad": HOSTILE}
+    head = {"commit": HOSTILE, "device": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    lines = log.read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), **head})
+    log.write_text("\n".join([*lines, json.dumps(evil)]) + "\n")
+    wurl(tmp_path, "seed<i>0")
+    scores = selection(tmp_path) / "scores.json"
+    scores.write_text(scores.read_text().replace("policy_01", json.dumps(HOSTILE)[1:-1]))
+    page = make(tmp_path, tmp_path)
+    found = Reader(page)
+    names = {name for name, _ in found.elements}
+    assert "img" not in {name for name, attributes in found.elements if "data:" not in attributes.get("src", "data:")}
+    assert "iframe" not in names
+    assert sum(name == "script" for name, _ in found.elements) == 1
+    assert not any(a.startswith("on") for _, attributes in found.elements for a in attributes)
+    assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)") > 5
+    assert "<b>seed" not in page and "seed<i>" not in page
+    assert not set("\u202e\x00") & set(page)
+    loads_nothing(found, page)
+
+
+def loads_nothing(found, page):
+    """No element of the page names anything outside it, and its policy forbids it."""
+    for name, attributes in found.elements:
+        for key in ("src", "href", "srcset", "poster", "data", "action"):
+            assert attributes.get(key, "#").startswith(("#", "data:image/png;", "data:image/gif;")), (name, key)
+    inside = "".join(re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", page, re.S))
+    assert not re.search(r"https?:|//|url\(|@import|fetch|import\(", inside)
+    policy = next(a["content"] for _, a in found.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+GOOD = {"step": 600, "seed": 0, "eval/return": 1.0}
+BROKEN = {
+    "holds no line of a run": "",
+    "has no evaluation yet": json.dumps(header()) + "\n",
+    "line 3, the last one, is torn": f"{json.dumps(header())}\n{json.dumps(GOOD)}\n" + '{"step": 700, "eval/ret',
+    "line 2, 3: no JSON object": f"{json.dumps(header())}\ngarbage\n[1]\n{json.dumps(GOOD)}\n",
+    "key &#x27;args&#x27; is missing": json.dumps(GOOD) + "\n",
+    "is unfinished: 600 of 900 updates": f"{json.dumps(header(num_updates=900))}\n{json.dumps(GOOD)}\n",
+    "key &#x27;eval/return&#x27; is not finite at step 600": f"{json.dumps(header())}\n"
+    f"{json.dumps(GOOD | {'eval/return': float('nan')})}\n",
+    "line 2: key &#x27;eval/return&#x27; is not a number": f"{json.dumps(header())}\n"
+    f"{json.dumps(GOOD | {'eval/return': 'high', 'eval/score': 1})}\n",
+    "line 2: key &#x27;step&#x27; is not a number": f"{json.dumps(header())}\n{json.dumps(GOOD | {'step': 1e9})}\n",
+    "is a study": json.dumps({"study": "bound", "question": "?", "missing": []}) + "\n",
+    "line 2: no JSON object": f"{json.dumps(header())}\n" + "[" * 100_000 + f"\n{json.dumps(GOOD)}\n",
+}
+
+
+@pytest.mark.parametrize("notice", BROKEN)
+def test_a_broken_log_is_a_notice(tmp_path, notice):
+    learner(tmp_path, "t", "good-seed0", [[1.0, 2, 3, 4, 5, 6]])
+    folder = tmp_path / "mopo" / "t" / "seed1"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text(BROKEN[notice])
+    page = make(tmp_path, tmp_path)
+    assert notice in page and "Remedy" in page and "seed1" in page
+    assert Reader(page).row("mopo good")[2] == "4.000"
+
+
+def test_other_bad_input_is_a_notice(tmp_path):
+    folder = wurl(tmp_path)
+    (folder / "distances.png").write_text("no picture")
+    (folder / "render" / "policy_00.gif").write_text("")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "args.json").write_text("{}")
+    (tmp_path / "udg_select" / "t").mkdir(parents=True)
+    (tmp_path / "udg_select" / "t" / "scores.json").write_text('{"buffers": []}')
+    page = make(tmp_path, tmp_path)
+    for text in ("is neither png nor gif", "is empty, or larger", "has no log.jsonl", "key &#x27;buffers&#x27;"):
+        assert text in page, text
+    assert "trajectories" not in page and page.count("<img") == 1
+
+
+@pytest.mark.parametrize("huge", [1e308, -1e308, 1e-320, 10**400, 2**60])
+def test_numbers_of_any_size_are_drawn(tmp_path, huge):
+    learner(tmp_path, "t", "seed0", [[0.0, huge, 1.0, huge, 2.0, 3.0], [huge] * 6])
+    assert "nan" not in re.sub(r"data:image[^\"]*", "", make(tmp_path, tmp_path))
+
+
+def test_errors_have_a_remedy(tmp_path):
+    learner(tmp_path / "runs", "t", "seed0", [[1.0] * 6])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    for paths in (["empty"], ["gone"], ["notes.txt"], ["runs", "--out", str(tmp_path / "notes.txt")],
+                  ["runs", "--out", str(tmp_path)], ["runs", "--out", str(tmp_path / "no" / "page.html")]):  # fmt: skip
+        with pytest.raises(InputError, match="Remedy"):
+            report.main([str(tmp_path / paths[0]), *paths[1:]])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    done = subprocess.run([sys.executable, "results/report.py", "gone"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("report.py: error: gone") and "Trace" not in done.stderr
+
+
+def test_same_runs_same_page(tmp_path):
+    wurl(tmp_path)
+    assert make(tmp_path, tmp_path / "wurl_sac") == make(tmp_path, tmp_path / "wurl_sac")
+
+
+# --- the browser --------------------------------------------------------------------------------
+
+
+def browse(tmp_path, page, *flags):
+    """Open a file in a headless browser -> its DOM, the lines of its console."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert program, "no browser: apt-get install -y --no-install-recommends chromium"
+    fixed = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+    ]
+    fixed += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+    line = [program, *fixed, "--hide-scrollbars", *flags, "--dump-dom", page.as_uri()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+PROBE = """<script>
+const plot = document.querySelector("svg.plot"), dot = plot.querySelectorAll("circle")[1].getBoundingClientRect();
+const at = {clientX: dot.x + 2, clientY: dot.y + 2, bubbles: true};
+plot.dispatchEvent(new PointerEvent("pointerdown", at));
+const seen = [...document.images].every((image) => image.complete && image.naturalWidth > 0);
+document.title = JSON.stringify({told: document.querySelector("output").textContent, pictures: seen,
+  wide: document.documentElement.scrollWidth, window: innerWidth});
+</script>"""
+
+
+def test_the_page_in_a_browser(tmp_path):
+    rng = np.random.default_rng(0)
+    learner(tmp_path / "runs", "point-angle-0", "seed0", rng.normal(90, 9, (4, 6)).tolist())
+    learner(tmp_path / "runs", "point-angle-0", "a-very-long-name" * 6, rng.normal(60, 9, (1, 6)).tolist(), lam=2.0)
+    wurl(tmp_path / "runs")
+    selection(tmp_path / "runs")
+    (tmp_path / "runs" / "broken.jsonl").write_text("{")
+    page = tmp_path / "page.html"
+    make(tmp_path, tmp_path / "runs")
+
+    picture = tmp_path / "light.png"
+    dom, console = browse(tmp_path, page, f"--screenshot={picture}", "--window-size=1200,2000")
+    assert not console, console
+    found = Reader(dom)
+    for text in ("point-angle-0", "95 % interval of the IQM", "WURL: the policies", "UDG: which buffer", "policy_01",
+                 "python mopo.py", "python udg_select.py", "abc123", "0.11.2", "is torn", "none: 1 seed"):  # fmt: skip
+        assert text in found.text, text
+    kinds = [attributes["src"][:15] for name, attributes in found.elements if name == "img"]
+    assert sorted(kinds) == ["data:image/gif;"] + ["data:image/png;"] * 3
+    assert sum(name == "svg" for name, _ in found.elements) == 5
+    loads_nothing(found, page.read_text())
+
+    probe, dark = tmp_path / "probe.html", tmp_path / "dark.png"
+    probe.write_text(page.read_text().replace("</body>", "<script>1</script></body>"))
+    flags = [f"--screenshot={dark}", "--window-size=1200,2000", "--blink-settings=preferredColorScheme=0"]
+    console = browse(tmp_path, probe, *flags)[1]
+    assert len(console) == 1 and "Content Security Policy" in console[0], "the policy stops a strange script"
+    corners = [int(np.asarray(Image.open(path).convert("L"))[3, 3]) for path in (picture, dark)]
+    assert corners[0] > 200 and corners[1] < 60, "light, dark"
+
+    # on a phone, everything unfolded, and without the policy, which forbids the probe
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text()).replace("<details>", "<details open>")
+    probe.write_text(text.replace("</body>", f"{PROBE}</body>"))
+    dom, console = browse(tmp_path, probe, "--window-size=390,800")
+    assert not console, console
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
+    assert seen["pictures"] and seen["told"] == "wurl_sac, 600: 6.000"
+    assert seen["wide"] <= seen["window"] <= 500
