@@ -29,14 +29,17 @@ Deviations
   D4  orig stops after more than 5 idle epochs, ORLKit after 5, neither has a cap; here: 5, and
       `max_epochs`.
   D5  orig, ORLKit: an epoch visits every row of the bootstrap once; here: as many random draws of
-      it (--exact-epochs for theirs).
+      it (--exact-epochs for theirs), N rounded down to whole batches.
   D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: it
       ends outside the data's range plus a margin, and the value there is min(V, 0): V is a guess that
       SAC inflates, and 0, a terminal's value, is a prize wherever Q < 0. Rows not finite are dropped.
-  D7  orig: target entropy -3 in every task and one rate; here: ORLKit's -A, rates, cosine, alpha <= 1.
+  D7  orig: target entropy -3 in every task, one rate, log std >= -20; here: ORLKit's -A, rates, cosine,
+      alpha <= 1, log std >= -5.
   D8  ORLKit corrects tanh by log(1 - a^2 + 1e-6); here: exactly, as orig.
-  D9  orig: all gradients from the weights before the update; here: ORLKit's order, line (7).
-  D10 codes divide by any input std above 1e-12; here: above 1e-6, what float32 leaves of a constant.
+  D9  orig: all gradients from the weights before the update, half the squared error; here: ORLKit's
+      order, line (7), and the whole.
+  D10 codes divide by any input std above 1e-12; here: above 1e-6 of the mean, what float32 leaves of a
+      constant.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, three figures
@@ -78,7 +81,7 @@ class Args:
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused"""
     preset: str = ""
-    """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
+    """a name in PRESETS in place of the one for the file's dataset_name; cpu: a budget for 2 cores"""
     seed: int = 0
     """first seed; a seed gives the same run alone or among others"""
     num_seeds: int = 1
@@ -88,16 +91,16 @@ class Args:
     resume: bool = False
     """go on from the folder's state.npz, exactly"""
     quick: bool = False
-    """a small run on a scripted point-angle-0 buffer made on the spot, under 2 minutes"""
+    """a small run, under 2 minutes, on a scripted point-angle-0 buffer unless --dataset names one"""
     track: bool = False
     """mirror the log to Weights & Biases (needs `pip install wandb`)"""
     backend: Literal["auto", "mujoco", "mjx"] = "auto"
-    """physics of the evaluation: C MuJoCo (auto on a CPU) or MJX; ignored by the point worlds"""
+    """physics of the evaluation: C MuJoCo (auto on a CPU) or MJX; the point worlds have their own"""
     # --- budget ---
     num_updates: int = 1_000_000
     """SAC gradient steps per seed (orig: 1M, ORLKit: 3M)"""
     chunk: int = 1_000
-    """gradient steps in one jitted call; a multiple of rollout_freq, a divisor of eval_every"""
+    """gradient steps in one jitted call; a multiple of rollout_freq, a divisor of eval_every and num_updates"""
     eval_every: int = 10_000
     """gradient steps between two evaluations (both: 1,000)"""
     eval_episodes: int = 10
@@ -540,8 +543,9 @@ def split_data(key, data, args):
     order = jax.random.permutation(key, num_rows)
     holdout, train = order[:num_holdout], order[num_holdout:]
     x = jnp.concatenate([data.observations, data.actions], -1)[train]
-    std = x.std(0)
-    return train, holdout, (x.mean(0), jnp.where(std < 1e-6, 1.0, std))  # D10
+    mean, std = x.mean(0), x.std(0)
+    constant = std < 1e-6 * jnp.maximum(1.0, jnp.abs(mean))  # D10
+    return train, holdout, (mean, jnp.where(constant, 1.0, std))
 
 
 def fit_init(key, data, args):
@@ -736,9 +740,9 @@ def refresh(agent, ring, model, data, key, args, task):
     rows, keep, info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (rows, keep, info))
     ring = ring_insert(ring, rows, keep)
 
-    average = lambda x: jnp.where(keep, x, 0.0).sum() / keep.sum()
+    average = lambda x: jnp.where(keep, x, 0.0).sum() / jnp.maximum(keep.sum(), 1)
     _, _, u_real = predict(model, data.observations[index], data.actions[index], args)
-    u_share = args.lam * average(info["u"]) / average(jnp.abs(info["reward"]))
+    u_share = args.lam * average(info["u"]) / jnp.maximum(average(jnp.abs(info["reward"])), 1e-6)
     metrics = {
         "model/penalty_share": u_share,
         "model/reward": average(info["reward"]),
@@ -816,8 +820,14 @@ def calibration(model, rows, alive, args):
     return metrics, jnp.where(alive, jnp.stack([u, error]), jnp.nan)
 
 
+def evaluation_keys(args):
+    """A key for each seed [S] that no split of the seed's key ever gives: the same starts at every evaluation."""
+    seeds = args.seed + jnp.arange(args.num_seeds)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31))(seeds)
+
+
 def make_evaluation(args, env, task, data_length):
-    """-> evaluation(actor [S], model [S], key) -> metrics, each [S], and calibration's points [S]."""
+    """-> evaluation(actor [S], model [S], keys [S]) -> metrics, each [S], and calibration's points [S]."""
     act = lambda actor, obs: jnp.tanh(policy_net(args, task.action_size).apply(actor, obs)[0])
     length = max(task.eval_length, data_length)
 
@@ -833,7 +843,7 @@ def make_evaluation(args, env, task, data_length):
             metrics["eval/score"] = task.normalized_score(returns.mean())
         return metrics, points
 
-    return jax.jit(jax.vmap(one, (0, 0, None)))
+    return jax.jit(jax.vmap(one))
 
 
 # === training ===
@@ -922,8 +932,10 @@ class Logger:
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
         self.wandb = None
         if args.track:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError:
+                raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
             self.wandb = wandb.init(project="udg-jax", dir=str(folder), config=header["args"])
         if not position:
             self.write(header)
@@ -934,7 +946,8 @@ class Logger:
 
     def log(self, step, metrics, **labels):
         """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
-        metrics = {k: np.asarray(v, np.float64).round(6).tolist() for k, v in metrics.items()}
+        six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
+        metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
         self.write({"step": step, **labels, **metrics})
         suffix = "".join(f"/{k}{v}" for k, v in labels.items())
         scalars = {k + suffix: v for k, v in metrics.items() if np.ndim(v) == 0}
@@ -987,7 +1000,9 @@ def load_state(folder, like, identity):
 
     Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
     """
-    for path in (folder / "state.npz", folder / "state.prev.npz"):
+    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
+        if path.name == "state.new.npz" and not path.exists():  # it is whole, and waits for its name, after a kill
+            continue
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
@@ -996,7 +1011,7 @@ def load_state(folder, like, identity):
         except Exception as error:  # missing, torn or corrupt: the one before may be whole
             print(f"cannot read {path}: {error}", file=sys.stderr)
     else:
-        raise envs.InputError(f"{folder}: no state to resume from; start without --resume")
+        raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
     old, new = meta["identity"], json.loads(json.dumps(identity))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
@@ -1027,6 +1042,8 @@ def run_folder(args, script, task):
         raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob("**/.state*.tmp"):  # what a kill left of a state that was being written
+            torn.unlink()
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:
@@ -1060,6 +1077,8 @@ def mopo_preset(args):
     """--quick, or the published values of the file's dataset and --preset -> name, {field: value}."""
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
+    if args.quick and args.preset:
+        raise envs.InputError("--quick is a preset of its own; leave --preset out")
     if args.quick:
         return "quick", QUICK
     if not args.dataset:
@@ -1077,7 +1096,8 @@ def mopo_preset(args):
 def check_args(args, task, num_rows):
     """Refuse what cannot work, before any long work starts."""
     chunk, real = max(args.chunk, 1), int(args.real_ratio * args.batch_size)
-    positive = ("horizon", "retain", "num_seeds", "eval_episodes", "max_epochs", "rollout_freq", "chunk")
+    positive = ("horizon", "retain", "num_seeds", "eval_episodes", "max_epochs", "rollout_freq", "chunk", "knn_rows",
+                "num_updates", "eval_every", "model_batch_size", "patience", "batch_size")  # fmt: skip
     rules = {
         f"--{', --'.join(positive)} must be positive": min(getattr(args, k) for k in positive) > 0,
         f"--reward known: what {task.name} observes does not tell its reward; use learned":
@@ -1087,6 +1107,8 @@ def check_args(args, task, num_rows):
             args.eval_every % chunk == args.num_updates % chunk == 0,
         "--num-elites must be 1 to --ensemble-size": 1 <= args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
+        "--holdout-rows must be positive and --holdout-share between 0 and 1":
+            args.model == "knn" or (args.holdout_rows > 0 and 0 < args.holdout_share < 1),
         "--real-ratio: a batch needs a model row": 0 <= real < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             args.rollout_batch > 0 and rows_at_once(args) >= min(args.rollout_batch, 256),
@@ -1095,22 +1117,25 @@ def check_args(args, task, num_rows):
     for message, holds in rules.items():
         if not holds:
             raise envs.InputError(message)
+    # A task whose end its observations do not tell says so here, and not after the fit.
+    jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
 
 def announce(folder, args, task, env, num_rows):
     """Print what will run and what it needs; refuse where memory or disk cannot hold it."""
     row = 4 * (2 * task.observation_size + task.action_size + 3)
     ring = args.num_seeds * args.rollout_batch * args.horizon * args.retain * row
-    need, disk = 2 * ring + num_rows * row, shutil.disk_usage(folder).free  # a copy while it is fed
+    need = 2 * ring + num_rows * row  # a copy while it is fed
+    disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
     stats = jax.devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(
         f"{task.name} on {env.backend}: {args.num_seeds} seeds x {args.num_updates} updates, model "
         f"rollouts {args.rollout_batch} x {args.horizon} every {args.rollout_freq}\n{folder}: "
-        f"memory {need / 1e9:.2f} of {have / 1e9:.1f} GB, disk {2 * ring / 1e9:.2f} of "
+        f"memory {need / 1e9:.2f} of {have / 1e9:.1f} GB, disk {3 * ring / 1e9:.2f} of "
         f"{disk / 1e9:.1f} GB free", flush=True,
     )  # fmt: skip
-    if need > have or 2 * ring > disk:
+    if need > have or 3 * ring > disk:  # state.npz, the one before, and the one being written
         remedy = "lower --rollout-batch, --retain or --num-seeds"
         raise envs.InputError(f"{folder}: memory or disk cannot hold the model rows; {remedy}")
 
@@ -1233,16 +1258,20 @@ def main(args):
     key_model, key_policy = jax.vmap(jax.random.split, out_axes=1)(keys)
     fit_init_all, init = make_fit(args)[0], make_train(args, task)[0]
     evaluator = make_evaluation(args, env, task, buffer.metadata["episode_length"])
-    eval_key = jax.random.fold_in(jax.random.key(args.seed), 1)  # the same starts every time
-    evaluation = lambda actor, model: evaluator(actor, model, eval_key)
-    meta = {"identity": run_identity(args, data=envs.buffers.sha256(buffer["rewards"])), "log": 0}
+    eval_keys = evaluation_keys(args)
+    evaluation = lambda actor, model: evaluator(actor, model, eval_keys)
+    meta = {
+        "identity": run_identity(args, data=[envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]),
+        "log": 0,
+    }
     fit = state = None
     if args.resume and args.model == "ensemble":
         like = jax.eval_shape(fit_init_all, key_model, data)
         fit, meta = load_state(folder / "model", like, meta["identity"])
     if args.resume and (args.model == "knn" or any(folder.glob("state*.npz"))):
         state, meta = load_state(folder, jax.eval_shape(init, key_policy), meta["identity"])
-    logger = Logger(folder, args, meta["log"], int(state.num_updates[0]) if state else 0)
+    steps = int(state.num_updates[0]) if state else 0 if fit is None else int(fit.step.max())
+    logger = Logger(folder, args, meta["log"], steps)
     save = lambda where, tree: save_state(where, tree, {**meta, "log": logger.file.tell()})
     if args.model == "knn":
         model = jax.jit(lambda k, d: map_seeds(lambda k: knn_model(k, d, args), k))(key_model, data)

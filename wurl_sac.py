@@ -826,8 +826,10 @@ class Logger:
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
         self.wandb = None
         if args.track:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError:
+                raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
             self.wandb = wandb.init(project="udg-jax", dir=str(folder), config=header["args"])
         if not position:
             self.write(header)
@@ -838,7 +840,8 @@ class Logger:
 
     def log(self, step, metrics, **labels):
         """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
-        metrics = {k: np.asarray(v, np.float64).round(6).tolist() for k, v in metrics.items()}
+        six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
+        metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
         self.write({"step": step, **labels, **metrics})
         suffix = "".join(f"/{k}{v}" for k, v in labels.items())
         scalars = {k + suffix: v for k, v in metrics.items() if np.ndim(v) == 0}
@@ -891,7 +894,9 @@ def load_state(folder, like, identity):
 
     Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
     """
-    for path in (folder / "state.npz", folder / "state.prev.npz"):
+    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
+        if path.name == "state.new.npz" and not path.exists():  # it is whole, and waits for its name, after a kill
+            continue
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
@@ -900,7 +905,7 @@ def load_state(folder, like, identity):
         except Exception as error:  # missing, torn or corrupt: the one before may be whole
             print(f"cannot read {path}: {error}", file=sys.stderr)
     else:
-        raise envs.InputError(f"{folder}: no state to resume from; start without --resume")
+        raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
     old, new = meta["identity"], json.loads(json.dumps(identity))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
@@ -931,6 +936,8 @@ def run_folder(args, script, task):
         raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob("**/.state*.tmp"):  # what a kill left of a state that was being written
+            torn.unlink()
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:

@@ -398,6 +398,10 @@ def load_task(path: str | os.PathLike, keys: Iterable[str] | None, task: str = "
     """
     buffer = load(path, keys, require_rewards=True, task=task or None)
     about = buffer.metadata
+    if about["task"] is None:
+        raise _fail(
+            path, "metadata_json", "names no task", "write its name there as `task`, or relabel by udg_select.py"
+        )
     found = find_task(about["task"], **about["task_options"])
     sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
@@ -834,16 +838,22 @@ def describe(buffer: Buffer) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: `python -m envs.buffers inspect FILE [--figure out.png]`."""
+    """Command line: `python -m envs.buffers inspect FILE [--figure out.png]`, and the converters of envs.convert."""
+    from envs import convert  # it reads and writes buffers, so it cannot be imported above
+
     parser = argparse.ArgumentParser(prog="python -m envs.buffers", description="Buffer files.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="check a file fully and show what it holds")
     inspect.add_argument("file", help="a buffer file, or a quoted glob of shards")
     inspect.add_argument("--figure", help="write a figure of returns, lengths and coverage here")
+    convert.add_commands(commands)
     args = parser.parse_args(argv)
     try:
+        if args.command != "inspect":
+            convert.run_command(args)
+            return 0
         buffer = load(args.file, quiet=True, verify=True)
-        print(describe(buffer))
+        print("\n".join([describe(buffer), *convert.describe_checks(buffer.metadata)]))
         if args.figure:
             from envs.buffer_figures import plot_buffer  # the reader itself needs no matplotlib
 

@@ -1,6 +1,6 @@
 """What a learner's run left in log.jsonl: curves, the headline score, and figures of them.
 
-Nothing here learns: it reads the log of a finished or running run.
+Nothing here learns: it reads the log of a finished run.
 """
 
 import json

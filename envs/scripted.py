@@ -69,5 +69,5 @@ def dataset(folder):
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0].arrays}
     arrays["rewards"] = task.reward(envs.Transition(*(arrays[k] for k in envs.Transition._fields[:-1])))
     about = {"dataset_name": "point-angle-0-scripted", "task": task.name, "layout": "task", "reward_kind": "relabelled"}
-    about |= {"task_options": task.options, "warmup_transitions": None}
+    about |= {"task_options": task.options, "warmup_transitions": None, "policy_id": None}
     return envs.buffers.save(path, arrays, {**parts[0].metadata, **about})

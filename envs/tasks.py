@@ -350,10 +350,13 @@ def _ant_maze(name: str) -> Task:
             raise InputError(f"'{name}' pays for reaching a goal, and the data has no goals")
         return maze.reached(step.next_observations[..., :2], step.goals)
 
+    def unknown(observations):
+        raise InputError(f"'{name}' ends at a goal that its observations do not tell: no model can learn where")
+
     steps = maze.STEPS[name.removeprefix("ant-maze-")]
     return _robot_world(
         name, name, reward=lambda step: _float32(at_goal(step)), has_reward=True, terminal=at_goal,
-        feature=_xy_of_next, episode_length=steps, eval_length=steps, reference=(0.0, 1.0),
+        feature=_xy_of_next, episode_length=steps, eval_length=steps, reference=(0.0, 1.0), model_terminal=unknown,
     )  # fmt: skip
 
 

@@ -322,6 +322,31 @@ def test_update_is_in_the_order_of_the_header():
         np.testing.assert_allclose(t, 0.995 * old + 0.005 * new, atol=1e-6)
 
 
+@pytest.mark.parametrize("target, grows", [(None, True), (-3.0, False)])
+def test_alpha_aims_at_minus_the_number_of_actions(target, grows):
+    """An entropy near -2.5 with A = 2 is below the default target -2 and above orig's -3."""
+    args, task, data, model, agent, ring = small_world()
+    args = dataclasses.replace(args, target_entropy=target)
+    ring, _ = refresh(agent, ring, model, data, jax.random.key(2), args, task)
+    layers = {k: jax.tree.map(jnp.zeros_like, v) for k, v in agent.actor["params"]["MLP_0"].items()}
+    layers["Dense_2"]["bias"] = jnp.array([0.0, 0.0, -2.8, -2.8])
+    actor = {"params": {"MLP_0": layers}}
+    after, metrics = update(agent._replace(actor=actor), ring, data, jax.random.key(3), args)
+    assert -3.0 < float(metrics["train/entropy"]) < -2.0
+    assert (float(after.log_alpha) > 0) == grows
+
+
+def test_the_actors_rate_falls_to_zero_by_a_cosine():
+    for cosine, last in ((True, 0.0), (False, 1e-4)):
+        actor_adam = M.optimisers(tiny(actor_cosine=cosine, num_updates=80, actor_lr=1e-4))[0]
+        for count, wanted in ((0, 1e-4), (40, 0.5 * (1e-4 + last)), (80, last)):
+            state = M.optax.tree_utils.tree_set(actor_adam.init(jnp.zeros(())), count=jnp.int32(count))
+            step, _ = actor_adam.update(jnp.float32(1.0), state)
+            adam = state[0]._replace(count=jnp.int32(count))
+            unit, _ = M.optax.scale_by_adam().update(jnp.float32(1.0), adam)
+            np.testing.assert_allclose(-step, wanted * unit, rtol=1e-4, atol=1e-12)
+
+
 def test_alpha_is_clipped_where_it_is_used():
     args, task, data, model, agent, ring = small_world()
     ring, _ = refresh(agent, ring, model, data, jax.random.key(2), args, task)
@@ -337,6 +362,7 @@ def test_scale_comes_from_the_training_rows_only():
     args = tiny()
     train, holdout, _ = split_data(jax.random.key(0), data, args)
     assert len(holdout) == 80 and sorted([*np.asarray(train), *np.asarray(holdout)]) == list(range(400))
+    assert len(split_data(jax.random.key(0), data, tiny(holdout_rows=30))[1]) == 30
     spoilt = data._replace(observations=data.observations.at[holdout].set(1e3))
     _, _, (mean, std) = split_data(jax.random.key(0), spoilt, args)
     x = np.concatenate([data.observations, data.actions], 1)[np.asarray(train)]
@@ -359,6 +385,14 @@ def test_constant_column_gives_no_nan():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(fit.net))
 
 
+@pytest.mark.parametrize("constant", [9.81, 123.456, 1000.3])
+def test_a_constant_column_is_not_divided_by_its_rounding(constant):
+    data = random_data()
+    data = data._replace(observations=data.observations.at[:, 1].set(constant))
+    _, _, (_, std) = split_data(jax.random.key(0), data, tiny())
+    assert std[1] == 1.0 and std[0] != 1.0
+
+
 def test_exact_epochs_visit_every_row_once():
     """Rows of one member, one at a time: after an epoch its Adam has seen each bootstrap row once."""
     args = tiny(exact_epochs=True, model_batch_size=32)
@@ -370,6 +404,19 @@ def test_exact_epochs_visit_every_row_once():
     np.testing.assert_array_equal(np.sort(after.bootstrap, 1), np.sort(fit.bootstrap, 1))
     assert not np.array_equal(after.bootstrap, fit.bootstrap)  # shuffled for the next epoch
     assert int(after.step) == 10 and np.all(after.holdout_mse < 1e9)
+    adam, net, opt = M.optax.adam(args.model_lr), fit.net, fit.opt
+
+    @jax.jit
+    def step(net, opt, index):
+        rows = jax.tree.map(lambda x: x[index], data)
+        x = M.model_inputs(fit.scale, rows.observations, rows.actions)
+        change, opt = adam.update(jax.grad(M.mopo_model_loss)(net, x, M.model_targets(rows), args), opt)
+        return jax.tree.map(jnp.add, net, change), opt
+
+    for k in range(10):  # batch k is the k-th stretch of the bootstrap
+        net, opt = step(net, opt, fit.bootstrap[:, 32 * k : 32 * (k + 1)])
+    for a, b in zip(jax.tree.leaves(after.net), jax.tree.leaves(net), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_terminals_are_terminals_and_not_timeouts(tmp_path):
@@ -490,6 +537,20 @@ def test_elites_roll_out_and_all_members_warn():
     next_obs, _ = M.model_step(jnp.zeros((500, 3)), mean, std, draw, jnp.zeros((500, 4)))
     assert set(np.unique(next_obs)) == {0.0, 10.0}
     np.testing.assert_allclose(M.penalty(mean, std, draw[:1], "max_aleatoric"), 10.0, rtol=1e-6)  # ||5 * 1_4||
+
+
+def test_rollouts_draw_from_the_elites():
+    """Members that predict s' - s = 0, 10, 20 whatever comes in: with elites 2 and 0 nobody moves by 10."""
+    args, task, _, model, agent, _ = small_world()
+    zero = jax.tree.map(jnp.zeros_like, model.net)
+    mean_part = jnp.arange(8) < 4  # of the last layer: D means, D raw log-variances
+    last = jnp.where(mean_part, 10.0 * jnp.arange(3)[:, None, None], -30.0)
+    net = zero._replace(biases=(*zero.biases[:-1], last), max_logvar=jnp.full(4, 0.5), min_logvar=jnp.full(4, -20.0))
+    far = jnp.full(3, 1e3)
+    model = model._replace(net=net, elites=jnp.array([2, 0]), low=-far, high=far)
+    rows, keep, _ = model_rollout(model, agent.actor, jnp.zeros((64, 3)), jax.random.key(0), args, task)
+    change = np.asarray(rows.next_observations - rows.observations)[np.asarray(keep)]
+    assert set(np.unique(change.round())) == {0.0, 20.0}
 
 
 # --- the nearest-neighbour model ---
@@ -653,6 +714,33 @@ def whole_run(dataset, tmp_path_factory):
     return args, folder, result, [chunk._cache_size() for _, chunk in made]
 
 
+def test_a_seed_is_evaluated_the_same_alone(whole_run, tmp_path):
+    """Training and evaluation of seed 1 do not know of seed 0, nor of each other's keys."""
+    args, folder, *_ = whole_run
+    M.main(dataclasses.replace(args, seed=1, num_seeds=1, out=str(tmp_path / "alone")))
+
+    def records(path):
+        lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()[1:]]
+        return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in lines if r["seed"] == 1]
+
+    among, alone = records(folder), records(tmp_path / "alone")
+    assert len(among) == len(alone) > 2
+    for a, b in zip(among, alone, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=2e-4, err_msg=key)
+
+
+def test_evaluation_keys_are_not_training_keys():
+    """fold_in(key, 1) is the second child of split(key), so small numbers would be keys of the training."""
+    bits = lambda k: np.asarray(jax.random.key_data(k)).tolist()
+    key = jax.random.key(1)
+    assert bits(jax.random.fold_in(key, 1)) == bits(jax.random.split(key)[1])
+    found = M.evaluation_keys(tiny(seed=0, num_seeds=2))
+    assert bits(found[1]) not in bits(jax.random.split(key, 5_000)) and bits(found[0]) != bits(found[1])
+    np.testing.assert_array_equal(bits(found[1:]), bits(M.evaluation_keys(tiny(seed=1, num_seeds=1))))
+
+
 def state_of(folder):
     with np.load(folder / "state.npz", allow_pickle=False) as file:
         return {k: file[k] for k in file.files if k != "meta_json"}
@@ -755,6 +843,11 @@ def test_knn_runs_and_resumes(dataset, tmp_path):
         (dict(real_ratio=1.0), "--real-ratio"),
         (dict(rollout_batch=10_007), "--rollout-batch"),
         (dict(horizon=0), "must be positive"),
+        (dict(eval_every=0), "must be positive"),
+        (dict(num_updates=0), "must be positive"),
+        (dict(model_batch_size=0), "must be positive"),
+        (dict(holdout_rows=0), "--holdout-rows"),
+        (dict(holdout_share=1.0), "--holdout-share"),
         (dict(rollout_batch=8_000_000, retain=50), "lower --rollout-batch"),
     ],
 )  # fmt: skip
@@ -790,6 +883,13 @@ def test_presets(dataset, tmp_path, capsys):
         M.parse_args([], M.mopo_preset)
     with pytest.raises(envs.InputError, match="unknown; one of"):
         M.parse_args(["--quick", "--preset", "gpu"], M.mopo_preset)
+    with pytest.raises(envs.InputError, match="leave --preset out"):
+        M.parse_args(["--quick", "--preset", "cpu"], M.mopo_preset)
+
+
+def test_a_goal_that_cannot_be_seen_is_refused_before_the_fit():
+    with pytest.raises(envs.InputError, match="ends at a goal that its observations do not tell"):
+        M.check_args(tiny(), envs.task("ant-maze-umaze"), 1_000)
 
 
 def test_scripted_dataset_is_relabelled(dataset):
