@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The runs behind docs/dac.md. Pick parts by name: benchmark/dac.sh quick bandit point ant invariants paper published
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ant=runs/udg_select/ant-angle-60
+
+quick() { # under 2 minutes on 2 cores
+    python dac.py --quick
+}
+
+bandit() { # the paper's figure, ours in minutes, and with the code's values: half an hour, most of it denoised
+    python dac.py --task bandit
+    python dac.py --task bandit --preset bandit-code --out runs/dac/bandit/code
+}
+
+point() { # 3 seeds on the selections of udg_select.py, and cloning beside it
+    for name in top1 all; do
+        data=runs/udg_select/point-angle-60/$name.npz
+        python dac.py --dataset $data --preset cpu --num-seeds 3 --out runs/dac/point-angle-60/$name
+        python dac.py --dataset $data --preset cpu --num-seeds 3 --guidance none --out runs/dac/point-angle-60/$name-bc
+    done
+}
+
+ant() { # CPU budget, 1 seed
+    for name in top1 all; do
+        data=$ant/$name-size50000.npz
+        python dac.py --dataset $data --preset cpu --out runs/dac/ant-angle-60/$name-cpu
+        python dac.py --dataset $data --preset cpu --guidance none --out runs/dac/ant-angle-60/$name-cpu-bc
+    done
+}
+
+invariants() { # published b = 1: eta under 0.02 by 5k updates, regression around b
+    python dac.py --dataset $ant/top1-size50000.npz --preset cpu --eta 1 --eta-lr 1e-3 --bc-threshold 1 --num-updates 6000 \
+        --eval-every 1000 --no-lr-cosine --out runs/dac/ant-angle-60/top1-b1
+}
+
+paper() { # 2M updates, 8 seeds, N = 10: for a GPU
+    for name in top1 top2 all; do
+        python dac.py --dataset $ant/$name.npz --num-seeds 8 --out runs/dac/ant-angle-60/paper-$name
+    done
+}
+
+published() { # D4RL files converted by python -m envs.buffers from-d4rl; presets by the file's name
+    for data in runs/d4rl/*.npz; do python dac.py --dataset "$data" --num-seeds 8; done
+}
+
+for part in "${@:-quick}"; do $part; done
+python results/collect.py runs/dac/*/*

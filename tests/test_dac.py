@@ -1,0 +1,681 @@
+"""dac.py against goldens, plain numpy and worlds with known answers."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dac as D
+import envs
+import envs.buffers
+from envs import scripted
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = dict(
+    hidden_sizes=(16, 16), num_critics=3, num_q_samples=2, batch_size=16, num_action_samples=4, num_steps=3,
+    chunk=20, eval_every=40, num_updates=80, eval_episodes=2, ema_start=10,
+)  # fmt: skip
+
+
+def tiny(**changes):
+    return D.Args(**{**TINY, **changes})
+
+
+@pytest.fixture
+def golden(request):
+    """name -> arrays of a golden file in float64, in which the test then runs."""
+    with jax.enable_x64(True):
+        yield lambda name: dict(np.load(GOLDEN / f"dac_{name}.npz", allow_pickle=False))
+
+
+def close(found, wanted, tolerance=1e-10):
+    """Relative to the largest entry."""
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max(), rtol=tolerance)
+
+
+def leaves_differ(a, b):
+    return [bool((np.asarray(x) != np.asarray(y)).any()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
+
+
+def random_rows(num_rows=60, num_obs=3, num_act=2, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = lambda size: rng.normal(size=(num_rows, size))
+    rows = D.Transitions(
+        shape(num_obs), rng.uniform(-1, 1, (num_rows, num_act)), shape(1)[:, 0], shape(num_obs), np.zeros(num_rows)
+    )
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rows)
+
+
+@functools.cache
+def one_state(args, num_obs=3, num_act=2):
+    """A fresh state without a seed axis."""
+    init, _ = D.make_train(args, num_obs, num_act)
+    return jax.tree.map(lambda x: x[0], init(jax.random.split(jax.random.key(0), 1)))
+
+
+# Eager JAX compiles operation by operation, which costs more than everything these tests compute.
+update = jax.jit(D.dac_update, static_argnums=3)
+actor_loss = jax.jit(D.dac_actor_loss, static_argnums=5)
+actor_grad = jax.jit(jax.grad(D.dac_actor_loss, (0, 1, 2), has_aux=True), static_argnums=5)
+draw_noise = jax.jit(D.draw_noise, static_argnums=2)
+sample_actions = jax.jit(D.sample_actions, static_argnums=4)
+q_values = jax.jit(D.q_values)
+q_gradient = jax.jit(D.q_gradient)
+noise_of = jax.jit(lambda net, s, x, t, args: D.noise_predictor(net, s, args)(x, t), static_argnums=4)
+
+
+# --- goldens: float64, tolerance 1e-10 unless stated ---
+
+
+@pytest.mark.parametrize("name", ["vp", "cosine", "linear"])
+def test_schedule_golden(name, golden):
+    g = golden("schedules")
+    for T in (3, 5, 10, 20, 50, 100):
+        args, own = D.Args(schedule=name, num_steps=T), D.noise_schedule(name, T)
+        close(own.beta[1:], g[f"{name}_T{T}_beta"])
+        close(own.alpha, g[f"{name}_T{T}_alpha"])
+        close(own.alpha_bar, g[f"{name}_T{T}_alpha_bar"])
+        unclipped = dataclasses.replace(args, clip_samples=False)
+        for t in range(1, T + 1):  # the mean is c0 x0 + c1 x; x = 0 leaves c0, x0 = 0 leaves c1
+            abar = own.alpha_bar[t]
+            only_x0 = D.reverse_step(0.0, -np.sqrt(abar / (1 - abar)), t, unclipped)
+            only_x = D.reverse_step(1.0, 1 / np.sqrt(1 - abar), t, unclipped)
+            wanted = [g[f"{name}_T{T}_{key}"][t - 1] for key in ("post_c0", "post_c1", "sigma")]
+            np.testing.assert_allclose([only_x0[0], only_x[0], only_x[1]], wanted, atol=1e-9)
+
+
+def test_embedding_golden(golden):
+    g = golden("embed")
+    close(D.time_features(jnp.asarray(g["t"])), g["fourier16"])
+    close(D.mish(jnp.asarray(g["mish_x"])), g["mish_y"])
+    close(jax.vmap(jax.grad(D.mish))(jnp.asarray(g["mish_x"])), g["mish_dy"])
+    single = D.mish(jnp.asarray(g["mish_x"], jnp.float32))
+    assert single.dtype == jnp.float32
+    close(single, g["mish_y"], 2e-6)
+
+
+def test_noised_actions_golden(golden):
+    g = golden("qsample")
+    x, sigma = D.noised_actions(g["action"], g["eps"], g["t"], D.Args())
+    close(x, g["x_t"])
+    close(sigma, g["noise_level"])
+
+
+@pytest.mark.parametrize("t", range(1, 6))
+def test_reverse_step_golden(t, golden):
+    g = golden("reverse_step")
+    mean, std = D.reverse_step(g["x_t"], g["eps_pred"], t, D.Args())
+    close(mean, g[f"t{t}_mean"])
+    close(mean + (std * g["z"] if t > 1 else 0), g[f"t{t}_x_prev"])
+    mean, _ = D.reverse_step(g["x_t"], g["eps_pred"], t, D.Args(clip_samples=False))
+    close(mean, g[f"t{t}_mean_noclip"])
+    assert D.reverse_step(g["x_t"], g["eps_pred"], t, D.Args(temperature=0.5))[1] == 0.5 * std
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("clip", [0, 1])
+def test_chain_golden(temperature, clip, golden, monkeypatch):
+    """The golden's predictor is linear; ours is put aside."""
+    g = golden("chain")
+    linear = lambda net, s, args: lambda x, t: x @ g["W"] + s @ g["V"] + t * g["c"]
+    monkeypatch.setattr(D, "noise_predictor", linear)
+    args = D.Args(temperature=float(temperature), clip_samples=bool(clip))
+    actions = D.sample_actions(None, g["obs"], g["prior"], g["z"][:-1], args)
+    close(actions, g[f"chain_temp{temperature}_clip{clip}"][-1])
+    assert (np.abs(actions).max() <= 1) == bool(clip)
+
+
+@pytest.mark.parametrize("max_q", [0, 1])
+@pytest.mark.parametrize("kind", ["lcb_rho0.0", "lcb_rho1.1", "lcb_rho1.5", "convex_rho1.1", "convex_rho0.0", "min",
+                                  "rand_convex"])  # fmt: skip
+def test_target_golden(kind, max_q, golden):
+    g = golden("lcb_target")
+    name, _, rho = kind.partition("_rho")
+    args = D.Args(q_target=name, rho=float(rho or 1), max_q=bool(max_q), gamma=float(g["discount"]))
+    y = D.dac_target(g["Q"], g["reward"], 1 - g["mask"], g["rand_alpha"], args)
+    close(y, g[f"maxQ{max_q}_{kind}"])
+    np.testing.assert_array_equal(y[g["mask"] == 0], g["reward"][g["mask"] == 0])  # terminal: y = r
+    assert (g["mask"] == 0).any()
+
+
+def test_actor_loss_golden(golden, monkeypatch):
+    """The networks are put aside: the actor is its own output, Q is linear with the golden's gradient."""
+    g = golden("actor_target")
+    monkeypatch.setattr(D, "noise_predictor", lambda actor, s, args: lambda x, t: actor)
+    data_action = np.zeros_like(g["eps"])
+    linear = lambda critics, s, a: g["q_data_actions"] if a is data_action else (g["q_grad_raw"] * a).sum(-1)[None]
+    monkeypatch.setattr(D, "q_values", linear)
+    batch = D.Transitions(np.zeros((12, 1)), data_action, None, None, None)
+    noise = D.Noise(None, None, g["t"], g["eps"], None, None)
+    for guidance in ("soft", "hard"):
+        args = D.Args(guidance=guidance)
+        loss = functools.partial(lambda args, pred: D.dac_actor_loss(pred, None, g["eta"], batch, noise, args), args)
+        (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(g["pred_eps"]))
+        close(value, g[f"actor_loss_{guidance}"], 2e-8)  # the golden has no 1e-6 beside the mean of |Q|
+        close(metrics["train/bc_loss"], g["bc_loss"])
+        close(metrics["train/guidance"], g[f"guidance_loss_{guidance}"], 1e-7)
+        if guidance == "soft":
+            close(grad, g["dloss_dpred_soft"], 1e-7)
+            at_minimum = jax.grad(loss, has_aux=True)(jnp.asarray(g["minimiser_code_eq16"]))[0]
+            assert np.abs(at_minimum).max() < 1e-8 < np.abs(grad).max()
+    gradient, norm = D.q_gradient(None, None, data_action, jnp.asarray(g["eps"]))
+    close(gradient, g["q_grad_normalised"], 1e-7)
+    close(norm, g["Q_norm"], 1e-7)
+
+
+def test_dual_step_golden(golden):
+    g = golden("actor_target")
+    args = D.Args(eta_lr=float(g["eta_lr"]), bc_threshold=float(g["bc_threshold"]))
+    close(D.dual_step(g["eta_in"], g["bc_loss_for_eta"], args), g["eta_out"])
+    assert D.dual_step(0.3, 5.0, D.Args(eta_lr=0.0)) == 0.3
+
+
+def test_select_golden(golden, monkeypatch):
+    g = golden("select")  # q [H, states, candidates]
+    monkeypatch.setattr(D, "sample_actions", lambda *_: jnp.asarray(g["candidates"]))
+    monkeypatch.setattr(D, "q_values", lambda *_: jnp.asarray(g["q"]))
+    actor = D.NoiseNet(None, D.Layers((), (np.zeros(6),)))
+    chosen = D.choose_actions(actor, None, np.zeros((4, 3)), jax.random.key(0), D.Args())
+    close(chosen, np.clip(g["action"], -1, 1))
+    cloned = D.choose_actions(actor, None, np.zeros((4, 3)), jax.random.key(0), D.Args(guidance="none"))
+    close(cloned, np.clip(g["candidates"][:, 0], -1, 1))
+
+
+def test_optimiser_golden(golden):
+    g = golden("optim")
+    adam = D.dac_adam(float(g["lr0"]), D.Args(num_updates=int(g["decay_steps"]), clip_norm=float(g["clip_norm"])))
+    p, opt = jnp.asarray(g["p0"]), adam.init(jnp.asarray(g["p0"]))
+    assert np.linalg.norm(g["grads"], axis=1).max() > 1
+    for grad, wanted in zip(g["grads"], g["p_after"], strict=True):
+        step, opt = adam.update(jnp.asarray(grad), opt)
+        p = p + step
+        close(p, wanted)
+
+
+def test_learning_rate_golden(golden):
+    """With a gradient of constant 1 and its moments, the step of Adam is the rate."""
+    g = golden("lr")
+    adam = D.dac_adam(3e-4, D.Args(num_updates=2_000_000))
+    for count, rate in zip(g["count"], g["lr"], strict=True):
+        opt = adam.init(jnp.ones(1))
+        moment = {"mu": 1 - 0.9**count, "nu": 1 - 0.999**count, "count": count}
+        opt = jax.tree_util.tree_map_with_path(
+            lambda path, x, m=moment: jnp.full_like(x, next(m[k] for k in m if jax.tree_util.keystr(path).endswith(k))),
+            opt,
+        )
+        step, _ = adam.update(jnp.ones(1), opt)
+        np.testing.assert_allclose(-step[0], rate, rtol=1e-6, atol=1e-15)
+    constant = D.dac_adam(3e-4, D.Args(lr_cosine=False, num_updates=1))
+    opt = constant.init(jnp.ones(1))
+    for _ in range(3):
+        step, opt = constant.update(jnp.ones(1), opt)
+        np.testing.assert_allclose(step, -3e-4, rtol=1e-6)
+
+
+def layers_of(g, prefix):
+    count = sum(re.fullmatch(prefix + r"W\d+", key) is not None for key in g)
+    return D.Layers(*(tuple(jnp.asarray(g[f"{prefix}{kind}{i}"]) for i in range(count)) for kind in "Wb"))
+
+
+def net_of(g, prefix):
+    return D.NoiseNet(layers_of(g, f"{prefix}time_"), layers_of(g, prefix))
+
+
+def test_full_update_golden(golden):
+    """One whole update with the noise given: every number between, every parameter before and after."""
+    g = golden("full_update")
+    args = D.Args(
+        num_critics=3, num_q_samples=4, hidden_sizes=(16, 16, 16), rho=float(g["rho"]), eta_lr=float(g["eta_lr"]),
+        bc_threshold=float(g["bc_threshold"]), gamma=float(g["discount"]), tau=float(g["tau"]),
+        critic_lr=float(g["lr"]), actor_lr=float(g["lr"]), num_updates=int(g["lr_decay_steps"]),
+        clip_norm=float(g["clip_norm"]),
+    )  # fmt: skip
+    actor, critics = net_of(g, "actor_in_"), layers_of(g, "critic_in_")
+    state = D.DacState(
+        jax.random.key(0), jnp.int32(1005), actor, net_of(g, "actor_tar_in_"), critics, layers_of(g, "critic_tar_in_"),
+        D.dac_adam(args.actor_lr, args).init(actor), D.dac_adam(args.critic_lr, args).init(critics),
+        jnp.asarray(g["eta_in"]),
+    )  # fmt: skip
+    batch = D.Transitions(*(jnp.asarray(g[k]) for k in ("obs", "action", "reward", "next_obs")), 1 - g["mask"])
+    shape = lambda x: jnp.asarray(x).reshape(*x.shape[:-2], 8, 4, 3)
+    noise = D.Noise(shape(g["prior"]), shape(g["z"][:-1]), jnp.asarray(g["t"]), jnp.asarray(g["eps"]), None, None)
+
+    s = batch.next_observations[:, None]
+    next_actions = sample_actions(state.target_actor, s, noise.prior, noise.z, args)
+    close(next_actions, shape(g["next_actions"]))
+    next_q = q_values(state.target_critics, s, next_actions)
+    close(next_q, g["next_q"])
+    close(D.dac_target(next_q, batch.rewards, batch.terminals, None, args), g["target_q"])
+
+    after, metrics = update(state, batch, noise, args)
+    close(metrics["train/critic_loss"], g["critic_loss"])
+    x, _ = D.noised_actions(batch.actions, noise.eps, noise.t, args)
+    close(x, g["x_t"])
+    gradient, norm = q_gradient(after.target_critics, batch.observations, batch.actions, x)
+    close(gradient, g["q_grad_normalised"])
+    close(norm, g["Q_norm"], 1e-5)  # the golden's is without its 1e-6
+    close(noise_of(actor, batch.observations, x, noise.t, args), g["pred_eps"])
+    for name in ("bc_loss", "actor_loss"):
+        close(metrics[f"train/{name}"], g[name])
+    close(metrics["train/guidance"], g["guidance_loss"])
+    assert float(g["bc_loss_used_for_eta"]) != float(g["bc_loss_after_step_NOT_used"])
+    close(after.eta, g["eta_out"])
+    wanted = {
+        "critics": layers_of(g, "critic_out_"), "target_critics": layers_of(g, "critic_tar_out_"),
+        "actor": net_of(g, "actor_out_"), "target_actor": net_of(g, "actor_tar_out_"),
+    }  # fmt: skip
+    for name, tree in wanted.items():
+        jax.tree.map(functools.partial(close, tolerance=1e-9), getattr(after, name), tree)
+        assert any(leaves_differ(getattr(after, name), getattr(state, name))), name
+    assert int(after.num_updates) == 1006
+
+
+# --- networks against numpy ---
+
+
+def mish64(x):
+    return x * np.tanh(np.logaddexp(0, x))
+
+
+def mlp64(weights, biases, x):
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        x = (mish64(x) if i else x) @ np.asarray(w, float) + np.asarray(b, float)
+    return x
+
+
+def test_networks_are_plain_concatenations():
+    args, rng = tiny(), np.random.default_rng(0)
+    state = one_state(args)
+    s, x, t = rng.normal(size=(7, 3)), rng.normal(size=(7, 5, 2)), rng.integers(1, 4, 7)
+    features = np.asarray(D.time_features(jnp.asarray(t)), float)
+    time = mlp64(*state.actor.time, features)
+    joined = np.concatenate([np.repeat(s[:, None], 5, 1), x, np.repeat(time[:, None], 5, 1)], -1)
+    found = noise_of(state.actor, jnp.asarray(s)[:, None], jnp.asarray(x), t[:, None], args)
+    close(found, mlp64(*state.actor.trunk, joined), 1e-5)
+    q = q_values(state.critics, jnp.asarray(s)[:, None], jnp.asarray(x))
+    for h in range(3):
+        weights, biases = ([p[h] for p in part] for part in state.critics)
+        close(q[h], mlp64(weights, biases, joined[..., :5])[..., 0], 1e-5)
+    assert q.shape == (3, 7, 5) and np.abs(q[0] - q[1]).max() > 0
+
+
+def test_published_sizes():
+    init, _ = D.make_train(D.Args(), 17, 6)
+    state = jax.eval_shape(init, jax.random.split(jax.random.key(0), 1))
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(state.actor) == 149_062 and count(state.critics) == 1_379_850
+    fresh = one_state(D.Args())
+    weight = fresh.actor.trunk.weights[1]
+    np.testing.assert_allclose(np.abs(weight).max(), (6 / 512) ** 0.5, rtol=1e-3)  # Xavier, uniform
+    assert not any(leaves_differ(fresh.actor, fresh.target_actor) + leaves_differ(fresh.critics, fresh.target_critics))
+
+
+# --- losses, gradients, order ---
+
+
+def loss_inputs(**changes):
+    args = tiny(**changes)
+    state, batch = one_state(tiny()), jax.tree.map(lambda x: x[:16], random_rows())
+    return args, state, batch, draw_noise(jax.random.key(5), batch.actions, args)
+
+
+def test_noise_has_its_shapes():
+    args, _, _, noise = loss_inputs(num_steps=4)
+    assert noise.prior.shape == (16, 2, 2) and noise.z.shape == (3, 16, 2, 2) and noise.chain.shape == (4, 16, 2)
+    many = draw_noise(jax.random.key(0), jnp.zeros((4_000, 2)), args)
+    assert sorted(set(np.asarray(many.t))) == [1, 2, 3, 4]
+    many = jax.tree.map(np.asarray, many)
+    np.testing.assert_allclose(np.bincount(many.t)[1:], 1_000, atol=120)
+    for x in (many.prior, many.z, many.eps, many.chain):
+        np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=0.05)
+    assert np.abs(np.corrcoef(many.eps[:, 0], many.prior[:, 0, 0])[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("guidance", ["soft", "hard", "denoised", "none"])
+def test_gradients_go_where_the_equation_says(guidance):
+    args, state, batch, noise = loss_inputs(guidance=guidance)
+    loss = lambda actor: actor_loss(actor, state.target_critics, state.eta, batch, noise, args)[0]
+    grads, _ = actor_grad(state.actor, state.target_critics, state.eta, batch, noise, args)
+    size = lambda tree: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
+    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(grads[0]))
+    if guidance in ("soft", "hard", "none"):
+        assert size(grads[1]) == 0  # g is a constant
+    direction = jax.tree.map(lambda x: np.sign(x + 1e-9), state.actor)
+    at = lambda h: float(loss(jax.tree.map(lambda p, d: np.float32(p + h * d), state.actor, direction)))
+    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (grads[0], direction)), strict=True))
+    if guidance != "denoised":  # the clip of the chain has corners
+        np.testing.assert_allclose((at(1e-3) - at(-1e-3)) / 2e-3, slope, rtol=2e-2)
+
+
+def test_denoised_guidance_is_q_of_whole_samples():
+    args, state, batch, noise = loss_inputs(guidance="denoised", clip_samples=False)
+    _, metrics = actor_loss(state.actor, state.target_critics, 1.0, batch, noise, args)
+    samples = sample_actions(state.actor, batch.observations, noise.chain[0], noise.chain[1:], args)
+    q = q_values(state.target_critics, batch.observations, samples)
+    norm = jnp.abs(q_values(state.target_critics, batch.observations, batch.actions)).mean()
+    close(metrics["train/guidance"], -q.mean() / norm, 1e-4)
+    with jax.enable_x64(True):
+        wide = lambda x: np.asarray(x, np.float64) if x.dtype == jnp.float32 else np.asarray(x)
+        actor, target, rows, eps = jax.tree.map(wide, (state.actor, state.target_critics, batch, noise))
+        grads, _ = actor_grad(actor, target, 0.0, rows, eps, args)
+        slope = sum(float(g.sum()) for g in jax.tree.leaves(grads[0]))
+        at = lambda h: float(actor_loss(jax.tree.map(lambda p: p + h, actor), target, 0.0, rows, eps, args)[0])
+        np.testing.assert_allclose((at(1e-5) - at(-1e-5)) / 2e-5, slope, rtol=1e-5)
+
+
+def test_target_actor_follows_the_codes_rule():
+    args, state, batch, noise = loss_inputs(ema_start=1_000, ema_every=5)
+    moved = []
+    tiny_update = jax.jit(D.actor_update, static_argnums=3)
+    for count in (0, 5, 1_000, 1_004, 1_005, 1_006, 1_010):
+        after, _ = tiny_update(state._replace(num_updates=jnp.int32(count)), batch, noise, args)
+        moved.append(any(leaves_differ(after.target_actor, state.target_actor)))
+        weights = [tree.trunk.weights[0] for tree in (after.target_actor, state.target_actor, after.actor)]
+        np.testing.assert_allclose(weights[0], weights[1] + 0.005 * moved[-1] * (weights[2] - weights[1]), atol=1e-7)
+    assert moved == [False, False, False, False, True, False, True]
+
+
+def test_cloning_leaves_the_critics_alone():
+    args, state, batch, noise = loss_inputs(guidance="none")
+    after, metrics = update(state, batch, noise, args)
+    for name in ("critics", "target_critics", "critic_opt", "eta"):
+        assert not any(leaves_differ(getattr(after, name), getattr(state, name))), name
+    assert any(leaves_differ(after.actor, state.actor)) and set(metrics) == {"train/bc_loss"}
+
+
+def test_without_a_discount_nothing_is_sampled():
+    args, state, batch, noise = loss_inputs(gamma=0.0)
+    _, metrics = update(state, batch, noise._replace(prior=None, z=None), args)
+    np.testing.assert_allclose(metrics["train/target"], batch.rewards.mean(), rtol=1e-6)
+
+
+# --- data ---
+
+
+def test_reward_scale():
+    args = D.Args()
+    assert D.reward_scale(np.array([-10.0, 40.0]), args) == 20.0
+    assert D.reward_scale(np.array([100.0, 101.0]), args) == 1_000 / 100.5  # the floor
+    assert D.reward_scale(np.array([0.0, 1.0, 1.0]), args) == 1_000.0  # a maze
+    assert np.isfinite(D.reward_scale(np.array([0.0]), args))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return str(scripted.dataset(tmp_path_factory.mktemp("data")))
+
+
+def test_data_as_the_update_sees_it(dataset):
+    buffer = envs.buffers.load(dataset, quiet=True)
+    assert buffer["timeouts"].any() and np.abs(buffer["actions"]).max() == 1.0
+    data = D.dac_data(buffer, D.Args())
+    assert float(jnp.abs(data.actions).max()) < 1.0 and not data.terminals.any()  # a timeout bootstraps
+    scale = 1_000 / np.ptp(buffer["episode_returns"])
+    np.testing.assert_allclose(data.rewards, scale * buffer["rewards"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(data.next_observations, buffer["next_observations"])
+
+
+def test_value_of_a_constant_reward():
+    """r = 1 for ever is worth 1 / (1 - gamma), and 1 where the step is terminal."""
+    sides = jnp.where(jnp.arange(200) % 2 == 0, -1.0, 1.0)
+    rows = random_rows(200, num_obs=1, num_act=1)
+    data = rows._replace(
+        observations=sides[:, None], next_observations=sides[:, None], rewards=jnp.ones(200), terminals=sides > 0
+    )
+    args = tiny(gamma=0.8, critic_lr=1e-2, tau=0.05, rho=0.0, chunk=600, num_updates=600, lr_cosine=False)
+    init, chunk = D.make_train(args, 1, 1)
+    state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), data)
+    q = q_values(jax.tree.map(lambda x: x[0], state.critics), data.observations, data.actions).mean(0)
+    np.testing.assert_allclose([q[::2].mean(), q[1::2].mean()], [5.0, 1.0], rtol=0.05)
+
+
+# --- probe: the bandit, narrow support and two modes ---
+
+
+@functools.cache
+def bandit(guidance, b=0.4):
+    """3,500 updates on the paper's two blobs -> what 1,000 samples are like, the samples."""
+    args = D.Args(**{**D.BANDIT, "num_updates": 3_500, "chunk": 3_500, "guidance": guidance, "bc_threshold": b})
+    init, chunk = D.make_train(args, 1, 2)
+    state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), D.bandit_data())
+    samples = D.bandit_samples(jax.tree.map(lambda x: x[0], state.actor), jax.random.key(1), args)
+    return {k: float(v) for k, v in D.bandit_metrics(samples).items()}, np.asarray(samples)
+
+
+def test_cloning_covers_both_modes():
+    """An exact predictor puts 0.97 of the samples within 0.3 of a blob with these 20 steps."""
+    found, samples = bandit("none")
+    near = np.linalg.norm(samples[:, None] - D.BANDIT_CENTRES, axis=-1) < 0.35
+    assert found["eval/on_data"] > 0.85
+    assert 0.3 < near[:, 0].mean() < 0.6 and 0.3 < near[:, 1].mean() < 0.6
+
+
+def test_soft_guidance_improves_within_the_support():
+    """Probe: at most 0.2 of the samples off the data, and the true reward above its mean by 0.2."""
+    data, found = D.bandit_metrics(D.bandit_data().actions), bandit("soft")[0]
+    assert found["eval/on_data"] > 0.8, found
+    assert found["eval/reward"] > data["eval/reward"] + 0.2, (found, data)
+
+
+def test_hard_guidance_leaves_the_support_first():
+    """At the same b."""
+    soft, hard = bandit("soft")[0], bandit("hard")[0]
+    assert hard["eval/on_data"] < soft["eval/on_data"] - 0.08, (soft, hard)
+
+
+def test_bandit_draws_its_figure(tmp_path, capsys):
+    args = D.parse_args(
+        ["--task", "bandit", "--num-updates", "40", "--eval-every", "40", "--chunk", "20", "--num-steps", "2",
+         "--out", str(tmp_path / "b")], D.dac_preset,
+    )  # fmt: skip
+    results = D.main(args)
+    assert set(results) == {"data", "soft", "hard", "denoised"}
+    assert (tmp_path / "b" / "bandit.png").stat().st_size > 20_000
+    assert -1.1 < results["data"]["eval/reward"] < -0.9
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        D.main(args)
+
+
+# --- seeds and the whole script ---
+
+
+def test_a_seed_alone_is_the_seed_among_others():
+    data, args = random_rows(), tiny(num_steps=2)
+    init, chunk = D.make_train(args, 3, 2)
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    many, _ = chunk(init(keys), data)
+    alone, _ = chunk(init(keys[1:2]), data)
+    again, _ = chunk(init(keys[1:2]), data)  # the same program, the same numbers
+    unkeyed = lambda state: jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    for a, b, c in zip(*map(unkeyed, (many, alone, again)), strict=True):
+        np.testing.assert_allclose(a[1], b[0], atol=1e-6, rtol=1e-5)
+        np.testing.assert_array_equal(b, c)
+    assert np.abs(many.eta[0] - many.eta[1]) > 0
+    assert chunk._cache_size() == 2  # three seeds, one seed
+
+
+@pytest.fixture(scope="module")
+def whole_run(dataset, tmp_path_factory):
+    """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
+    original = D.make_train
+    D.make_train = lambda *inputs: made.append(original(*inputs)) or made[-1]
+    try:
+        result = D.main(args)
+    finally:
+        D.make_train = original
+    return args, folder, result, [chunk._cache_size() for _, chunk in made]
+
+
+def state_of(folder):
+    with np.load(folder / "state.npz", allow_pickle=False) as file:
+        return {k: file[k] for k in file.files if k != "meta_json"}
+
+
+def test_run_leaves_what_it_promises(whole_run):
+    _, folder, result, compiled = whole_run
+    assert compiled == [1]
+    for name in ("learning_curve", "training"):
+        assert (folder / f"{name}.png").stat().st_size > 5_000
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert records[0]["args"]["num_critics"] == 3
+    assert [(r["step"], r["seed"]) for r in records[1:]] == [(40, 0), (40, 1), (80, 0), (80, 1)]
+    keys = ("actor_loss", "bc_loss", "critic_loss", "eta", "guidance", "q", "q_gradient", "q_std", "target")
+    for key in (*(f"train/{k}" for k in keys), "eval/return", "eval/return_data_length", "eval/return_std"):
+        assert all(np.isfinite(r[key]) for r in records[1:]), key
+    np.testing.assert_allclose(result["score"], np.mean([r["eval/return"] for r in records[1:]]), rtol=1e-4)
+
+
+class Recorded:
+    """In the place of a NumPy generator: returns the given noise, step by step."""
+
+    def __init__(self, noise):
+        self.noise = iter(np.asarray(noise))
+
+    def normal(self, size):
+        noise = next(self.noise)
+        assert noise.shape == tuple(size)
+        return noise
+
+
+def load_policy():
+    """The numpy forward of the docs page."""
+    page = (Path(__file__).parents[1] / "docs" / "dac.md").read_text()
+    code = re.search(r"```python\n(import json.*?)```", page, re.S).group(1)
+    names = {}
+    exec(code, names)
+    return names["load_policy"]
+
+
+def test_policy_file_is_the_policy(whole_run):
+    args, folder, _, _ = whole_run
+    with np.load(folder / "policy.npz", allow_pickle=False) as file:
+        arrays = {k: file[k] for k in file.files}
+    assert str(arrays["kind"]) == "diffusion" and arrays["actor/trunk/weights/0"].shape == (2, 38, 16)
+    assert json.loads(str(arrays["metadata_json"]))["num_action_samples"] == 4
+    state, _ = D.load_state(
+        folder, jax.eval_shape(D.make_train(args, 4, 2)[0], jax.vmap(jax.random.key)(jnp.arange(2))),
+        json.loads(str(np.load(folder / "state.npz")["meta_json"]))["identity"],
+    )  # fmt: skip
+    key = jax.random.key(3)
+    noise = jax.random.normal(key, (3, 1, 4, 2))[:, 0]
+    for index in (0, 1):
+        actor, critics = jax.tree.map(lambda x, i=index: x[i], (state.actor, state.target_critics))
+        obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
+        wanted = D.choose_actions(actor, critics, obs[None], key, args)[0]
+        policy = load_policy()(folder / "policy.npz", index, Recorded(noise))
+        np.testing.assert_allclose(policy(np.asarray(obs)), wanted, atol=1e-5)
+
+
+def test_interrupted_run_equals_the_whole_one(whole_run, tmp_path, monkeypatch):
+    args, folder, result, _ = whole_run
+    args, line = dataclasses.replace(args, out=str(tmp_path / "run")), D.progress_line
+
+    def interrupt(label, count, *rest):
+        line(label, count, *rest)
+        if count == 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(D, "progress_line", interrupt)
+    with pytest.raises(SystemExit, match="--resume"):
+        D.main(args)
+    monkeypatch.setattr(D, "progress_line", line)
+    assert D.main(dataclasses.replace(args, resume=True)) == result
+    whole, resumed = state_of(folder), state_of(tmp_path / "run")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+    timeless = lambda lines: [
+        {k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in lines.splitlines()[1:]
+    ]
+    logs = [timeless((f / "log.jsonl").read_text()) for f in (folder, tmp_path / "run")]
+    assert logs[0] == logs[1]
+
+
+def test_resume_refuses_other_flags(whole_run):
+    args, _, _, _ = whole_run
+    with pytest.raises(envs.InputError, match=r"rho was 1\.0 and is now 2\.0"):
+        D.main(dataclasses.replace(args, rho=2.0, resume=True))
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        D.main(args)
+
+
+def test_quick_beats_its_data(tmp_path):
+    """Probe: the data's mean return is about 0, its best episode 94; stated margin over the mean: 60."""
+    flags = ["--quick", "--num-updates", "1000", "--eval-every", "500", "--out", str(tmp_path / "run")]
+    result = D.main(D.parse_args(flags, D.dac_preset))
+    assert result["last"] > result["data_mean"] + 60, result
+    assert result["data_best"] < 100
+
+
+def test_cloning_returns_the_datas_mean(dataset, tmp_path):
+    """Cloned walks in ten directions go nowhere on average, and no critic is in the policy file."""
+    flags = ["--dataset", dataset, "--guidance", "none", "--num-updates", "1000", "--eval-every", "500",
+             "--hidden-sizes", "64", "64", "--actor-lr", "1e-3", "--out", str(tmp_path / "run"),
+             "--eval-episodes", "50"]  # fmt: skip
+    result = D.main(D.parse_args(flags, D.dac_preset))
+    assert abs(result["last"] - result["data_mean"]) < 45, result
+    with np.load(tmp_path / "run" / "policy.npz", allow_pickle=False) as file:
+        assert not any(key.startswith("critics") for key in file.files)
+    policy = load_policy()(tmp_path / "run" / "policy.npz", 0, np.random.default_rng(0))
+    assert policy(np.zeros(4)).shape == (2,) and np.abs(policy(np.zeros(4))).max() <= 1
+
+
+# --- what a user can do wrong ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(task="point-angle-60"), r"udg_select\.py --buffers .* --task point-angle-60"),
+        (dict(eval_every=50), "--chunk must divide"),
+        (dict(num_q_samples=0), "--num-q-samples.* must be positive"),
+        (dict(eta=1e-4), "--eta-min, --eta and --eta-max"),
+        (dict(gamma=1.5), "--gamma and --tau"),
+        (dict(hidden_sizes=()), "--hidden-sizes"),
+        (dict(num_seeds=10_000_000), "lower --num-seeds"),
+    ],
+)  # fmt: skip
+def test_refusals(changes, message, dataset, tmp_path):
+    with pytest.raises(envs.InputError, match=message):
+        D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+
+
+def test_reward_free_data_is_refused(tmp_path):
+    path = scripted.point_buffers(tmp_path, seed=0, num=1, episodes=2)[0]
+    with pytest.raises(envs.InputError, match="udg_select"):
+        D.main(tiny(dataset=str(path), out=str(tmp_path / "run")))
+
+
+def test_presets(dataset, capsys):
+    assert D.parse_args(["--quick"], D.dac_preset).num_updates == 3_000
+    args = D.parse_args(["--dataset", dataset, "--preset", "cpu", "--rho", "0.5"], D.dac_preset)
+    assert (args.num_updates, args.num_q_samples, args.rho, args.eta, args.eta_lr) == (20_000, 1, 0.5, 0.2, 0.0)
+    assert "nothing is published for point-angle-0-scripted" in capsys.readouterr().out
+    assert (
+        D.parse_args(["--dataset", dataset, "--preset", "hopper-medium-expert-v2"], D.dac_preset).bc_threshold == 0.05
+    )
+    maze = D.PRESETS["antmaze-large-play-v0"]
+    assert maze == {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": 1.1, "critic_lr": 1e-3}
+    assert {k: D.PRESETS["hopper-medium-v2"][k] for k in ("bc_threshold", "rho")} == {"bc_threshold": 1.0, "rho": 1.5}
+    defaults = D.Args()
+    assert (defaults.num_critics, defaults.num_q_samples, defaults.num_action_samples, defaults.num_steps) == (
+        10,
+        10,
+        10,
+        5,
+    )
+    with pytest.raises(envs.InputError, match="--dataset"):
+        D.parse_args([], D.dac_preset)
+    with pytest.raises(envs.InputError, match="unknown; one of"):
+        D.parse_args(["--quick", "--preset", "gpu"], D.dac_preset)
