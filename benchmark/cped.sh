@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The runs behind docs/cped.md. Pick parts by name: benchmark/cped.sh point density ant paper published
+# The datasets are those of benchmark/wurl_sac.sh, through udg_select.py --size 50000.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ant=runs/udg_select/ant-angle-60
+
+point() { # 3 seeds in one process, under 2 minutes on 2 cores
+    python cped.py --quick --num-seeds 3 --out runs/cped/point-angle-0/quick
+    python cped.py --quick --num-seeds 3 --bc-only --out runs/cped/point-angle-0/quick-bc
+}
+
+density() { # learnt against true density: hybrid, likelihood only, adversarial only
+    python results/cped/density.py --out runs/cped/density --num-seeds 3
+}
+
+ant() { # CPU budget, 1 seed, about 10 minutes each on 2 cores
+    python cped.py --dataset $ant/top1-size50000.npz --preset cpu
+    python cped.py --dataset $ant/top1-size50000.npz --preset cpu --bc-only --out runs/cped/ant-angle-60/bc-seed0
+}
+
+paper() { # 0.5M + 1M iterations, 5 seeds: for a GPU
+    for part in top1 all; do
+        python cped.py --dataset $ant/$part-size50000.npz --num-seeds 5 --out runs/cped/ant-angle-60/$part-1M
+    done
+}
+
+published() { # the released code's networks, phases and alphas on D4RL files converted to our layout: for a GPU
+    for data in halfcheetah-medium-v2 hopper-medium-v2 walker2d-medium-v2; do
+        python cped.py --dataset data/$data.npz --preset published --num-seeds 5 --out runs/cped/$data/published
+        python cped.py --dataset data/$data.npz --num-seeds 5 --out runs/cped/$data/cond
+    done
+}
+
+for part in "${@:-point}"; do $part; done
+python results/collect.py runs/cped/*/*
