@@ -1,0 +1,783 @@
+"""qdq.py against goldens, plain numpy and worlds with known answers."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+import envs.buffers
+import qdq as D
+from envs import scripted
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = dict(
+    teacher_updates=40, student_updates=40, num_updates=80, chunk=20, eval_every=40, eval_episodes=2,
+    model_hidden_sizes=(16,), hidden_sizes=(16, 16), batch_size=32, model_batch_size=32,
+)  # fmt: skip
+
+
+def tiny(**changes):
+    return D.Args(**{**TINY, **changes})
+
+
+@functools.cache
+def golden(name):
+    """Arrays of a golden file, in float64; functions that are compared with them run in float64 too."""
+    with np.load(GOLDEN / f"qdq_{name}.npz", allow_pickle=False) as file:
+        return {k: file[k] for k in file.files}
+
+
+def close(found, wanted, tolerance):
+    """Relative to the largest entry."""
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max(), rtol=tolerance)
+
+
+def size_of(tree):
+    return sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
+
+
+def random_batch(num_rows=300, num_obs=3, num_actions=2, seed=0, **columns):
+    """Random rows; every seventh is terminal."""
+    rng = np.random.default_rng(seed)
+    obs, after = rng.normal(size=(2, num_rows, num_obs))
+    actions = rng.uniform(-1, 1, (num_rows, num_actions))
+    rows = D.Transitions(obs, actions, obs[:, 0], after, np.arange(num_rows) % 7 == 0)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rows._replace(**columns))
+
+
+# --- D_Q ---
+
+
+@pytest.mark.parametrize("case", "abc")
+def test_windows_golden(case):
+    g = golden("dataset")
+    ends = np.flatnonzero((g["terminals"] > 0) | (g["timeouts"] > 0)) + 1
+    assert len(ends) == len(g["traj_len"])
+    gamma, *sizes = (g[f"{case}_{name}"] for name in ("gamma", "window", "step", "cap"))
+    rows, q, widths = D.windowed_returns(g["rewards"], ends, float(gamma), *map(int, sizes))
+    np.testing.assert_array_equal(rows, g[f"{case}_start_index"])
+    np.testing.assert_array_equal(widths, g[f"{case}_window_len"])
+    np.testing.assert_allclose(q, g[f"{case}_q"], rtol=1e-12)
+    np.testing.assert_allclose(D.scaled(q, q.min(), q.max()), g[f"{case}_q_norm"], atol=1e-12)
+
+
+def test_window_counts_golden():
+    g = golden("dataset")
+    for length, count, last in zip(g["count_lengths"], g["count_windows"], g["count_last_window_len"], strict=True):
+        _, _, widths = D.windowed_returns(np.zeros(length), [length], 0.99, 200, 10, 100)
+        assert (len(widths), widths[-1]) == (count, last), length
+    _, q, _ = D.windowed_returns(-np.ones(700), [700], 0.99, 200, 10, 100)
+    np.testing.assert_allclose(q.min(), g["antmaze_qmin"], rtol=1e-12)
+
+
+def test_window_rule():
+    assert D.window_sizes(D.Args(), 1000) == (200, 10)
+    assert D.window_sizes(D.Args(), 200) == (40, 2)
+    assert D.window_sizes(D.Args(), 100) == (20, 1)
+    assert D.window_sizes(D.Args(window=7, window_step=3), 200) == (7, 3)
+
+
+def test_constant_returns_do_not_divide_by_zero():
+    np.testing.assert_array_equal(D.scaled(np.full(3, 5.0), 5.0, 5.0), -1.0)
+
+
+def test_data_is_prepared(dataset):
+    buffer = envs.buffers.load(dataset, quiet=True)
+    data, entries, (mean, std) = D.qdq_data(buffer, D.Args(reward_shift=-1.0))
+    np.testing.assert_allclose(data.observations.mean(0), 0.0, atol=1e-3)
+    np.testing.assert_allclose(data.next_observations * std + mean, buffer["next_observations"], atol=1e-3)
+    np.testing.assert_allclose(data.rewards, buffer["rewards"] - 1.0, atol=1e-6)
+    assert float(jnp.abs(data.actions).max()) <= 1 - 1e-5 + 1e-7 and np.abs(buffer["actions"]).max() == 1.0
+    assert (len(entries.x), float(entries.x.min()), float(entries.x.max())) == (80 * 81, -1.0, 1.0)
+    gamma, rewards = 0.99 ** np.arange(20), np.asarray(data.rewards)
+    q = (np.asarray(entries.x) + 1) / 2 * float(entries.high - entries.low) + float(entries.low)
+    for entry, row in ((0, 0), (40, 40), (80, 80), (81, 100), (81 * 80 - 1, 79 * 100 + 80)):
+        np.testing.assert_allclose(q[entry], gamma @ rewards[row : row + 20], rtol=1e-4)
+        c = np.concatenate([data.observations[row], data.actions[row]])
+        np.testing.assert_array_equal(entries.conditions[entry], c)
+    raw, _, _ = D.qdq_data(buffer, D.Args(normalize=False))
+    np.testing.assert_array_equal(raw.observations, buffer["observations"])
+
+
+# --- consistency model ---
+
+GROUPS_OF_2 = D.Args(group_size=2)
+
+
+def golden_net(name):
+    g = golden("consistency")
+    layers = lambda kind, n: D.Layers(
+        tuple(jnp.asarray(g[f"{name}.{kind}{i}.kernel"]) for i in range(n)),
+        tuple(jnp.asarray(g[f"{name}.{kind}{i}.bias"]) for i in range(n)),
+    )
+    norms = [tuple(jnp.asarray(g[f"{name}.gn{i}.{kind}"]) for i in range(3)) for kind in ("scale", "bias")]
+    return D.QNet(jnp.asarray(g[f"{name}.fourier_W"]), layers("time", 2), layers("dense", 4), *norms)
+
+
+def test_network_golden():
+    g = golden("consistency")
+    with jax.enable_x64():
+        net, inputs = golden_net("f"), (g["net_c"], g["net_x"][:, 0], g["sigma"], GROUPS_OF_2)
+        close(D.raw_output(net, *inputs), g["net_F"][:, 0], 1e-10)
+        close(D.denoiser(net, *inputs), g["net_denoiser"][:, 0], 1e-10)
+        f = D.consistency(net, *inputs)
+        close(f, g["net_consistency"][:, 0], 1e-10)
+        assert g["sigma"][0] == D.T_MIN and f[0] == g["net_x"][0, 0]  # the boundary condition, exactly
+        close(D.noise_levels(1000), g["karras_1000"], 1e-12)
+        close(D.noise_levels(18), g["karras_18"], 1e-12)
+
+
+def test_first_layer_is_shared_in_form_only():
+    """One x per row and one t per row give what K of each and a scalar t give, in float32."""
+    with jax.enable_x64():
+        net = jax.tree.map(lambda x: x.astype(jnp.float32), golden_net("f"))
+    c = jnp.asarray(golden("consistency")["cd_c"], jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (len(c), 6)) * 80.0
+    raw_output = jax.jit(D.raw_output, static_argnums=4)
+    together = raw_output(net, c[:, None], x, 80.0, GROUPS_OF_2)
+    for k in range(6):
+        alone = raw_output(net, c, x[:, k], jnp.full(len(c), 80.0), GROUPS_OF_2)
+        np.testing.assert_allclose(together[:, k], alone, atol=2e-4)  # groups of 2 are steep
+
+
+def test_heun_step_golden():
+    g = golden("consistency")
+    var, mu = g["ode_var"], g["ode_mu"]
+    denoise = lambda x, t: (var * x + t**2 * mu) / (var + t**2)  # of N(mu, var)
+    with jax.enable_x64():
+        found = D.heun_step(denoise, g["ode_x"], g["pair_t"], g["pair_s"])
+    close(found, g["ode_heun"], 1e-10)
+    assert np.abs(found - g["ode_exact"]).max() < np.abs(g["ode_euler"] - g["ode_exact"]).max()
+
+
+def test_distillation_golden():
+    g = golden("consistency")
+    with jax.enable_x64():
+        nets = [golden_net(name) for name in ("f", "target", "teacher")]
+        rows = g["cd_c"], g["cd_q"][:, 0], g["cd_z"][:, 0], (g["pair_t"], g["pair_s"]), GROUPS_OF_2
+        loss, grads = jax.value_and_grad(D.distillation_loss, (0, 1, 2))(*nets, *rows)
+        close(loss, g["cd_loss"], 1e-10)
+        close(grads[0].trunk.weights[-1], g["cd_grad_last_kernel"], 1e-10)
+        assert size_of(grads[1:]) == 0 and size_of(grads[0].fourier) == 0
+        assert all(size_of(x) > 0 for x in jax.tree.leaves(grads[0]._replace(fourier=jnp.ones(1))))
+
+
+def test_denoising_golden():
+    g = golden("consistency")
+    with jax.enable_x64():
+        x, z, t = g["cd_q"][:, 0], g["cd_z"][:, 0], g["pair_t"]
+        found = D.denoising_loss(golden_net("teacher"), g["cd_c"], x, z, t, GROUPS_OF_2)
+    close(found, g["edm_loss_value"], 1e-10)
+
+
+def test_uncertainty_golden():
+    g = golden("consistency")
+    with jax.enable_x64():
+        model = D.QModel(golden_net("f"), jnp.float64(-1.0), jnp.float64(1.0))
+        close(D.q_samples(model, g["cd_c"], g["onestep_z"], GROUPS_OF_2), g["onestep_f"], 1e-9)
+        for nodes in (8, 16):
+            args = dataclasses.replace(GROUPS_OF_2, nodes=nodes)
+            _, h = D.q_moments(model, jnp.asarray(g["cd_c"]), None, args)
+            close(h, g[f"onestep_std_gh{nodes}"], 1e-9)
+        low, high = g["denorm_qmin_qmax"]
+        inverse = lambda x: (x + 1) / 2 * (high - low) + low
+        close(inverse(g["denorm_in"]), g["denorm_out"], 1e-12)
+        wide = model._replace(low=low, high=high)
+        close(D.q_samples(wide, g["cd_c"], g["onestep_z"], GROUPS_OF_2), inverse(g["onestep_f"]), 1e-9)
+
+
+def test_monte_carlo_is_the_population_std():
+    args = tiny(uncertainty="mc", num_samples=6)
+    net = D.q_net_init(jax.random.key(0), 5, args)
+    model, key = D.QModel(net, jnp.float32(-3.0), jnp.float32(7.0)), jax.random.key(1)
+    c = jax.random.normal(jax.random.key(2), (4, 5))
+    mean, h = jax.jit(D.q_moments, static_argnums=3)(model, c, key, args)
+    q = np.asarray(jax.jit(D.q_samples, static_argnums=3)(model, c, jax.random.normal(key, (4, 6)), args))
+    np.testing.assert_allclose(mean, q.mean(-1), rtol=1e-5)
+    np.testing.assert_allclose(h, q.std(-1), rtol=1e-4)
+
+
+def test_all_levels_are_drawn(monkeypatch):
+    """The level of the samples, t = 80, among them; the last level is a target only."""
+    seen = []
+    monkeypatch.setattr(D, "distillation_loss", lambda *x: seen.append(x[6]) or jnp.float32(0.0))
+    args = tiny(num_levels=4, model_batch_size=200)
+    entries = D.Entries(jnp.zeros((9, 5)), jnp.zeros(9), jnp.float32(0.0), jnp.float32(1.0))
+    D.student_loss(None, None, None, entries, jax.random.key(0), args)
+    t, s = map(np.asarray, seen[0])
+    levels = np.asarray(D.noise_levels(4))
+    np.testing.assert_array_equal(np.unique(t), np.sort(levels[:-1]))
+    np.testing.assert_array_equal(np.unique(s), np.sort(levels[1:]))
+    assert np.all(s < t)
+
+
+def test_student_starts_as_the_teacher_and_its_target_follows_every_fifth_step():
+    args = tiny(student_tau=0.5)
+    teacher = jax.vmap(lambda key: D.q_net_init(key, 5, args))(jax.random.split(jax.random.key(0), 2))
+    state = D.make_train(args, 3, 2)[1].init(jax.random.split(jax.random.key(1), 2), teacher)
+    for a, b, c in zip(*map(jax.tree.leaves, (state.net, state.target, teacher)), strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, c)
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    rng = np.random.default_rng(0)
+    entries = D.Entries(jnp.float32(rng.normal(size=(50, 5))), jnp.float32(rng.uniform(-1, 1, 50)), 0.0, 1.0)
+    step = jax.jit(lambda n: D.student_update(
+        first(state.net), first(state.target), first(state.opt), n, first(teacher), entries, jax.random.key(2), args
+    ))  # fmt: skip
+    for n, moves in ((0, True), (1, False), (4, False), (5, True)):
+        net, target, _, _ = step(n)
+        old, new, online = (np.asarray(x.trunk.weights[1]) for x in (first(state.target), target, net))
+        assert np.abs(online - old).max() > 0
+        np.testing.assert_allclose(new, 0.5 * (old + online) if moves else old, atol=1e-7)
+
+
+# --- target, critics, actor ---
+
+CRITIC_CASES = sorted({key.split(".reward")[0] for key in golden("target") if key.endswith(".reward")})
+
+
+def case_args(case, **changes):
+    kind, alpha, beta, _ = case.rsplit("_", 3)
+    weight = {"umaze-diverse": "antmaze-diverse"}.get(kind, kind)
+    off = dict(w_max=False, sign_aware=False)
+    return D.Args(**{**off, "alpha": float(alpha), "beta": float(beta), "weight": weight, **changes})
+
+
+@pytest.mark.parametrize("case", CRITIC_CASES)
+def test_target_golden(case):
+    g = {k.removeprefix(case + "."): v for k, v in golden("target").items() if k.startswith(case + ".")}
+    args = case_args(case)
+    with jax.enable_x64():
+        h = g["samples"].std(1)
+        close(h, g["H"], 1e-10)
+        w, ood = D.bootstrap_weight(jnp.asarray(g["H"]), args)
+        np.testing.assert_array_equal(ood, g["ood"])
+        close(w, g["weight"], 1e-10)
+        batch = D.Transitions(None, None, g["reward"], None, 1.0 - g["mask"])
+        next_q = np.minimum(g["q1_target"], g["q2_target"])
+        y, _ = D.mixed_target(batch, next_q, jnp.asarray(g["H"]), args)
+        close(y, g["y_blend"], 1e-10)
+        loss = lambda q: jnp.mean((q - y) ** 2, -1).sum()
+        grads = jax.grad(loss)(jnp.stack([g["q1"], g["q2"]]))
+    close(grads, np.stack([g["grad_q1"], g["grad_q2"]]), 1e-9)
+    assert ood.any() and not ood.all()
+
+
+def test_quantile_golden():
+    g = golden("target")
+    close(np.quantile(g["quantile_in"], g["quantile_levels"]), g["quantile_out"], 1e-12)
+    for level, wanted in zip(g["quantile_levels"], g["quantile_out"], strict=True):
+        _, ood = D.bootstrap_weight(jnp.asarray(g["quantile_in"], jnp.float32), D.Args(beta=float(level)))
+        np.testing.assert_array_equal(ood, g["quantile_in"] > wanted)
+
+
+def test_guards_make_the_penalty_a_penalty():
+    h = jnp.array([0.1, 0.2, 0.3, 0.4, 0.5])  # 1 / H is 2 or more
+    q = jnp.array([3.0, -3.0, 3.0, -3.0, -3.0])
+    batch = D.Transitions(None, None, jnp.zeros(5), None, jnp.zeros(5))
+    base = dict(alpha=0.5, beta=0.5, gamma=1.0)
+    published, _ = D.mixed_target(batch, q, h, D.Args(**base, w_max=False, sign_aware=False))
+    assert np.all(np.asarray(published)[[1, 3, 4]] != -3.0) and published[3] < -3.0 < published[1]
+    bounded, _ = D.mixed_target(batch, q, h, D.Args(**base, sign_aware=False))
+    np.testing.assert_allclose(bounded, 0.75 * q)  # w = beta for all
+    both, metrics = D.mixed_target(batch, q, h, D.Args(**base))
+    np.testing.assert_allclose(both, q - 0.25 * jnp.abs(q))
+    assert np.all(both < q) and metrics["train/penalty"] > 0
+    flagged, _ = D.mixed_target(batch, q, 100.0 * h, D.Args(**base))
+    assert np.all(np.abs(flagged - q)[3:] > 1.4) and np.all(np.abs(flagged - q)[:3] < 0.76)
+
+
+@pytest.mark.parametrize("case", ["actor_ddpg_0.0", "actor_ddpg_0.8", "actor_ddpg_2.0", "actor_awr_0.0"])
+def test_actor_golden(case):
+    g = {k.removeprefix(case + "."): v for k, v in golden("target").items() if k.startswith(case + ".")}
+    args = D.Args(gamma_ent=float(g["gamma"]), q_norm=False)
+    with jax.enable_x64():
+        log_std = D.clipped_log_std(D.QdqActor(None, jnp.asarray(g["log_std"])), args)
+        log_p = D.log_likelihood(g["action"], g["mean"], log_std)
+        close(log_p, g["logp"], 1e-10)
+        if "awr" in case:
+            value = g["q_rep"].min(0).reshape(-1, 16).mean(0)
+            other = g["q_rep"].min(0).reshape(16, -1).mean(1)
+            q = g["q_data"].min(0)
+            losses = [float(D.awr_loss(q, v, log_p, args)) for v in (value, other)]
+            assert min(abs(np.array(losses) / g["loss"] - 1)) < 1e-9
+        else:
+            close(D.climbing_loss(g["q_pi"].min(0), log_p, 1.0, args), g["loss"], 1e-10)
+
+
+def test_actor_rate_golden():
+    g = golden("target")
+    args = D.Args()
+    rate = jax.vmap(D.optax.cosine_decay_schedule(args.actor_lr, args.num_updates))
+    for step, wanted in ((g["lr_step"], g["actor_lr_cosine"]),):
+        np.testing.assert_allclose(rate(jnp.asarray(step)), wanted, rtol=1e-4, atol=1e-9)
+    assert float(rate(jnp.array([args.num_updates // args.policy_delay]))[0]) == pytest.approx(1.5e-4, rel=1e-3)
+
+
+def numpy_actor(params, obs):
+    layers = params["params"]
+    x = np.asarray(obs, float)
+    for i in range(len(layers)):
+        x = x @ np.asarray(layers[f"Dense_{i}"]["kernel"], float) + np.asarray(layers[f"Dense_{i}"]["bias"], float)
+        x = np.maximum(x, 0) if i < len(layers) - 1 else x
+    return np.tanh(x)
+
+
+def numpy_critics(params, obs, actions):
+    layers, values = params["params"], []
+    depth = len(layers) // 2
+    for critic in range(2):
+        x = np.concatenate([obs, actions], -1).astype(float)
+        for i in range(depth):
+            layer = layers[f"Dense_{critic * depth + i}"]
+            x = x @ np.asarray(layer["kernel"], float) + np.asarray(layer["bias"], float)
+            x = x * np.tanh(np.log1p(np.exp(x))) if i < depth - 1 else x
+        values.append(x[..., 0])
+    return np.stack(values)
+
+
+@functools.cache
+def small_world(**changes):
+    """args, nets whose targets differ, a model and a batch."""
+    args = tiny(**changes)
+    state = D.make_train(args, 3, 2)[2].init(jax.random.key(0)[None])
+    nets = jax.tree.map(lambda x: x[0], state.nets)
+    moved = lambda tree: jax.tree.map(lambda x: 0.9 * x + 0.03, tree)
+    nets = nets._replace(target_actor=moved(nets.actor), target_critic=moved(nets.critic))
+    model = D.QModel(D.q_net_init(jax.random.key(1), 5, args), jnp.float32(-40.0), jnp.float32(90.0))
+    return args, nets, model, random_batch(40)
+
+
+@pytest.mark.parametrize("sample_target", [False, True])
+def test_critic_loss_is_the_equation(sample_target):
+    args, nets, model, batch = small_world(sample_target=sample_target)
+    key = jax.random.key(7)
+    loss, metrics = jax.jit(D.qdq_critic_loss, static_argnums=6)(
+        nets.critic, nets.target_critic, nets.target_actor, model, batch, key, args
+    )
+    key_sample, key_noise = jax.random.split(jax.random.split(key)[0])
+    actions = numpy_actor(nets.target_actor.mean, batch.next_observations)
+    if sample_target:
+        std = np.exp(np.asarray(nets.target_actor.log_std))
+        actions = actions + std * np.asarray(jax.random.normal(key_sample, actions.shape))
+    noise = np.clip(0.2 * np.asarray(jax.random.normal(key_noise, actions.shape)), -0.5, 0.5)
+    actions = np.clip(actions + noise, -1, 1)
+    c = np.concatenate([batch.next_observations, actions], -1)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+    q = np.asarray(D.q_samples(model, jnp.float32(c), jnp.float32(nodes), args), float)
+    mean = q @ weights / weights.sum()
+    h = np.sqrt(((q - mean[:, None]) ** 2) @ weights / weights.sum())
+    next_q = numpy_critics(nets.target_critic, batch.next_observations, actions).min(0)
+    w = np.where(h > np.quantile(h, 0.9), np.minimum(1 / h, 0.9), 0.9)
+    factor = 0.992 + 0.008 * w
+    factor = np.where(next_q < 0, 2 - factor, factor)
+    y = batch.rewards + 0.99 * (1 - np.asarray(batch.terminals)) * factor * next_q
+    values = numpy_critics(nets.critic, batch.observations, np.asarray(batch.actions))
+    close(loss, ((values - y) ** 2).mean(1).sum(), 1e-4)
+    close(metrics["train/target"], y.mean(), 1e-4)
+    assert 1 <= np.sum(h > np.quantile(h, 0.9)) <= 4 and np.std(h) > 0
+
+
+@pytest.mark.parametrize("kind", ["q", "awr"])
+def test_actor_loss_is_the_equation(kind):
+    args, nets, _, batch = small_world(actor_loss=kind)
+    key = jax.random.key(8)
+    inputs = nets.target_actor, nets.critic, 1.0, batch, key, args
+    loss, _ = jax.jit(D.qdq_actor_loss, static_argnums=6)(nets.actor, *inputs)
+    obs, a = np.asarray(batch.observations, float), np.asarray(batch.actions, float)
+    mean = numpy_actor(nets.actor.mean, obs)
+    log_p = (-0.5 * (a - mean) ** 2 - 0.5 * np.log(2 * np.pi)).sum(-1)  # log std is 0 at first
+    if kind == "q":
+        q = numpy_critics(nets.critic, obs, mean).min(0)
+        wanted = -q.mean() / np.abs(q).mean() - args.gamma_ent * log_p.mean()
+    else:
+        old, std = numpy_actor(nets.target_actor.mean, obs), np.exp(np.asarray(nets.target_actor.log_std, float))
+        samples = old + std * np.asarray(jax.random.normal(key, (30, *old.shape)), float)
+        tiled = np.broadcast_to(obs, (30, *obs.shape))
+        value = numpy_critics(nets.critic, tiled, samples).min(0).mean(0)
+        weight = np.minimum(np.exp(6 * (numpy_critics(nets.critic, obs, a).min(0) - value)), 100)
+        wanted = -np.mean(weight * log_p)
+    close(loss, wanted, 1e-4)
+
+
+def test_gradients_stop_where_the_equations_say():
+    args, nets, model, batch = small_world(sample_target=True)
+    rest = model, batch, jax.random.key(5), args
+    loss = lambda *x: D.qdq_critic_loss(*x, *rest)[0]
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(nets.critic, nets.target_critic, nets.target_actor)
+    assert size_of(grads[0]) > 0 and size_of(grads[1:]) == 0
+    loss = lambda actor, args: D.qdq_actor_loss(actor, nets.target_actor, nets.critic, 1.0, *rest[1:3], args)[0]
+    actor_grad = jax.jit(jax.grad(loss), static_argnums=1)
+    grads = actor_grad(nets.actor, args)
+    assert all(size_of(x) > 0 for x in jax.tree.leaves(grads))
+    grads = actor_grad(nets.actor, dataclasses.replace(args, gamma_ent=0.0))
+    assert size_of(grads.log_std) == 0 and size_of(grads.mean) > 0  # Q sees the mean only
+
+
+def test_timeouts_bootstrap_and_terminals_do_not():
+    batch = D.Transitions(None, None, jnp.ones(3), None, jnp.array([0.0, 1.0, 0.0]))
+    y, _ = D.mixed_target(batch, jnp.full(3, 50.0), jnp.array([1.0, 2.0, 3.0]), D.Args(alpha=1.0))
+    np.testing.assert_allclose(y, [1 + 0.99 * 50, 1.0, 1 + 0.99 * 50], rtol=1e-6)
+
+
+def test_update_is_in_the_order_of_the_header():
+    """Critic step with old targets, target critics, actor with the new critics, target actor; then critics only."""
+    args, nets, model, batch = small_world()
+    key = jax.random.key(3)
+    after, _ = jax.jit(D.qdq_update, static_argnums=5)(nets, model, batch, 8, key, args)
+    key_first, key_actor, key_second = jax.random.split(key, 3)
+    pick = lambda key: D.sample_batch(batch, key, args.batch_size)
+    opts = D.qdq_optimisers(args)[2:]
+
+    def critic_step(critic, opt, target, actor, key):
+        key_batch, key_loss = jax.random.split(key)
+        loss = lambda p: D.qdq_critic_loss(p, target, actor, model, pick(key_batch), key_loss, args)[0]
+        step, opt = opts[1].update(jax.grad(loss)(critic), opt)
+        return jax.tree.map(jnp.add, critic, step), opt
+
+    def wanted(nets):
+        critic, opt = critic_step(nets.critic, nets.critic_opt, nets.target_critic, nets.target_actor, key_first)
+        target = D.polyak(nets.target_critic, critic, args.tau)
+        rows = pick(jax.random.split(key_first)[0])
+        loss = lambda p: D.qdq_actor_loss(p, nets.target_actor, critic, 1.0, rows, key_actor, args)[0]
+        step, _ = opts[0].update(jax.grad(loss)(nets.actor), nets.actor_opt)
+        actor = jax.tree.map(jnp.add, nets.actor, step)
+        target_actor = D.polyak(nets.target_actor, actor, args.tau)
+        return actor, target, target_actor, critic_step(critic, opt, target, target_actor, key_second)[0]
+
+    found = after.actor, after.target_critic, after.target_actor, after.critic
+    for a, b in zip(*map(jax.tree.leaves, (found, jax.jit(wanted)(nets))), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_actor_clones_first():
+    args, nets, model, batch = small_world()
+    update = jax.jit(D.qdq_update, static_argnums=5)
+    others = nets._replace(critic=jax.tree.map(lambda x: -x, nets.critic))
+    for step, same in ((6, True), (8, False)):  # a tenth of 80
+        actors = [update(x, model, batch, step, jax.random.key(0), args)[0].actor.mean for x in (nets, others)]
+        kernels = [actor["params"]["Dense_0"]["kernel"] for actor in actors]
+        assert np.array_equal(*kernels) == same
+
+
+def test_critic_gradient_is_clipped():
+    args, nets, model, batch = small_world()
+    scale = lambda factor: batch._replace(rewards=factor * batch.rewards)
+    step = jax.jit(lambda b: D.critic_update(nets, model, b, jax.random.key(0), args)[0].critic_opt)
+    (_, (moments, *_)), (_, (big, *_)) = step(scale(1.0)), step(scale(1e4))
+    norm = lambda tree: float(D.optax.global_norm(tree.mu)) / 0.1
+    assert norm(moments) < args.max_grad_norm and norm(big) == pytest.approx(args.max_grad_norm, rel=1e-3)
+
+
+# --- worlds with known answers ---
+
+
+def fit_student(entries, args, num_obs, num_actions, seed=0):
+    """Teacher and student of one seed on these entries -> QModel."""
+    teacher, student, _ = D.make_train(args, num_obs, num_actions)
+    state = teacher.init(jax.random.key(seed)[None])
+    while int(state.num_updates[0]) < args.teacher_updates:
+        state, _ = teacher.chunk(state, entries)
+    net = state.net
+    state = student.init(jax.random.key(seed + 1)[None], net)
+    while int(state.num_updates[0]) < args.student_updates:
+        state, _ = student.chunk(state, net, entries)
+    return D.QModel(jax.tree.map(lambda x: x[0], state.net), entries.low, entries.high)
+
+
+FIT = dict(
+    teacher_updates=2_000, student_updates=2_000, chunk=1_000, model_hidden_sizes=(64, 64), teacher_lr=2e-3,
+    student_lr=1e-3, model_batch_size=128, num_levels=10, student_tau=0.2, eval_every=2_000, num_updates=2_000,
+)  # fmt: skip
+
+
+def test_student_learns_a_known_distribution():
+    """q | c ~ N(10 c_0, (1 + 2 c_1)^2), c_1 in [0, 1]; few levels and steps make it too wide, in the right places."""
+    rng = np.random.default_rng(0)
+    c = rng.uniform([-1, 0, -1], [1, 1, 1], (20_000, 3))
+    q = 10 * c[:, 0] + (1 + 2 * c[:, 1]) * rng.normal(size=len(c))
+    low, high = q.min(), q.max()
+    entries = D.Entries(*map(jnp.float32, (c, D.scaled(q, low, high), low, high)))
+    args = tiny(**FIT)
+    model = fit_student(entries, args, 2, 1)
+    test = rng.uniform([-0.9, 0, -0.9], [0.9, 1, 0.9], (500, 3))
+    mean, h = map(np.asarray, D.q_moments(model, jnp.float32(test), None, args))
+    assert np.abs(mean - 10 * test[:, 0]).mean() < 0.8, np.abs(mean - 10 * test[:, 0]).mean()
+    true = 1 + 2 * test[:, 1]
+    assert 0.7 < np.mean(h / true) < 2.2 and np.corrcoef(h, true)[0, 1] > 0.75, (
+        np.mean(h / true),
+        np.corrcoef(h, true),
+    )
+    z = np.random.default_rng(1).normal(size=2_000)
+    samples = D.q_samples(model, jnp.float32(test[:50]), jnp.float32(z), args)
+    assert np.abs(h[:50] / np.std(samples, -1) - 1).mean() < 0.1  # 8 nodes against 2000 samples
+
+
+def bandit(num_rows=4_000, seed=0):
+    """One step, reward 1 + a: the data's actions lie within 0.3 of 0.3 s, but the best is a = 1."""
+    rng = np.random.default_rng(seed)
+    s = rng.uniform(-1, 1, (num_rows, 1))
+    a = 0.3 * s + rng.uniform(-0.3, 0.3, (num_rows, 1))
+    rows = D.Transitions(s, a, 1.0 + a[:, 0], s, np.ones(num_rows))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rows)
+
+
+def bandit_policy(**changes):
+    """How far above the behaviour's mean 0.3 s the policy acts at 200 states, after 2000 updates."""
+    rates = dict(actor_lr=3e-3, critic_lr=3e-3)
+    nets = dict(hidden_sizes=(32, 32), model_hidden_sizes=(8,), nodes=2, batch_size=128)
+    args = tiny(**{**FIT, **nets, **rates, **changes})
+    model = D.QModel(D.q_net_init(jax.random.key(1), 2, args), jnp.float32(0.0), jnp.float32(2.0))  # no bootstrap
+    policy = D.make_train(args, 1, 1)[2]
+    state = policy.init(jax.random.key(2)[None])
+    while int(state.num_updates[0]) < args.num_updates:
+        state, _ = policy.chunk(state, jax.tree.map(lambda x: jnp.asarray(x)[None], model), bandit())
+    s = np.linspace(-1, 1, 200)[:, None]
+    return numpy_actor(jax.tree.map(lambda x: x[0], state.nets.actor.mean), s)[:, 0] - 0.3 * s[:, 0]
+
+
+def test_policy_stays_in_the_support_and_climbs():
+    """Where slope of Q / |Q| = 1 and the likelihood's pull, gamma_ent d / (0.03 + d^2), balance: d = 0.055."""
+    above = bandit_policy(gamma_ent=0.6)
+    assert np.abs(above).max() < 0.3 and 0.02 < above.mean() < 0.15, (np.abs(above).max(), above.mean())
+
+
+def test_without_the_likelihood_it_leaves_the_support():
+    assert np.mean(bandit_policy(gamma_ent=0.0) > 0.3) > 0.9
+
+
+# --- seeds ---
+
+
+def chunk_of_all_phases(seeds):
+    """One chunk of each phase for some of two seeds, small nets -> the three states."""
+    args, keys = tiny(model_hidden_sizes=(8,), hidden_sizes=(8,)), jax.random.split(jax.random.key(3), 2)[seeds]
+    data = random_batch()
+    rng = np.random.default_rng(0)
+    c = jnp.concatenate([data.observations, data.actions], 1)
+    entries = D.Entries(c, jnp.float32(rng.uniform(-1, 1, len(c))), jnp.float32(-5.0), jnp.float32(9.0))
+    teacher, student, policy = D.make_train(args, 3, 2)
+    first, _ = teacher.chunk(teacher.init(keys), entries)
+    second, _ = student.chunk(student.init(keys, first.net), first.net, entries)
+    full = lambda x: jnp.full(len(keys), x)
+    model = D.QModel(second.net, full(entries.low), full(entries.high))
+    third, _ = policy.chunk(policy.init(keys), model, data)
+    return first.net, second, third.nets
+
+
+@functools.cache
+def mapped_seeds():
+    return chunk_of_all_phases(slice(0, 2))
+
+
+def test_a_seed_alone_is_the_seed_among_others():
+    both, alone = mapped_seeds(), chunk_of_all_phases(slice(1, 2))
+    for a, b in zip(*map(jax.tree.leaves, (both, alone)), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(a[1], b[0])
+    assert not np.allclose(*both[2].actor.mean["params"]["Dense_0"]["kernel"])
+
+
+def test_vmapped_seeds_are_mapped_seeds(monkeypatch):
+    mapped = mapped_seeds()
+    monkeypatch.setattr(D, "map_seeds", lambda function, xs: jax.vmap(function)(xs))
+    for a, b in zip(*map(jax.tree.leaves, (mapped, chunk_of_all_phases(slice(0, 2)))), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(a, b, atol=5e-3)
+
+
+# --- the whole script ---
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return str(scripted.dataset(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def whole_run(dataset, tmp_path_factory):
+    """An uninterrupted run of two seeds -> args, folder, result, its phases."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
+    original = D.make_train
+
+    def spy(*inputs):
+        made.append(original(*inputs))
+        return made[-1]
+
+    D.make_train = spy
+    try:
+        result = D.main(args)
+    finally:
+        D.make_train = original
+    return args, folder, result, made
+
+
+def state_of(folder):
+    with np.load(folder / "state.npz", allow_pickle=False) as file:
+        return {k: file[k] for k in file.files if k != "meta_json"}
+
+
+def test_run_leaves_what_it_promises(whole_run):
+    _, folder, result, made = whole_run
+    for name in ("learning_curve", "uncertainty", "distributions", "training"):
+        assert (folder / f"{name}.png").stat().st_size > 5_000
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert records[0]["args"]["beta"] == 0.9
+    for key, steps in (("teacher/loss", [40, 40]), ("student/h_far", [40, 40]), ("eval/return", [40, 40, 80, 80])):
+        assert [r["step"] for r in records if key in r] == steps, key
+    evaluations = [r for r in records if "eval/return" in r]
+    keys = ("q", "target", "h", "h_p90", "ood", "w_above_1", "factor", "penalty", "q_negative", "log_p", "log_std",
+            "distance", "critic_loss", "actor_loss")  # fmt: skip
+    assert all(np.isfinite(r[f"train/{key}"]) for r in evaluations for key in keys)
+    np.testing.assert_allclose(result["score"], np.mean([r["eval/return"] for r in evaluations]), rtol=1e-4)
+    assert [phase.chunk._cache_size() for phase in made[0]] == [1, 1, 1]  # compiled once
+
+
+def test_policy_file_is_the_policy(whole_run):
+    args, folder, _, _ = whole_run
+    with np.load(folder / "policy.npz", allow_pickle=False) as file:
+        assert str(file["kind"]) == "tanh_deterministic"
+        layer = lambda i, name: file[f"actor/params/Dense_{i}/{name}"][1]
+        x = obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+        x = (x - file["observation_mean"][1]) / file["observation_std"][1]
+        for i in range(3):
+            x = x @ layer(i, "kernel") + layer(i, "bias")
+            x = np.maximum(x, 0) if i < 2 else x
+        shift = file["observation_mean"][1], file["observation_std"][1]
+    state = state_of(folder)
+    names = [(i, kind) for i in range(3) for kind in ("kernel", "bias")]
+    params = {"params": {f"Dense_{i}": {} for i in range(3)}}
+    for i, kind in names:
+        params["params"][f"Dense_{i}"][kind] = state[f"nets/actor/mean/params/Dense_{i}/{kind}"][1]
+    wanted = D.policy_mean(params, (obs - shift[0]) / shift[1], args, 2)
+    np.testing.assert_allclose(np.tanh(x), wanted, atol=1e-6)
+    assert np.abs(shift[1] - 1).max() > 0.1
+
+
+@pytest.mark.parametrize("phase", ["teacher step", "student step", "update"])
+def test_interrupted_run_equals_the_whole_one(phase, whole_run, tmp_path, monkeypatch):
+    args, folder, result, _ = whole_run
+    args = dataclasses.replace(args, out=str(tmp_path / "run"))
+    line = D.progress_line
+
+    def interrupt(label, count, *rest):
+        line(label, count, *rest)
+        if label == phase:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(D, "progress_line", interrupt)
+    with pytest.raises(SystemExit, match="--resume"):
+        D.main(args)
+    monkeypatch.setattr(D, "progress_line", line)
+    again = D.main(dataclasses.replace(args, resume=True))
+    whole, resumed = state_of(folder), state_of(tmp_path / "run")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
+    assert again == result
+    timeless = lambda lines: [
+        {k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in lines.splitlines()[1:]
+    ]
+    logs = [timeless((f / "log.jsonl").read_text()) for f in (folder, tmp_path / "run")]
+    assert logs[0] == logs[1]
+
+
+def test_student_of_another_run(whole_run, dataset, tmp_path):
+    _, folder, _, _ = whole_run
+    args = tiny(dataset=dataset, out=str(tmp_path / "run"), student=str(folder / "q_model.npz"), num_seeds=2)
+    D.main(args)
+    assert not (tmp_path / "run" / "student").exists()
+    whole, again = state_of(folder), state_of(tmp_path / "run")
+    for key in whole:
+        np.testing.assert_array_equal(whole[key], again[key], err_msg=key)
+    with pytest.raises(envs.InputError, match="another size"):
+        D.main(dataclasses.replace(args, num_seeds=3, out=str(tmp_path / "three")))
+    with pytest.raises(envs.InputError, match="cannot be read"):
+        D.main(dataclasses.replace(args, student="nowhere.npz", out=str(tmp_path / "nowhere")))
+
+
+def test_resume_refuses_other_flags(whole_run):
+    args, _, _, _ = whole_run
+    with pytest.raises(envs.InputError, match=r"beta was 0\.9 and is now 0\.8"):
+        D.main(dataclasses.replace(args, beta=0.8, resume=True))
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        D.main(args)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(actor_loss="awr", weight="antmaze", w_max=False, sign_aware=False, layer_norm=True, reward_shift=-1.0),
+        dict(weight="antmaze-diverse", uncertainty="mc", num_samples=4, sample_target=True, policy_delay=1),
+    ],
+    ids=["awr", "diverse"],
+)  # fmt: skip
+def test_other_flags_run(changes, whole_run, dataset, tmp_path):
+    rest = dict(student=str(whole_run[1] / "q_model.npz"), num_seeds=2, num_updates=20, eval_every=20)
+    result = D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **rest, **changes))
+    assert np.isfinite(result["score"])
+
+
+def test_learns_on_the_point_robot(whole_run, dataset, tmp_path):
+    """Behaviour: about 0 (ten headings). The margin of 50 is half of the best episode's return."""
+    budget = dict(
+        student=str(whole_run[1] / "q_model.npz"), num_seeds=2, num_updates=1_500, chunk=100, eval_every=1_500
+    )
+    nets = dict(model_hidden_sizes=TINY["model_hidden_sizes"], hidden_sizes=(32, 32), eval_episodes=2)
+    flags = {**D.QUICK, "teacher_updates": 100, "student_updates": 100, **budget, **nets}
+    result = D.main(D.Args(dataset=dataset, out=str(tmp_path / "run"), **flags))
+    assert abs(result["data_mean"]) < 5 and result["last"] > 50, result
+
+
+# --- what a user can do wrong ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(task="point-angle-60"), r"udg_select\.py --buffers .* --task point-angle-60"),
+        (dict(chunk=15), "multiple of --policy-delay"),
+        (dict(eval_every=50), "--chunk must divide"),
+        (dict(teacher_updates=30), "--chunk must divide"),
+        (dict(group_size=5), "multiples of --group-size"),
+        (dict(beta=1.0), "--beta inside"),
+        (dict(nodes=1), "--nodes"),
+        (dict(q_from=1.5), "--q-from"),
+        (dict(num_levels=2), "--num-levels"),
+        (dict(batch_size=0), "--batch-size"),
+        (dict(window=-1), "--window"),
+        (dict(weight="antmaze"), "--no-w-max --no-sign-aware"),
+        (dict(window=90), r"D_Q has \d+ entries of 5000"),
+        (dict(num_seeds=10_000_000), "lower --num-seeds"),
+    ],
+)  # fmt: skip
+def test_refusals(changes, message, dataset, tmp_path):
+    with pytest.raises(envs.InputError, match=message):
+        D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+
+
+def test_presets(dataset, capsys):
+    args = D.parse_args(["--dataset", dataset, "--preset", "cpu", "--seed", "3"], D.qdq_preset)
+    assert (args.teacher_updates, args.student_updates, args.seed, args.w_max) == (80_000, 160_000, 3, True)
+    assert "nothing is published" in capsys.readouterr().out
+    assert D.parse_args(["--quick"], D.qdq_preset).num_updates == D.QUICK["num_updates"]
+    rows = D.PRESETS["walker2d-medium-expert-v2"], D.PRESETS["antmaze-medium-diverse-v0"]
+    assert rows[0]["beta"] == 0.8 and rows[0]["gamma_ent"] == 2.0 and not rows[0]["w_max"] and rows[0]["sample_target"]
+    assert rows[1]["actor_loss"] == "awr" and rows[1]["reward_shift"] == -1.0 and rows[1]["sample_target"]
+    assert D.PRESETS["antmaze-umaze-diverse-v0"]["alpha"] == 0.01
+    for preset in D.PRESETS.values():
+        D.check_args(D.Args(**preset))
+    with pytest.raises(envs.InputError, match="unknown"):
+        D.parse_args(["--preset", "nonsense"], D.qdq_preset)
+    with pytest.raises(envs.InputError, match="--dataset"):
+        D.parse_args([], D.qdq_preset)
