@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
-FIGURES = ("trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "penalty.png", "training.png", "bandit.png",
-           "density.png", "uncertainty.png", "distributions.png")  # fmt: skip
+FIGURES = (
+    "trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "penalty.png", "training.png",
+    "bandit.png", "density.png", "uncertainty.png", "distributions.png",
+)  # fmt: skip
 
 
 def collect(run):
