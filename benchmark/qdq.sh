@@ -9,6 +9,14 @@ python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset
 python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu \
     --teacher-updates 20000 --student-updates 20000 --out runs/qdq/ant-angle-60/top1-short
 
+# without H, and cloning only, on its student
+python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu --teacher-updates 20000 \
+    --student-updates 20000 --student runs/qdq/ant-angle-60/top1-short/q_model.npz --alpha 1 \
+    --out runs/qdq/ant-angle-60/top1-alpha1
+python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu --teacher-updates 20000 \
+    --student-updates 20000 --student runs/qdq/ant-angle-60/top1-short/q_model.npz --q-from 1 \
+    --out runs/qdq/ant-angle-60/top1-clone
+
 # a sweep of the policy's flags on one student
 for weight in 0.05 0.2 1.0; do
     python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu \
