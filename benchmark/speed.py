@@ -282,7 +282,7 @@ def random_rows(key, shape, num_obs, num_act):
     next_observations = 0.95 * observations + actions @ push + noise
     rewards = next_observations[..., 0] - 0.1 * (actions**2).sum(-1)
     zeros = jnp.zeros(shape)
-    return mopo.Transitions(observations, actions, rewards, next_observations, zeros)
+    return wurl_sac.Transitions(observations, actions, rewards, next_observations, zeros)
 
 
 def sac(bench):
@@ -293,7 +293,7 @@ def sac(bench):
     agent = init(jax.random.key(0)).agent
     sizes = env.observation_size, env.action_size
     num, steps = args.num_policies, 10 if bench.small else 100
-    rows = wurl_sac.Transitions(*random_rows(jax.random.key(1), (num, args.replay_size), *sizes))
+    rows = random_rows(jax.random.key(1), (num, args.replay_size), *sizes)
     full = jnp.full(num, args.replay_size, jnp.int32)
     replay = wurl_sac.Ring(rows, jnp.zeros_like(full), full)
 
@@ -513,7 +513,8 @@ def mopo_part(bench):
         args = dataclasses.replace(args, rollout_batch=1_000, rollout_freq=50, chunk=50)
     task = envs.task("cheetah-run")
     shape = task.observation_size, task.action_size
-    data = random_rows(jax.random.key(0), (num_rows + args.holdout_rows,), *shape)
+    rows = random_rows(jax.random.key(0), (num_rows + args.holdout_rows,), *shape)
+    data = mopo.Rows(*rows, jnp.zeros_like(rows.terminals))
     parts = mopo_parts(args, task, data, num_updates, mopo_plain(args, data, plain_sizes))
     widths = (sum(shape), *args.model_hidden_sizes, 2 * (shape[0] + 1))
     mopo_model(bench, args, parts, num_rows, widths)
