@@ -457,6 +457,19 @@ def test_figures_name_the_features_that_were_used(run, tmp_path, monkeypatch, fe
     assert len(seen[0]) == names and seen[0][-1] == "s'[3]"
 
 
+def test_a_state_that_waits_for_its_name_is_the_newest(tmp_path):
+    """A kill between writing state.new.npz and renaming it, with no other state or with an older one."""
+    tree, meta = {"x": jnp.arange(3.0)}, {"identity": {"seed": 0}}
+    W.save_state(tmp_path, tree, meta)
+    (tmp_path / "state.npz").rename(tmp_path / "state.new.npz")
+    np.testing.assert_array_equal(W.load_state(tmp_path, tree, {"seed": 0})[0]["x"], [0, 1, 2])
+    W.save_state(tmp_path, {"x": tree["x"] + 1}, meta)
+    (tmp_path / "state.npz").rename(tmp_path / "state.new.npz")
+    W.save_state(tmp_path / ".", {"x": tree["x"] + 2}, meta)  # and a whole save leaves none waiting
+    assert not (tmp_path / "state.new.npz").exists()
+    np.testing.assert_array_equal(W.load_state(tmp_path, tree, {"seed": 0})[0]["x"], [2, 3, 4])
+
+
 def test_torn_state_falls_back_and_another_run_is_refused(run, tmp_path):
     folder, _ = run
     tree, meta = {"x": jnp.arange(3.0), "key": jax.random.key(3)}, {"identity": {"seed": 0}}
