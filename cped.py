@@ -924,6 +924,8 @@ def cped_preset(args):
     """--quick, or the values for the file's dataset with those of --preset on top -> name, {field: value}."""
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
+    if args.quick and args.preset:
+        raise envs.InputError("--quick is a preset of its own; leave --preset out")
     if args.quick:
         return "quick", QUICK
     if not args.dataset:
@@ -1067,7 +1069,10 @@ def main(args):
     keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     announce(folder, args, task, env, data, init, keys)
 
-    meta = {"identity": run_identity(args, data=envs.buffers.sha256(buffer["rewards"])), "log": 0}
+    meta = {
+        "identity": run_identity(args, data=[envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]),
+        "log": 0,
+    }
     state, in_flow = None, not (args.resume and any(folder.glob("state*.npz")))
     if args.resume:
         like = jax.eval_shape(init, keys, data)

@@ -897,6 +897,8 @@ def dac_preset(args):
     """--quick, the bandit, or the published values of the file's dataset and --preset -> name, {field: value}."""
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
+    if args.quick and args.preset:
+        raise envs.InputError("--quick is a preset of its own; leave --preset out")
     if args.quick:
         return "quick", QUICK
     if args.task == "bandit":
@@ -1042,7 +1044,10 @@ def main(args):
     folder, sizes = run_folder(args, "dac", task.name), (task.observation_size, task.action_size)
     announce(folder, args, f"{task.name} on {env.backend}", sizes, len(buffer))
 
-    data, identity = dac_data(buffer, args), {"data": envs.buffers.sha256(buffer["rewards"])}
+    data, identity = (
+        dac_data(buffer, args),
+        {"data": [envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]},
+    )
     state, train_chunk, logger, save = start(folder, args, sizes, identity)
     evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"])
     eval_key = jax.random.fold_in(jax.random.key(args.seed), 1)  # the same starts every time

@@ -1092,6 +1092,8 @@ def qdq_preset(args):
     """--quick, or the published values of the file's dataset with those of --preset on top -> name, {field: value}."""
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
+    if args.quick and args.preset:
+        raise envs.InputError("--quick is a preset of its own; leave --preset out")
     if args.quick:
         return "quick", QUICK
     if not args.dataset:
@@ -1347,7 +1349,8 @@ def main(args):
     likes["student"] = jax.eval_shape(fits[1].init, keys[1], likes["teacher"].net)
     like = QModel(likes["student"].net, *limits)
     likes = ({} if args.student else likes) | {"policy": jax.eval_shape(policy.init, keys[2])}
-    found, meta = {}, {"identity": run_identity(args, data=envs.buffers.sha256(buffer["rewards"])), "log": 0}
+    digests = [envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]
+    found, meta = {}, {"identity": run_identity(args, data=digests), "log": 0}
     if args.resume:
         found, meta = resume_point(folder, likes, meta["identity"])
     logger = Logger(folder, args, meta["log"], int(list(found.values())[-1].num_updates[0]) if found else 0)

@@ -769,6 +769,8 @@ def test_reward_free_data_is_refused(tmp_path):
 
 def test_presets(dataset, capsys):
     assert C.parse_args(["--quick"], C.cped_preset).num_updates == C.QUICK["num_updates"]
+    with pytest.raises(envs.InputError, match="leave --preset out"):
+        C.parse_args(["--quick", "--preset", "cpu"], C.cped_preset)
     args = C.parse_args(["--dataset", dataset, "--preset", "cpu", "--num-updates", "4000"], C.cped_preset)
     assert (args.num_updates, args.flow, args.q_norm, args.actor_lr) == (4_000, "cond", True, 3e-4)
     assert "nothing is published for it" in capsys.readouterr().out

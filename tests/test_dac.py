@@ -659,6 +659,8 @@ def test_reward_free_data_is_refused(tmp_path):
 
 def test_presets(dataset, capsys):
     assert D.parse_args(["--quick"], D.dac_preset).num_updates == 3_000
+    with pytest.raises(envs.InputError, match="leave --preset out"):
+        D.parse_args(["--quick", "--preset", "cpu"], D.dac_preset)
     args = D.parse_args(["--dataset", dataset, "--preset", "cpu", "--rho", "0.5"], D.dac_preset)
     assert (args.num_updates, args.num_q_samples, args.rho, args.eta, args.eta_lr) == (20_000, 1, 0.5, 0.2, 0.0)
     assert "nothing is published for point-angle-0-scripted" in capsys.readouterr().out

@@ -18,7 +18,8 @@ SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 LEARNERS = [name for name in SCRIPTS if name != "udg_select"]
 BANNERS = ("data", "networks", "losses", "update", "evaluation", "training", "run")
 PACKAGES = {"jax", "flax", "optax", "chex", "tyro", "numpy", "scipy", "matplotlib", "tensorboardX", "wandb", "envs"}
-# Names that are a script's own by nature.
+# Names that are a script's own by nature: each has its own flags to refuse, memory to count, things to measure, figures
+# to draw and networks to train, so that equal code would only be the frame around what differs.
 OWN = {"Args", "main", "make_train", "make_evaluation", "check_args", "announce", "finish", "plot_run"}
 MAX_FUNCTION, MAX_NESTING = 60, 3
 

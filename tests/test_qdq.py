@@ -771,6 +771,8 @@ def test_presets(dataset, capsys):
     assert (args.teacher_updates, args.student_updates, args.seed, args.w_max) == (80_000, 160_000, 3, True)
     assert "nothing is published" in capsys.readouterr().out
     assert D.parse_args(["--quick"], D.qdq_preset).num_updates == D.QUICK["num_updates"]
+    with pytest.raises(envs.InputError, match="leave --preset out"):
+        D.parse_args(["--quick", "--preset", "cpu"], D.qdq_preset)
     rows = D.PRESETS["walker2d-medium-expert-v2"], D.PRESETS["antmaze-medium-diverse-v0"]
     assert rows[0]["beta"] == 0.8 and rows[0]["gamma_ent"] == 2.0 and not rows[0]["w_max"] and rows[0]["sample_target"]
     assert rows[1]["actor_loss"] == "awr" and rows[1]["reward_shift"] == -1.0 and rows[1]["sample_target"]
