@@ -43,7 +43,9 @@ Expect     see docs/udg_select.md
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -542,6 +544,24 @@ def planned_files(out, tasks, selections, args):
     return files
 
 
+def check_room(out, tasks, sources, selections, args):
+    """Refuse, before any work, what neither memory nor disk can hold; print what is needed."""
+    lengths = sorted((len(source.buffer) for source in sources), reverse=True)
+    rows = {label: min(sum(lengths[:num]), args.size or math.inf) for label, num in selections.items()}
+    keys = (*WRITTEN, *CARRIED)
+    held = {key: x for key, x in sources[0].buffer.arrays.items() if key in keys}
+    bytes_per_row = 4 + sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in held.values())  # 4: policy_ids
+    memory, disk = max(rows.values()) * bytes_per_row, len(tasks) * sum(rows.values()) * bytes_per_row
+    free = shutil.disk_usage(out).free
+    print(f"{out}: up to {disk / 1e6:,.1f} MB on disk ({free / 1e9:.1f} GB free), {memory / 1e6:,.1f} MB of memory")
+    if disk > free:
+        raise envs.InputError(f"{out}: needs {disk / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free. "
+                              "Remedy: --size, fewer --top, or another --out")  # fmt: skip
+    if memory > envs.buffers.available_memory():
+        raise envs.InputError(f"--top: {max(rows.values()):,} rows in one file need {memory / 1e9:.1f} GB of memory. "
+                              "Remedy: --size, or a smaller --top")  # fmt: skip
+
+
 def select(task, sources, reference, matrix, selections, files, args):
     """Everything for one task: relabel, score, rank, write, show -> entry of the heat map (K,)."""
     rewards = [relabel(source.buffer, task) for source in sources]
@@ -613,6 +633,8 @@ def main(args) -> dict[str, Any]:
     reference = open_reference(args.reference, sources) if args.reference else None
     rows = sum(len(source.buffer) for source in sources)
     print(f"{len(sources)} buffers of '{tasks[0].env}', {rows:,} transitions", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    check_room(out, tasks, sources, selections, args)
 
     world = envs.task(tasks[0].env)
     matrix = pairwise_wasserstein(sources, world, args) if args.w1_points else None

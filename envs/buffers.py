@@ -286,7 +286,7 @@ def _check_dialect(path: Path, members: Mapping[str, _Member]) -> None:
     raise _fail(path, METADATA, problem, "write the arrays with envs.buffers.save")
 
 
-def _available_memory() -> float:
+def available_memory() -> float:
     """Bytes that can be allocated now, or infinity where the system does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -296,7 +296,7 @@ def _available_memory() -> float:
 
 
 def _check_fits(path: Any, size: int, remedy: str) -> None:
-    free = _available_memory()
+    free = available_memory()
     if size > free:
         problem = f"needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         raise _fail(path, "archive", problem, remedy)

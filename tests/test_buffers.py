@@ -465,7 +465,7 @@ def test_sha256_finds_a_flipped_value(saved):
 def test_memory_that_does_not_suffice_is_refused_with_the_number(saved, monkeypatch):
     path, _ = saved
     rewrite(path, compressed=True)
-    monkeypatch.setattr(buffers, "_available_memory", lambda: 100.0)
+    monkeypatch.setattr(buffers, "available_memory", lambda: 100.0)
     refused(path, "GB of memory", "uncompressed")
 
 

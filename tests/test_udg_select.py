@@ -420,7 +420,7 @@ def command(*words, cwd=ROOT):
 def test_quick_from_the_command_line(tmp_path):
     done = command("--quick", "--out", str(tmp_path / "q"), "--top", "1", "all")
     assert done.returncode == 0, done.stderr
-    assert "policy_00" in done.stdout.splitlines()[4]
+    assert "policy_00" in done.stdout.split("trained episodes\n")[1].splitlines()[0]
     top = envs.buffers.load(tmp_path / "q/point-angle-0/top1.npz", task="point-angle-0")
     assert set(top["policy_ids"]) == {0}
     assert top.metadata["mean_return"] > 50
@@ -594,6 +594,19 @@ def test_a_reward_that_is_not_finite_names_the_row(tmp_path):
     task = dataclasses.replace(envs.task("point-angle-0"), reward=lambda step: step.actions[:, 0] * np.float32(np.nan))
     with pytest.raises(envs.InputError, match="not finite in row 0"):
         udg_select.relabel(udg_select.map_buffer(path), task)
+
+
+@pytest.mark.parametrize("what", ["disk", "memory"])
+def test_no_room_is_seen_before_any_work(folder, tmp_path, monkeypatch, no_figures, what):
+    """360 rows of (4 + 4 + 4) observations and actions, and the rest: between 10 kB and 30 kB in all."""
+    free = {"disk": 20e9, "memory": 20e9} | {what: 10e3}
+    monkeypatch.setattr(udg_select.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["disk"]}))
+    monkeypatch.setattr(envs.buffers, "available_memory", lambda: free["memory"])
+    with pytest.raises(envs.InputError, match=f"of {what}"):
+        run(folder, tmp_path, top=("all",))
+    assert not list((tmp_path / "out").rglob("*.npz"))
+    free[what] = 30e3
+    run(folder, tmp_path, top=("all",))
 
 
 def test_deviations_agree_between_header_and_code():
