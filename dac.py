@@ -4,8 +4,8 @@ Paper      Diffusion Actor-Critic: Formulating Constrained Policy Iteration as D
            for Offline Reinforcement Learning (Fang et al., ICLR 2025), arXiv 2405.20555; equation
            numbers are its. "Code" below: the authors' released code, which made the published numbers.
 Objective  max over pi of  E[ Q(s, a) ] - eta KL(pi || pi_beta), solved by pi* ~ pi_beta exp(Q / eta). At noise
-           level t its score is about that of the data plus grad Q(s, x_t) / eta (Theorem 1), so that pi* is
-           learnt by regression on noise, and no gradient runs through the sampling chain.
+           level t its score is about that of the data plus grad Q(s, x_t) / eta, so that pi* is learnt by
+           regression on noise (Theorems 1 and 2), and no gradient runs through the sampling chain.
 
 Algorithm  (1) draw:     rows (s, a, r, s') of the data; t ~ Unif{1..T}, eps ~ N(0, I) for each
            (2) sample:   a'_n ~ target actor at s', n = 1..N: x_T ~ N(0, I), then T reverse steps
@@ -30,7 +30,8 @@ Deviations
   D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, --num-q-samples 1 for the paper's.
   D2  Eq. 15 is a square, whose minimiser is eps - sigma g / eta; Eq. 16 and code: eps - sigma g / (2 eta);
       here: Eq. 16, so that the temperature is 2 eta.
-  D3  Algorithm 1 averages the actor in every step; code: line (7); here: the code's.
+  D3  Algorithm 1 averages actor and critics at the end of every update; code: the critics before the actor's
+      step, which sees the new ones, and the actor as in line (7); here: the code's.
   D4  Paper: no clip on the dual step; code: the excess within +-1, eta in [1e-3, 100]; here: the code's.
   D5  Algorithm 1 takes the loss of the new actor for line (6); code: that of line (5); here: the code's.
   D6  Paper: ||eps_theta - eps||^2, a sum; code: a mean over the action's dimensions, which b refers to;
@@ -49,7 +50,9 @@ Run        python dac.py --quick                          (point robot, under 2 
            python dac.py --task bandit                    (the paper's figure, soft, hard and denoised)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 8    (2M updates)
-Expect     see docs/dac.md and results/dac/
+Expect     --quick: return 94 (data: mean -0.2, best 93.9), half a minute; --preset cpu on ant-angle-60, top-1,
+           seed 0: 225 in 200 steps, mean of the last 5 (data 108, cloning 114), 28 minutes; both on 2 CPU
+           cores that others shared; more in docs/dac.md
 """
 
 import dataclasses
@@ -57,6 +60,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -82,9 +86,9 @@ class Args:
     dataset: str = ""
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
-    """task to evaluate in; empty: the file's; another than the file's is refused; bandit: built in"""
+    """task to evaluate in; empty: the file's; another than the file's is refused; bandit: built in, all guidances"""
     preset: str = ""
-    """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
+    """a name in PUBLISHED in place of the file's dataset_name, cpu: a budget for 2 cores on top, or bandit-code"""
     seed: int = 0
     """first seed; a seed gives the same run alone or among others"""
     num_seeds: int = 1
@@ -102,8 +106,8 @@ class Args:
     # --- budget ---
     num_updates: int = 2_000_000
     """gradient steps per seed (code: 2M)"""
-    chunk: int = 500
-    """gradient steps in one jitted call; a divisor of eval_every and num_updates"""
+    chunk: int = 100
+    """gradient steps in one jitted call, some 10 s of 2 cores; a divisor of eval_every and num_updates"""
     eval_every: int = 10_000
     """gradient steps between two evaluations (code: 10,000)"""
     eval_episodes: int = 10
@@ -200,12 +204,11 @@ BANDIT = {  # D10
 BANDIT_CODE = BANDIT | {
     "num_updates": 20_000, "eval_every": 20_000, "num_steps": 50, "actor_lr": 1e-3, "bc_threshold": 1.3,
 }  # fmt: skip
-PRESETS = {"cpu": CPU, "bandit": BANDIT, "bandit-code": BANDIT_CODE}
-PRESETS |= {name: {"bc_threshold": b, "rho": rho} for name, (b, rho) in LOCOMOTION.items()}
-PRESETS |= {
-    name: {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": rho, "critic_lr": rate}
-    for name, (rho, rate) in ANTMAZE.items()
+PUBLISHED = {
+    **{k: {"eta": 1.0, "eta_lr": 1e-3, "bc_threshold": b, "rho": rho} for k, (b, rho) in LOCOMOTION.items()},
+    **{k: {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": rho, "critic_lr": lr} for k, (rho, lr) in ANTMAZE.items()},
 }
+PRESETS = {"cpu": CPU, "bandit": BANDIT, "bandit-code": BANDIT_CODE, **PUBLISHED}
 QUICK = OWN | {
     "num_updates": 3_000, "chunk": 250, "eval_every": 250, "hidden_sizes": (64, 64), "num_critics": 5,
     "num_q_samples": 1, "batch_size": 128, "actor_lr": 1e-3, "critic_lr": 1e-3,
@@ -508,7 +511,7 @@ def critic_update(state, batch, noise, args):
     grads, metrics = jax.grad(dac_critic_loss, has_aux=True)(state.critics, batch, y)
     step, critic_opt = dac_adam(args.critic_lr, args).update(grads, state.critic_opt)
     critics = optax.apply_updates(state.critics, step)
-    target_critics = polyak(state.target_critics, critics, args.tau)
+    target_critics = polyak(state.target_critics, critics, args.tau)  # D3
     state = state._replace(critics=critics, target_critics=target_critics, critic_opt=critic_opt)
     return state, {**metrics, "train/target": y.mean()}
 
@@ -575,8 +578,14 @@ def evaluate_sampled(env, act, params, key, num_episodes, length):
     return totals.T
 
 
+def evaluation_keys(args):
+    """A key for each seed [S] that no split of the seed's key ever gives: the same starts at every evaluation."""
+    seeds = args.seed + jnp.arange(args.num_seeds)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31))(seeds)
+
+
 def make_evaluation(args, env, task, data_length):
-    """-> evaluation(state [S], key) -> metrics, each [S]."""
+    """-> evaluation(state [S], keys [S]) -> metrics, each [S]."""
     act = lambda nets, obs, key: choose_actions(*nets, obs, key, args)
     length = max(task.eval_length, data_length)
 
@@ -589,8 +598,8 @@ def make_evaluation(args, env, task, data_length):
             metrics["eval/score"] = task.normalized_score(returns.mean())
         return metrics
 
-    evaluation = jax.jit(jax.vmap(one, (0, 0, None)))
-    return lambda state, key: evaluation(state.actor, state.target_critics, key)
+    evaluation = jax.jit(jax.vmap(one))
+    return lambda state, keys: evaluation(state.actor, state.target_critics, keys)
 
 
 # === training ===
@@ -663,7 +672,7 @@ def bandit_metrics(samples):
 
 
 def plot_bandit(path, critics, samples):
-    """Samples [n, 2] of each guidance over the contours of mean_h Q_h."""
+    """Samples [n, 2] of each guidance over the contours of mean_h Q_h; the data's over those of the soft one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -675,7 +684,8 @@ def plot_bandit(path, critics, samples):
         q = np.asarray(q_values(critics[name], jnp.zeros((*grid.shape[:-1], 1)), grid).mean(0))
         axis.contourf(grid[..., 0], grid[..., 1], q, 20, cmap="viridis", alpha=0.8)
         axis.plot(*np.asarray(points).T, "o", ms=3, mfc="w", mec="0.3", mew=0.3, ls="")
-        axis.plot(*BANDIT_CENTRES.T, "o", ms=34, mfc="none", mec="k", ls="")
+        for centre in BANDIT_CENTRES:
+            axis.add_patch(plt.Circle(centre, 0.2, fill=False, zorder=3))
         axis.plot([], [], "o", ms=8, mfc="none", mec="k", ls="", label="data (2 std)")
         axis.plot(*BANDIT_BEST, "*", ms=12, color="r", ls="", label="greatest reward")
         about = {k: float(v) for k, v in bandit_metrics(points).items()}
@@ -894,22 +904,27 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
 
 
 def dac_preset(args):
-    """--quick, the bandit, or the published values of the file's dataset and --preset -> name, {field: value}."""
+    """--quick, the bandit, or the published values of --preset or of the file's dataset -> name, {field: value}."""
+    bandit = args.task == "bandit"
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
     if args.quick and args.preset:
         raise envs.InputError("--quick is a preset of its own; leave --preset out")
+    if bandit and (args.quick or args.dataset):
+        raise envs.InputError("--task bandit makes its own rows; leave --quick and --dataset out")
+    if args.preset and bandit != args.preset.startswith("bandit"):
+        raise envs.InputError(f"--preset {args.preset}: --task bandit takes bandit and bandit-code, no other task does")
     if args.quick:
         return "quick", QUICK
-    if args.task == "bandit":
+    if bandit:
         return args.preset or "bandit", PRESETS[args.preset or "bandit"]
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    preset = PRESETS.get(data, OWN) | PRESETS.get(args.preset, {})
-    if data in PRESETS or "rho" in preset:
-        return args.preset or data, preset
-    return f"{args.preset or 'own'} (nothing is published for {data})", preset
+    named = args.preset if args.preset in PUBLISHED else data
+    preset = PUBLISHED.get(named, OWN) | (CPU if args.preset == "cpu" else {})
+    about = f"as published for {named}" if named in PUBLISHED else f"nothing is published for {data}"
+    return f"{args.preset or 'by the file'} ({about})", preset
 
 
 def check_args(args, num_rows):
@@ -924,7 +939,9 @@ def check_args(args, num_rows):
         "--eta-min, --eta and --eta-max must be positive and in this order":
             0 < args.eta_min <= args.eta <= args.eta_max,
         "--gamma and --tau must be within 0 and 1": 0 <= args.gamma <= 1 and 0 <= args.tau <= 1,
-        "--hidden-sizes needs a width": len(args.hidden_sizes) > 0,
+        "--actor-lr, --critic-lr, --eta-lr and --temperature must not be negative":
+            min(args.actor_lr, args.critic_lr, args.eta_lr, args.temperature) >= 0,
+        "--hidden-sizes needs widths, all positive": min(args.hidden_sizes, default=0) > 0,
         f"--dataset: {num_rows} rows are too few": num_rows >= 20,
     }  # fmt: skip
     for message, holds in rules.items():
@@ -933,20 +950,26 @@ def check_args(args, num_rows):
 
 
 def announce(folder, args, name, sizes, num_rows):
-    """Print what will run and what it needs; refuse where memory cannot hold it."""
-    widths = (sum(sizes), *args.hidden_sizes, 1)
-    critic = sum((a + 1) * b for a, b in itertools.pairwise(widths))
-    copies = 5 * (args.num_critics + 1) * critic * args.num_seeds  # networks, targets, gradients, Adam
-    samples = args.batch_size * args.num_q_samples * max(widths) * (args.num_critics + 1) * 3
-    need = 4 * (num_rows * (2 * sizes[0] + sizes[1] + 2) + copies + samples)
+    """Print what will run and what it needs; refuse where memory or disk cannot hold it."""
+    one = jax.eval_shape(make_train(args, *sizes)[0], jax.vmap(jax.random.key)(jnp.arange(1)))
+    state = 4 * args.num_seeds * sum(x.size for x in jax.tree.leaves(one))
+    at_once = 1 if jax.default_backend() == "cpu" else args.num_seeds
+    samples = at_once * args.batch_size * args.num_q_samples
+    samples = max(samples, args.num_seeds * args.eval_episodes * args.num_action_samples)
+    layers = 6 * samples * args.num_critics * max(args.hidden_sizes)  # five were seen, at the published sizes
+    need = 4 * (num_rows * (2 * sizes[0] + sizes[1] + 2) + layers) + 2 * state  # a copy while a chunk runs
     stats = jax.devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    disk = 3 * state + state // 4  # state.npz, the one before, the one being written; policy.npz
+    free = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("state*.npz"))
     print(
-        f"{name}: {args.num_seeds} seeds x {args.num_updates} updates on {num_rows} rows, {args.num_critics} critics "
-        f"of {critic} parameters\n{folder}: memory {need / 1e9:.2f} of {have / 1e9:.1f} GB", flush=True,
-    )  # fmt: skip
-    if need > have:
-        raise envs.InputError(f"{folder}: memory cannot hold the rows and networks; lower --num-seeds or the rows")
+        f"{name}: {args.num_seeds} seeds x {args.num_updates} updates on {num_rows} rows, {args.num_critics} critics\n"
+        f"{folder}: arrays {need / 1e9:.2f} of {have / 1e9:.1f} GB memory, disk {disk / 1e9:.2f} of {free / 1e9:.1f} "
+        "GB free",
+        flush=True,
+    )
+    if need > have or disk > free:
+        raise envs.InputError(f"{folder}: memory or disk cannot hold the run; lower --num-seeds or the rows")
 
 
 def shown_metrics(args):
@@ -986,15 +1009,14 @@ def write_dac_policy(folder, task, state, args):
     write_policy(folder / "policy.npz", "diffusion", params, about)
 
 
-def start(folder, args, sizes, identity):
-    """Seeds' initial state, or the one to go on from -> state, train_chunk, logger, save."""
+def start(folder, args, sizes, data):
+    """Seeds' initial state, or the one to go on from -> state, train_chunk, logger, save; data: what tells the rows."""
     init, train_chunk = make_train(args, *sizes)
     keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-    meta = {"identity": run_identity(args, **identity), "log": 0}
-    state = None
+    state, meta = None, {"identity": run_identity(args, data=data), "log": 0}
     if args.resume:
         state, meta = load_state(folder, jax.eval_shape(init, keys), meta["identity"])
-    logger = Logger(folder, args, meta["log"], int(state.num_updates[0]) if args.resume else 0)
+    logger = Logger(folder, args, meta["log"], int(state.num_updates[0]) if state else 0)
     save = lambda state: save_state(folder, state, {**meta, "log": logger.file.tell()})
     if state is None:
         state = init(keys)
@@ -1004,22 +1026,27 @@ def start(folder, args, sizes, identity):
 
 def train_bandit(args, data):
     """One guidance on the bandit's rows -> samples [n, 2] and critics of the first seed."""
-    folder = run_folder(args, "dac", "bandit")
-    state, train_chunk, logger, save = start(folder, args, (1, 2), {"data": "bandit"})
-    draw = jax.jit(jax.vmap(lambda actor: bandit_samples(actor, jax.random.key(args.seed), args)))
+    folder, sizes = run_folder(args, "dac", "bandit"), (1, 2)
+    announce(folder, args, f"bandit, {args.guidance} guidance", sizes, len(data.rewards))
+    state, train_chunk, logger, save = start(folder, args, sizes, "bandit")
+    sample = jax.jit(jax.vmap(lambda actor, key: bandit_samples(actor, key, args)))
+    draw = lambda state: sample(state.actor, evaluation_keys(args))
     state = train_phase(
         args.guidance, args.num_updates, state, lambda state: train_chunk(state, data),
-        lambda state: bandit_metrics(draw(state.actor)), shown_metrics(args), args, logger, save,
+        lambda state: bandit_metrics(draw(state)), shown_metrics(args), args, logger, save,
     )  # fmt: skip
-    return np.asarray(draw(state.actor)[0]), jax.tree.map(lambda x: x[0], state.critics)
+    return np.asarray(draw(state)[0]), jax.tree.map(lambda x: x[0], state.critics)
 
 
 def run_bandit(args):
     """The paper's demonstration: one data set, three kinds of guidance, bandit.png -> metrics of each."""
     data, top = bandit_data(), Path(args.out or f"runs/dac/bandit/seed{args.seed}")
+    check_args(args, len(data.rewards))
     samples, critics = {"data": np.asarray(data.actions)}, {}
     for guidance in ("soft", "hard", "denoised"):
-        own = dataclasses.replace(args, guidance=guidance, out=str(top / guidance))
+        folder = top / guidance  # a kill leaves those after it without a state
+        resume = args.resume and (guidance == "soft" or any(folder.glob("state*.npz")))
+        own = dataclasses.replace(args, guidance=guidance, out=str(folder), resume=resume)
         samples[guidance], critics[guidance] = train_bandit(own, data)
     plot_bandit(top / "bandit.png", {"data": critics["soft"], **critics}, samples)
     results = {k: {m: float(v) for m, v in bandit_metrics(x).items()} for k, x in samples.items()}
@@ -1030,9 +1057,8 @@ def run_bandit(args):
 
 
 def main(args):
-    """Train the seeds, write policy and figures -> envs.curves.summary."""
+    """Train the seeds, write policy and figures -> envs.curves.summary; of the bandit: its metrics."""
     started = time.time()
-    check_args(args, 20)
     if args.task == "bandit":
         return run_bandit(args)
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/dac/point-angle-0/seed{args.seed}"))
@@ -1044,16 +1070,13 @@ def main(args):
     folder, sizes = run_folder(args, "dac", task.name), (task.observation_size, task.action_size)
     announce(folder, args, f"{task.name} on {env.backend}", sizes, len(buffer))
 
-    data, identity = (
-        dac_data(buffer, args),
-        {"data": [envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]},
-    )
-    state, train_chunk, logger, save = start(folder, args, sizes, identity)
+    data, digests = dac_data(buffer, args), [envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]
+    state, train_chunk, logger, save = start(folder, args, sizes, digests)
     evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"])
-    eval_key = jax.random.fold_in(jax.random.key(args.seed), 1)  # the same starts every time
+    eval_keys = evaluation_keys(args)
     state = train_phase(
         "update", args.num_updates, state, lambda state: train_chunk(state, data),
-        lambda state: evaluation(state, eval_key), shown_metrics(args), args, logger, save,
+        lambda state: evaluation(state, eval_keys), shown_metrics(args), args, logger, save,
     )  # fmt: skip
     write_dac_policy(folder, task, state, args)
     plot_run(folder, task, buffer, args)

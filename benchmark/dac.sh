@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/dac.md. Pick parts by name: benchmark/dac.sh quick bandit point ant invariants paper published
+# The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant sweep invariants paper published
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ant=runs/udg_select/ant-angle-60
@@ -11,6 +11,8 @@ quick() { # under 2 minutes on 2 cores
 bandit() { # the paper's figure, ours in minutes, and with the code's values: half an hour, most of it denoised
     python dac.py --task bandit
     python dac.py --task bandit --preset bandit-code --out runs/dac/bandit/code
+    mkdir -p results/dac/bandit
+    for name in seed0 code; do cp runs/dac/bandit/$name/bandit.png results/dac/bandit/$name-bandit.png; done
 }
 
 point() { # 3 seeds on the selections of udg_select.py, and cloning beside it
@@ -29,6 +31,16 @@ ant() { # CPU budget, 1 seed
     done
 }
 
+sweep() { # how far from the data: cloning, dual ascent, fixed eta; the last at the preset's rates
+    small="--preset cpu --num-updates 8000 --eval-every 2000 --eval-episodes 5"
+    slow="$small --actor-lr 3e-4 --critic-lr 3e-4 --tau 0.005"
+    run() { python dac.py --dataset $ant/top1-size50000.npz --out runs/dac/ant-angle-60/sweep-"$@"; }
+    run clone $slow --guidance none
+    for b in 0.3 1; do run b$b $slow --eta 1 --eta-lr 1e-3 --bc-threshold $b; done
+    for eta in 0.2 0.1; do run eta$eta $slow --eta $eta; done
+    run eta0.2-fast $small
+}
+
 invariants() { # published b = 1: eta under 0.02 by 5k updates, regression around b
     python dac.py --dataset $ant/top1-size50000.npz --preset cpu --eta 1 --eta-lr 1e-3 --bc-threshold 1 --num-updates 6000 \
         --eval-every 1000 --no-lr-cosine --out runs/dac/ant-angle-60/top1-b1
@@ -36,12 +48,12 @@ invariants() { # published b = 1: eta under 0.02 by 5k updates, regression aroun
 
 paper() { # 2M updates, 8 seeds, N = 10: for a GPU
     for name in top1 top2 all; do
-        python dac.py --dataset $ant/$name.npz --num-seeds 8 --out runs/dac/ant-angle-60/paper-$name
+        python dac.py --dataset $ant/$name.npz --num-seeds 8 --chunk 1000 --out runs/dac/ant-angle-60/paper-$name
     done
 }
 
 published() { # D4RL files converted by python -m envs.buffers from-d4rl; presets by the file's name
-    for data in runs/d4rl/*.npz; do python dac.py --dataset "$data" --num-seeds 8; done
+    for data in runs/d4rl/*.npz; do python dac.py --dataset "$data" --num-seeds 8 --chunk 1000; done
 }
 
 for part in "${@:-quick}"; do $part; done

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -472,17 +473,39 @@ def test_hard_guidance_leaves_the_support_first():
     assert hard["eval/on_data"] < soft["eval/on_data"] - 0.08, (soft, hard)
 
 
-def test_bandit_draws_its_figure(tmp_path, capsys):
+def stopped_at(where, step):
+    """progress_line, then SIGTERM in the phase of this label at this step."""
+    line = D.progress_line
+
+    def interrupt(label, count, *rest):
+        line(label, count, *rest)
+        if (label, count) == (where, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return interrupt
+
+
+def test_bandit_draws_its_figure_and_resumes(tmp_path, capsys, monkeypatch):
     args = D.parse_args(
         ["--task", "bandit", "--num-updates", "40", "--eval-every", "40", "--chunk", "20", "--num-steps", "2",
          "--out", str(tmp_path / "b")], D.dac_preset,
     )  # fmt: skip
     results = D.main(args)
+    assert "bandit, hard guidance: 1 seeds x 40 updates on 800 rows" in capsys.readouterr().out
     assert set(results) == {"data", "soft", "hard", "denoised"}
     assert (tmp_path / "b" / "bandit.png").stat().st_size > 20_000
     assert -1.1 < results["data"]["eval/reward"] < -0.9
     with pytest.raises(envs.InputError, match="already holds a run"):
         D.main(args)
+    again = dataclasses.replace(args, out=str(tmp_path / "again"))
+    with monkeypatch.context() as patched:
+        patched.setattr(D, "progress_line", stopped_at("hard", 20))
+        with pytest.raises(SystemExit, match="stopped by SIGTERM at hard 20"):
+            D.main(again)
+    assert D.main(dataclasses.replace(again, resume=True)) == results  # denoised has no state to go on from
+    assert [x.name for x in sorted(Path(again.out).iterdir())] == ["bandit.png", "denoised", "hard", "soft"]
+    with pytest.raises(envs.InputError, match="no state to resume from"):
+        D.main(dataclasses.replace(args, out=str(tmp_path / "none"), resume=True))
 
 
 # --- seeds and the whole script ---
@@ -524,7 +547,7 @@ def state_of(folder):
 
 def test_run_leaves_what_it_promises(whole_run):
     _, folder, result, compiled = whole_run
-    assert compiled == [1]
+    assert sum(compiled) == 1
     for name in ("learning_curve", "training"):
         assert (folder / f"{name}.png").stat().st_size > 5_000
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -557,16 +580,37 @@ def load_policy():
     return names["load_policy"]
 
 
+def final_state(args, folder):
+    like = jax.eval_shape(D.make_train(args, 4, 2)[0], jax.vmap(jax.random.key)(jnp.arange(args.num_seeds)))
+    return D.load_state(folder, like, json.loads(str(np.load(folder / "state.npz")["meta_json"]))["identity"])[0]
+
+
+def test_evaluation_keys_are_a_seeds_own(whole_run, dataset):
+    """Seed 1 among two is evaluated as seed 1 alone is, and by no key that its training has."""
+    args, folder, _, _ = whole_run
+    alone = dataclasses.replace(args, seed=1, num_seeds=1)
+    bits = jax.random.key_data(D.evaluation_keys(alone))
+    for num in range(2, 7):
+        assert not (jax.random.key_data(jax.random.split(jax.random.key(1), num)) == bits).all(-1).any()
+    buffer, task = envs.buffers.load_task(dataset, D.Transitions._fields)
+    evaluation = D.make_evaluation(args, envs.make(task.name), task, buffer.metadata["episode_length"])
+    second = jax.tree.map(lambda x: x[1:], final_state(args, folder))
+    found = evaluation(second, D.evaluation_keys(alone))
+    logged = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert (logged["step"], logged["seed"]) == (80, 1)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, [logged[name]], rtol=1e-3, atol=1e-3, err_msg=name)
+    other = evaluation(second, D.evaluation_keys(dataclasses.replace(alone, seed=0)))
+    assert abs(float(other["eval/return"][0]) - logged["eval/return"]) > 0.05
+
+
 def test_policy_file_is_the_policy(whole_run):
     args, folder, _, _ = whole_run
     with np.load(folder / "policy.npz", allow_pickle=False) as file:
         arrays = {k: file[k] for k in file.files}
     assert str(arrays["kind"]) == "diffusion" and arrays["actor/trunk/weights/0"].shape == (2, 38, 16)
     assert json.loads(str(arrays["metadata_json"]))["num_action_samples"] == 4
-    state, _ = D.load_state(
-        folder, jax.eval_shape(D.make_train(args, 4, 2)[0], jax.vmap(jax.random.key)(jnp.arange(2))),
-        json.loads(str(np.load(folder / "state.npz")["meta_json"]))["identity"],
-    )  # fmt: skip
+    state = final_state(args, folder)
     key = jax.random.key(3)
     noise = jax.random.normal(key, (3, 1, 4, 2))[:, 0]
     for index in (0, 1):
@@ -579,17 +623,11 @@ def test_policy_file_is_the_policy(whole_run):
 
 def test_interrupted_run_equals_the_whole_one(whole_run, tmp_path, monkeypatch):
     args, folder, result, _ = whole_run
-    args, line = dataclasses.replace(args, out=str(tmp_path / "run")), D.progress_line
-
-    def interrupt(label, count, *rest):
-        line(label, count, *rest)
-        if count == 60:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(D, "progress_line", interrupt)
-    with pytest.raises(SystemExit, match="--resume"):
-        D.main(args)
-    monkeypatch.setattr(D, "progress_line", line)
+    args = dataclasses.replace(args, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patched:
+        patched.setattr(D, "progress_line", stopped_at("update", 60))
+        with pytest.raises(SystemExit, match="--resume"):
+            D.main(args)
     assert D.main(dataclasses.replace(args, resume=True)) == result
     whole, resumed = state_of(folder), state_of(tmp_path / "run")
     assert whole.keys() == resumed.keys()
@@ -643,12 +681,31 @@ def test_cloning_returns_the_datas_mean(dataset, tmp_path):
         (dict(eta=1e-4), "--eta-min, --eta and --eta-max"),
         (dict(gamma=1.5), "--gamma and --tau"),
         (dict(hidden_sizes=()), "--hidden-sizes"),
+        (dict(hidden_sizes=(16, 0)), "--hidden-sizes"),
+        (dict(eta_lr=-1e-3), "--eta-lr .* must not be negative"),
         (dict(num_seeds=10_000_000), "lower --num-seeds"),
     ],
 )  # fmt: skip
 def test_refusals(changes, message, dataset, tmp_path):
     with pytest.raises(envs.InputError, match=message):
         D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+
+
+def test_needs_are_announced_and_held_against_memory_and_disk(tmp_path, capsys, monkeypatch):
+    """1M rows of halfcheetah and 4 seeds: 168 MB of rows, 98 MB of state, which is on disk three times."""
+    args, about = D.Args(num_seeds=4), ("halfcheetah", (17, 6), 1_000_000)
+    D.announce(tmp_path, args, *about)
+    arrays, disk = re.search(r"arrays ([\d.]+) of .* disk ([\d.]+) of", capsys.readouterr().out).groups()
+    state = 4 * 4 * (4 * 149_062 + 4 * 1_379_850)  # nets, targets and two moments of Adam, 4 seeds
+    rows, layers = 4e6 * (17 + 6 + 17 + 2), 4 * 6 * 2_560 * 10 * 256
+    np.testing.assert_allclose(float(arrays), (rows + 2 * state + layers) / 1e9, atol=0.006)
+    np.testing.assert_allclose(float(disk), (3 * state + state / 4) / 1e9, atol=0.006)
+    free = lambda size: lambda path: shutil._ntuple_diskusage(10**12, 0, size)
+    monkeypatch.setattr(shutil, "disk_usage", free(int(3.1 * state)))
+    with pytest.raises(envs.InputError, match="memory or disk cannot hold"):
+        D.announce(tmp_path, args, *about)
+    (tmp_path / "state.npz").write_bytes(bytes(int(0.2 * state)))  # a state that is written over counts as free
+    D.announce(tmp_path, args, *about)
 
 
 def test_reward_free_data_is_refused(tmp_path):
@@ -664,9 +721,8 @@ def test_presets(dataset, capsys):
     args = D.parse_args(["--dataset", dataset, "--preset", "cpu", "--rho", "0.5"], D.dac_preset)
     assert (args.num_updates, args.num_q_samples, args.rho, args.eta, args.eta_lr) == (20_000, 1, 0.5, 0.2, 0.0)
     assert "nothing is published for point-angle-0-scripted" in capsys.readouterr().out
-    assert (
-        D.parse_args(["--dataset", dataset, "--preset", "hopper-medium-expert-v2"], D.dac_preset).bc_threshold == 0.05
-    )
+    args = D.parse_args(["--dataset", dataset, "--preset", "hopper-medium-expert-v2"], D.dac_preset)
+    assert (args.bc_threshold, args.rho, args.eta, args.eta_lr) == (0.05, 1.5, 1.0, 1e-3)  # not our fixed eta
     maze = D.PRESETS["antmaze-large-play-v0"]
     assert maze == {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": 1.1, "critic_lr": 1e-3}
     assert {k: D.PRESETS["hopper-medium-v2"][k] for k in ("bc_threshold", "rho")} == {"bc_threshold": 1.0, "rho": 1.5}
@@ -681,3 +737,28 @@ def test_presets(dataset, capsys):
         D.parse_args([], D.dac_preset)
     with pytest.raises(envs.InputError, match="unknown; one of"):
         D.parse_args(["--quick", "--preset", "gpu"], D.dac_preset)
+
+
+def test_a_named_set_replaces_the_files(dataset, monkeypatch):
+    """Nothing of the file's own published values stays under those of another set."""
+    monkeypatch.setitem(D.PUBLISHED, "point-angle-0-scripted", D.PUBLISHED["antmaze-large-play-v0"])
+    args = D.parse_args(["--dataset", dataset], D.dac_preset)
+    assert (args.max_q, args.critic_lr, args.eta) == (True, 1e-3, 0.1)
+    args = D.parse_args(["--dataset", dataset, "--preset", "walker2d-medium-v2"], D.dac_preset)
+    assert (args.max_q, args.critic_lr, args.eta) == (False, 3e-4, 1.0)
+    args = D.parse_args(["--dataset", dataset, "--preset", "cpu"], D.dac_preset)
+    assert (args.max_q, args.rho, args.num_updates, args.num_critics) == (True, 1.1, 20_000, 5)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--task bandit --quick", "makes its own rows"),
+        ("--task bandit --dataset a.npz", "makes its own rows"),
+        ("--task bandit --preset cpu", "takes bandit and bandit-code"),
+        ("--dataset a.npz --preset bandit", "no other task does"),
+    ],
+)
+def test_the_bandit_is_a_world_of_its_own(flags, message):
+    with pytest.raises(envs.InputError, match=message):
+        D.parse_args(flags.split(), D.dac_preset)
