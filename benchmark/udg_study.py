@@ -8,12 +8,20 @@
 A study is a set of sources (runs of wurl_sac.py), tasks, picks (which buffers of which source
 udg_select.py takes) and learners. Its cells are the commands below runs/study/<budget>/: sources/<source>,
 data/<source>/<task>/..., learn/<task>/<pick>-<learner>. Cells that two studies share are made once. A cell is
-done when its last file was written by the same command; a run that was stopped goes on from its state.
+done when its last file was written by the same command from the same data; a run that was stopped (Ctrl-C, SIGTERM,
+kill) goes on from its state. A cell that fails takes those that need it with it, and no others.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "udg"
@@ -175,6 +184,7 @@ class Cell(NamedTuple):
     done: Path
     needs: tuple[str, ...]
     runs: Path | None = None  # the folder of a run, which goes on from its state
+    reads: tuple[Path, ...] = ()  # buffers, or folders of them: made anew with other rows, the cell is not done
 
 
 def world(name):
@@ -209,14 +219,15 @@ def data_cells(base, study, budget):
         command = ["udg_select.py", "--buffers", str(files), "--task", *tasks, "--top", *tops, "--size", size]
         command += ["--w1-points", "0", "--overwrite", "--out", str(folder)]
         name, done = f"data {picked}", folder / tasks[-1] / "scores.json"
-        cells[name] = Cell(name, command, done, (f"source {source}",))
+        cells[name] = Cell(name, command, done, (f"source {source}",), None, (files,))
     for task in study.tasks if study.reference else ():
         expert, folder = f"point-rho-{task.split('-')[-1]}", base / "data" / "reference"
-        command = ["udg_select.py", "--buffers", str(base / "sources" / "point" / "buffers"), "--task", task]
-        command += ["--reference", str(base / "sources" / expert / "buffers" / "policy_00.npz"), "--overwrite"]
+        reads = (base / "sources" / "point" / "buffers", base / "sources" / expert / "buffers" / "policy_00.npz")
+        command = ["udg_select.py", "--buffers", str(reads[0]), "--task", task, "--reference", str(reads[1])]
         needs = ("source point", f"source {expert}")
         done = folder / task / "scores.json"
-        cells[f"w1 {task}"] = Cell(f"w1 {task}", [*command, "--out", str(folder)], done, needs)
+        command += ["--overwrite", "--out", str(folder)]
+        cells[f"w1 {task}"] = Cell(f"w1 {task}", command, done, needs, None, reads)
     return cells
 
 
@@ -228,13 +239,14 @@ def data_file(base, task, pick, budget):
 
 
 def learner_cell(base, study, task, pick, learner, budget):
-    folder = base / "learn" / task / f"{pick.replace('/', '-').replace(':', '-')}-{learner}-seeds{study.seeds}"
     script, *flags = {"cpu": LEARNERS, "gpu": GPU_LEARNERS}[budget][world(task)][learner].split()
     if study.seeds > 1 and "--num-seeds" not in flags:
         flags += ["--num-seeds", str(study.seeds)]
-    command = [script, "--dataset", str(data_file(base, task, pick, budget)), *flags, "--out", str(folder)]
+    folder = base / "learn" / task / f"{pick.replace('/', '-').replace(':', '-')}-{learner}-seeds{study.seeds}"
+    data = data_file(base, task, pick, budget)
+    command = [script, "--dataset", str(data), *flags, "--out", str(folder)]
     need = f"data {pick.split(':')[0]}"
-    return Cell(f"learn {task} {pick} {learner}", command, folder / "learning_curve.png", (need,), folder)
+    return Cell(f"learn {task} {pick} {learner}", command, folder / "learning_curve.png", (need,), folder, (data,))
 
 
 def cells_of(name, base, budget):
@@ -257,97 +269,244 @@ def record_file(cell, base):
     return base / "logs" / f"{cell.name.replace(' ', '_').replace('/', '-')}.json"
 
 
+def read_record(cell, base):
+    """The record of a finished cell; {} where there is none, or a torn one."""
+    try:
+        return json.loads(record_file(cell, base).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_whole(path, text):
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def fingerprint(cell):
+    """Digest of the arrays in the buffers that a cell reads, whatever else the files say; "" where one is gone."""
+    digest = hashlib.sha256()
+    for path in cell.reads:
+        for file in sorted(path.glob("*.npz")) if path.is_dir() else [path]:
+            if not file.exists():
+                return ""
+            with np.load(file, allow_pickle=False) as arrays:
+                arrays_of = json.loads(str(arrays["metadata_json"]))["sha256"]
+            digest.update(json.dumps(arrays_of, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def is_done(cell, base):
-    """Whether a cell was finished, by this very command."""
-    record = record_file(cell, base)
-    return cell.done.exists() and record.exists() and json.loads(record.read_text())["command"] == cell.command
+    """Whether a cell was finished, by this very command and from the data that is there now."""
+    record = read_record(cell, base)
+    if not cell.done.exists() or record.get("command") != cell.command:
+        return False
+    return "reads" not in record or fingerprint(cell) in ("", record["reads"])
 
 
-def run_cell(cell, base, core):
-    """Run one command to its end, its output in a log beside its record -> whether it worked."""
+def flags_of(cell):
+    """The flags that a cell's command means, presets included, as its script would write them down."""
+    script = importlib.import_module(cell.command[0].removesuffix(".py"))
+    if script.__name__ == "udg_select":
+        return script.portable_flags(tyro.cli(script.Args, args=cell.command[1:]))
+    preset = {"wurl_sac": "wurl_preset", "mopo": "mopo_preset"}[script.__name__]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return dataclasses.asdict(script.parse_args(cell.command[1:], getattr(script, preset)))
+
+
+def flags_left(cell):
+    """The flags that whoever made a cell left beside its results; {} where there are none."""
+    try:
+        left = json.loads((cell.runs / "args.json" if cell.runs else cell.done).read_text())
+        return left if cell.runs else left["flags"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def adopt(cells, base):
+    """Record cells that were made by hand (--commands) where the flags that they left are exactly the command's."""
+    for cell in cells.values():
+        if not cell.done.exists() or record_file(cell, base).exists():
+            continue
+        left, wanted = flags_left(cell), json.loads(json.dumps(flags_of(cell)))
+        differ = [k for k in sorted(wanted.keys() | left.keys()) if k != "resume" and left.get(k) != wanted.get(k)]
+        if differ:
+            print(f"{cell.name}: made by another command ({', '.join(differ)} differ): it does not count", flush=True)
+        else:
+            write_record(cell, base, {"by_hand": True})
+
+
+def write_record(cell, base, about):
     record = record_file(cell, base)
     record.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if cell.runs and any(cell.runs.glob("**/state*.npz")) else []
-    pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
-    began = time.time()
-    with open(record.with_suffix(".log"), "ab") as out:
-        command = [sys.executable, *cell.command, *resume]
-        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, preexec_fn=pin).returncode
-    if code or not cell.done.exists():
-        print(
-            f"FAILED {cell.name}: exit {code}, see {record.with_suffix('.log')}\n  {portable(cell.command)}", flush=True
+    about = {"command": cell.command, **about, "reads": fingerprint(cell)}
+    write_whole(record, json.dumps(about | {"commit": buffers.git_commit(), "versions": buffers.versions()}))
+
+
+class Stopping:
+    """Turns the first Ctrl-C or SIGTERM into `name` and asks the cells that run to save and end; a second is obeyed."""
+
+    def __enter__(self):
+        self.name, self.running = "", set()
+        self.old = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame):
+        self.name = signal.Signals(number).name
+        self.__exit__()
+        for process in list(self.running):
+            process.terminate()
+
+    def __exit__(self, *exc):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def run(self, command, out, lock):
+        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status."""
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, pass_fds=(lock.fileno(),)
         )
-        return False
-    about = {"command": cell.command, "seconds": round(time.time() - began), "resumed": bool(resume)}
-    record.write_text(json.dumps(about | {"commit": buffers.git_commit(), "versions": buffers.versions()}))
-    return True
+        self.running.add(process)
+        if self.name:  # the signal came before the process was known
+            process.terminate()
+        code = process.wait()
+        self.running.discard(process)
+        return code
+
+
+def run_cell(cell, base, core, stopping):
+    """Run one command to its end, its output in a log beside its record -> what went wrong, or "".
+
+    The lock is the command's, too: while it lives, even after its study was killed, no other makes the same cell.
+    """
+    record = record_file(cell, base)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    if core is not None:
+        os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
+    with open(record.with_suffix(".lock"), "w") as lock, open(record.with_suffix(".log"), "ab") as out:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "another process is making it now"
+        if is_done(cell, base):  # by that other process, a moment ago
+            return ""
+        began, resume = time.time(), []
+        if cell.runs and any(cell.runs.glob("**/state*.npz")):
+            resume = ["--resume"]
+        elif not cell.runs:
+            cell.done.unlink(missing_ok=True)  # of another command: it must not pass for this one's
+        code = stopping.run([sys.executable, *cell.command, *resume], out, lock)
+        if code or not cell.done.exists():
+            said = record.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+            anew = f"; to begin it anew, move {cell.runs} away" if resume else ""
+            return f"exit {code}: {said[-1] if said else 'it said nothing'}\n  see {record.with_suffix('.log')}{anew}"
+        write_record(cell, base, {"seconds": round(time.time() - began), "resumed": bool(resume)})
+    return ""
+
+
+def start_ready(waiting, done, failed, base, room, submit):
+    """One pass over what waits: skip what is done, drop what lost a need, submit what can run in `room` places."""
+    for name, cell in list(waiting.items()):  # each stands after what it needs
+        lost = sorted(failed & set(cell.needs))
+        if lost:
+            print(f"left out {name}: it needs {lost[0]}", flush=True)
+            failed.add(name)
+        elif not done >= set(cell.needs):
+            continue
+        elif is_done(cell, base):
+            done.add(name)
+        elif room > 0:
+            room -= 1
+            submit(name, cell)
+        else:
+            continue
+        del waiting[name]
 
 
 def run_cells(cells, base, jobs):
-    """Run what is not done, `jobs` at once, each on a core of its own -> names of what failed."""
-    done = {name for name, cell in cells.items() if is_done(cell, base)}
-    waiting = {name: cell for name, cell in cells.items() if name not in done}
-    failed, running, began, count = set(), {}, time.time(), len(waiting)
+    """Run what is not done, `jobs` at once, each on a core of its own -> names of what was not made, signal or ""."""
+    waiting, done, failed, running, began = dict(cells), set(), set(), {}, time.time()
+    count, made = sum(not is_done(cell, base) for cell in cells.values()), 0
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
     free, lock = list(range(jobs)), threading.Lock()
 
     def work(cell):
         with lock:
             slot = free.pop()
-        worked = run_cell(cell, base, cores[slot % len(cores)] if cores else None)
-        with lock:
-            free.append(slot)
-        return worked
+        try:
+            return run_cell(cell, base, cores[slot % len(cores)] if cores else None, stopping)
+        except Exception as error:  # a full disk, a lost folder: this cell's failure, not the study's
+            return f"{type(error).__name__}: {error}"
+        finally:
+            with lock:
+                free.append(slot)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        while waiting or running:
-            lost = [n for n, c in waiting.items() if failed & set(c.needs)]
-            failed.update(lost)
-            ready = [n for n, c in waiting.items() if n not in lost and done >= set(c.needs)]
-            waiting = {n: c for n, c in waiting.items() if n not in lost and n not in ready[: jobs - len(running)]}
-            running |= {pool.submit(work, cells[n]): n for n in ready[: jobs - len(running)]}
-            ended, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())
-            for future in ended:
-                name = running.pop(future)
-                (done if future.result() else failed).add(name)
-                left, spent = len(waiting) + len(running), time.time() - began
-                eta = spent / (count - left) * left
-                print(f"[{count - left}/{count}]  {spent / 60:.1f} min, ETA {eta / 60:.1f} min  {name}", flush=True)
-    return failed
+    with Stopping() as stopping, ThreadPoolExecutor(jobs) as pool:
+        submit = lambda name, cell: running.update({pool.submit(work, cell): name})
+        while True:
+            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit)
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                name, wrong, made = running.pop(future), future.result(), made + 1
+                (failed if wrong else done).add(name)
+                if wrong:
+                    told = "stopped" if stopping.name else "FAILED"
+                    print(f"{told} {name}: {wrong}\n  {portable(cells[name].command)}", flush=True)
+                spent, left = time.time() - began, max(count - made, 0)
+                eta = spent / made * left / 60
+                print(f"[{made}/{count}]  {spent / 60:.1f} min, ETA {eta:.1f} min  {name}", flush=True)
+    return failed | set(waiting), stopping.name
 
 
-def gather(name, base, budget):
-    """results/udg/<study>.jsonl from finished cells: a header, a line per source, per learner and seed, per W1."""
+def gather(name, base, budget, results, force=False):
+    """results/udg/<study>.jsonl from finished cells: a header, a line per source, per learner and seed, per W1.
+
+    A file that knows cells which are not finished here is kept (a fresh clone has none), unless `force`.
+    """
     study, rows = STUDIES[name], []
     cells, learning = cells_of(name, base, budget)
-    finished = [cell for cell in cells.values() if is_done(cell, base)]
-    rows += [source_row(cell) for cell in finished if cell.name.startswith("source")]
-    for cell in finished:
-        if cell.name.startswith("w1"):
-            found = json.loads(cell.done.read_text())
-            features, pairs = (dict(zip(found["buffers"], values, strict=False)) for values in found["w1_to_reference"])
-            rows.append({"task": found["task"], "w1": {"(s, a), standardised": pairs, "features": features}})
+    finished = {key: cell for key, cell in cells.items() if is_done(cell, base)}
+    path = results / (f"{name}.jsonl" if budget == "cpu" else f"{name}-{budget}.jsonl")
+    known = json.loads(path.read_text().partition("\n")[0])["cells"] if path.exists() else {}
+    lost = [key for key in known if key in cells and key not in finished]
+    if lost and not force:
+        print(f"{path.name} is kept: {len(lost)} of its cells are not made here, e.g. {lost[0]}; --force replaces it")
+        return False
+    rows += [source_row(cell) for key, cell in finished.items() if key.startswith("source")]
+    rows += [w1_row(cell) for key, cell in finished.items() if key.startswith("w1")]
     for task, label, pick, learner, cell in learning:
-        if cell in finished:
+        if cell.name in finished:
             about = {"task": task, "label": label, "pick": pick, "learner": learner}
             about |= data_row(data_file(base, task, pick, budget))
             rows += [{**about, **row} for row in learner_rows(cell.done.parent)]
-    records = {cell.name: json.loads(record_file(cell, base).read_text()) for cell in finished}
-    header = {"study": name, "question": study.question, "budget": budget, "seeds": study.seeds}
-    header["missing"] = [name for name in cells if name not in records]
-    header["cells"] = {name: {**record, "command": portable(record["command"])} for name, record in records.items()}
-    path = RESULTS / (f"{name}.jsonl" if budget == "cpu" else f"{name}-{budget}.jsonl")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, [header, *rows])) + "\n")
-    print(f"{path.relative_to(ROOT)}: {len(rows)} rows; missing: {len(header['missing'])}", flush=True)
+    records = {key: read_record(cell, base) for key, cell in finished.items()}
+    seeds = 1 + max((row["seed"] for row in rows if "seed" in row), default=study.seeds - 1)
+    header = {"study": name, "question": study.question, "budget": budget, "seeds": seeds}
+    header |= {"tasks": study.tasks, "picks": study.picks or {}, "learners": study.learners if study.picks else ()}
+    header["missing"] = [key for key in cells if key not in finished]
+    header["cells"] = {key: {**record, "command": portable(record["command"])} for key, record in records.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "\n".join(map(json.dumps, [header, *rows])) + "\n")
+    print(f"{path.parent.name}/{path.name}: {len(rows)} rows; missing: {len(header['missing'])}", flush=True)
+    return True
+
+
+def w1_row(cell):
+    """W1 of every buffer to the expert's, and of two samples of the expert's own (what no distance looks like)."""
+    found, spaces = json.loads(cell.done.read_text()), ("features", "(s, a), standardised")
+    to_expert = dict(zip(spaces, found["w1_to_reference"], strict=True))
+    w1 = {space: dict(zip(found["buffers"], to_expert[space][:-1], strict=True)) for space in reversed(spaces)}
+    return {"task": found["task"], "w1": w1, "floor": {space: to_expert[space][-1] for space in w1}}
 
 
 def source_row(cell):
-    """The last numbers of a source and its smallest distances over time."""
+    """The last numbers of a source, and distances over time in its own space and in that of all observations."""
     records = [json.loads(line) for line in (cell.runs / "log.jsonl").read_text().splitlines()[1:]]
     last = {k: v for k, v in (records[-1] if records else {}).items() if np.ndim(v) == 0}
-    curve = lambda key: [[r["step"], r[key]] for r in records if key in r]
-    curves_of = {"min_w": curve("eval/min_w"), "smallest_w": curve("eval/smallest_w")}
+    curve = lambda key: [[r["step"], r[f"eval/{key}"]] for r in records if f"eval/{key}" in r]
+    curves_of = {key: curve(key) for key in ("min_w", "smallest_w", "min_w_full", "smallest_w_full")}
     return {"source": cell.name.split()[1], "last": last, **curves_of}
 
 
@@ -373,7 +532,14 @@ def portable(command):
     return " ".join(["python", *command])
 
 
-def main():
+def show(name, base, budget):
+    """A line of --list."""
+    cells, _ = cells_of(name, base, budget)
+    made = sum(is_done(cell, base) for cell in cells.values())
+    print(f"{name:17} {made:3} of {len(cells):3} cells made  {STUDIES[name].question}")
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="name the studies")
     parser.add_argument("--run", nargs="+", default=[], metavar="NAME", help="studies to make, or all")
@@ -381,28 +547,37 @@ def main():
     parser.add_argument("--commands", metavar="NAME", help="print a study's commands and run nothing")
     parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="gpu: the published sizes")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each pinned to a core")
-    args = parser.parse_args()
-    base = Path("runs") / "study" / args.budget
-    names = list(STUDIES) if "all" in args.run + args.gather else args.run + args.gather + [args.commands or []][:1]
-    names = [name for name in names if name]
-    unknown = [name for name in names if name not in STUDIES]
-    if unknown or args.jobs < 1:
-        sys.exit(f"udg_study.py: error: {unknown or args.jobs}: studies are {', '.join(STUDIES)}; --jobs is 1 or more")
+    parser.add_argument("--force", action="store_true", help="replace results that know cells not finished here")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the cells")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the gathered rows")
+    args = parser.parse_args(argv)
+    base = args.runs / args.budget
+    every = lambda names: dict.fromkeys(STUDIES if "all" in names else names)
+    to_run, to_gather = every(args.run), every(args.run + args.gather)
+    unknown = [name for name in [*to_gather, *filter(None, [args.commands])] if name not in STUDIES]
+    if unknown:
+        parser.error(f"no study is called {', '.join(unknown)}; studies are {', '.join(STUDIES)}, or all")
+    if args.jobs < 1:
+        parser.error("--jobs is 1 or more")
+    if not (args.list or to_gather or args.commands):
+        parser.error("nothing to do: --list, --run, --gather or --commands")
     os.chdir(ROOT)
-    for name, study in STUDIES.items():
+    if args.commands:
+        cells, _ = cells_of(args.commands, base, args.budget)
+        print(*(portable(cell.command) for cell in cells.values()), sep="\n")
+        return
+    failed, stopped = set(), ""
+    for name in to_gather:
         cells, _ = cells_of(name, base, args.budget)
-        if args.list:
-            made = sum(is_done(cell, base) for cell in cells.values())
-            print(f"{name:17} {made:3} of {len(cells):3} cells made  {study.question}")
-        if args.commands == name:
-            print(*(portable(cell.command) for cell in cells.values()), sep="\n")
-    failed = set()
-    for name in names:
-        if name == args.commands:
-            continue
-        if name in args.run or "all" in args.run:
-            failed |= run_cells(cells_of(name, base, args.budget)[0], base, args.jobs)
-        gather(name, base, args.budget)
+        adopt(cells, base)
+        if name in to_run and not stopped:
+            lost, stopped = run_cells(cells, base, args.jobs)
+            failed |= lost
+        gather(name, base, args.budget, args.results, args.force)
+    for name in STUDIES if args.list else ():
+        show(name, base, args.budget)
+    if stopped:
+        sys.exit(f"stopped by {stopped}; go on with the same command")
     if failed:
         sys.exit(f"failed or left out: {', '.join(sorted(failed))}")
 

@@ -12,9 +12,11 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from envs import maze
@@ -396,10 +398,27 @@ def task_names() -> tuple[str, ...]:
     return tuple(names)
 
 
+@functools.cache
+def reference_scores() -> dict[str, dict]:
+    """What benchmark/reference_scores.py measured: task name -> random and expert returns, and how; or a name."""
+    return json.loads(Path(__file__).with_name("reference_scores.json").read_text())["tasks"]
+
+
+def _with_reference(found: Task, plain: Task) -> Task:
+    """Add the measured reference returns to a task whose options are those they were measured with."""
+    entry = reference_scores().get(found.name)
+    if isinstance(entry, str):  # the name of its mirror image
+        entry = reference_scores()[entry]
+    if entry is None or found.reference is not None or found.options != plain.options:
+        return found
+    return dataclasses.replace(found, reference=(entry["random"], entry["expert"]))
+
+
 def task(name: str, **options) -> Task:
     """Return the task of a name. options: fields of the task, as in `Task.options`.
 
-    What the name fixes (an angle) may be repeated, so `task(name, **task(name).options)` works.
+    What the name fixes (an angle) may be repeated, so `task(name, **task(name).options)` works. Reference returns
+    are known for what was measured, under the task's own options: with others there are none.
     An unknown name raises InputError with the near names, an unknown option with the known ones.
     """
     if name.startswith("brax/"):
@@ -415,7 +434,7 @@ def task(name: str, **options) -> Task:
             found = builder(name, *map(_number, match.groups()), **chosen)
             told = [k for k in options if k not in found.options or found.options[k] != options[k]]
             check_options(name, {k: options[k] for k in told}, known)
-            return found
+            return _with_reference(found, builder(name, *map(_number, match.groups())))
     raise InputError(_unknown(name))
 
 

@@ -3,11 +3,18 @@
     python results/udg_figures.py              draws results/udg/<study>.png and prints the tables of docs/udg.md
     python results/udg_figures.py bound        one study
 
-Score of a run: the mean of its last five evaluations, episodes as long as the data's; the last and the best beside it.
+Score of a run: the mean of its last five evaluations, episodes as long as the data's; the last and the best stand
+beside it. +- is the standard deviation over the learner's seeds (numpy's, divided by n). An interval in brackets holds
+95 % of 2000 bootstrap resamples of the seeds within each task; where a cell has under three seeds there is none. It
+says nothing of the luck of the run of wurl_sac.py that made the buffers: the study `seeds` does.
 """
 
+import argparse
+import itertools
 import json
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -15,33 +22,131 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from scipy import stats
 
 FOLDER = Path(__file__).resolve().parent / "udg"
 LAST = 5
+RESAMPLES, MIN_SEEDS = 2000, 3
+COLLAPSE = 0.25  # smallest distance under this share of the mean nearest: wurl_sac.py's warning
+# Okabe and Ito's colours, told apart by the colour-blind; a marker of its own for each
+STYLES = tuple(
+    zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX", strict=True)
+)
+
+
+def style(i):
+    return STYLES[i % len(STYLES)]
 
 
 def load(path):
-    """-> header, rows of sources, of learners (with `score`), of distances."""
+    """-> header, rows of sources, of learners (with `score`, `last`, `best`, `whole`), of distances."""
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     sources = {row["source"]: row for row in rows if "source" in row}
     learners = [row for row in rows if "learner" in row]
     for row in learners:
-        row["score"] = float(np.mean(row["returns_data_length"][-LAST:]))
-    return header, sources, learners, {row["task"]: row["w1"] for row in rows if "w1" in row}
+        short = row["returns_data_length"]
+        row |= {"score": float(np.mean(short[-LAST:])), "last": short[-1], "best": max(short)}
+        row["whole"] = float(np.mean(row["returns"][-LAST:]))
+    return header, sources, learners, {row["task"]: row for row in rows if "w1" in row}
 
 
-def scores(learners, key="label"):
+def scores(learners, what="score"):
     """{task: {label: scores of its seeds}}"""
     table = {}
     for row in learners:
-        table.setdefault(row["task"], {}).setdefault(row[key], []).append(row["score"])
+        table.setdefault(row["task"], {}).setdefault(row["label"], []).append(row[what])
     return table
+
+
+def planned(header, learners):
+    """Tasks and labels of the study, the missing ones too, in its order."""
+    tasks = header.get("tasks") or dict.fromkeys(row["task"] for row in learners)
+    return list(tasks), list(header.get("picks") or dict.fromkeys(row["label"] for row in learners))
+
+
+# === numbers ===
 
 
 def spread(values):
     """Mean and, where there are several seeds, their standard deviation."""
     return f"{np.mean(values):.1f}" + (f" +- {np.std(values):.1f}" if len(values) > 1 else "")
+
+
+def resampled_means(cells, stream=0):
+    """Means [cells, RESAMPLES] of bootstrap resamples of each cell's seeds; None where one has too few.
+
+    The draws are fixed, so that the same runs give the same page; what is compared takes two streams.
+    """
+    if not cells or min(map(len, cells)) < MIN_SEEDS:
+        return None
+    rng = np.random.default_rng(stream)
+    return np.array([np.asarray(c)[rng.integers(len(c), size=(RESAMPLES, len(c)))].mean(1) for c in cells])
+
+
+def bracket(resamples):
+    """The middle 95 % of resamples as text; nothing where there are none."""
+    if resamples is None:
+        return ""
+    low, high = np.quantile(resamples, [0.025, 0.975])
+    return f" [{low:.1f}, {high:.1f}]"
+
+
+def over_tasks(cells):
+    """Cells of a label, one per task -> mean over tasks and worst task (of the means over seeds), with intervals."""
+    means, drawn = np.array([np.mean(c) for c in cells]), resampled_means(cells)
+    pick = lambda f: None if drawn is None else f(drawn, axis=0)
+    return f"{means.mean():.1f}{bracket(pick(np.mean))}", f"{means.min():.1f}{bracket(pick(np.min))}"
+
+
+def chance_above(a, b):
+    """Share of the pairs of a seed of a and a seed of b in which a scores higher; a tie counts half."""
+    difference = np.subtract.outer(np.asarray(a), np.asarray(b))
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def orderings(table, labels):
+    """Rows of every pair of labels, the better one first: tasks, chance that a seed is above, difference, interval."""
+    rows = []
+    for a, b in itertools.combinations(labels, 2):
+        both = [(found[a], found[b]) for found in table.values() if a in found and b in found]
+        if not both:
+            continue
+        gain = np.array([np.mean(x) - np.mean(y) for x, y in both])
+        if gain.mean() < 0:
+            (a, b), both, gain = (b, a), [(y, x) for x, y in both], -gain
+        first, second = (resampled_means(cells, i) for i, cells in enumerate(zip(*both, strict=True)))
+        drawn = None if first is None or second is None else (first - second).mean(0)
+        chance = np.mean([chance_above(x, y) for x, y in both])
+        row = [f"{a} over {b}", f"{int((gain > 0).sum())} of {len(gain)}", f"{chance:.2f}"]
+        rows.append([*row, f"{gain.mean():.1f}{bracket(drawn)}", f"{gain.min():.1f} to {gain.max():.1f}"])
+    return rows
+
+
+def predictions(rows, distances):
+    """What predicts a learner's return on one task: rows of its buffers -> {predictor: [buffers]}, returns [buffers].
+
+    Higher must mean better, so distances are negative. Seeds of a buffer are averaged first.
+    """
+    by_buffer = {}
+    for row in rows:
+        by_buffer.setdefault(row["chosen"][0], []).append(row)
+    names = [name for name in by_buffer if all(name in distances[space] for space in distances)]
+    gain = np.array([np.mean([row["score"] for row in by_buffer[name]]) for name in names])
+    found = {f"W1 to the expert, {space}": -np.array([values[name] for name in names])
+             for space, values in distances.items()}  # fmt: skip
+    found["mean relabelled return"] = np.array([by_buffer[name][0]["scores"][name] for name in names])
+    return found, gain
+
+
+def judge(x, gain):
+    """A predictor on one task -> rank correlation (nan where all are equal), return lost by following it."""
+    constant = len(x) < 2 or np.ptp(x) == 0 or np.ptp(gain) == 0
+    rank = np.nan if constant else stats.spearmanr(x, gain)[0]
+    return rank, gain.max() - gain[x.argmax()]
+
+
+# === tables ===
 
 
 def print_table(head, rows):
@@ -52,120 +157,255 @@ def print_table(head, rows):
     print()
 
 
-def bars(path, header, learners):
-    """Per task a group of bars, one per pick: mean over seeds, dots for the seeds, a dash for the data's mean."""
-    table = scores(learners)
-    labels = list(dict.fromkeys(row["label"] for row in learners))
-    means = {(row["task"], row["label"]): row["data_mean"] for row in learners}
-    drawn, axis = plt.subplots(figsize=(max(7, 1.7 * len(table)), 4.5))
-    width = 0.8 / len(labels)
-    for i, label in enumerate(labels):
-        for j, (task, found) in enumerate(table.items()):
-            if label not in found:
-                continue
-            x = j + (i - (len(labels) - 1) / 2) * width
-            axis.bar(x, np.mean(found[label]), 0.9 * width, color=f"C{i}")
-            axis.plot([x] * len(found[label]), found[label], "k.", ms=3)
-            data = means[task, label]
-            axis.plot([x - 0.4 * width, x + 0.4 * width], [data, data], "k-", lw=1.5)
-    axis.set_xticks(range(len(table)), list(table), rotation=15)
-    axis.axhline(0, color="k", lw=0.5)
-    axis.set(ylabel="return", title=f"{header['study']}: learner (bar, dots: seeds) and its data's mean episode (dash)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(labels))]
-    axis.legend(
-        handles, labels, frameon=False, fontsize=8, ncol=len(labels), loc="lower center", bbox_to_anchor=(0.5, -0.32)
-    )
-    drawn.tight_layout()
-    drawn.savefig(path, dpi=110)
-    plt.close(drawn)
-    rows = [[task, *(spread(found[x]) if x in found else "" for x in labels)] for task, found in table.items()]
-    whole = [found for found in table.values() if set(found) == set(labels)]  # tasks that every pick has
-    if whole:
-        means = np.array([[np.mean(found[x]) for x in labels] for found in whole])
-        rows += [["mean over tasks", *(f"{x:.1f}" for x in means.mean(0))]]
-        rows += [["worst task", *(f"{x:.1f}" for x in means.min(0))]]
+def score_tables(header, learners):
+    """Scores by task and label, over tasks, orderings; the last, the best and whole evaluation episodes beside."""
+    table, (tasks, labels) = scores(learners), planned(header, learners)
+    cell = lambda task, label: spread(table[task][label]) if label in table.get(task, {}) else "missing"
+    rows = [[task, *(cell(task, label) for label in labels)] for task in tasks]
+    full = {label: [table[t][label] for t in tasks if label in table.get(t, {})] for label in labels}
+    for name, i in (("mean over tasks", 0), ("worst task", 1)) if len(tasks) > 1 else ():
+        rows += [[name, *(over_tasks(c)[i] if len(c) == len(tasks) else "missing" for c in full.values())]]
     print_table(["task", *labels], rows)
+    print_table(["ordering", "tasks where it holds", "chance that a seed is above", "mean difference", "over tasks"],
+                orderings(table, labels))  # fmt: skip
+    if all(label.startswith("seed ") for label in labels):
+        print_luck(table, labels)
+    kinds = ["score", "last", "best", "whole", "data_mean"]
+    found = {kind: scores(learners, kind) for kind in kinds}
+    mean = lambda kind, label: f"{np.mean([np.mean(found[kind][task][label]) for task in tasks]):.1f}"
+    head = ["mean over all tasks", "score", "last evaluation", "best (never a score)", "score, whole evaluation"]
+    rows = [[x, *(mean(kind, x) if len(full[x]) == len(tasks) else "missing" for kind in kinds)] for x in labels]
+    print_table([*head, "mean episode of the data"], rows)
 
 
-def bound(path, header, learners, distances):
-    """A learner's return on every buffer against the buffer's W1 to the expert, and against its relabelled return."""
-    models = list(dict.fromkeys(row["learner"] for row in learners))
-    spaces = list(next(iter(distances.values())))
-    drawn, axes = plt.subplots(len(models), 3, figsize=(16, 4.2 * len(models)), squeeze=False)
-    lines = []
-    for model, row_of_axes in zip(models, axes, strict=True):
-        found = [row for row in learners if row["learner"] == model and row["task"] in distances]
-        ranks, shares, differ, misses = [], [], [], []
-        for j, task in enumerate(dict.fromkeys(row["task"] for row in found)):
-            rows = [row for row in found if row["task"] == task]
-            names, gain = [row["chosen"][0] for row in rows], np.array([row["score"] for row in rows])
-            data = np.array([row["scores"][name] for row, name in zip(rows, names, strict=True)])
-            predictors = [-np.array([distances[task][space][name] for name in names]) for space in spaces] + [data]
-            for axis, x in zip(row_of_axes, predictors, strict=True):
-                axis.plot(np.abs(x) if x is not data else x, gain, "o", ms=4, color=f"C{j}", label=task)
-            ranks.append([stats.spearmanr(x, gain)[0] for x in predictors])
-            shares.append([gain[x.argmax()] / gain.max() for x in predictors])
-            differ.append(predictors[0].argmax() != data.argmax())
-            misses.append(data.argmax() != gain.argmax())
-        labels = [f"W1 to the expert, {space}" for space in spaces] + ["mean relabelled return of the buffer"]
-        for axis, label in zip(row_of_axes, labels, strict=True):
-            axis.set(xlabel=label, ylabel="return of the learner", title=model)
-        row_of_axes[-1].legend(frameon=False, fontsize=7)
-        for label, rank, share in zip(labels, np.mean(ranks, 0), np.mean(shares, 0), strict=True):
-            lines.append([model, label, f"{rank:.2f}", f"{share:.2f}"])
-        of = f"of {len(misses)} tasks"
-        print(f"{model}: return and W1 choose another buffer in {sum(differ)} {of}; return misses the best in "
-              f"{sum(misses)} {of}\n")  # fmt: skip
-    drawn.tight_layout()
-    drawn.savefig(path, dpi=110)
-    plt.close(drawn)
-    print_table(["model", "predictor", "rank correlation, mean over tasks", "share of the best it chooses"], lines)
+def print_luck(table, labels):
+    """Labels that are runs of one thing: how far they lie apart, beside the seeds of the learner."""
+    whole = [[found[label] for label in labels] for found in table.values() if set(labels) <= set(found)]
+    if whole:
+        between = np.mean([np.std([np.mean(cell) for cell in cells]) for cells in whole])
+        within = np.mean([np.std(cell) for cells in whole for cell in cells])
+        print(f"Standard deviation, mean over {len(whole)} tasks: between the sources (means of a source's learners) "
+              f"{between:.1f}, between the seeds of the learner {within:.1f}.\n")  # fmt: skip
 
 
 def sources_table(sources):
     """The diversity of every source that has one; a smallest distance under a quarter of the mean is a collapse."""
-    keys = ("eval/min_w", "eval/smallest_w", "eval/pair_mean_w", "eval/distinct_nearest", "eval/disc_success",
-            "eval/disc_success_held_out", "time/updates_per_s")  # fmt: skip
+    keys = ("eval/min_w", "eval/smallest_w", "eval/pair_mean_w", "eval/min_w_full", "eval/distinct_nearest",
+            "eval/disc_success", "eval/disc_success_held_out", "time/updates_per_s")  # fmt: skip
     rows = []
     for name, row in sources.items():
-        if all(k in row["last"] for k in keys):
-            last = [row["last"][k] for k in keys]
-            rows.append([name, *(f"{x:.3g}" for x in last), "yes" if last[1] < 0.25 * last[0] else "no"])
+        if "eval/min_w" in row["last"]:
+            last = [row["last"].get(k, np.nan) for k in keys]
+            pairs = zip(row["min_w"], row["smallest_w"], strict=True)
+            warned = [step for (step, mean), (_, smallest) in pairs if smallest < COLLAPSE * mean]
+            now = "yes" if last[1] < COLLAPSE * last[0] else "no"
+            rows.append([name, *(f"{x:.3g}" for x in last), now, f"{len(warned)} of {len(row['min_w'])}"])
     if rows:
-        head = ["source", "minimum W", "smallest", "pair mean", "distinct neighbours", "success", "held out"]
-        print_table([*head, "updates/s", "collapse warned of"], rows)
+        head = ["source", "minimum W, own space", "smallest", "pair mean", "minimum W, all observations"]
+        head += ["distinct neighbours", "success", "held out", "updates/s", "collapsed at the end"]
+        print_table([*head, "evaluations that warned"], rows)
 
 
-def distances_over_time(path, header, sources):
-    """minimum-W over training for every source."""
-    drawn, axis = plt.subplots(figsize=(6.5, 4.2))
-    for name, row in sources.items():
-        if row["min_w"]:
-            axis.plot(*np.transpose(row["min_w"]), marker="o", ms=3, label=name)
-    axis.set(xlabel="updates per policy", ylabel="mean distance to the nearest other policy", title=header["study"])
-    axis.legend(frameon=False, fontsize=8)
-    drawn.tight_layout()
+# === figures ===
+
+
+def titled(axis, text, letters=90):
+    axis.set_title("\n".join(textwrap.wrap(text, int(letters))), loc="left", fontsize=10)
+
+
+def save(drawn, path):
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
 
 
-def main(names):
-    for path in sorted(FOLDER.glob("*.jsonl")):
-        if names and path.stem not in names:
+def dots(path, header, learners):
+    """Per task a group of columns, one per pick: mean over seeds, a dot per seed, a dash for the data's mean."""
+    table, (tasks, labels) = scores(learners), planned(header, learners)
+    data = {(row["task"], row["label"]): row["data_mean"] for row in learners}
+    drawn, axis = plt.subplots(figsize=(max(7.5, 1.8 * len(tasks)), 4.8), layout="constrained")
+    width = 0.8 / len(labels)
+    for (j, task), (i, label) in itertools.product(enumerate(tasks), enumerate(labels)):
+        x, (color, marker) = j + (i - (len(labels) - 1) / 2) * width, style(i)
+        values = table.get(task, {}).get(label)
+        if values is None:
+            where = axis.get_xaxis_transform()
+            axis.text(x, 0.02, "missing", rotation=90, color="0.5", size=7, ha="center", transform=where)
             continue
-        header, sources, learners, distances = load(path)
-        print(f"## {path.stem}: {header['question']}\n")
-        print(f"{header['seeds']} seeds of the learner; one run of wurl_sac.py a source.\n")
-        if header["missing"]:
-            print(f"Not made yet: {len(header['missing'])} cells, e.g. {header['missing'][0]}\n")
-        sources_table(sources)
-        if distances and learners:
-            bound(path.with_suffix(".png"), header, learners, distances)
-        elif learners:
-            bars(path.with_suffix(".png"), header, learners)
-        if sum(bool(row["min_w"]) for row in sources.values()) > 1 or not learners:
-            distances_over_time(path.with_name(f"{path.stem}-diversity.png"), header, sources)
+        axis.plot([x - 0.42 * width, x + 0.42 * width], [data[task, label]] * 2, "-", color="0.35", lw=1.8)
+        if len(values) > 1:
+            axis.plot([x, x], [min(values), max(values)], "-", color=color, lw=1.2)
+            axis.plot([x] * len(values), values, ".", color="k", ms=3.5, zorder=3)
+        axis.plot([x], [np.mean(values)], marker, color=color, ms=8, mec="white", mew=0.6)
+    for j in range(1, len(tasks)):
+        axis.axvline(j - 0.5, color="0.9", lw=1)
+    axis.set_xlim(-0.5, len(tasks) - 0.5)
+    axis.set_xticks(range(len(tasks)), tasks, rotation=15 if len(tasks) > 3 else 0)
+    axis.set_ylabel("return of an episode as long as the data's")
+    low, high = axis.get_ylim()
+    if low < 0 < high:
+        axis.axhline(0, color="0.7", lw=0.8, zorder=0)
+    titled(axis, f"{header['study']}: {header['question']}", 11 * drawn.get_figwidth())
+    handles = [Line2D([], [], ls="", marker=style(i)[1], color=style(i)[0], ms=8) for i in range(len(labels))]
+    handles += [Line2D([], [], color="0.35", lw=1.8), Line2D([], [], ls="", marker=".", color="k")]
+    names = [*labels, "mean episode of its data", *(["one seed of the learner"] if header["seeds"] > 1 else [])]
+    handles = handles[: len(names)]
+    drawn.legend(handles, names, frameon=False, fontsize=8, ncols=min(len(names), 5), loc="outside lower center")
+    save(drawn, path)
+
+
+def against_number(path, header, learners):
+    """Mean over tasks and worst task against K, with every task as a dot; beside it what K policies cost."""
+    table, (tasks, labels) = scores(learners), planned(header, learners)
+    made = [label for label in labels if all(label in table.get(task, {}) for task in tasks)]  # on every task
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    numbers = {label: int(label.removeprefix("K=")) for label in labels}
+    for label, values in itertools.chain.from_iterable(found.items() for found in table.values()):
+        left.plot(numbers[label], np.mean(values), ".", color="0.6", ms=5)
+    kinds = (("mean over tasks", np.mean), ("worst task", np.min)) if len(tasks) > 1 else ((tasks[0], np.mean),)
+    for i, (name, function) in enumerate(kinds):
+        cells = {label: [table[task][label] for task in tasks] for label in made}
+        values = np.array([function([np.mean(c) for c in cells[label]]) for label in made])
+        samples = [resampled_means(cells[label]) for label in made]
+        ends = [
+            (v, v) if s is None else np.quantile(function(s, axis=0), [0.025, 0.975])
+            for v, s in zip(values, samples, strict=True)
+        ]
+        low, high = np.reshape(ends, (-1, 2)).T
+        reach = np.clip([values - low, high - values], 0, None)
+        color, marker = style(i)
+        left.errorbar([numbers[x] for x in made], values, reach, color=color, marker=marker, capsize=3, label=name)
+    picks = {row["label"]: row["pick"] for row in learners} | header.get("picks", {})
+    cells = {label: header["cells"].get(f"source {picks[label].split(':')[0]}", {}) for label in labels}
+    timed = [x for x in labels if cells[x].get("seconds") is not None and not cells[x].get("resumed")]
+    right.plot([numbers[x] for x in timed], [cells[x]["seconds"] / 60 for x in timed], "s-", color="0.3")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(numbers.values()), map(str, numbers.values()))
+        axis.set_xlabel("K, policies of the source")
+    left.set_ylabel("return of the learner on the top 1")
+    left.legend(frameon=False, fontsize=8)
+    gaps = "" if len(made) == len(labels) else "; some cells are missing"
+    titled(left, f"{header['study']}: what K buys (grey: tasks; bars: 95 % over seeds{gaps})", 66)
+    right.set(ylabel="minutes of wurl_sac.py", ylim=(0, None))
+    titled(right, "what K costs where it was made (without resumed runs)", 66)
+    save(drawn, path)
+
+
+def bound(path, header, learners, distances):
+    """A learner's return on every buffer against the buffer's W1 to the expert, and against its relabelled return."""
+    models, tasks = list(dict.fromkeys(row["learner"] for row in learners)), list(distances)
+    drawn, axes = plt.subplots(len(models), 3, figsize=(14, 3.9 * len(models)), squeeze=False, layout="constrained",
+                               sharey="row", sharex="col")  # fmt: skip
+    lines, handles = [], {}
+    for model, row_of_axes in zip(models, axes, strict=True):
+        judged, differ, names = [], 0, []
+        for j, task in enumerate(tasks):
+            rows = [row for row in learners if row["learner"] == model and row["task"] == task]
+            found, gain = predictions(rows, distances[task]["w1"])
+            if not len(gain):
+                continue
+            names = list(found)
+            for axis, (name, x) in zip(row_of_axes, found.items(), strict=True):
+                color, marker = style(j)
+                shown = -x if name.startswith("W1") else x
+                handles[task] = axis.plot(shown, gain, marker, ms=5, color=color, alpha=0.85, mec="white", mew=0.4)[0]
+            judged.append([judge(x, gain) for x in found.values()])
+            by_distance, by_return = found[names[0]], found[names[-1]]
+            differ += bool(by_return[by_distance.argmax()] < by_return.max())
+        lines += bound_rows(model, names, judged, differ)
+        label_bound(row_of_axes, model, names, judged, distances)
+    drawn.suptitle(f"{header['study']}: a point is a buffer; what a learner makes of it, against what could predict it")
+    handles["two samples of the expert's own"] = Line2D([], [], color="0.5", ls=":")
+    drawn.legend(handles.values(), handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    save(drawn, path)
+    head = ["model", "predictor", "rank correlation, mean over tasks", "lowest", "picks another than the best"]
+    print_table([*head, "return lost, mean", "return lost, worst task"], lines)
+
+
+def bound_rows(model, names, judged, differ):
+    """The table's rows of one model; how often distance and return disagree is printed above."""
+    of = f"of {len(judged)} tasks"
+    rows = []
+    if names:
+        print(f"{model}: the relabelled return and {names[0]} choose different buffers in {differ} {of}.\n")
+    for name, column in zip(names, zip(*judged, strict=True), strict=True):
+        rank, lost = np.array(column).T
+        known = rank[~np.isnan(rank)]
+        ranks = [f"{known.mean():.2f}", f"{known.min():.2f}"] if len(known) else ["undefined", "undefined"]
+        rows.append([model, name, *ranks, f"{int((lost > 0).sum())} {of}", f"{lost.mean():.1f}", f"{lost.max():.1f}"])
+    return rows
+
+
+def label_bound(row_of_axes, model, names, judged, distances):
+    """Axis labels, what no distance looks like as a dotted line, the mean rank correlation as title."""
+    for i, (axis, name) in enumerate(zip(row_of_axes, names, strict=False)):
+        known = [rank for rank, _ in (task[i] for task in judged) if not np.isnan(rank)]
+        axis.set_title(f"{model}: rank correlation {np.mean(known):.2f}" if known else model, loc="left", fontsize=10)
+        space = name.removeprefix("W1 to the expert, ")
+        units = {"features": " (of s', in their units)", "(s, a), standardised": " (no unit)"}
+        axis.set_xlabel(f"{name} of the buffer" if i == len(names) - 1 else name + units.get(space, ""))
+        floors = [row["floor"][space] for row in distances.values() if space in row.get("floor", {})]
+        if floors:
+            axis.axvline(np.mean(floors), color="0.5", ls=":", lw=1)
+    row_of_axes[0].set_ylabel("return of the learner")
+
+
+def distances_over_time(path, header, sources):
+    """Distance to the nearest other policy over training, mean and smallest, of every source, in one space."""
+    common = all(row.get("min_w_full") for row in sources.values())
+    keys = ("min_w_full", "smallest_w_full") if common else ("min_w", "smallest_w")
+    space = "all observations" if common else "the space of each source's own diversity"
+    drawn, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    for i, (name, row) in enumerate(sources.items()):
+        color, marker = style(i)
+        line = {"color": color, "marker": marker, "ms": 4, "ls": "-" if i < len(STYLES) else "--"}
+        for axis, key in zip(axes, keys, strict=True):
+            axis.plot(*np.transpose(row[key]), **line, label=name if axis is axes[0] else None)
+    axes[0].set_ylabel(f"distance to the nearest other policy,\n{space} (raw units)")
+    for axis, title in zip(axes, ("mean over policies", "smallest: near 0, two policies coincide"), strict=True):
+        axis.set(xlabel="updates per policy", ylim=(0, None))
+        titled(axis, f"{header['study']}: {title}")
+    drawn.legend(frameon=False, fontsize=8, ncols=min(len(sources), 5), loc="outside lower center")
+    save(drawn, path)
+
+
+def draw(path):
+    """All tables and figures of one study."""
+    header, sources, learners, distances = load(path)
+    print(f"## {path.stem}: {header['question']}\n")
+    counts = sorted({len(row["returns"]) for row in learners})
+    told = f"; {' or '.join(map(str, counts))} evaluations a run, the score is of the last {LAST}" if counts else ""
+    print(f"{header['seeds']} seeds of the learner{told}; one run of wurl_sac.py a source.\n")
+    if header["missing"]:
+        print(f"Not made yet: {len(header['missing'])} cells, e.g. {header['missing'][0]}\n")
+    sources_table(sources)
+    picture = path.with_suffix(".png")
+    if learners and distances:
+        bound(picture, header, learners, distances)
+    elif learners:
+        score_tables(header, learners)
+        counted = all(re.fullmatch(r"K=\d+", label) for label in planned(header, learners)[1])
+        (against_number if counted else dots)(picture, header, learners)
+    diverse = {name: row for name, row in sources.items() if row["min_w"]}
+    if len(diverse) > 1 or (diverse and not learners):
+        distances_over_time(path.with_name(f"{path.stem}-diversity.png"), header, diverse)
+    if not (learners or diverse):
+        print("Nothing to draw yet.\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="studies to draw; none: all that results/udg holds")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the jsonl lie and the figures go")
+    args = parser.parse_args(argv)
+    paths = {path.stem: path for path in sorted(args.folder.glob("*.jsonl"))}
+    unknown = [name for name in args.names if name not in paths]
+    if unknown or not paths:
+        there = ", ".join(paths) or "nothing: run benchmark/udg_study.py first"
+        sys.exit(f"udg_figures.py: error: no {', '.join(unknown) or 'study'} in {args.folder}; there is {there}")
+    for name in args.names or paths:
+        draw(paths[name])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

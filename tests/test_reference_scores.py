@@ -1,0 +1,247 @@
+"""benchmark/reference_scores.py: mirror images are images, returns are sums, what is stored is what tasks know."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+
+import envs
+import wurl_sac
+from envs import buffers, physics
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import reference_scores  # noqa: E402
+
+ARGS = argparse.Namespace(budget="cpu", updates=0, seeds=1, episodes=20)
+# sign of x and y of an action in the mirror image, from the measured task
+FLIPS = {
+    "point-angle-180": (-1, 1), "point-angle-120": (-1, 1), "point-angle-240": (-1, -1), "point-angle-300": (1, -1),
+    "point-goal-180": (-1, 1), "point-goal-120": (-1, 1), "point-goal-240": (-1, -1), "point-goal-300": (1, -1),
+    "tree-maze-end-4": (-1, 1), "tree-maze-end-3": (-1, 1),
+}  # fmt: skip
+
+
+@functools.cache
+def player(world):
+    """actions [E, L, A] -> Transition [E, L, ..] in a world, compiled once."""
+    env = envs.make(world)
+
+    def one(actions):
+        def step(state, action):
+            after = env.step(state, action)
+            return after, envs.transition(state, action, after)
+
+        return jax.lax.scan(step, env.reset(jax.random.key(0)), actions)[1]
+
+    return jax.jit(jax.vmap(one))
+
+
+PAIRS = [(name, image) for name in reference_scores.GROUPS["light"] for image in reference_scores.MIRRORS[name]]
+
+
+@pytest.mark.parametrize("name, image", PAIRS)
+def test_images_of_point_worlds(name, image):
+    """Steady headings with noise, which reach walls and goals: the mirrored actions earn the same."""
+    rng = np.random.default_rng(0)
+    headings = rng.normal(size=(64, 1, 2))
+    actions = np.clip(headings + 0.3 * rng.normal(size=(64, 100, 2)), -1, 1).astype(np.float32)
+    earned = []
+    for task, sign in ((envs.task(name), (1, 1)), (envs.task(image), FLIPS[image])):
+        steps = player(task.env)(actions * np.array(sign, np.float32))
+        earned.append(np.asarray(task.reward(steps)).sum(1))
+    assert np.std(earned[0]) > 1
+    np.testing.assert_allclose(*earned, atol=0.05)  # walls round the two sides differently
+
+
+# legs 1 to 4 stand at (+, +), (-, +), (-, -), (+, -); an image permutes them and turns some joints the other way round
+ANT_IMAGES = {
+    "x": ((1, 0, 3, 2), (-1, 1)),  # x -> -x: hips turn the other way
+    "y": ((3, 2, 1, 0), (-1, 1)),
+    "xy": ((2, 3, 0, 1), (1, 1)),  # half a turn
+}
+
+
+def ant_image(image, joints):
+    """Joint values (8,) hip, ankle of leg 1 to 4 -> of the image; ankles open outwards in both."""
+    order, (hip, ankle) = ANT_IMAGES[image]
+    outwards = np.array([1, -1, -1, 1])  # sign that opens each ankle
+    pairs = joints.reshape(4, 2) * np.stack([np.ones(4), outwards], 1)
+    return (pairs[list(order)] * [hip, ankle] * np.stack([np.ones(4), outwards], 1)).ravel()
+
+
+@pytest.mark.parametrize("image", ANT_IMAGES)
+def test_images_of_the_ant(image):
+    """Half a turn and both reflections of start and actions give the image of the path, contacts included.
+
+    So 0 and 180 degrees are one task, and 60, 120, 240 and 300.
+    """
+    model = physics.load_model("ant.xml", gear=30.0)
+    rng, paths = np.random.default_rng(1), []
+    controls = rng.uniform(-1, 1, (300, 8))
+    names = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_ACTUATOR, i) for i in range(8)]
+    joint_of = [model.jnt_qposadr[model.actuator_trnid[i, 0]] - 7 for i in range(8)]
+    assert len(set(joint_of)) == 8, names
+    start = np.tile([0.0, 1.0], 4) * np.repeat([1, -1, -1, 1], 2)
+    for flip in (False, True):
+        data = mujoco.MjData(model)
+        data.qpos[7:] = ant_image(image, start) if flip else start
+        path = []
+        for control in controls:
+            by_joint = ant_image(image, control) if flip else control
+            data.ctrl[:] = by_joint[joint_of]
+            mujoco.mj_step(model, data, 5)
+            path.append(data.qpos[:3].copy())
+        paths.append(np.array(path))
+    sign = {"x": (-1, 1, 1), "y": (1, -1, 1), "xy": (-1, -1, 1)}[image]
+    assert np.abs(paths[0][:20, :2]).max() > 1e-3
+    np.testing.assert_allclose(paths[0][:20], paths[1][:20] * sign, atol=1e-6)
+
+
+def test_random_returns_are_sums_of_the_task(tmp_path):
+    """Of whole episodes; the one that the end of a run cut off does not count."""
+    rng, rows = np.random.default_rng(0), 350
+    velocity = rng.uniform(-1, 1, (rows, 2)).astype(np.float32)
+    zeros, timeouts = np.zeros((rows, 4), np.float32), np.arange(rows) % 100 == 99
+    timeouts[-1] = True
+    arrays = {
+        "observations": zeros, "next_observations": zeros, "actions": zeros[:, :2], "rewards": zeros[:, 0],
+        "terminals": np.zeros(rows, bool), "timeouts": timeouts,
+        "root_positions": zeros[:, :2], "root_velocities": velocity,
+    }  # fmt: skip
+    about = {"dataset_name": "toy", "env": "point", "task": "point", "layout": "env", "reward_kind": "none"}
+    about |= {"dt": 0.1, "episode_length": 100}
+    buffers.save(tmp_path / "buffers" / "policy_00.npz", arrays, about)
+    whole, short = reference_scores.random_returns(envs.task("point-angle-60"), tmp_path)
+    along = velocity[:300] @ [np.cos(np.pi / 3), np.sin(np.pi / 3)]
+    np.testing.assert_allclose(whole, along.reshape(3, 100).sum(1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(short, whole)
+    halved = dataclasses.replace(envs.task("point-angle-60"), episode_length=50)
+    _, short = reference_scores.random_returns(halved, tmp_path)
+    np.testing.assert_allclose(short, along.reshape(3, 100)[:, :50].sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_policy_returns_of_full_throttle():
+    """v <- 0.98 v + 0.1, at most 1, along x: the return is known."""
+    speed, total = 0.0, 0.0
+    for _ in range(100):
+        speed = min(0.98 * speed + 0.1, 1.0)
+        total += speed
+    policy = lambda observations: jnp.broadcast_to(jnp.array([1.0, 0.0]), (*observations.shape[:-1], 2))
+    whole, short = reference_scores.policy_returns(envs.task("point-angle-0"), policy, 3, 0)
+    np.testing.assert_allclose(whole, np.full(3, total), rtol=1e-5)
+    np.testing.assert_allclose(short, whole)
+
+
+def write_policy(path, observations):
+    """One ReLU unit on the first of two observations, its mean 2 and its log standard deviation 5."""
+    layer = "actor/params/MLP_0/Dense_{}/{}".format
+    arrays = {
+        layer(0, "kernel"): np.array([[[1.0], [0.0]]]), layer(0, "bias"): np.zeros((1, 1)),
+        layer(1, "kernel"): np.array([[[2.0, 5.0]]]), layer(1, "bias"): np.array([[0.5, 0.0]]),
+    }  # fmt: skip
+    about = np.array(json.dumps({"observations": observations}))
+    np.savez(path, kind=np.array("tanh_gaussian"), metadata_json=about, **arrays)
+
+
+def test_the_expert_is_the_mean_of_its_policy(tmp_path):
+    write_policy(tmp_path / "policy.npz", "task")
+    policy = reference_scores.load_policy(tmp_path / "policy.npz")
+    actions = policy(jnp.array([[0.25, 9.0], [-3.0, 9.0]]))
+    np.testing.assert_allclose(actions, np.tanh([[1.0], [0.5]]), rtol=1e-6)
+    write_policy(tmp_path / "diverse.npz", "env")
+    with pytest.raises(envs.InputError, match="no expert's"):
+        reference_scores.load_policy(tmp_path / "diverse.npz")
+
+
+def test_what_is_stored_is_whole():
+    known = reference_scores.stored()
+    assert set(reference_scores.GROUPS["light"]) <= set(known)
+    for name, entry in known.items():
+        task = envs.task(name)
+        if isinstance(entry, str):
+            assert name in reference_scores.MIRRORS[entry] and task.reference == envs.task(entry).reference
+            continue
+        assert entry["random"] < entry["expert"] and entry["eval_length"] == task.eval_length
+        assert entry["random_episodes"] >= 100 and len(entry["expert_of_seeds"]) == len(entry["commands"]) - 1
+        assert all(word.startswith("python wurl_sac.py --task") for word in entry["commands"])
+        np.testing.assert_allclose(entry["expert"], np.mean(entry["expert_of_seeds"]), rtol=1e-4)
+    # whoever goes straight at full speed after ten steps earns 95.2; an expert must come near
+    assert 90 < known["point-angle-0"]["expert"] < 100
+
+
+def test_scores_of_our_own_tasks():
+    task = envs.task("point-angle-240")
+    random, expert = task.reference
+    np.testing.assert_allclose(task.normalized_score(np.array([random, expert])), [0, 100])
+    assert envs.make("point-angle-240").task.reference == task.reference
+    for unknown in ("point", "point-angle-45", "humanoid"):
+        assert envs.task(unknown).reference is None
+    assert envs.task("hopper").reference == (-20.272305, 3234.3)
+
+
+def test_references_hold_for_the_options_they_were_measured_with(monkeypatch):
+    numbers = {"random": -5.0, "expert": 300.0}
+    monkeypatch.setattr(
+        envs.tasks, "reference_scores", lambda: {"ant-angle-0": numbers, "ant-angle-180": "ant-angle-0"}
+    )
+    assert envs.task("ant-angle-180").reference == (-5.0, 300.0)
+    assert envs.task("ant-angle-0", **envs.task("ant-angle-0").options).reference == (-5.0, 300.0)
+    assert envs.task("ant-angle-0", ctrl_cost=0.5).reference is None
+
+
+def fake_run(folder, monkeypatch, returns):
+    """A measurement whose runs are there; the expert earns `returns`."""
+    monkeypatch.setattr(reference_scores, "STORE", folder / "scores.json")
+    monkeypatch.setattr(reference_scores, "make", lambda command, folder: None)
+    monkeypatch.setattr(reference_scores, "random_returns", lambda task, folder: (np.array([1.0, 3.0]),) * 2)
+    monkeypatch.setattr(reference_scores, "load_policy", lambda path: None)
+    monkeypatch.setattr(reference_scores, "policy_returns", lambda *_: (np.full(4, returns),) * 2)
+
+
+def test_stored_once(tmp_path, monkeypatch, capsys):
+    fake_run(tmp_path, monkeypatch, 8.0)
+    reference_scores.main(["--run", "point-angle-0", "--seeds", "2"])
+    tasks = json.loads((tmp_path / "scores.json").read_text())["tasks"]
+    assert tasks["point-angle-180"] == "point-angle-0"
+    assert (tasks["point-angle-0"]["random"], tasks["point-angle-0"]["expert"]) == (2.0, 8.0)
+    capsys.readouterr()
+    reference_scores.main(["--run", "point-angle-0", "--seeds", "2"])
+    assert capsys.readouterr().out == "point-angle-0: stored already, skipped\n"
+    assert not reference_scores.is_stored("point-angle-0", ARGS), "with one seed it is another measurement"
+
+
+def test_an_expert_below_random_is_refused(tmp_path, monkeypatch, capsys):
+    fake_run(tmp_path, monkeypatch, 1.5)
+    with pytest.raises(SystemExit, match="not measured: point-angle-0"):
+        reference_scores.main(["--run", "point-angle-0"])
+    assert "Remedy: raise --updates" in capsys.readouterr().err and not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("words", [["--run", "point-angle-180"], ["--seeds", "0", "--run", "light"], []])
+def test_command_line_errors(words):
+    with pytest.raises(SystemExit) as stop:
+        reference_scores.main(words)
+    assert stop.value.code == 2
+
+
+def test_commands_are_accepted():
+    """Every command, at both budgets, passes the checks of wurl_sac.py."""
+    commands = set()
+    for budget in ("cpu", "gpu"):
+        args = argparse.Namespace(budget=budget, updates=200_000 if budget == "gpu" else 0, seeds=1, episodes=20)
+        commands |= {c for name in reference_scores.MIRRORS for c in reference_scores.commands_of(name, args)}
+    for command in commands:
+        args = wurl_sac.parse_args(command.split()[2:], wurl_sac.wurl_preset)
+        task = envs.task(args.task)
+        wurl_sac.check_args(args, task, args.episode_length or task.episode_length)
+        assert args.random or args.auto_alpha

@@ -1,0 +1,649 @@
+"""The UDG studies: cells and what runs them (benchmark/udg_study.py), figures and tables (results/udg_figures.py)."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import tyro
+
+import envs
+import mopo
+import udg_select
+import wurl_sac
+from envs import buffers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "results")]
+
+import udg_figures  # noqa: E402
+import udg_study as study  # noqa: E402
+from udg_study import Cell  # noqa: E402
+
+BASE = Path("runs") / "study"
+EVERY = {
+    (name, budget): study.cells_of(name, BASE / budget, budget) for name in study.STUDIES for budget in ("cpu", "gpu")
+}
+
+
+# --- the studies as they are --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, budget", EVERY)
+def test_cells_stand_after_what_they_need(name, budget):
+    cells, learning = EVERY[name, budget]
+    seen = set()
+    for key, cell in cells.items():
+        assert key == cell.name and set(cell.needs) <= seen, key
+        seen.add(key)
+    for task, label, pick, learner, cell in learning:
+        assert cells[cell.name] == cell and study.STUDIES[name].picks[label] == pick
+        assert cell.name == f"learn {task} {pick} {learner}"
+        assert cell.reads == (Path(cell.command[cell.command.index("--dataset") + 1]),)
+    wanted = study.STUDIES[name]
+    assert len(learning) == len(wanted.tasks) * len(wanted.picks or ()) * len(wanted.learners)
+    assert all(f"source {source}" in cells for source in wanted.sources)
+
+
+@pytest.mark.parametrize("budget", ["cpu", "gpu"])
+def test_studies_share_cells_and_nothing_else(budget):
+    """One name is one command, one folder, one record; what two studies ask for is made once."""
+    by_name, users = collections.defaultdict(set), collections.Counter()
+    for (_, at), (cells, _) in EVERY.items():
+        for cell in cells.values() if at == budget else ():
+            by_name[cell.name].add((tuple(cell.command), cell.done, cell.needs, cell.runs, cell.reads))
+            users[cell.name] += 1
+    assert all(len(kinds) == 1 for kinds in by_name.values())
+    done = [kind[1] for (kind,) in by_name.values()]
+    records = {study.record_file(Cell(name, [], Path(), ()), BASE) for name in by_name}
+    assert len(set(done)) == len(done) == len(records)
+    assert users["source point"] > 4 and users["learn point-angle-0 point:1 mopo"] > 2
+
+
+def test_commands_name_no_place():
+    for (name, budget), (cells, _) in EVERY.items():
+        for cell in cells.values():
+            line = study.portable(cell.command)
+            assert line.startswith("python ") and str(ROOT) not in line and " /" not in line, (name, budget)
+            assert f" --out runs/study/{budget}/" in line and (ROOT / cell.command[0]).exists()
+
+
+def commands_of(script):
+    cells = itertools.chain.from_iterable(cells.values() for cells, _ in EVERY.values())
+    return {tuple(cell.command[1:]): cell for cell in cells if cell.command[0] == script}
+
+
+def test_sources_are_accepted_by_wurl_sac():
+    """Every flag exists, and what wurl_sac.py refuses before long work it does not refuse."""
+    seen = set()
+    for words, cell in commands_of("wurl_sac.py").items():
+        flags = words[:-2]  # without --out
+        if flags in seen:
+            continue
+        seen.add(flags)
+        args = wurl_sac.parse_args(list(words), wurl_sac.wurl_preset)
+        task = envs.task(args.task)
+        wurl_sac.check_args(args, task, args.episode_length or task.episode_length)
+        assert cell.done.name == f"policy_{args.num_policies - 1:02d}.npz", "done by the last policy's buffer"
+        assert cell.runs == Path(args.out) and study.world(cell.name.split()[1]) in (task.env, "point")
+    assert len(seen) >= len(study.SOURCES)
+
+
+def test_selections_are_accepted_by_udg_select():
+    for words, cell in commands_of("udg_select.py").items():
+        args = tyro.cli(udg_select.Args, args=list(words))
+        source = cell.needs[0].split()[1]
+        picked = cell.name.removeprefix("data ") if cell.name.startswith("data") else source
+        flags = study.SOURCES[source].split()
+        num = int(flags[flags.index("--num-policies") + 1]) if "--num-policies" in flags else 10
+        udg_select.parse_top(args.top, 1 if "/" in picked else num)
+        world = envs.task(flags[flags.index("--task") + 1]).env
+        for name in udg_select.flatten(args.tasks):
+            assert envs.task(name).env == world and envs.task(name).has_reward
+        assert cell.done == Path(args.out) / udg_select.flatten(args.tasks)[-1] / "scores.json"
+        assert args.overwrite and (args.w1_points or cell.name.startswith("data"))
+
+
+def test_learners_are_accepted_by_mopo(tmp_path, monkeypatch):
+    """Every distinct set of flags, on a small file of the task at the study's number of rows."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    for words, cell in commands_of("mopo.py").items():
+        task = cell.name.split()[1]
+        seen.setdefault((study.world(task), words[2:-2]), (words, task))
+    assert {world for world, _ in seen} == {"point", "ant", "cheetah"}
+    for (world, _), (words, name) in seen.items():
+        task, rows = envs.task(name), 20
+        zeros = np.zeros((rows, task.observation_size), np.float32)
+        arrays = {
+            "observations": zeros, "next_observations": zeros, "actions": zeros[:, : task.action_size],
+            "rewards": np.ones(rows, np.float32), "terminals": np.zeros(rows, bool),
+            "timeouts": np.arange(rows) == rows - 1,
+        }  # fmt: skip
+        about = {"dataset_name": "toy", "env": task.env, "task": name, "layout": "task", "reward_kind": "relabelled"}
+        about |= {"task_options": task.options, "dt": task.dt, "episode_length": rows}
+        buffers.save(Path(words[1]), arrays, about)
+        args = mopo.parse_args(list(words), mopo.mopo_preset)
+        mopo.check_args(args, task, study.SIZE["cpu"][world])
+        assert args.num_updates // args.eval_every >= udg_figures.LAST, "the score needs five evaluations"
+
+
+def test_picks_name_what_their_data_cells_write():
+    """The file that a learner reads is one that the selection it needs writes, for this task, at this size."""
+    for (name, budget), (cells, learning) in EVERY.items():
+        for task, _, pick, _, cell in learning:
+            select = tyro_args(tuple(cells[cell.needs[0]].command[1:]))
+            top = pick.split(":")[1]
+            assert top in select.top and task in udg_select.flatten(select.tasks), (name, pick)
+            label = "all" if top == "all" else f"top{top}"
+            assert cell.reads[0] == Path(select.out) / task / f"{label}-size{select.size}.npz", (name, budget)
+
+
+@functools.cache
+def tyro_args(words):
+    return tyro.cli(udg_select.Args, args=list(words))
+
+
+# --- what runs them: real commands, tiny ones ---------------------------------------------------
+
+NOTE = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True); "
+TRACE = "open(out.parent / 'trace', 'a').write(out.name + ' '); "
+
+
+def tiny(tmp_path, name, *needs, code="out.write_text('x')", **fields):
+    """A cell of a second or less: python -c, which notes that it ran and writes its file."""
+    done = tmp_path / "cells" / name
+    return Cell(name, ["-c", NOTE + TRACE + code, str(done)], done, needs, **fields)
+
+
+def trace(tmp_path):
+    path = tmp_path / "cells" / "trace"
+    return path.read_text().split() if path.exists() else []
+
+
+def run(cells, tmp_path, jobs=1):
+    return study.run_cells({cell.name: cell for cell in cells}, tmp_path / "base", jobs)
+
+
+def test_runs_in_order_once(tmp_path, capsys):
+    cells = [tiny(tmp_path, "a"), tiny(tmp_path, "b", "a"), tiny(tmp_path, "c", "a", "b")]
+    assert run(cells, tmp_path) == (set(), "") and trace(tmp_path) == ["a", "b", "c"]
+    assert "[3/3]" in capsys.readouterr().out
+    record = study.read_record(cells[0], tmp_path / "base")
+    assert record["command"] == cells[0].command and record["resumed"] is False and record["versions"]
+    assert run([*cells, tiny(tmp_path, "d", "c")], tmp_path) == (set(), "")
+    assert trace(tmp_path) == ["a", "b", "c", "d"], "what is done is skipped"
+    changed = tiny(tmp_path, "b", "a", code="out.write_text('y')")
+    assert run([cells[0], changed, cells[2]], tmp_path) == (set(), "")
+    assert trace(tmp_path)[4:] == ["b"] and changed.done.read_text() == "y", "another command is made again"
+    cells[0].done.unlink()
+    study.record_file(cells[2], tmp_path / "base").write_text('{"command": ["torn')
+    assert run([cells[0], changed, cells[2]], tmp_path) == (set(), "")
+    assert trace(tmp_path)[5:] == ["a", "c"], "a lost file and a torn record are made again"
+
+
+def test_a_failure_takes_what_needs_it_and_no_other(tmp_path, capsys):
+    bad = tiny(tmp_path, "bad", code="sys.exit('no such reward')")
+    silent = tiny(tmp_path, "silent", code="pass")  # exit 0, but its file is not there
+    cells = [bad, tiny(tmp_path, "child", "bad"), tiny(tmp_path, "grandchild", "child"), silent, tiny(tmp_path, "good")]
+    assert run(cells, tmp_path) == ({"bad", "child", "grandchild", "silent"}, "")
+    assert trace(tmp_path) == ["bad", "silent", "good"]
+    out = capsys.readouterr().out
+    assert "FAILED bad: exit 1: no such reward" in out and "left out child: it needs bad" in out
+    assert "FAILED silent: exit 0" in out and "python -c" in out
+    assert not study.is_done(bad, tmp_path / "base")
+
+
+def test_other_rows_make_what_read_them_anew(tmp_path):
+    """Not the file's bytes count but its arrays: a selection for one task more does not cost every learner's run."""
+    data = tmp_path / "data.npz"
+    write = lambda digest, flags: np.savez(data, metadata_json=json.dumps({"sha256": digest, "flags": flags}))
+    reader = tiny(tmp_path, "reader", reads=(data,))
+    write({"rewards": "1"}, "first")
+    assert run([reader], tmp_path) == (set(), "")
+    write({"rewards": "1"}, "second")
+    assert study.is_done(reader, tmp_path / "base")
+    write({"rewards": "2"}, "second")
+    assert not study.is_done(reader, tmp_path / "base")
+    assert run([reader], tmp_path) == (set(), "") and trace(tmp_path) == ["reader"] * 2
+    data.unlink()
+    assert study.is_done(reader, tmp_path / "base"), "what was deleted to save space has not changed"
+
+
+def test_an_old_file_does_not_pass_for_a_new_one(tmp_path):
+    cell = tiny(tmp_path, "x", code="pass")
+    cell.done.parent.mkdir(parents=True)
+    cell.done.write_text("of another command")
+    assert run([cell], tmp_path) == ({"x"}, "")
+
+
+def test_a_run_goes_on_from_its_state(tmp_path):
+    folder = tmp_path / "cells" / "run"
+    code = "(out.parent / 'run').mkdir(exist_ok=True); (out.parent / 'run' / 'state.npz').touch(); "
+    code += "out.write_text(sys.argv[-1]) if '--resume' in sys.argv else sys.exit('stopped')"
+    cell = tiny(tmp_path, "learner", code=code, runs=folder)
+    assert run([cell], tmp_path) == ({"learner"}, "")
+    assert run([cell], tmp_path) == (set(), "") and cell.done.read_text() == "--resume"
+    assert study.read_record(cell, tmp_path / "base")["resumed"] is True
+    assert trace(tmp_path) == ["learner"] * 2
+
+
+def test_jobs_run_at_once(tmp_path):
+    """Each of two waits until the other has begun, which one after the other never would."""
+    code = "import time; end = time.time() + 60; (out.parent / ('begun-' + out.name)).touch()\n"
+    code += "while len(list(out.parent.glob('begun-*'))) < 2 and time.time() < end: time.sleep(0.02)\n"
+    code += "out.write_text(str(len(list(out.parent.glob('begun-*')))))"
+    cells = [tiny(tmp_path, name, code=code) for name in "ab"]
+    assert run(cells, tmp_path, jobs=2) == (set(), "")
+    assert [cell.done.read_text() for cell in cells] == ["2", "2"]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {root!r} + "/benchmark"]
+import udg_study as study
+done, name = Path({done!r}), sys.argv[1]
+code = '''
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True)
+def save(*_): out.with_suffix(".saved").write_text("whole"); sys.exit("stopped by SIGTERM")
+signal.signal(signal.SIGTERM, save)
+out.with_suffix(".pid").write_text(str(__import__("os").getpid()))
+time.sleep(120)
+'''
+cells = {{"slow": study.Cell("slow", ["-c", code, str(done)], done, ()),
+         "next": study.Cell("next", ["-c", "raise SystemExit('never')"], done.with_suffix(".next"), ())}}
+if name == "slow":
+    del cells["next"]
+print(study.run_cells(cells, Path({base!r}), 1), flush=True)
+"""
+
+
+def driver(tmp_path, name):
+    places = {"root": str(ROOT), "done": str(tmp_path / "cells" / "slow"), "base": str(tmp_path / "base")}
+    return [sys.executable, "-c", DRIVER.format(**places), name]
+
+
+def wait_for(path, seconds=120):
+    end = time.time() + seconds
+    while not (path.exists() and path.read_text()):
+        assert time.time() < end, f"{path} never came"
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def test_a_stopped_study_stops_its_cells_and_a_killed_one_keeps_their_lock(tmp_path):
+    pid = tmp_path / "cells" / "slow.pid"
+    first = subprocess.Popen(driver(tmp_path, "both"), stdout=subprocess.PIPE, text=True)
+    wait_for(pid)
+    first.send_signal(signal.SIGINT)
+    out, _ = first.communicate(timeout=60)
+    assert (tmp_path / "cells" / "slow.saved").read_text() == "whole"
+    assert "stopped slow: exit 1: stopped by SIGTERM" in out and "never" not in out and "left out" not in out
+    assert "'SIGINT'" in out and "'slow'" in out and "'next'" in out, "what was not made, and why"
+
+    pid.unlink()
+    second = subprocess.Popen(driver(tmp_path, "slow"), stdout=subprocess.DEVNULL)
+    child = int(wait_for(pid))
+    second.kill()
+    second.wait()
+    try:
+        cell = Cell("slow", ["-c", "raise SystemExit('twice')"], tmp_path / "cells" / "slow", ())
+        wrong = study.run_cell(cell, tmp_path / "base", None, study.Stopping())
+        assert wrong == "another process is making it now"
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_main_tells_what_failed(tmp_path, monkeypatch, capsys):
+    """A real wurl_sac.py that refuses its task: exit status, message, and the rows of what there is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(study.SOURCES, "lost", "--task nowhere")
+    monkeypatch.setattr(study, "STUDIES", {"lost": study.Study("Where?", sources=("lost",))})
+    where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    with pytest.raises(SystemExit, match="failed or left out: source lost"):
+        study.main(["--run", "lost", *where])
+    out = capsys.readouterr().out
+    assert "FAILED source lost: exit 1: wurl_sac.py: error: no environment or task is called 'nowhere'" in out
+    (line,) = (tmp_path / "results" / "lost.jsonl").read_text().splitlines()
+    assert json.loads(line)["missing"] == ["source lost"]
+    study.main(["--list", *where])
+    assert re.search(r"lost +0 of +1 cells made  Where\?", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("words", [["--run", "angels"], ["--commands", "angels"], ["--run", "goal", "--jobs", "0"], []])
+def test_command_line_errors(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main(words)
+    assert stop.value.code == 2
+    if "angels" in words:
+        assert "no study is called angels; studies are angle-point" in capsys.readouterr().err
+
+
+def test_commands_are_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    study.main(["--commands", "collapse"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "python wurl_sac.py --task tree-maze --num-policies 4 --out runs/study/cpu/sources/maze-k4"
+    assert len(lines) == 3
+
+
+# --- gathering ----------------------------------------------------------------------------------
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A small study by hand, its cells finished but for one learner -> base, results."""
+    monkeypatch.setattr(study, "STUDIES", {
+        "toy": study.Study("Why?", ("point-angle-0",), {"best": "point:1", "mixed": "point:all"}, seeds=2),
+    })  # fmt: skip
+    base = tmp_path / "runs"
+    cells, _ = study.cells_of("toy", base, "cpu")
+    source, data = cells["source point"], cells["data point"]
+    source.done.parent.mkdir(parents=True)
+    source.done.touch()
+    records = [
+        {
+            "step": step,
+            "eval/min_w": step / 10,
+            "eval/smallest_w": step / 20,
+            "eval/min_w_full": 3.0,
+            "eval/travel": [1, 2],
+        }
+        for step in (10, 20)
+    ]
+    write(source.runs / "log.jsonl", {"args": {}}, *records)
+    one = lambda name, mean: {"parents": [{"name": name}], "mean_return": mean, "num_transitions": 700}
+    scores = {
+        "buffers": {"policy_00": {"score": 5.0}, "policy_01": {"score": 7.0}},
+        "selections": {"top1": one("policy_01", 6.5), "all": one("policy_00", 6.0)},
+    }
+    write(data.done, scores)
+    learner = cells["learn point-angle-0 point:1 mopo"]
+    learner.runs.mkdir(parents=True)
+    learner.done.touch()
+    evaluations = [
+        {"step": step, "seed": seed, "eval/return": 10.0 * step + seed, "eval/return_data_length": 1.0 * step + seed}
+        for step in (100, 200)
+        for seed in (0, 1)
+    ]
+    write(learner.runs / "log.jsonl", {"args": {}}, {"step": 1, "seed": 0, "model/idle": 0}, *evaluations)
+    for cell in (source, data, learner):
+        write(study.record_file(cell, base), {"command": cell.command, "seconds": 5})
+    return base, tmp_path / "results"
+
+
+def test_gathered_rows_are_exact(made):
+    base, results = made
+    assert study.gather("toy", base, "cpu", results)
+    header, *rows = [json.loads(line) for line in (results / "toy.jsonl").read_text().splitlines()]
+    assert header["missing"] == ["learn point-angle-0 point:all mopo"]
+    assert set(header["cells"]) == {"source point", "data point", "learn point-angle-0 point:1 mopo"}
+    assert header["cells"]["source point"]["command"] == f"python wurl_sac.py --task point --out {base}/sources/point"
+    assert header["picks"] == {"best": "point:1", "mixed": "point:all"} and header["seeds"] == 2
+    last = {"step": 20, "eval/min_w": 2.0, "eval/smallest_w": 1.0, "eval/min_w_full": 3.0}
+    curves = {"min_w": [[10, 1.0], [20, 2.0]], "smallest_w": [[10, 0.5], [20, 1.0]], "smallest_w_full": []}
+    about = {
+        "task": "point-angle-0", "label": "best", "pick": "point:1", "learner": "mopo", "data_mean": 6.5,
+        "data_rows": 700, "chosen": ["policy_01"], "scores": {"policy_00": 5.0, "policy_01": 7.0}, "steps": [100, 200],
+    }  # fmt: skip
+    assert rows == [
+        {"source": "point", "last": last, **curves, "min_w_full": [[10, 3.0], [20, 3.0]]},
+        {**about, "seed": 0, "returns": [1000.0, 2000.0], "returns_data_length": [100.0, 200.0]},
+        {**about, "seed": 1, "returns": [1001.0, 2001.0], "returns_data_length": [101.0, 201.0]},
+    ]
+
+
+def test_w1_rows_are_exact(tmp_path):
+    found = {"task": "point-angle-0", "buffers": {"policy_00": {}, "policy_01": {}}}
+    write(tmp_path / "scores.json", found | {"w1_to_reference": [[1.0, 2.0, 0.5], [0.1, 0.2, 0.05]]})
+    assert study.w1_row(Cell("w1 point-angle-0", [], tmp_path / "scores.json", ())) == {
+        "task": "point-angle-0",
+        "w1": {"(s, a), standardised": {"policy_00": 0.1, "policy_01": 0.2},
+               "features": {"policy_00": 1.0, "policy_01": 2.0}},
+        "floor": {"(s, a), standardised": 0.05, "features": 0.5},
+    }  # fmt: skip
+
+
+def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
+    """A fresh clone has committed results and no cells: gathering must not empty them."""
+    base, results = made
+    study.gather("toy", base, "cpu", results)
+    before = (results / "toy.jsonl").read_text()
+    study.record_file(study.cells_of("toy", base, "cpu")[0]["source point"], base).unlink()
+    assert not study.gather("toy", base, "cpu", results)
+    assert (results / "toy.jsonl").read_text() == before
+    assert "1 of its cells are not made here, e.g. source point; --force" in capsys.readouterr().out
+    assert study.gather("toy", base, "cpu", results, force=True)
+    assert json.loads((results / "toy.jsonl").read_text().splitlines()[0])["missing"][0] == "source point"
+
+
+def test_cells_made_by_hand_count_where_their_flags_are_the_commands(tmp_path, capsys):
+    base = tmp_path / "base"
+    cells = {name: study.source_cell(base, name, "cpu") for name in ("point-random", "point-k2", "point")}
+    for cell, changes in zip(cells.values(), ({}, {"seed": 3}, None), strict=True):
+        cell.done.parent.mkdir(parents=True)
+        cell.done.touch()
+        args = dataclasses.asdict(wurl_sac.parse_args(cell.command[1:], wurl_sac.wurl_preset))
+        if changes is not None:
+            write(cell.runs / "args.json", args | changes)
+    study.adopt(cells, base)
+    assert [study.is_done(cell, base) for cell in cells.values()] == [True, False, False]
+    out = capsys.readouterr().out
+    assert "source point-k2: made by another command (seed differ)" in out and "source point:" in out
+
+
+# --- figures and tables -------------------------------------------------------------------------
+
+
+def row(task, label, score, seed=0, **fields):
+    """A learner's row whose last five evaluations have the mean `score`; the first one must not count."""
+    short = [1000.0, score - 2, score + 2, score, score - 1, score + 1]
+    about = {"task": task, "label": label, "pick": f"{label}:1", "learner": "mopo", "seed": seed, "data_mean": 1.0}
+    about |= {"chosen": ["policy_00"], "scores": {"policy_00": 0.0}, "steps": list(range(6))}
+    return {**about, "returns": [10 * x for x in short], "returns_data_length": short, **fields}
+
+
+def figures(tmp_path, capsys, rows, name="toy", **header):
+    """Draw one study -> its tables as {first words of a line: cells}, the whole text, {name: picture}."""
+    about = {"study": name, "question": "Why?", "budget": "cpu", "seeds": 1, "missing": [], "cells": {}}
+    write(tmp_path / f"{name}.jsonl", about | header, *rows)
+    udg_figures.main([name, "--folder", str(tmp_path)])
+    text = capsys.readouterr().out
+    table = {}
+    for line in text.splitlines():
+        if line.startswith("|"):
+            first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
+            table.setdefault(first, rest)
+    return table, text, {path.name: plt.imread(path) for path in tmp_path.glob("*.png")}
+
+
+def is_drawn(picture):
+    """Whether a picture has more on it than a white sheet with axes: colours, in more than a speck."""
+    color = np.ptp(picture[..., :3], axis=-1) > 0.2
+    return picture.shape[0] > 300 and picture.shape[1] > 500 and color.sum() > 50
+
+
+def test_scores_and_spread(tmp_path, capsys):
+    rows = [row("t1", "a", 10.0 + 2 * s, s) for s in range(3)] + [row("t1", "b", 5.0 + s, s) for s in range(3)]
+    rows += [row("t2", "a", 20.0, s) for s in range(3)] + [row("t2", "b", 30.0, s) for s in range(3)]
+    table, text, pictures = figures(tmp_path, capsys, rows, seeds=3)
+    assert table["t1"] == ["12.0 +- 1.6", "6.0 +- 0.8"]  # sqrt(8 / 3), sqrt(2 / 3)
+    assert table["t2"] == ["20.0 +- 0.0", "30.0 +- 0.0"]
+    means = [cell.split(" [")[0] for cell in table["mean over tasks"]]
+    assert means == ["16.0", "18.0"]
+    assert [cell.split(" [")[0] for cell in table["worst task"]] == ["12.0", "6.0"]
+    assert table["b over a"][:2] == ["1 of 2", "0.50"] and table["b over a"][2].startswith("2.0 [")
+    assert table["b over a"][3] == "-6.0 to 10.0"
+    assert table["a"] == ["16.0", "17.0", "1000.0", "160.0", "1.0"], "score, last, best, whole evaluation, data"
+    assert "3 seeds of the learner; 6 evaluations a run, the score is of the last 5" in text
+    assert set(pictures) == {"toy.png"} and is_drawn(pictures["toy.png"])
+
+
+def test_missing_cells_are_called_missing(tmp_path, capsys):
+    rows = [row("t1", "a", 10.0), row("t2", "a", 20.0), row("t2", "b", 7.0)]
+    plan = {
+        "tasks": ["t1", "t2"],
+        "picks": {"a": "a:1", "b": "b:1", "c": "c:1"},
+        "missing": ["learn t1 b:1 mopo", "..."],
+    }
+    table, text, pictures = figures(tmp_path, capsys, rows, **plan)
+    assert table["t1"] == ["10.0", "missing", "missing"] and table["t2"] == ["20.0", "7.0", "missing"]
+    assert table["mean over tasks"] == ["15.0", "missing", "missing"], "no mean over half the tasks"
+    assert table["a over b"] == ["1 of 1", "1.00", "13.0", "13.0 to 13.0"], "no interval from one seed"
+    assert "Not made yet: 2 cells, e.g. learn t1 b:1 mopo" in text
+    assert table["b"] == ["missing"] * 5, "nor one beside a mean over all"
+    whole = figures(tmp_path, capsys, [*rows, row("t1", "b", 8.0), row("t1", "c", 8.0), row("t2", "c", 8.0)], **plan)[2]
+    assert is_drawn(pictures["toy.png"]) and not np.array_equal(pictures["toy.png"], whole["toy.png"])
+
+
+def test_luck_of_the_source_beside_that_of_the_learner(tmp_path, capsys):
+    """Sources 10 and 20 on one task, 30 and 30 on the other; their learners' seeds 1 to both sides."""
+    means = {"t1": (10.0, 20.0), "t2": (30.0, 30.0)}
+    rows = [
+        row(task, f"seed {i}", value + move, (move + 1) // 2)
+        for task, values in means.items()
+        for i, value in enumerate(values)
+        for move in (-1, 1)
+    ]
+    text = figures(tmp_path, capsys, rows, seeds=2)[1]
+    assert "mean over 2 tasks: between the sources (means of a source's learners) 2.5, between the seeds of the" in text
+    assert "between the seeds of the learner 1.0." in text
+
+
+def test_nothing_made_draws_nothing(tmp_path, capsys):
+    _, text, pictures = figures(tmp_path, capsys, [], missing=["source humanoid"])
+    assert "Nothing to draw yet" in text and not pictures
+
+
+def test_chance_above_counts_ties_half():
+    assert udg_figures.chance_above([1, 2, 3], [2, 2, 2]) == pytest.approx(0.5)
+    assert udg_figures.chance_above([3, 4], [1, 3]) == pytest.approx(0.875)
+    assert udg_figures.chance_above([1.0], [1.0]) == 0.5
+
+
+def test_intervals_are_those_of_all_resamples():
+    """Three seeds have 27 resamples, two labels 729 pairs of them: the exact quantiles are known."""
+    a, b = [3.0, 5.0, 10.0], [0.0, 1.0, 4.0]
+    exact = functools.partial(np.quantile, q=[0.025, 0.975], method="inverted_cdf")
+    means = lambda x: np.array([np.mean(draw) for draw in itertools.product(x, repeat=3)])
+    text = udg_figures.over_tasks([a])[0]
+    assert [float(x) for x in re.findall(r"-?\d+\.\d", text)] == [6.0, *exact(means(a))] == [6.0, 3.0, 10.0]
+    ((_, _, chance, difference, _),) = udg_figures.orderings({"t": {"a": a, "b": b}}, ["b", "a"])
+    assert chance == "0.89"  # 8 of the 9 pairs
+    found = [float(x) for x in re.findall(r"-?\d+\.\d", difference)]
+    assert found[0] == 4.3
+    np.testing.assert_allclose(found[1:], exact(np.subtract.outer(means(a), means(b))), atol=0.4)
+    same = udg_figures.orderings({"t": {"a": a, "b": a}}, ["a", "b"])[0][3]
+    assert same != "0.0 [0.0, 0.0]", "two labels are drawn apart, not as pairs"
+
+
+@pytest.mark.parametrize("x, gain, rank, lost", [
+    ([1.0, 2, 3, 4], [10.0, 20, 30, 40], 1.0, 0.0),
+    ([4.0, 3, 2, 1], [10.0, 20, 30, 40], -1.0, 30.0),
+    ([1.0, 1, 2], [1.0, 2, 3], 0.866, 0.0),  # ties share the mean rank: 1.5, 1.5, 3
+    ([1.0, 3, 2], [5.0, 4, 7], -0.5, 3.0),
+    ([2.0, 2, 2], [1.0, 2, 3], np.nan, 2.0),
+])  # fmt: skip
+def test_rank_correlation_and_what_is_lost(x, gain, rank, lost):
+    found = udg_figures.judge(np.array(x), np.array(gain))
+    np.testing.assert_allclose(found, (rank, lost), atol=1e-3)
+
+
+def bound_rows():
+    """Two tasks, three buffers. Return picks the best on t1 and misses it on t2, where it differs from W1."""
+    gains = {"t1": (90.0, 50.0, 10.0), "t2": (80.0, 70.0, 20.0)}
+    returns = {"t1": (60.0, 30.0, 0.0), "t2": (10.0, 40.0, 5.0)}
+    near = {"t1": (0.1, 0.2, 0.3), "t2": (0.1, 0.2, 0.3)}
+    far = {"t1": (1.0, 2.0, 3.0), "t2": (3.0, 2.0, 1.0)}
+    for task in gains:
+        spaces = {"(s, a), standardised": near[task], "features": far[task]}
+        w1 = {space: {f"policy_{k:02d}": v for k, v in enumerate(values)} for space, values in spaces.items()}
+        yield {"task": task, "w1": w1, "floor": {"(s, a), standardised": 0.05, "features": 0.5}}
+        for k, seed in itertools.product(range(3), (0, 1)):
+            name = f"policy_{k:02d}"
+            chosen = {"chosen": [name], "scores": {name: returns[task][k]}}
+            yield row(task, f"policy {k}", gains[task][k] + (2 * seed - 1), seed, **chosen)  # seeds: mean unchanged
+
+
+def test_bound_counts_misaligned_returns(tmp_path, capsys):
+    _, text, pictures = figures(tmp_path, capsys, bound_rows(), seeds=2)
+    assert "the relabelled return and W1 to the expert, (s, a), standardised choose different buffers in 1 of 2" in text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| mopo" in line]
+    assert lines == [
+        ["mopo", "W1 to the expert, (s, a), standardised", "1.00", "1.00", "0 of 2 tasks", "0.0", "0.0"],
+        ["mopo", "W1 to the expert, features", "0.00", "-1.00", "1 of 2 tasks", "30.0", "60.0"],
+        ["mopo", "mean relabelled return", "0.75", "0.50", "1 of 2 tasks", "5.0", "10.0"],
+    ]
+    assert is_drawn(pictures["toy.png"])
+
+
+def test_bound_with_half_its_cells(tmp_path, capsys):
+    """A buffer without a learner is left out of the ranks; a task without any is not counted."""
+    rows = [r for r in bound_rows() if not (r.get("task") == "t2" and "learner" in r)]
+    rows = [r for r in rows if r.get("label") != "policy 0"]
+    _, text, pictures = figures(tmp_path, capsys, rows)
+    assert "in 0 of 1 tasks" in text and is_drawn(pictures["toy.png"])
+
+
+def test_against_the_number_of_policies(tmp_path, capsys):
+    every = itertools.product((2, 5), enumerate(("t1", "t2")), range(3))
+    rows = [row(task, f"K={k}", 10.0 * k - i, seed) for k, (i, task), seed in every]
+    cells = {f"source K={k}": {"seconds": 60 * k, "resumed": False} for k in (2, 5)}
+    table, _, pictures = figures(tmp_path, capsys, rows, seeds=3, cells=cells)
+    assert table["worst task"] == ["19.0 [19.0, 19.0]", "49.0 [49.0, 49.0]"]
+    assert table["K=5 over K=2"][:3] == ["2 of 2", "1.00", "30.0 [30.0, 30.0]"]
+    assert is_drawn(pictures["toy.png"])
+
+
+def source(name, mean, smallest):
+    """A source's row; distances per evaluation."""
+    curve = lambda values: [[100 * (i + 1), value] for i, value in enumerate(values)]
+    last = {"eval/min_w": mean[-1], "eval/smallest_w": smallest[-1], "eval/distinct_nearest": 4.0}
+    return {"source": name, "last": last, "min_w": curve(mean), "smallest_w": curve(smallest), "min_w_full": []}
+
+
+def test_collapse_is_seen_where_it_was(tmp_path, capsys):
+    rows = [source("apart", (4.0, 4.0, 4.0), (3.0, 3.0, 3.0)), source("late", (4.0, 4.0, 4.0), (3.0, 3.0, 0.9)),
+            source("mended", (4.0, 4.0, 4.0), (0.9, 1.0, 3.0))]  # fmt: skip
+    table, _, pictures = figures(tmp_path, capsys, rows)
+    assert table["apart"][:2] == ["4", "3"] and table["apart"][-2:] == ["no", "0 of 3"]
+    assert table["late"][-2:] == ["yes", "1 of 3"] and table["mended"][-2:] == ["no", "1 of 3"]
+    assert set(pictures) == {"toy-diversity.png"} and is_drawn(pictures["toy-diversity.png"])
+
+
+def test_figures_name_what_there_is(tmp_path):
+    with pytest.raises(SystemExit, match=r"no study in .*run benchmark/udg_study.py first"):
+        udg_figures.main(["--folder", str(tmp_path)])
+    write(tmp_path / "toy.jsonl", {})
+    with pytest.raises(SystemExit, match=r"no bond in .*; there is toy"):
+        udg_figures.main(["bond", "--folder", str(tmp_path)])
+
+
+def test_what_the_studies_gather_can_be_drawn(made, capsys):
+    base, results = made
+    study.gather("toy", base, "cpu", results)
+    udg_figures.main(["--folder", str(results)])
+    out = capsys.readouterr().out
+    assert "| point-angle-0 | 150.5 +- 0.5 | missing |" in out and "Not made yet: 1 cells" in out
+    assert is_drawn(plt.imread(results / "toy.png"))
