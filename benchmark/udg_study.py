@@ -83,18 +83,49 @@ SMALL = "--hidden-sizes 64 64 --num-updates 6000 --eval-every 1000"
 POINT_MOPO = (
     f"mopo.py --preset cpu {SMALL} --chunk 1000 --model-hidden-sizes 64 64 --max-epochs 10 --rollout-batch 4000"
 )
-LEARNERS = {
-    "point": {"mopo": POINT_MOPO, "knn": f"{POINT_MOPO} --model knn"},
-    "ant": {"mopo": "mopo.py --preset cpu"},
-    "cheetah": {"mopo": "mopo.py --preset cpu"},
+FAST = "--hidden-sizes 64 64 --actor-lr 1e-3 --critic-lr 1e-3"
+POINT_CPED = (
+    f"cped.py --preset cpu {FAST} --flow-updates 5000 --num-updates 6000 --eval-every 1000 --chunk 500 "
+    "--flow-hidden-sizes 64 64 --flow-lr 1e-3 --disc-lr 1e-3"
+)
+POINT_QDQ = (
+    f"qdq.py --preset cpu {FAST} --teacher-updates 4000 --student-updates 4000 --num-updates 6000 --eval-every 1000 "
+    "--chunk 500 --model-hidden-sizes 64 64 --teacher-lr 1e-3 --student-lr 1e-3 --batch-size 128 --gamma-ent 0.1"
+)
+POINT_DAC = (
+    f"dac.py --preset cpu {FAST} --num-updates 3000 --eval-every 500 --chunk 250 --num-critics 5 --num-q-samples 1 "
+    "--batch-size 128"
+)
+ROBOT = {
+    "mopo": "mopo.py --preset cpu",
+    "cped": "cped.py --preset cpu",
+    "qdq": "qdq.py --preset cpu --teacher-updates 20000 --student-updates 20000",
+    "dac": "dac.py --preset cpu",
+    "bc": "cped.py --preset cpu --bc-only",
 }
+LEARNERS = {
+    "point": {
+        "mopo": POINT_MOPO, "knn": f"{POINT_MOPO} --model knn", "cped": POINT_CPED, "qdq": POINT_QDQ,
+        "dac": POINT_DAC, "bc": f"{POINT_CPED} --bc-only",
+    },
+    "ant": ROBOT,
+    "cheetah": ROBOT,
+}  # fmt: skip
 # --budget gpu: the published sizes (specs of the papers); same studies, other folders.
 GPU = {"ant": "--preset paper", "cheetah": "--preset paper", "humanoid": "--num-updates 1000000 --eval-every 50000"}
 CPU = {"humanoid": "--num-updates 2000 --eval-every 1000"}
+GPU_ROBOT = {
+    "mopo": "mopo.py --num-seeds 5",
+    "cped": "cped.py --num-seeds 5",
+    "qdq": "qdq.py --num-seeds 5",
+    "dac": "dac.py --num-seeds 5 --chunk 1000",
+    "bc": "cped.py --num-seeds 5 --bc-only",
+}
 GPU_LEARNERS = {
-    "point": {"mopo": "mopo.py --num-updates 50000", "knn": "mopo.py --num-updates 50000 --model knn"},
-    "ant": {"mopo": "mopo.py --num-seeds 5"},
-    "cheetah": {"mopo": "mopo.py --num-seeds 5"},
+    "point": {"mopo": "mopo.py --num-updates 50000", "knn": "mopo.py --num-updates 50000 --model knn"}
+    | {name: LEARNERS["point"][name] for name in ("cped", "qdq", "dac", "bc")},
+    "ant": GPU_ROBOT,
+    "cheetah": GPU_ROBOT,
 }
 SIZE = {"cpu": {"point": 20_000, "ant": 50_000, "cheetah": 50_000}}
 SIZE["gpu"] = {"point": 20_000, "ant": 150_000, "cheetah": 150_000}
@@ -115,6 +146,7 @@ class Study:
 
 POINT_TASKS = tuple(f"point-angle-{a}" for a in ANGLES)
 TOPS = {"top1": "{0}:1", "top2": "{0}:2", "all": "{0}:all"}
+ALL_LEARNERS = ("mopo", "cped", "qdq", "dac", "bc")
 MAZE_TASKS = tuple(f"tree-maze-end-{n}" for n in (1, 2, 3, 4))
 
 
@@ -131,6 +163,18 @@ STUDIES = {
         "The same on the ant, at 0, 60 and 180 degrees.",
         ("ant-angle-0", "ant-angle-60", "ant-angle-180"),
         tops("ant", supervised="ant-expert-0:1", random="ant-random:1"),
+    ),
+    "learners-point": Study(
+        "Does UDG carry over to model-free offline RL? Five learners on the same buffers.",
+        ("point-angle-60", "point-angle-180"), tops("point", random="point-random:1"), ALL_LEARNERS, seeds=3,
+    ),
+    "learners-ant": Study(
+        "The same on the ant.",
+        ("ant-angle-60",), {"top1": "ant:1", "all": "ant:all", "random": "ant-random:1"}, ALL_LEARNERS,
+    ),
+    "learners-cheetah": Study(
+        "The same on the cheetah.",
+        ("cheetah-jump",), {"top1": "cheetah:1", "all": "cheetah:all", "random": "cheetah-random:1"}, ALL_LEARNERS,
     ),
     "cheetah": Study(
         "Diverse against random data; diversity on (v_x, z), on all 17 numbers, with a known part of the reward.",

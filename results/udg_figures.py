@@ -48,7 +48,12 @@ def load(path):
         short = row["returns_data_length"]
         row |= {"score": float(np.mean(short[-LAST:])), "last": short[-1], "best": max(short)}
         row["whole"] = float(np.mean(row["returns"][-LAST:]))
-    return header, sources, learners, {row["task"]: row for row in rows if "w1" in row}
+    distances = {row["task"]: row for row in rows if "w1" in row}
+    several = header.get("learners", ())
+    if len(several) > 1 and not distances:  # each learner has tasks of its own
+        learners = [{**row, "task": f"{row['task']}, {row['learner']}"} for row in learners]
+        header["tasks"] = [f"{task}, {learner}" for task in header["tasks"] for learner in several]
+    return header, sources, learners, distances
 
 
 def scores(learners, what="score"):

@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 import tyro
 
+import cped
+import dac
 import envs
 import mopo
+import qdq
 import udg_select
 import wurl_sac
 from envs import buffers
@@ -115,27 +118,30 @@ def test_selections_are_accepted_by_udg_select():
         assert args.overwrite and (args.w1_points or cell.name.startswith("data"))
 
 
-def test_learners_are_accepted_by_mopo(tmp_path, monkeypatch):
-    """Every distinct set of flags, on a small file of the task at the study's number of rows."""
+@pytest.mark.parametrize("learner", [mopo, cped, qdq, dac], ids=lambda module: module.__name__)
+def test_learners_are_accepted_by_their_scripts(tmp_path, monkeypatch, learner):
+    """Every distinct set of flags, on a small file of the task; mopo's also at the study's number of rows."""
     monkeypatch.chdir(tmp_path)
-    seen = {}
-    for words, cell in commands_of("mopo.py").items():
+    seen, name = {}, learner.__name__
+    for words, cell in commands_of(f"{name}.py").items():
         task = cell.name.split()[1]
         seen.setdefault((study.world(task), words[2:-2]), (words, task))
     assert {world for world, _ in seen} == {"point", "ant", "cheetah"}
-    for (world, _), (words, name) in seen.items():
-        task, rows = envs.task(name), 20
+    for (world, _), (words, task_name) in seen.items():
+        task, rows = envs.task(task_name), 20
         zeros = np.zeros((rows, task.observation_size), np.float32)
         arrays = {
             "observations": zeros, "next_observations": zeros, "actions": zeros[:, : task.action_size],
             "rewards": np.ones(rows, np.float32), "terminals": np.zeros(rows, bool),
             "timeouts": np.arange(rows) == rows - 1,
         }  # fmt: skip
-        about = {"dataset_name": "toy", "env": task.env, "task": name, "layout": "task", "reward_kind": "relabelled"}
+        about = {"dataset_name": "toy", "env": task.env, "task": task_name, "layout": "task"}
+        about |= {"reward_kind": "relabelled"}
         about |= {"task_options": task.options, "dt": task.dt, "episode_length": rows}
         buffers.save(Path(words[1]), arrays, about)
-        args = mopo.parse_args(list(words), mopo.mopo_preset)
-        mopo.check_args(args, task, study.SIZE["cpu"][world])
+        args = learner.parse_args(list(words), getattr(learner, f"{name}_preset"))
+        if learner is mopo:
+            mopo.check_args(args, task, study.SIZE["cpu"][world])
         assert args.num_updates // args.eval_every >= udg_figures.LAST, "the score needs five evaluations"
 
 
@@ -498,6 +504,15 @@ def test_scores_and_spread(tmp_path, capsys):
     assert table["a"] == ["16.0", "17.0", "1000.0", "160.0", "1.0"], "score, last, best, whole evaluation, data"
     assert "3 seeds of the learner; 6 evaluations a run, the score is of the last 5" in text
     assert set(pictures) == {"toy.png"} and is_drawn(pictures["toy.png"])
+
+
+def test_every_learner_has_its_line(tmp_path, capsys):
+    """Two learners on one task are not pooled, and the missing one is called so."""
+    rows = [row("t1", "a", 10.0), row("t1", "b", 20.0), row("t1", "a", 30.0, learner="dac")]
+    about = {"tasks": ["t1"], "picks": {"a": "x:1", "b": "y:1"}, "learners": ["mopo", "dac"]}
+    table, _, pictures = figures(tmp_path, capsys, rows, **about)
+    assert table["t1, mopo"] == ["10.0", "20.0"] and table["t1, dac"] == ["30.0", "missing"]
+    assert is_drawn(pictures["toy.png"])
 
 
 def test_missing_cells_are_called_missing(tmp_path, capsys):
