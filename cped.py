@@ -2,23 +2,23 @@
 
 Paper      Constrained Policy optimization with Explicit behavior Density (Zhang et al., NeurIPS 2023),
            arXiv 2301.12130. Codes named below: C24 = the authors' code of 2024, C23 = their earlier one.
-Objective  max over pi of  E_s[ Q(s, pi(s)) ]   subject to   -log p(pi(s) | s) < eps            (eq. 6)
+Objective  max over pi of  E_s[ Q(s, pi(s)) ]   subject to   -log p(pi(s) | s) < eps            (eq. 7)
            as a Lagrangian with multiplier alpha; p is a normalising flow trained on the data.
 
 Algorithm  Flow-GAN (repeat flow_updates times; one pass of (1), (2) counts disc_ratio)
            (1) disc_ratio times: a batch (s, a), fake actions a^ = f^-1(z; s), z ~ prior;
-               one step of D on  mean D(s, a^) - mean D(s, a) + 0.5 E[ (||grad D(x^)|| - 1)^2 ]
-           (2) one step of f on  nll_weight * -mean log p(a | s) - adv_weight * mean D(s, a^)
+               one step of D on  mean D(s, a^) - mean D(s, a) + 0.5 E[ (||grad D(x~)|| - 1)^2 ]  (eq. 4)
+           (2) one step of f on  nll_weight * -mean log p(a | s) - adv_weight * mean D(s, a^)    (eq. 4)
            Actor-critic with f frozen (repeat num_updates times; one pass of (3) to (5) counts policy_delay)
            (3) policy_delay times: a~ = pi'(s') + clipped noise, one step of both critics to
                y = r + gamma (1 - terminal) min_i Q_i'(s', a~)
-           (4) one step of the actor on  -mean min_i Q_i(s, pi(s)) + alpha * mean -log p(pi(s) | s)
+           (4) one step of the actor on  -mean min_i Q_i(s, pi(s)) + alpha * mean -log p(pi(s) | s)  (eq. 7)
                alpha falls step by step; or a hinge on eps; or alpha by dual ascent
-           (5) Q' and pi' follow by Polyak; after a while (1), (2) again, if the flow is to go on
+           (5) Q' and pi' follow by Polyak; then (1), (2) once more with --flow-in-rl
 
 Symbols    s observations [B, S] | a actions [B, A] | r rewards [B] | y target [B] | q [2, B]
            f flow: (s, a) -> z | z [B, A], or [B, S + A] for nice | p density: prior(z) |det df/da|
-           D discriminator | x = (s, a) [B, S + A] | x^ between a real and a fake x | nll = -log p [B]
+           D discriminator | x = (s, a) [B, S + A] | x~ between a real and a fake x | nll = -log p [B]
            pi deterministic actor | alpha weight of the constraint | eps its threshold
            pi', Q' targets | B batch | S also num_seeds, as a leading axis | L flow_layers
 
@@ -26,7 +26,7 @@ Deviations
   D1  paper, codes: one density of (s, a), NICE; here: of a given s, affine couplings with bounded log
       scales. Only d/da log p matters to the actor, and p(s) wastes capacity (--flow nice for theirs).
   D2  codes' NICE samples by an inverse that is none (scale applied last, not first); here: exact.
-  D3  codes mix the penalty's x^ by N(0, 1) and reseed the generator in every call, so that weights
+  D3  codes mix the penalty's x~ by N(0, 1) and reseed the generator in every call, so that weights
       and target noise never change; here: U(0, 1), fresh keys.
   D4  codes: raw observations; here: standardised for all networks (--no-normalize).
   D5  codes: the likelihood of the data's actions; here: of actions + N(0, 0.05^2), so that mass on the
@@ -47,7 +47,9 @@ Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes r
 Run        python cped.py --quick                         (point robot, under 2 minutes on 2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     see docs/cped.md and results/cped/
+Expect     --quick: return 95 (data: mean -0.2, best 93.9), 55 s; --preset cpu on ant-angle-60, top-1, seed 0: 192 in
+           200 steps, mean of the last 5 (data 108, cloning 117), 21 minutes; both on 2 CPU cores that others
+           shared; more in docs/cped.md
 """
 
 import dataclasses
@@ -118,7 +120,7 @@ class Args:
     prior: Literal["logistic", "gaussian"] = "logistic"
     """density of z, per coordinate (codes: logistic)"""
     log_scale_cap: float = 2.0
-    """bound of a layer's log scales, which bounds the actor's gradient too (ours, D1)"""
+    """bound of a coupling's log scales (ours, D1); the whitening's own are bounded by action_noise alone"""
     action_noise: float = 0.05
     """std of the noise on the actions whose likelihood is raised (ours, D5; codes: 0)"""
     nll_weight: float = 1.0
@@ -147,7 +149,7 @@ class Args:
     eps_quantile: float = 0.9
     """eps: this quantile of the data's nll, for hinge and dual (ours)"""
     alpha_lr: float = 1e-3
-    """Adam rate of log alpha in the dual form (ours)"""
+    """Adam rate of log alpha in the dual form, which stays within +-7 (ours)"""
     q_norm: bool = True
     """divide Q by its mean magnitude in the actor's loss (ours, D10; codes: raw)"""
     critic_from: float = 0.0
@@ -198,11 +200,16 @@ CPU = {
     "flow_updates": 20_000, "num_updates": 20_000, "eval_every": 2_000, "flow_lr": 3e-4, "disc_lr": 3e-4,
     "actor_lr": 3e-4,
 }  # fmt: skip
+ANTMAZE_LARGE = ANTMAZE | {  # C24 for the large mazes: T0 = 400k (or 500k), 600k updates after it
+    "alpha_from": (0.0, 1 / 6, 4 / 6), "critic_from": 3 / 60, "q_from": 5 / 60,
+    "flow_updates": 400_000, "num_updates": 600_000,
+}  # fmt: skip
 KINDS = ("medium", "medium-replay", "medium-expert")
-MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse")
 PRESETS = {"cpu": CPU, "published": PUBLISHED}
 PRESETS |= {f"{robot}-{kind}-v2": MUJOCO for robot in ("halfcheetah", "hopper", "walker2d") for kind in KINDS}
 PRESETS |= {f"antmaze-{maze}-v2": ANTMAZE for maze in MAZES}
+PRESETS |= {f"antmaze-large-{kind}-v2": ANTMAZE_LARGE for kind in ("play", "diverse")}
 QUICK = {
     "flow_updates": 5_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000, "flow_hidden_sizes": (64, 64),
     "hidden_sizes": (64, 64), "flow_lr": 1e-3, "disc_lr": 1e-3, "actor_lr": 1e-3, "critic_lr": 1e-3,
@@ -237,7 +244,7 @@ def sample_batch(data, key, batch_size):
 
 
 def cped_data(buffer, args):
-    """Buffer -> CpedData, and mean, std [S] that observations were standardised with."""
+    """Buffer -> CpedData, and mean, std [S] of all rows, which observations were standardised with."""
     observations = np.asarray(buffer["observations"])
     mean, std = np.zeros(observations.shape[1], np.float32), np.ones(observations.shape[1], np.float32)
     if args.normalize:  # D4
@@ -389,24 +396,32 @@ def prior_log_prob(z, prior):
     return jnp.sum(-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi), -1)
 
 
+def flow_forward(flow, observations, actions, args):
+    """z = f(a; s), or f(s, a) for nice, and log |det df|."""  # D1
+    if args.flow == "cond":
+        return cond_forward(flow, observations, actions, args)
+    return nice_forward(flow, observations, actions)
+
+
+def flow_inverse(flow, observations, z, args):
+    """f^-1: s as given and a = f^-1(z; s), or both from z for nice -> s, a."""
+    if args.flow == "cond":
+        return cond_inverse(flow, observations, z, args)
+    return nice_inverse(flow, z, observations.shape[-1])
+
+
 def flow_nll(flow, observations, actions, args):
-    """-log p(a | s) [..], or -log p(s, a) for nice: -(log prior(f(a)) + log |det df|)."""
-    if args.flow == "cond":  # D1
-        z, logdet = cond_forward(flow, observations, actions, args)
-    else:
-        z, logdet = nice_forward(flow, observations, actions)
+    """-log p(a | s) [..], or -log p(s, a) for nice: -(log prior(z) + log |det df|)."""
+    z, logdet = flow_forward(flow, observations, actions, args)
     return -(prior_log_prob(z, args.prior) + logdet)
 
 
 def flow_sample(flow, observations, action_size, key, args):
     """The generator: fake x = (s, f^-1(z; s)), or f^-1(z) for nice, z ~ prior -> [B, S + A]."""
     draw = jax.random.logistic if args.prior == "logistic" else jax.random.normal
-    if args.flow == "cond":
-        pair = cond_inverse(flow, observations, draw(key, (*observations.shape[:-1], action_size)), args)
-    else:
-        num_obs = observations.shape[-1]
-        pair = nice_inverse(flow, draw(key, (*observations.shape[:-1], num_obs + action_size)), num_obs)
-    return jnp.concatenate(pair, -1)
+    size = action_size + (observations.shape[-1] if args.flow == "nice" else 0)
+    z = draw(key, (*observations.shape[:-1], size))
+    return jnp.concatenate(flow_inverse(flow, observations, z, args), -1)
 
 
 def disc_init(key, num_inputs):
@@ -433,7 +448,7 @@ def disc_apply(disc, x):
 
 
 def gradient_penalty(disc, real, fake, mix):
-    """mean_B (||grad_x sum_d D(x^)||_2 - 1)^2,  x^ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
+    """mean_B (||grad_x sum_d D(x~)||_2 - 1)^2,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
     x = mix * real + (1 - mix) * fake
     grads = jax.grad(lambda x: disc_apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
     return jnp.mean((jnp.linalg.norm(grads, axis=-1) - 1.0) ** 2)
@@ -646,15 +661,17 @@ def evaluate(env, act, params, key, num_episodes, length):
 
 
 def density_metrics(flow, data, args):
-    """How well the flow fits: nll on 4096 training rows and on the held-out ones, without noise.
+    """How well the flow fits: nll on 4096 training rows and on the held-out ones, without noise, and its round trip.
 
     Where the behaviour's density is known: kl = mean log p_true - log p, in nats, and the correlation of the
     two -> metrics, held-out log p [H].
     """
-    rows = jax.tree.map(lambda x: x[:4096], data.rows)
-    log_p = -flow_nll(flow, data.holdout.observations, data.holdout.actions, args)
-    nll = flow_nll(flow, rows.observations, rows.actions, args)
+    seen, held = jax.tree.map(lambda x: x[:4096], data.rows), data.holdout
+    log_p = -flow_nll(flow, held.observations, held.actions, args)
+    nll = flow_nll(flow, seen.observations, seen.actions, args)
+    back = flow_inverse(flow, held.observations, flow_forward(flow, held.observations, held.actions, args)[0], args)[1]
     metrics = {"flow/nll_data": nll.mean(), "flow/nll_holdout": -log_p.mean()}
+    metrics["flow/round_trip"] = jnp.abs(back - held.actions).max()
     if data.log_probs is not None:
         metrics["flow/kl"] = jnp.mean(data.log_probs - log_p)
         metrics["flow/correlation"] = jnp.corrcoef(data.log_probs, log_p)[0, 1]
@@ -955,6 +972,9 @@ def check_args(args, num_rows):
         "--nll-weight, --adv-weight: none may be negative, one must be positive":
             min(args.nll_weight, args.adv_weight) >= 0 and max(args.nll_weight, args.adv_weight) > 0,
         "--eps-quantile must lie between 0 and 1": 0 < args.eps_quantile < 1,
+        "--critic-from, --q-from, --gamma and --tau must be within 0 and 1":
+            all(0 <= x <= 1 for x in (args.critic_from, args.q_from, args.gamma, args.tau)),
+        "--log-scale-cap and --max-grad-norm must be positive": min(args.log_scale_cap, args.max_grad_norm) > 0,
         "--flow-layers must be 2 or more, so that every coordinate is moved": args.flow_layers >= 2,
         "--holdout-rows must be positive": args.holdout_rows > 0,
         f"--dataset: {num_rows} rows are too few to hold any out": num_rows >= 20,
@@ -964,20 +984,24 @@ def check_args(args, num_rows):
             raise envs.InputError(message)
 
 
-def announce(folder, args, task, env, data, init, keys):
-    """Print what will run and what it needs; refuse where memory or disk cannot hold it."""
-    size = lambda tree: sum(x.size * 4 for x in jax.tree.leaves(tree))
-    state = size(jax.eval_shape(init, keys, data).nets)
-    need, disk = 3 * state + 2 * size(data), shutil.disk_usage(folder).free  # old, new and a gradient; a copy of rows
+def announce(folder, args, task, env, num_rows, init, keys):
+    """Print what will run and what it needs, before the rows are read; refuse where it does not fit."""
+    sizes = (task.observation_size,), (task.action_size,), (), (task.observation_size,), ()
+    rows = Transitions(*(jax.ShapeDtypeStruct((num_rows, *size), jnp.float32) for size in sizes))
+    num_bytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    state = num_bytes(jax.eval_shape(init, keys, CpedData(rows, rows, None)).nets)
+    need = 1e9 + 3 * state + 2 * num_bytes(rows)  # the process; old, new, gradient; rows and their copy
+    files = 5 * state  # two of the first phase; state.npz, the one before, and the one being written
+    disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
     stats = jax.devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(
         f"{task.name} on {env.backend}: {args.num_seeds} seeds x ({args.flow_updates} iterations of the {args.flow} "
         f"flow, {args.num_updates} updates)\n{folder}: memory {need / 1e9:.2f} of {have / 1e9:.1f} GB, disk "
-        f"{4 * state / 1e9:.2f} of {disk / 1e9:.1f} GB free", flush=True,
+        f"{files / 1e9:.2f} of {disk / 1e9:.1f} GB free", flush=True,
     )  # fmt: skip
-    if need > have or 4 * state > disk:
-        raise envs.InputError(f"{folder}: memory or disk cannot hold the run; lower --num-seeds")
+    if need > have or files > disk:
+        raise envs.InputError(f"{folder}: memory or disk cannot hold the run; lower --num-seeds or the rows")
 
 
 def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
@@ -1026,8 +1050,8 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
 
 def plot_density(path, folder, data, log_p):
     """density.png: the flow's fit, its density beside the true one where known, the policy's nll over the run."""
-    lines = []
-    for i, (seed, (steps, values)) in enumerate(curves.read(folder, "flow/nll_holdout").items()):
+    lines, fits = [], curves.read(folder, "flow/nll_holdout")
+    for i, (seed, (steps, values)) in enumerate(fits.items()):
         lines += [(steps, values, {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"held-out rows, seed {seed}"})]
     if data.log_probs is not None:
         style = {"color": "k", "ls": "--", "lw": 1, "label": "true density"}
@@ -1037,7 +1061,7 @@ def plot_density(path, folder, data, log_p):
         true, log_p = np.asarray(data.log_probs), np.asarray(log_p[0])
         ends = np.array([true.min(), true.max()])
         kl, correlation = np.mean(true - log_p), np.corrcoef(true, log_p)[0, 1]
-        title = f"held-out (s, a): KL {kl:.2f} nats, correlation {correlation:.2f}"
+        title = f"held-out (s, a), seed {min(fits)}: KL {kl:.2f} nats, correlation {correlation:.2f}"
         dots = (true, log_p, {"marker": ".", "ls": "", "ms": 3, "alpha": 0.4, "label": "a held-out row"})
         equal = (ends, ends, {"color": "k", "ls": "--", "lw": 1, "label": "equal"})
         panels += [{"title": title, "xlabel": "true log p", "ylabel": "learnt log p", "lines": [dots, equal]}]
@@ -1062,17 +1086,15 @@ def main(args):
     check_args(args, len(buffer))
     env.check_batch(args.num_seeds * args.eval_episodes)
     folder = run_folder(args, "cped", task.name)
-    data, *scale = cped_data(buffer, args)
     init, flow_chunk, train_chunk = make_train(args)
+    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+    announce(folder, args, task, env, len(buffer), init, keys)
+    data, *scale = cped_data(buffer, args)
     densities, evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"], scale)
     eval_keys = evaluation_keys(args)
-    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-    announce(folder, args, task, env, data, init, keys)
 
-    meta = {
-        "identity": run_identity(args, data=[envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]),
-        "log": 0,
-    }
+    digests = [envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]
+    meta = {"identity": run_identity(args, data=digests), "log": 0}
     state, in_flow = None, not (args.resume and any(folder.glob("state*.npz")))
     if args.resume:
         like = jax.eval_shape(init, keys, data)

@@ -14,7 +14,7 @@ density() { # learnt against true density: hybrid, likelihood only, adversarial 
     python results/cped/density.py --out runs/cped/density --num-seeds 3
 }
 
-ant() { # CPU budget, 1 seed, about 10 minutes each on 2 cores
+ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared
     python cped.py --dataset $ant/top1-size50000.npz --preset cpu
     python cped.py --dataset $ant/top1-size50000.npz --preset cpu --bc-only --out runs/cped/ant-angle-60/bc-seed0
 }

@@ -172,16 +172,22 @@ def test_alpha_schedule_golden():
     g = golden("alpha_schedule")
     mujoco = dataclasses.replace(C.Args(), **C.PRESETS["hopper-medium-v2"])
     maze = dataclasses.replace(C.Args(), **C.PRESETS["antmaze-umaze-v2"])
+    large = dataclasses.replace(C.Args(), **C.PRESETS["antmaze-large-play-v2"])
     assert (mujoco.flow_updates, mujoco.num_updates, maze.flow_updates, maze.num_updates) == (5e5, 1e6, 3e5, 7e5)
+    assert (large.flow_updates, large.num_updates) == (4e5, 6e5)
+    for args in (mujoco, maze, large):  # 30k and 50k after T0
+        phases = args.critic_from * args.num_updates, args.q_from * args.num_updates
+        assert phases == pytest.approx((30_000, 50_000))
     compared = 0
     for t, alpha, alpha_maze in zip(g["t"], g["mujoco_T0_500k"], g["antmaze"], strict=True):
         if t >= 500_000 and t not in (600_000, 1_000_000):  # at these two the released formula is off by one step
             assert float(alpha_at(t - 500_000, mujoco)) == pytest.approx(alpha), t
             compared += 1
-        if t > 300_000 and t not in (500_000, 800_000):
-            assert float(alpha_at(t - 300_000, maze)) == pytest.approx(alpha_maze), t
-            compared += 1
-    assert compared > 20
+        for args in (maze, large):
+            if t > args.flow_updates and t not in (500_000, 800_000):
+                assert float(alpha_at(t - args.flow_updates, args)) == pytest.approx(alpha_maze), t
+                compared += 1
+    assert compared > 30
     short = dataclasses.replace(mujoco, num_updates=20_000)
     steps = np.arange(0, 20_000, 1_000)
     assert [float(alpha_at(t, short)) for t in steps] == [1e3] * 2 + [10] * 2 + [7.5] * 2 + [5] * 2 + [2.5] * 2 + [
@@ -627,6 +633,7 @@ def test_run_leaves_what_it_promises(whole_run):
     assert header["args"]["flow_layers"] == 2
     fits = [r for r in records if "flow/nll_holdout" in r]
     assert [(r["step"], r["seed"]) for r in fits] == [(40, 0), (40, 1), (60, 0), (60, 1)]
+    assert all(r["flow/round_trip"] < 1e-5 for r in fits)
     assert "flow/kl" not in fits[0]  # this buffer does not know its density
     evaluations = [r for r in records if "eval/return" in r]
     assert [(r["step"], r["seed"]) for r in evaluations] == [(40, 0), (40, 1), (60, 0), (60, 1)]
@@ -753,12 +760,30 @@ def test_learns_on_the_point_robot(dataset, tmp_path):
         (dict(eps_quantile=1.0), "--eps-quantile"),
         (dict(flow_layers=1), "--flow-layers"),
         (dict(holdout_rows=0), "--holdout-rows"),
+        (dict(critic_from=2.0), "--critic-from, --q-from"),
+        (dict(log_scale_cap=0.0), "--log-scale-cap"),
         (dict(hidden_sizes=(30_000, 30_000), num_seeds=40), "lower --num-seeds"),
     ],
 )  # fmt: skip
 def test_refusals(changes, message, dataset, tmp_path):
     with pytest.raises(envs.InputError, match=message):
         C.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+
+
+def test_disk_is_counted_and_refused_before_rows_are_read(dataset, tmp_path, monkeypatch):
+    """At most five states lie there at once; those that are there already need no more room."""
+    args, folder = tiny(dataset=dataset, out=str(tmp_path)), tmp_path / "flow"
+    shapes = jax.eval_shape(C.make_train(args)[0], jax.random.split(jax.random.key(0), 1), random_data(num_obs=4))
+    state = 4 * sum(x.size for x in jax.tree.leaves(shapes.nets))
+    usage = C.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(C.shutil, "disk_usage", lambda _: usage._replace(free=int(4.5 * state)))
+    monkeypatch.setattr(C, "cped_data", lambda *_: pytest.fail("rows were read"))
+    with pytest.raises(envs.InputError, match="cannot hold the run"):
+        C.main(args)
+    folder.mkdir()
+    (folder / "state.npz").write_bytes(bytes(state))
+    with pytest.raises(pytest.fail.Exception, match="rows were read"):  # accepted
+        C.main(dataclasses.replace(args, resume=True))
 
 
 def test_reward_free_data_is_refused(tmp_path):
