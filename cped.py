@@ -220,7 +220,7 @@ QUICK = {
 
 
 class Transitions(NamedTuple):
-    """What SAC learns from; leading axes free, features last."""
+    """What is learnt from; leading axes free, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
@@ -782,16 +782,20 @@ def make_train(args):
 class Logger:
     """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
 
-    `position`: bytes of log.jsonl to keep; a resumed run cuts the file back, so that nothing stands twice.
+    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows TensorBoard what is left anew,
+    so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
     """
 
-    def __init__(self, folder, args, position=0, step=0):
+    def __init__(self, folder, args, position=0):
         from tensorboardX import SummaryWriter
 
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+        self.board = SummaryWriter(str(folder))
         self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
+        for line in self.file.read(position).splitlines()[1:] if position else ():
+            self.show(json.loads(line))
         self.file.truncate(position)
-        self.file.seek(position)
-        self.board = SummaryWriter(str(folder), purge_step=step + 1 if position else None)
         header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
         self.wandb = None
@@ -801,6 +805,7 @@ class Logger:
             except ImportError:
                 raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
             self.wandb = wandb.init(project="udg-jax", dir=str(folder), config=header["args"])
+            self.wandb.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
         if not position:
             self.write(header)
 
@@ -808,18 +813,24 @@ class Logger:
         self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
 
+    def show(self, record):
+        """A record's numbers to TensorBoard -> {name with labels: number}."""
+        labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
+        scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, record["step"])
+        self.board.flush()
+        return scalars
+
     def log(self, step, metrics, **labels):
         """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
         six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
         metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
-        self.write({"step": step, **labels, **metrics})
-        suffix = "".join(f"/{k}{v}" for k, v in labels.items())
-        scalars = {k + suffix: v for k, v in metrics.items() if np.ndim(v) == 0}
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
+        record = {"step": step, **labels, **metrics}
+        self.write(record)
+        scalars = self.show(record)
         if self.wandb:
-            self.wandb.log(scalars, step=step)
+            self.wandb.log({**scalars, "step": step})
 
 
 class StopSignal:
@@ -895,7 +906,8 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "resume", "track")}
+    free = ("out", "resume", "track", "num_devices")
+    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
 
@@ -1043,7 +1055,7 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
             if step == total or stop.name or time.time() - saved > 60:
                 save(state)
                 saved = time.time()
-    if step < total:
+    if stop.name:  # at the end of a phase, too: the next one comes with --resume
         sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
     return state
 
@@ -1093,13 +1105,13 @@ def main(args):
     densities, evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"], scale)
     eval_keys = evaluation_keys(args)
 
-    digests = [envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]
+    digests = [envs.buffers.sha256(buffer[k]) for k in ("observations", "actions", "rewards")]
     meta = {"identity": run_identity(args, data=digests), "log": 0}
     state, in_flow = None, not (args.resume and any(folder.glob("state*.npz")))
     if args.resume:
         like = jax.eval_shape(init, keys, data)
         state, meta = load_state(folder / "flow" if in_flow else folder, like, meta["identity"])
-    logger = Logger(folder, args, meta["log"], int(state.num_updates[0]) if state else 0)
+    logger = Logger(folder, args, meta["log"])
     save = lambda where, tree: save_state(where, tree, {**meta, "log": logger.file.tell()})
     if state is None:
         state = init(keys, data)

@@ -24,9 +24,9 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
 
 Deviations
-  D1  Eq. 5 counts m from the episode's start and drops the reward of a terminal step; code: m from the window's
-      start, all rewards; here: the code's.
-  D2  T = 200, k = 10 for episodes of 1000 steps; here: for others T = length / 5, k = T / 20.
+  D1  Eq. 5 counts m from the episode's start, ends a window k steps on and drops the reward of a terminal step;
+      code: m from the window's start, T steps, all rewards; here: the code's.
+  D2  Code: T = 200, k = 10; here: so for episodes of 1000 steps and on AntMaze, else T = length / 5, k = T / 20.
   D3  Paper: 80k and 160k steps for teacher and student, stored models: 800k and 1.6M; here: the latter.
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
@@ -44,19 +44,26 @@ Deviations
   D13 Paper, code: Q and likelihood from the start; here: so in the published presets, elsewhere the actor clones
       for the first tenth of the updates (--q-from), since the likelihood holds nothing while its std is wide.
   D14 Code: rows of a batch without replacement; here: with.
+  D15 Paper and code differ in alpha, in beta and gamma_ent of some sets, and in layers and loss of AntMaze's actor
+      (Eq. 9 in the paper, advantage-weighted in the code); here: the code's, PRESETS.
+  D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; here: so in the published presets,
+      elsewhere a' is around its mean (--sample-target).
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
            (docs/policy.md), q_model.npz, log.jsonl, state.npz of the three phases, four figures
 Run        python qdq.py --quick                          (point robot, under 2 minutes on 2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     see docs/qdq.md and results/qdq/
+Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; ant-angle-60, top-1, 50k rows, seed 0, --preset cpu
+           with 20k steps of teacher and student: 667 in 1000 steps, mean of the last 5 (cloning 231), 52 minutes;
+           both on a CPU core that others shared; docs/qdq.md
 """
 
 import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -108,14 +115,14 @@ class Args:
     num_updates: int = 1_000_000
     """critic steps per seed; the actor steps in every policy_delay-th (code: 1M)"""
     chunk: int = 1_000
-    """gradient steps in one jitted call, in each phase; a multiple of policy_delay, a divisor of eval_every"""
+    """gradient steps in one jitted call, in each phase; a multiple of policy_delay; divides eval_every and totals"""
     eval_every: int = 5_000
     """gradient steps between two evaluations (code: 5,000)"""
     eval_episodes: int = 10
     """episodes of an evaluation (code: 10, AntMaze 100)"""
     # --- distribution of Q ---
     window: int = 0
-    """T: steps of a windowed return; 0: 200 for episodes of 1000 steps, else a fifth of them (code: 200; D2)"""
+    """T: steps of a windowed return; 0: 200 for episodes of 1000 steps, else a fifth of their length (code: 200; D2)"""
     window_step: int = 0
     """k: steps between two windows; 0: T / 20 (code: 10; D2)"""
     max_windows: int = 100
@@ -139,7 +146,7 @@ class Args:
     student_tau_every: int = 5
     """steps of the student per step of its target (code: 5)"""
     student: str = ""
-    """q_model.npz of an earlier run on this data: its student is used for all seeds, none is trained (D12)"""
+    """q_model.npz of an earlier run on this data: its one student for all seeds, or one each; none is trained (D12)"""
     # --- uncertainty ---
     uncertainty: Literal["gh", "mc"] = "gh"
     """gh: Gauss-Hermite sum over the student's noise; mc: samples, as the code (D6)"""
@@ -148,9 +155,9 @@ class Args:
     num_samples: int = 50
     """samples of mc (code: 50)"""
     alpha: float = 0.992
-    """alpha: share of the optimistic target (code: 0.992 MuJoCo, 0.99 AntMaze; paper: 0.95 to 0.99)"""
+    """alpha: share of the optimistic target (code: 0.992 MuJoCo, 0.99 AntMaze; paper: 0.95 to 0.99; D15)"""
     beta: float = 0.9
-    """beta: quantile above which a row is flagged, and weight of the others (code: 0.8 or 0.9 by dataset)"""
+    """beta: quantile above which a row is flagged, and weight of the others (code: 0.8 or 0.9 by dataset; D15)"""
     weight: Literal["mujoco", "antmaze", "antmaze-diverse"] = "mujoco"
     """w: 1/H if flagged, else beta; 1 + 0.1 (1 - 1/H), else 1; 1/H, else 1 (code; D8)"""
     w_max: bool = True
@@ -163,11 +170,11 @@ class Args:
     gamma_ent: float = 0.2
     """gamma_ent: weight of the likelihood of the data's actions (code: 0 to 2 by dataset, raw Q; D11)"""
     sample_target: bool = False
-    """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0)"""
+    """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0; D16)"""
     q_from: float = 0.1
-    """share of num_updates during which the actor only clones, without Q (ours, D13)"""
+    """share of num_updates during which the actor of loss q only clones; with gamma_ent 0 it rests (ours, D13)"""
     q_norm: bool = True
-    """divide Q by its mean magnitude in the actor's loss (ours, D11)"""
+    """divide Q by its mean magnitude in the actor's loss q (ours, D11)"""
     awr_temperature: float = 6.0
     """factor of the advantage in awr (code: 6)"""
     awr_samples: int = 30
@@ -207,7 +214,7 @@ class Args:
 SIGMA_DATA, T_MIN, T_MAX, RHO = 0.5, 0.002, 80.0, 7.0  # noise levels (code)
 FOURIER, TIME_WIDTH = 8, 32  # frequencies of the time embedding, and its width (code)
 GENERAL = {"w_max": False, "sign_aware": False, "q_norm": False, "normalize": False, "q_from": 0.0}  # published
-MUJOCO = {  # beta, gamma_ent
+MUJOCO = {  # beta, gamma_ent                                                                    # D15
     "halfcheetah-medium-v2": (0.9, 0.0),
     "halfcheetah-medium-replay-v2": (0.9, 0.1),
     "halfcheetah-medium-expert-v2": (0.9, 2.0),
@@ -218,7 +225,7 @@ MUJOCO = {  # beta, gamma_ent
     "walker2d-medium-replay-v2": (0.8, 0.8),
     "walker2d-medium-expert-v2": (0.8, 2.0),
 }
-ANTMAZE = {  # alpha, gamma_ent, weight, actor_loss, max_grad_norm, layer_norm
+ANTMAZE = {  # alpha, gamma_ent, weight, actor_loss, max_grad_norm, layer_norm                    # D15
     "antmaze-umaze-v0": (0.99, 0.0, "antmaze", "awr", 7.0, False),
     "antmaze-umaze-diverse-v0": (0.01, 1.5, "antmaze-diverse", "q", 7.0, False),
     "antmaze-medium-play-v0": (0.99, 0.0, "antmaze", "awr", 7.0, False),
@@ -227,7 +234,10 @@ ANTMAZE = {  # alpha, gamma_ent, weight, actor_loss, max_grad_norm, layer_norm
     "antmaze-large-diverse-v0": (0.99, 0.0, "antmaze", "awr", 3.0, True),
 }
 ANTMAZE_FIELDS = ("alpha", "gamma_ent", "weight", "actor_loss", "max_grad_norm", "layer_norm")
-MAZE_RUN = {"hidden_sizes": (256, 256), "reward_shift": -1.0, "eval_every": 100_000, "eval_episodes": 100}
+MAZE_RUN = {  # umaze's episodes have 700 steps, and the same windows                             # D2
+    "hidden_sizes": (256, 256), "reward_shift": -1.0, "eval_every": 100_000, "eval_episodes": 100,
+    "window": 200, "window_step": 10,
+}  # fmt: skip
 PRESETS = {
     name: GENERAL | {"beta": beta, "gamma_ent": weight, "sample_target": weight > 0}
     for name, (beta, weight) in MUJOCO.items()
@@ -242,6 +252,11 @@ SHORT = {"num_levels": 18, "student_tau": 0.05}  # few steps do not carry 1,000 
 PRESETS["cpu"] = SHORT | {
     "teacher_updates": 80_000, "student_updates": 160_000, "num_updates": 20_000, "chunk": 500, "eval_every": 2_000,
 }  # fmt: skip
+POSITIVE = (
+    "num_seeds", "teacher_updates", "student_updates", "num_updates", "chunk", "eval_every", "eval_episodes",
+    "max_windows", "group_size", "model_batch_size", "teacher_lr", "student_lr", "student_tau_every", "num_samples",
+    "awr_samples", "batch_size", "actor_lr", "critic_lr", "max_grad_norm", "policy_delay",
+)  # fmt: skip
 SHOWN = ("train/q", "train/h", "train/penalty", "train/log_p", "train/distance")
 QUICK = SHORT | {
     "teacher_updates": 4_000, "student_updates": 4_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000,
@@ -254,7 +269,7 @@ QUICK = SHORT | {
 
 
 class Transitions(NamedTuple):
-    """What SAC learns from; leading axes free, features last."""
+    """What is learnt from; leading axes free, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
@@ -312,6 +327,11 @@ def windowed_returns(rewards, ends, gamma, window, step, cap):
 def scaled(q, low, high):
     """[Qmin, Qmax] -> [-1, 1]; a constant q becomes -1."""
     return 2.0 * (q - low) / np.maximum(high - low, 1e-6) - 1.0
+
+
+def unscaled(x, low, high):
+    """[-1, 1] -> [Qmin, Qmax], and what lies outside accordingly."""
+    return (x + 1.0) / 2.0 * (high - low) + low
 
 
 def qdq_data(buffer, args):
@@ -454,7 +474,7 @@ def heun_step(denoise, x, t, s):
 def q_samples(model, c, z, args):
     """Returns f(80 z, 80 | c): c [.., C], noise z [.., K] -> [.., K], not clipped to the data's range."""
     x = consistency(model.net, c[..., None, :], T_MAX * z, T_MAX, args)
-    return (x + 1.0) / 2.0 * (model.high - model.low) + model.low
+    return unscaled(x, model.low, model.high)
 
 
 def q_moments(model, c, key, args):
@@ -597,9 +617,10 @@ def mixed_target(batch, next_q, h, args):
     if args.sign_aware:
         factor = jnp.where(next_q < 0, 2.0 - factor, factor)  # D9
     go_on = args.gamma * (1.0 - batch.terminals)
+    quantiles = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
     metrics = {
-        "train/h": h.mean(), "train/h_p90": jnp.quantile(h, 0.9), "train/ood": ood.mean(),
-        "train/w_above_1": jnp.mean(w > 1.0), "train/factor": factor.mean(),
+        "train/h": h.mean(), "train/h_p10": quantiles[0], "train/h_p50": quantiles[1], "train/h_p90": quantiles[2],
+        "train/ood": ood.mean(), "train/w_above_1": jnp.mean(w > 1.0), "train/factor": factor.mean(),
         "train/penalty": jnp.mean(go_on * (1.0 - factor) * next_q), "train/q_negative": jnp.mean(next_q < 0),
     }  # fmt: skip
     return jax.lax.stop_gradient(batch.rewards + go_on * factor * next_q), metrics
@@ -609,7 +630,7 @@ def next_actions(actor, observations, key, args):
     """a' [B, A]: mu(s'), or a sample of the Gaussian around it; then clipped noise, within [-1, 1]."""
     key_sample, key_noise = jax.random.split(key)
     actions = policy_mean(actor.mean, observations, args, actor.log_std.shape[-1])
-    if args.sample_target:
+    if args.sample_target:  # D16
         actions += jnp.exp(clipped_log_std(actor, args)) * jax.random.normal(key_sample, actions.shape)
     noise = args.target_noise * jax.random.normal(key_noise, actions.shape)
     return jnp.clip(actions + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
@@ -636,9 +657,9 @@ def log_likelihood(actions, mean, log_std):
 
 
 def climbing_loss(q, log_p, with_q, args):
-    """Line (7): -mean_B Q(s, mu(s)) - gamma_ent mean_B log N(a; mu(s), std); q [B] the lesser critic's.
+    """Line (7): -with_q mean_B Q(s, mu(s)) - gamma_ent mean_B log N(a; mu(s), std); q [B] the lesser critic's.
 
-    with_q in {0, 1} is 0 while the actor only clones.
+    with_q in {0, 1} is 0 while the actor only clones; --q-norm divides Q by mean_B |Q|, without gradient.
     """
     if args.q_norm:
         q = q / jax.lax.stop_gradient(jnp.abs(q).mean() + 1e-6)  # D11
@@ -785,7 +806,7 @@ def model_metrics(model, data, entries, key, args):
     _, h = q_moments(model, c, key_h, args)
     index = jax.random.randint(key_entries, (1024,), 0, len(entries.x))
     mean, spread = q_moments(model, entries.conditions[index], key_h, args)
-    q = (entries.x[index] + 1.0) / 2.0 * (model.high - model.low) + model.low
+    q = unscaled(entries.x[index], model.low, model.high)
     medians = jnp.median(h, -1)
     metrics = {f"student/h_{name}": medians[i] for i, name in enumerate(("data", "near", "far"))}
     metrics["student/h_far_above_data"] = jnp.mean(h[2] > h[0])
@@ -933,16 +954,20 @@ def make_train(args, num_obs, num_actions):
 class Logger:
     """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
 
-    `position`: bytes of log.jsonl to keep; a resumed run cuts the file back, so that nothing stands twice.
+    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows TensorBoard what is left anew,
+    so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
     """
 
-    def __init__(self, folder, args, position=0, step=0):
+    def __init__(self, folder, args, position=0):
         from tensorboardX import SummaryWriter
 
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+        self.board = SummaryWriter(str(folder))
         self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
+        for line in self.file.read(position).splitlines()[1:] if position else ():
+            self.show(json.loads(line))
         self.file.truncate(position)
-        self.file.seek(position)
-        self.board = SummaryWriter(str(folder), purge_step=step + 1 if position else None)
         header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
         self.wandb = None
@@ -952,6 +977,7 @@ class Logger:
             except ImportError:
                 raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
             self.wandb = wandb.init(project="udg-jax", dir=str(folder), config=header["args"])
+            self.wandb.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
         if not position:
             self.write(header)
 
@@ -959,18 +985,24 @@ class Logger:
         self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
 
+    def show(self, record):
+        """A record's numbers to TensorBoard -> {name with labels: number}."""
+        labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
+        scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, record["step"])
+        self.board.flush()
+        return scalars
+
     def log(self, step, metrics, **labels):
         """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
         six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
         metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
-        self.write({"step": step, **labels, **metrics})
-        suffix = "".join(f"/{k}{v}" for k, v in labels.items())
-        scalars = {k + suffix: v for k, v in metrics.items() if np.ndim(v) == 0}
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
+        record = {"step": step, **labels, **metrics}
+        self.write(record)
+        scalars = self.show(record)
         if self.wandb:
-            self.wandb.log(scalars, step=step)
+            self.wandb.log({**scalars, "step": step})
 
 
 class StopSignal:
@@ -1046,7 +1078,8 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "resume", "track")}
+    free = ("out", "resume", "track", "num_devices")
+    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
 
@@ -1106,19 +1139,22 @@ def qdq_preset(args):
 def check_args(args):
     """Refuse what cannot work, before any long work starts."""
     chunk = max(args.chunk, 1)
-    positive = ("num_seeds", "chunk", "teacher_updates", "student_updates", "num_updates", "eval_every", "num_samples")
-    positive += ("eval_episodes", "batch_size", "model_batch_size", "policy_delay", "max_windows", "group_size")
-    positive += ("student_tau_every",)
     totals = args.eval_every, args.teacher_updates, args.student_updates, args.num_updates
-    rules = {
-        f"--{', --'.join(positive)} must be positive".replace("_", "-"): min(getattr(args, k) for k in positive) > 0,
+    not_negative = args.window, args.window_step, args.gamma_ent, args.target_noise, args.target_noise_clip
+    rules = {f"--{name.replace('_', '-')} must be positive": getattr(args, name) > 0 for name in POSITIVE}
+    rules |= {
         "--chunk must be a multiple of --policy-delay": chunk % max(args.policy_delay, 1) == 0,
         "--chunk must divide --eval-every, --teacher-updates, --student-updates and --num-updates":
             all(total % chunk == 0 for total in totals),
-        "--model-hidden-sizes must be multiples of --group-size":
-            all(width % max(args.group_size, 1) == 0 for width in args.model_hidden_sizes),
+        "--hidden-sizes must be positive": min(args.hidden_sizes, default=1) > 0,
+        "--model-hidden-sizes must be positive multiples of --group-size":
+            all(width > 0 and width % max(args.group_size, 1) == 0 for width in args.model_hidden_sizes),
         "--alpha must lie between 0 and 1, --beta inside": 0 <= args.alpha <= 1 and 0 < args.beta < 1,
-        "--window and --window-step must not be negative": min(args.window, args.window_step) >= 0,
+        "--gamma, --tau and --student-tau must be above 0 and at most 1":
+            all(0 < x <= 1 for x in (args.gamma, args.tau, args.student_tau)),
+        "--window, --window-step, --gamma-ent, --target-noise and --target-noise-clip must not be negative":
+            min(not_negative) >= 0,
+        "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
         "--q-from must lie between 0 and 1": 0 <= args.q_from <= 1,
         "--nodes must be 2 or more": args.nodes >= 2,
         "--num-levels must be 3 or more": args.num_levels >= 3,
@@ -1130,28 +1166,38 @@ def check_args(args):
             raise envs.InputError(message)
 
 
-def announce(folder, args, task, env, buffer, entries):
-    """Print what will run, D_Q and what memory it needs; refuse too few entries and too little memory."""
+def announce(folder, args, task, env, buffer, data, entries, states):
+    """Print what will run, D_Q and what it needs; refuse too few entries, too little memory or disk.
+
+    states: the phases' states [S], or their shapes.
+    """
+    size = lambda tree: 4 * sum(x.size for x in jax.tree.leaves(tree))
     window, step = window_sizes(args, buffer.metadata["episode_length"])
-    row = 4 * (2 * task.observation_size + task.action_size + 2)
-    widest = max(args.hidden_sizes + args.model_hidden_sizes)
     samples = args.nodes if args.uncertainty == "gh" else args.num_samples
-    need = len(buffer) * row + 40 * args.num_seeds * 9 * widest**2 + 12 * args.batch_size * samples * widest
+    passed = max(args.batch_size, 0 if args.student else 3 * 1024) * samples  # rows through a network at once
+    if args.actor_loss == "awr":
+        passed = max(passed, 2 * args.batch_size * args.awr_samples)
+    passed *= 1 if jax.default_backend() == "cpu" else args.num_seeds
+    widest = max(*args.hidden_sizes, *args.model_hidden_sizes, 1)
+    need = 2 * (size(data) + size(entries)) + 3 * size(states) + 12 * passed * widest  # with copies and gradients
+    written = 4 * size(states)  # newest, the one before, the one being written; policy.npz and q_model.npz
+    disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
     stats = jax.devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(
         f"{task.name} on {env.backend}: {args.num_seeds} seeds x ({args.teacher_updates} teacher, "
         f"{args.student_updates} student, {args.num_updates} policy updates)\nD_Q: {len(entries.x)} entries, windows "
         f"of {window} steps every {step}, Q from {float(entries.low):.2f} to {float(entries.high):.2f}\n{folder}: "
-        f"memory {need / 1e9:.2f} of {have / 1e9:.1f} GB", flush=True,
+        f"memory {need / 1e9:.2f} of {have / 1e9:.1f} GB, disk {written / 1e9:.2f} of {disk / 1e9:.1f} GB free",
+        flush=True,
     )  # fmt: skip
     if len(entries.x) < args.min_entries:
         raise envs.InputError(
             f"--dataset: D_Q has {len(entries.x)} entries of {args.min_entries} that --min-entries asks for; give "
             "more rows, or lower --window and --window-step"
         )
-    if need > have:
-        raise envs.InputError(f"{folder}: memory cannot hold the rows and networks; lower --num-seeds or the rows")
+    if need > have or written > disk:
+        raise envs.InputError(f"{folder}: memory or disk cannot hold the run; lower --num-seeds or give fewer rows")
 
 
 def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
@@ -1193,18 +1239,31 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
             if step == total or stop.name or time.time() - saved > 60:
                 save(state)
                 saved = time.time()
-    if step < total:
+    if stop.name:  # at the end of a phase, too: the next one comes with --resume
         sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
     return state
 
 
-def load_q_model(path, like):
+def student_identity(args, buffer):
+    """What a student belongs to: the data, and the flags behind D_Q and its network that shapes do not show."""
+    flags = {k: getattr(args, k) for k in ("gamma", "max_windows", "reward_shift", "normalize", "group_size")}
+    windows = list(window_sizes(args, buffer.metadata["episode_length"]))
+    data = [envs.buffers.sha256(buffer[k]) for k in ("observations", "actions", "rewards")]
+    return flags | {"windows": windows, "data": data}
+
+
+def load_q_model(path, like, identity):
     """The q_model.npz of an earlier run, its only student for all seeds or one for each -> QModel [S], as `like`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
+        about = json.loads(str(arrays["metadata_json"]))
     except Exception as error:  # missing, torn or of another kind
         raise envs.InputError(f"--student {path}: cannot be read ({error})") from None
+    for key, value in identity.items():
+        if about.get(key) != value:
+            change = f"{key} was {about.get(key)!r} and is now {value!r}"
+            raise envs.InputError(f"--student {path}: {change}; name one of this data and flags")
 
     def restore(place, x):
         found = arrays.get(jax.tree_util.keystr(place, simple=True, separator="/"))
@@ -1215,9 +1274,8 @@ def load_q_model(path, like):
     return jax.tree_util.tree_map_with_path(restore, like)
 
 
-def resume_point(folder, likes, identity):
+def resume_point(where, likes, identity):
     """The states of the phases that a run has reached, and the newest one's meta -> {phase: state}, meta."""
-    where = {"teacher": folder / "teacher", "student": folder / "student", "policy": folder}
     reached = [name for name in likes if any(where[name].glob("state*.npz"))] or list(likes)[:1]
     found = {}
     for name in reached:
@@ -1255,7 +1313,7 @@ def row_distances(c, rows):
 
 
 def plot_uncertainty(path, model, data, key, args):
-    """H against the distance of (s, a) to the data, and against a step of given length off the data's action."""
+    """H of the first seed's student against the distance of (s, a) to the data, and along steps off its actions."""
     moments = jax.jit(lambda c: q_moments(model, c, key, args)[1])
     rows = np.concatenate([data.observations, data.actions], -1)
     rows = rows[np.random.default_rng(0).permutation(len(rows))[:20_000]]
@@ -1268,9 +1326,10 @@ def plot_uncertainty(path, model, data, key, args):
         away = np.zeros(len(c)) if name == "data" else row_distances(c / scale, rows / scale).min(1)
         label = f"{name}: median H {np.median(h):.3g}"
         lines += [(away, h, {"marker": ".", "ls": "", "ms": 4, "alpha": 0.6, "color": f"C{i}", "label": label})]
-    title = "actions of the data, near (noise 0.2) and far (uniform)"
-    panels = [{"title": title, "xlabel": "distance of (s, a) to the nearest row, in stds", "ylabel": "H, in return",
-               "scale": "linear", "lines": lines}]  # fmt: skip
+    panels = [{
+        "title": f"seed {args.seed}: actions of the data, near (noise 0.2), far (uniform)", "ylabel": "H, in return",
+        "xlabel": f"distance of (s, a) to the nearest of {len(rows):,} rows, in stds", "lines": lines,
+    }]  # fmt: skip
     steps = np.linspace(0.0, 2.0, 21)
     turn = np.random.default_rng(1).normal(size=(len(chosen), rows.shape[1] - num_obs))
     turn /= np.linalg.norm(turn, axis=1, keepdims=True)
@@ -1279,15 +1338,17 @@ def plot_uncertainty(path, model, data, key, args):
     bands = np.quantile(h, [0.1, 0.9], axis=1).T
     lines = [(steps, np.median(h, 1), {"color": "C0", "marker": "o", "ms": 3, "label": "median over states"})]
     lines += [(steps, bands, {"color": "C0", "ls": ":", "lw": 1, "label": "10 % and 90 %"})]
-    panels += [{"title": "from the data's action in a random direction", "xlabel": "length of the step",
-                "ylabel": "H, in return", "lines": lines}]  # fmt: skip
+    panels += [{
+        "title": "from the data's action in a random direction", "ylabel": "H, in return",
+        "xlabel": "length of the step, not clipped to [-1, 1]", "lines": lines,
+    }]  # fmt: skip
     curves.figure(path, panels)
 
 
 def plot_distributions(path, model, entries, key, args, num=4, neighbours=100):
-    """The student's returns at a few (s, a) of D_Q beside those of the nearest windows in the data."""
+    """The first student's returns at a few (s, a) of D_Q beside those of the nearest windows in the data."""
     c, x = np.asarray(entries.conditions), np.asarray(entries.x)
-    q = (x + 1.0) / 2.0 * float(model.high - model.low) + float(model.low)
+    q = unscaled(x, float(model.low), float(model.high))
     chosen = np.argsort(q)[(np.linspace(0.05, 0.95, num) * (len(q) - 1)).astype(int)]
     z = jax.random.normal(key, (num, 4_000))
     samples = np.asarray(q_samples(model, jnp.asarray(c[chosen]), z, args))
@@ -1325,6 +1386,15 @@ def plot_training(path, folder):
     curves.figure(path, panels, width=4.2)
 
 
+def plot_run(folder, task, buffer, model, data, entries, key, args):
+    """The four figures of a finished run; those of the distribution show the first seed's student."""
+    first = jax.tree.map(lambda x: x[0], model)
+    curves.learning_curve(folder / "learning_curve.png", folder, task, buffer)
+    plot_uncertainty(folder / "uncertainty.png", first, data, key, args)
+    plot_distributions(folder / "distributions.png", first, entries, key, args)
+    plot_training(folder / "training.png", folder)
+
+
 def main(args):
     """Build D_Q, learn its distribution, train the policy, write it and figures -> envs.curves.summary."""
     started = time.time()
@@ -1336,33 +1406,34 @@ def main(args):
     env.check_batch(args.num_seeds * args.eval_episodes)
     folder = run_folder(args, "qdq", task.name)
     data, entries, scale = qdq_data(buffer, args)
-    announce(folder, args, task, env, buffer, entries)
-
+    *fits, policy = make_train(args, task.observation_size, task.action_size)
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3), out_axes=1)(seeds)
-    *fits, policy = make_train(args, task.observation_size, task.action_size)
-    evaluation, model_evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"], scale)
-    eval_keys = evaluation_keys(args)
-    limits = jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high)
-
     likes = {"teacher": jax.eval_shape(fits[0].init, keys[0])}
     likes["student"] = jax.eval_shape(fits[1].init, keys[1], likes["teacher"].net)
+    limits = jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high)
     like = QModel(likes["student"].net, *limits)
     likes = ({} if args.student else likes) | {"policy": jax.eval_shape(policy.init, keys[2])}
-    digests = [envs.buffers.sha256(buffer[k]) for k in ("observations", "rewards")]
-    found, meta = {}, {"identity": run_identity(args, data=digests), "log": 0}
-    if args.resume:
-        found, meta = resume_point(folder, likes, meta["identity"])
-    logger = Logger(folder, args, meta["log"], int(list(found.values())[-1].num_updates[0]) if found else 0)
-    where = {"teacher": folder / "teacher", "student": folder / "student", "policy": folder}
-    save = lambda phase, state: save_state(where[phase], state, {**meta, "log": logger.file.tell()})
+    announce(folder, args, task, env, buffer, data, entries, likes)
+
+    belongs = student_identity(args, buffer)
+    about = {"task": task.name, "observations": "task", "versions": envs.buffers.versions()}
+    identity = {"data": belongs["data"]}
     if args.student:
-        model = load_q_model(args.student, like)
-    else:
+        model = load_q_model(args.student, like, belongs)
+        identity["student"] = envs.buffers.sha256(np.asarray(model.net.trunk.weights[-1]))
+    found, meta = {}, {"identity": run_identity(args, **identity), "log": 0}
+    where = {"teacher": folder / "teacher", "student": folder / "student", "policy": folder}
+    if args.resume:
+        found, meta = resume_point(where, likes, meta["identity"])
+    logger = Logger(folder, args, meta["log"])
+    save = lambda phase, state: save_state(where[phase], state, {**meta, "log": logger.file.tell()})
+    evaluation, model_evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"], scale)
+    eval_keys = evaluation_keys(args)
+    if not args.student:
         judge = lambda net: model_evaluation(QModel(net, *limits), data, entries, eval_keys[0])
         model = QModel(fit_q_model(args, fits, keys, found, entries, judge, logger, save), *limits)
-    about = {"task": task.name, "observations": "task", "versions": envs.buffers.versions()}
-    write_policy(folder / "q_model.npz", "q_consistency", model, about | {"group_size": args.group_size})
+    write_policy(folder / "q_model.npz", "q_consistency", model, about | belongs)
     if (state := found.get("policy")) is None:
         state = policy.init(keys[2])
         save("policy", state)
@@ -1373,11 +1444,7 @@ def main(args):
 
     rows = {f"observation_{k}": jnp.tile(v, (args.num_seeds, 1)) for k, v in zip(("mean", "std"), scale, strict=True)}
     write_policy(folder / "policy.npz", "tanh_deterministic", {"actor": state.nets.actor.mean, **rows}, about)
-    curves.learning_curve(folder / "learning_curve.png", folder, task, buffer)
-    first = jax.tree.map(lambda x: x[0], model)
-    plot_uncertainty(folder / "uncertainty.png", first, data, eval_keys[0], args)
-    plot_distributions(folder / "distributions.png", first, entries, eval_keys[0], args)
-    plot_training(folder / "training.png", folder)
+    plot_run(folder, task, buffer, model, data, entries, eval_keys[0], args)
     result = curves.summary(folder, buffer)
     print(f"{folder}: policy.npz, q_model.npz, four figures; {time.time() - started:.0f} s")
     return result

@@ -29,7 +29,8 @@ Deviations
   D6  reference code gives random warm-up steps reward 0; here: their real reward (--warmup-zero-reward for theirs).
   D7  reference configs scale the cost by 10 to 100; the shipped checkpoints fit a scale near 1; here: preset per world.
   D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
-  D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy).
+  D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy),
+      each feature times its --feature-scales.
   D10 reference keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run, which
       ends the chase of policies after one another, so that what is saved is what was reached.
   D11 reference code updates once per real step; here: per nominal step, N L a round also where episodes end early
@@ -127,6 +128,9 @@ class Args:
     """multiply by L / length of the episode, so that short episodes earn the same total (Humanoid: False)"""
     div_features: str = "task"
     """space of the distance: task (its own features), full (all observations) or indices such as 0,1"""
+    feature_scales: tuple[float, ...] = ()
+    """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 1 10, since its height moves by
+    a tenth of what its speed does, and a distance would see the speed alone"""
     warmup_zero_reward: bool = False
     """reward 0 for warm-up steps, as the reference code (D6)"""
     discriminator_lr: float = 2e-3
@@ -156,6 +160,8 @@ class Args:
     """upper clip of the actor's log standard deviation (reference: 2)"""
     policies_at_once: int = 0
     """policies updated in one batched call; 0: all on an accelerator or for narrow nets, 1 on a CPU"""
+    num_devices: int = 0
+    """devices that share the policies; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
     # --- data ---
     collect: Literal["replay", "rollouts"] = "replay"
     """buffers hold the whole training data (replay) or fresh episodes of the final policies (rollouts)"""
@@ -172,7 +178,7 @@ POINT = dict(
 )  # fmt: skip
 PRESETS = {
     "ant": {},
-    "cheetah": {},
+    "cheetah": dict(feature_scales=(1.0, 10.0), reward_scale=2.0),
     "humanoid": dict(hidden_sizes=(1024, 1024), rescale_episodes=False, replay_size=20_000, chunk=500),
     "point": POINT,
     "tree-maze": POINT,
@@ -187,7 +193,7 @@ QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_ev
 
 
 class Transitions(NamedTuple):
-    """What SAC learns from; leading axes free, features last."""
+    """What is learnt from; leading axes free, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
@@ -340,8 +346,9 @@ def pairwise_apwd(source, source_mask, target, target_mask, directions):
     """
     num_source, num_target = source_mask.sum(-1), target_mask.sum(-1)
 
-    def identity_plan(a, b):  # the sum over d is written out: it runs over whole rows of points then
-        return jnp.sqrt(sum((a[:, None, :, i] - b[None, :, :, i]) ** 2 for i in range(a.shape[-1])))
+    def identity_plan(a, b):  # features first and their sum written out: it runs over whole rows of points then
+        a, b = a.mT, b.mT
+        return jnp.sqrt(sum((a[:, None, i] - b[None, :, i]) ** 2 for i in range(a.shape[1])))
 
     def general_plan(a, b):
         to_all = jax.vmap(coupled_cost, (None, 0, None, 0))
@@ -579,13 +586,14 @@ def rollout(actor, key, env, args, observe, num_envs, length, random=False, rest
 
 
 def feature_function(args, task):
-    """Transition [..] -> features [.., d] of the next state, as `--div-features` says."""  # D9, D2
+    """Transition [..] -> features [.., d] of the next state, by `--div-features` and `--feature-scales`."""  # D9, D2
+    scales = jnp.array(args.feature_scales or 1.0)
     if args.div_features == "task":
-        return task.feature
+        return lambda transition: scales * task.feature(transition)
     if args.div_features == "full":
-        return lambda transition: transition.next_observations
+        return lambda transition: scales * transition.next_observations
     index = jnp.array([int(i) for i in args.div_features.split(",")])
-    return lambda transition: transition.next_observations[..., index]
+    return lambda transition: scales * transition.next_observations[..., index]
 
 
 def distance_metrics(distances, prefix, suffix=""):
@@ -632,9 +640,9 @@ def make_evaluation(args, task, rollouts):
     features_of = feature_function(args, task)
 
     def pair_distances(points, mask, num_directions):
-        """[K, K] over at most 10,000 points a policy, along the same directions at every evaluation."""
+        """[K, K] over at most 10,000 points a policy (K > 100: fewer), along the same directions every time."""
         K, _, L, d = points.shape
-        keep = max(1, 10_000 // L)
+        keep = max(1, min(10_000, 10**8 // K**2) // L)  # of the [K, K, points] there are three at a time
         points, mask = points[:, :keep].reshape(K, -1, d), mask[:, :keep].reshape(K, -1)
         cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), num_directions, d))
         return cost.sum(-1) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
@@ -700,13 +708,41 @@ def round_sizes(args, episode_length):
     return -(-args.warmup_steps // steps), updates, -(-args.num_updates // updates)
 
 
+def policy_mesh(args):
+    """The devices that share the policies, and whether each has as many."""
+    num = min(args.num_devices or jax.device_count(), args.num_policies)
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((num,), ("policies",), auto, devices=jax.devices()[:num]), args.num_policies % num == 0
+
+
+def state_sharding(args):
+    """Where a WurlState lies: agents and replays on the device of their policy, the rest on all."""
+    mesh, even = policy_mesh(args)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    split = jax.NamedSharding(mesh, jax.P("policies")) if even else everywhere
+    return WurlState(everywhere, everywhere, split, split, everywhere, everywhere)
+
+
+def over_devices(f, args):
+    """f of trees with a leading policy axis [K] -> the same, each device with its share of the policies.
+
+    Where K does not divide, the last places do the first policies once more, and that is dropped.
+    """
+    (mesh, even), K = policy_mesh(args), args.num_policies
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=jax.P("policies"), out_specs=jax.P("policies"), check_vma=False)
+    if even:
+        return sharded
+    padded = np.arange(-(-K // mesh.size) * mesh.size) % K
+    return lambda *trees: jax.tree.map(lambda x: x[:K], sharded(*jax.tree.map(lambda x: x[padded], trees)))
+
+
 def make_train(args, env, task, observe, episode_length):
     """-> init(key), warmup(state), train_chunk(state), rollouts(actor, keys, num_envs).
 
     warmup and train_chunk return state, (metrics [R, K], distances [R, K, K], Rollout and reward [R, K, N, L, ..]).
     """
     num_warmup, updates_per_round, _ = round_sizes(args, episode_length)
-    features_of = feature_function(args, task)
+    features_of, sharding = feature_function(args, task), state_sharding(args)
     at_once = args.policies_at_once or (
         1 if jax.default_backend() == "cpu" and max(args.hidden_sizes) > 128 else args.num_policies
     )
@@ -716,7 +752,7 @@ def make_train(args, env, task, observe, episode_length):
         one = lambda actor, key: rollout(
             actor, key, env, args, observe, num_envs, episode_length, random or args.random, restart
         )
-        return jax.vmap(one)(actor, keys)
+        return over_devices(jax.vmap(one), args)(actor, keys)
 
     def init_agent(key):
         key_actor, key_critic = jax.random.split(key)
@@ -790,8 +826,8 @@ def make_train(args, env, task, observe, episode_length):
         agent, metrics, count = state.agent, {}, state.num_updates
         if not (warmup or args.random):
             keys = jax.random.split(key_update, K)
-            train = lambda x: train_policy(*x)
-            agent, metrics = jax.lax.map(train, (agent, replay, keys), batch_size=at_once)
+            train = lambda *x: jax.lax.map(lambda x: train_policy(*x), x, batch_size=at_once)
+            agent, metrics = over_devices(train, args)(agent, replay, keys)
         if not warmup:
             count = count + updates_per_round
         metrics["train/pseudo_reward"] = reward.mean((1, 2))
@@ -800,10 +836,10 @@ def make_train(args, env, task, observe, episode_length):
 
     def rounds(num, warmup):
         scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
-        return jax.jit(scan, donate_argnums=0)
+        return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=(sharding, None))
 
     chunk = rounds(args.chunk // updates_per_round, False)
-    return jax.jit(init), rounds(num_warmup, True), chunk, rollouts
+    return jax.jit(init, out_shardings=sharding), rounds(num_warmup, True), chunk, rollouts
 
 
 # === run ===
@@ -812,16 +848,20 @@ def make_train(args, env, task, observe, episode_length):
 class Logger:
     """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
 
-    `position`: bytes of log.jsonl to keep; a resumed run cuts the file back, so that nothing stands twice.
+    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows TensorBoard what is left anew,
+    so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
     """
 
-    def __init__(self, folder, args, position=0, step=0):
+    def __init__(self, folder, args, position=0):
         from tensorboardX import SummaryWriter
 
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+        self.board = SummaryWriter(str(folder))
         self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
+        for line in self.file.read(position).splitlines()[1:] if position else ():
+            self.show(json.loads(line))
         self.file.truncate(position)
-        self.file.seek(position)
-        self.board = SummaryWriter(str(folder), purge_step=step + 1 if position else None)
         header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
         self.wandb = None
@@ -831,6 +871,7 @@ class Logger:
             except ImportError:
                 raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
             self.wandb = wandb.init(project="udg-jax", dir=str(folder), config=header["args"])
+            self.wandb.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
         if not position:
             self.write(header)
 
@@ -838,18 +879,24 @@ class Logger:
         self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
 
+    def show(self, record):
+        """A record's numbers to TensorBoard -> {name with labels: number}."""
+        labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
+        scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, record["step"])
+        self.board.flush()
+        return scalars
+
     def log(self, step, metrics, **labels):
         """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
         six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
         metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
-        self.write({"step": step, **labels, **metrics})
-        suffix = "".join(f"/{k}{v}" for k, v in labels.items())
-        scalars = {k + suffix: v for k, v in metrics.items() if np.ndim(v) == 0}
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
+        record = {"step": step, **labels, **metrics}
+        self.write(record)
+        scalars = self.show(record)
         if self.wandb:
-            self.wandb.log(scalars, step=step)
+            self.wandb.log({**scalars, "step": step})
 
 
 class StopSignal:
@@ -925,7 +972,8 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "resume", "track")}
+    free = ("out", "resume", "track", "num_devices")
+    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
 
@@ -974,6 +1022,8 @@ def wurl_preset(args):
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
     preset = PRESETS.get(world, {"chunk": 500}) | PRESETS.get(args.preset, {}) | quick  # brax: 1000-step episodes
+    if args.div_features != "task":  # the scales are those of the task's own features
+        preset = {k: v for k, v in preset.items() if k != "feature_scales"}
     return args.preset or ("quick" if args.quick else world), preset
 
 
@@ -986,10 +1036,15 @@ def check_args(args, task, episode_length):
     _, updates, _ = round_sizes(args, episode_length)
     steps = args.num_envs * episode_length
     index = args.div_features.split(",")
+    num_features = {"task": len(task.feature_names), "full": task.env_observation_size}.get(
+        args.div_features, len(index)
+    )
     rules = {
         f"--div-features: task, full or indices below {task.env_observation_size}, such as 0,1":
             args.div_features in ("task", "full")
             or all(i.isdigit() and int(i) < task.env_observation_size for i in index),
+        f"--feature-scales: none, or {num_features} positive numbers, one for each feature":
+            len(args.feature_scales) in (0, num_features) and min(args.feature_scales, default=1) > 0,
         "--eval-episodes must be at least 2: half of them are held out": args.eval_episodes >= 2,
         "--num-policies must be at least 1": args.num_policies >= 1,
         "one policy has no neighbour: add --diversity-weight 0 --task-weight 1":
@@ -1004,6 +1059,7 @@ def check_args(args, task, episode_length):
         "--chunk must divide --eval-every and --num-updates":
             args.eval_every % args.chunk == args.num_updates % args.chunk == 0,
         "--lr-decay is a share: 0 to 1": 0 <= args.lr_decay <= 1,
+        f"--num-devices: 0 to {jax.device_count()}, the devices there are": 0 <= args.num_devices <= jax.device_count(),
         "--num-envs times the episode length must stay under 46341": steps < 46341,
     }  # fmt: skip
     for message, holds in rules.items():
@@ -1073,7 +1129,7 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
             if step >= args.num_updates or stop.name or time.time() - saved > 60:
                 save(state, train)
                 saved = time.time()
-    if step < args.num_updates:
+    if stop.name:
         sys.exit(f"stopped by {stop.name} at update {step}; go on with the same command and --resume")
     return state, *evaluate_now(50)  # the authors' protocol
 
@@ -1084,10 +1140,13 @@ def write_outputs(folder, args, task, actor, snapshot, observe):
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
     about |= {"versions": envs.buffers.versions()}
     write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
+    names = task.feature_names
     if args.div_features != "task":
         every = ",".join(map(str, range(task.env_observation_size)))
-        index = (every if args.div_features == "full" else args.div_features).split(",")
-        task = dataclasses.replace(task, feature_names=tuple(f"s'[{i}]" for i in index))
+        names = [f"s'[{i}]" for i in (every if args.div_features == "full" else args.div_features).split(",")]
+    if args.feature_scales:
+        names = [f"{scale:g} x {name}" for scale, name in zip(args.feature_scales, names, strict=True)]
+    task = dataclasses.replace(task, feature_names=tuple(names))
     paths = [snapshot[k] for k in ("paths", "features", "alive")]
     envs.figures.plot_paths(folder / "trajectories.png", task, *paths)
     if args.num_policies > 1:
@@ -1145,11 +1204,12 @@ def main(args):
     meta = {"identity": run_identity(args), "log": 0, "rows": None, "train": {}}
     if args.resume:
         state, meta = load_state(folder, jax.eval_shape(init, key_train), meta["identity"])
+        state = jax.device_put(state, state_sharding(args))
     else:
         state = init(key_train)
     sizes = (args.num_policies, env.observation_size, env.action_size)
     files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"])
-    logger = Logger(folder, args, meta["log"], int(state.num_updates))
+    logger = Logger(folder, args, meta["log"])
     now = lambda train: {**meta, "log": logger.file.tell(), "rows": files.counts, "train": train}
     save = lambda state, train: save_state(folder, state, now(train))
     announce(folder, args, task, env, episode_length, files)
@@ -1174,6 +1234,9 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args(sys.argv[1:], wurl_preset))
+        arguments = parse_args(sys.argv[1:], wurl_preset)
+        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
+            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
+        main(arguments)
     except envs.InputError as error:
         sys.exit(f"wurl_sac.py: error: {error}")

@@ -301,11 +301,13 @@ def sac(bench):
         step = lambda agent, key: wurl_sac.wurl_update(agent, replay, key, args, lambda x: x)
         return jax.lax.scan(step, agent, jax.random.split(key, steps))
 
-    def updates(at_once):
-        train = lambda xs: jax.lax.map(lambda x: train_policy(*x), xs, batch_size=at_once)
-        program = jax.jit(train)
-        keys = jax.random.split(jax.random.key(2), num)
-        return lambda: program((agent, replay, keys))
+    def updates(at_once, num_devices=1):
+        train = lambda *xs: jax.lax.map(lambda x: train_policy(*x), xs, batch_size=at_once)
+        devices = dataclasses.replace(args, num_devices=num_devices)
+        place = wurl_sac.state_sharding(devices).agent
+        inputs = jax.device_put((agent, replay, jax.random.split(jax.random.key(2), num)), place)
+        program = jax.jit(wurl_sac.over_devices(train, devices))
+        return lambda: program(*inputs)
 
     rates = [args.learning_rate] * 3
     plain = baselines.SAC(sizes, args.hidden_sizes, rates, args.alpha, False, args.log_std_min)
@@ -313,17 +315,19 @@ def sac(bench):
     plain_steps = lambda: [plain.update(plain_rows.sample(args.batch_size)) for _ in range(steps)]
     flops = sac_flops(*sizes, args.hidden_sizes, args.batch_size)
     once = lambda name, function, amount: Case(name, function, "/s", amount, calls=1)
-    ours, torch_1, _, _, rate, _ = bench.measure(
+    ours, spread, torch_1, _, _, rate, _ = bench.measure(
         once("wurl_update, K = 10 in turn (policy updates)", updates(1), num * steps),
+        once("wurl_update, K = 10 shared by the cores (policy updates)", updates(1, os.cpu_count()), num * steps),
         once("PyTorch SAC, 1 thread", torch_with(1, plain_steps), steps),
         once("PyTorch SAC, all cores", torch_with(os.cpu_count(), plain_steps), steps),
         once("wurl_update, K = 10 as one batch (policy updates)", updates(num), num * steps),
         chain_case(1, args.batch_size, max(args.hidden_sizes)),
         chain_case(1, 1024, 1024),
     )
-    bench.ratio("in turn, against PyTorch on 1 thread", ours, torch_1, 3)
-    share = f"in turn, share of the matmul floor ({flops / 1e9:.3f} GF an update)"
-    bench.ratio(share, ours, rate, 60, "%", flops / 1e9 * 100)
+    for name, rates in (("in turn", ours), ("shared by the cores", spread)):
+        bench.ratio(f"{name}, against PyTorch on 1 thread", rates, torch_1, 3)
+        share = f"{name}, share of the matmul floor ({flops / 1e9:.3f} GF an update)"
+        bench.ratio(share, rates, rate, 60, "%", flops / 1e9 * 100)
 
 
 def open_loop(env, start, actions):
@@ -570,6 +574,8 @@ PARTS = {
 
 def run_part(args):
     """One part in this process -> its rows."""
+    if args.part == "sac":
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     bench = Bench(args.part, 1 if args.check else args.repeats, args.check)
     PARTS[args.part](bench)
     return bench.rows

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import types
 from pathlib import Path
 
 import jax
@@ -272,6 +273,13 @@ def test_target_golden(case):
     assert ood.any() and not ood.all()
 
 
+def test_quantiles_of_h_are_logged():
+    h = jnp.arange(101.0)
+    batch = D.Transitions(None, None, jnp.zeros(101), None, jnp.zeros(101))
+    _, metrics = D.mixed_target(batch, h, h, D.Args())
+    assert [round(float(metrics[f"train/h_p{p}"]), 3) for p in (10, 50, 90)] == [10, 50, 90]
+
+
 def test_quantile_golden():
     g = golden("target")
     close(np.quantile(g["quantile_in"], g["quantile_levels"]), g["quantile_out"], 1e-12)
@@ -317,10 +325,28 @@ def test_actor_golden(case):
 def test_actor_rate_golden():
     g = golden("target")
     args = D.Args()
-    rate = jax.vmap(D.optax.cosine_decay_schedule(args.actor_lr, args.num_updates))
-    for step, wanted in ((g["lr_step"], g["actor_lr_cosine"]),):
-        np.testing.assert_allclose(rate(jnp.asarray(step)), wanted, rtol=1e-4, atol=1e-9)
-    assert float(rate(jnp.array([args.num_updates // args.policy_delay]))[0]) == pytest.approx(1.5e-4, rel=1e-3)
+    rate = D.optax.cosine_decay_schedule(args.actor_lr, args.num_updates)
+    np.testing.assert_allclose(rate(jnp.asarray(g["lr_step"])), g["actor_lr_cosine"], rtol=1e-4, atol=1e-9)
+
+
+def test_optimisers_take_the_steps_they_should():
+    """Under a constant gradient of 1 Adam's step is its rate, and RAdam's the rate times its rectification."""
+    args = tiny(teacher_lr=1e-2, student_lr=2e-2, actor_lr=3e-2, critic_lr=4e-2, max_grad_norm=0.5)
+    n = np.arange(40)
+    half = lambda total: 0.5 * (1 + np.cos(np.pi * n / total))
+    limit, beta = 2 / (1 - 0.999) - 1, 0.999 ** (n + 1)
+    rho = np.maximum(limit - 2 * (n + 1) * beta / (1 - beta), 5.0)
+    rectified = np.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
+    wanted = (
+        1e-2 * half(args.teacher_updates),
+        2e-2 * half(args.student_updates) * np.where(rho > 5.0, rectified, 1.0),
+        3e-2 * half(args.num_updates),  # counted in actor steps: the 40 of this run end half way
+        np.full(40, 4e-2),
+    )
+    for optimiser, steps in zip(D.qdq_optimisers(args), wanted, strict=True):
+        update = lambda opt, _, optimiser=optimiser: optimiser.update(jnp.ones(1), opt)[::-1]
+        _, found = jax.lax.scan(update, optimiser.init(jnp.zeros(1)), length=40)
+        np.testing.assert_allclose(-found[:, 0], steps, rtol=1e-2, atol=1e-7)  # float32 rho
 
 
 def numpy_actor(params, obs):
@@ -636,8 +662,8 @@ def test_run_leaves_what_it_promises(whole_run):
     for key, steps in (("teacher/loss", [40, 40]), ("student/h_far", [40, 40]), ("eval/return", [40, 40, 80, 80])):
         assert [r["step"] for r in records if key in r] == steps, key
     evaluations = [r for r in records if "eval/return" in r]
-    keys = ("q", "target", "h", "h_p90", "ood", "w_above_1", "factor", "penalty", "q_negative", "log_p", "log_std",
-            "distance", "critic_loss", "actor_loss")  # fmt: skip
+    keys = ("q", "target", "h", "h_p10", "h_p50", "h_p90", "ood", "w_above_1", "factor", "penalty", "q_negative",
+            "log_p", "log_std", "distance", "critic_loss", "actor_loss")  # fmt: skip
     assert all(np.isfinite(r[f"train/{key}"]) for r in evaluations for key in keys)
     np.testing.assert_allclose(result["score"], np.mean([r["eval/return"] for r in evaluations]), rtol=1e-4)
     assert [phase.chunk._cache_size() for phase in made[0]] == [1, 1, 1]  # compiled once
@@ -693,17 +719,50 @@ def test_interrupted_run_equals_the_whole_one(phase, whole_run, tmp_path, monkey
 
 
 def test_student_of_another_run(whole_run, dataset, tmp_path):
+    """The same policy; and a resumed run is held to the H it began with, not to what the file holds now."""
     _, folder, _, _ = whole_run
-    args = tiny(dataset=dataset, out=str(tmp_path / "run"), student=str(folder / "q_model.npz"), num_seeds=2)
+    with np.load(folder / "q_model.npz", allow_pickle=False) as file:
+        arrays = {k: file[k] for k in file.files}
+    student = tmp_path / "q_model.npz"
+    envs.buffers.write_npz(student, arrays)
+    args = tiny(dataset=dataset, out=str(tmp_path / "run"), student=str(student), num_seeds=2)
     D.main(args)
     assert not (tmp_path / "run" / "student").exists()
     whole, again = state_of(folder), state_of(tmp_path / "run")
     for key in whole:
         np.testing.assert_array_equal(whole[key], again[key], err_msg=key)
+    last = max(k for k in arrays if k.startswith("net/trunk/weights"))
+    envs.buffers.write_npz(student, arrays | {last: arrays[last] + 1.0})
+    with pytest.raises(envs.InputError, match="student was"):
+        D.main(dataclasses.replace(args, resume=True))
     with pytest.raises(envs.InputError, match="another size"):
         D.main(dataclasses.replace(args, num_seeds=3, out=str(tmp_path / "three")))
     with pytest.raises(envs.InputError, match="cannot be read"):
         D.main(dataclasses.replace(args, student="nowhere.npz", out=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(gamma=0.9), r"gamma was 0\.99 and is now 0\.9"),
+        (dict(window=10), r"windows was \[20, 1\] and is now \[10, 1\]"),
+        (dict(normalize=False), "normalize was True"),
+        (dict(group_size=4), "group_size was 8 and is now 4"),  # the same shapes, another network
+        (dict(reward_shift=-1.0), r"reward_shift was 0\.0"),
+    ],
+)  # fmt: skip
+def test_student_of_other_data_or_flags_is_refused(changes, message, whole_run, dataset, tmp_path):
+    student = str(whole_run[1] / "q_model.npz")
+    with pytest.raises(envs.InputError, match=message):
+        D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), student=student, num_seeds=2, **changes))
+
+
+def test_student_of_another_file_is_refused(whole_run, tmp_path):
+    arrays = dict(envs.buffers.load(str(scripted.dataset(tmp_path)), quiet=True).arrays)
+    about = envs.buffers.load(str(tmp_path / "point-angle-0.npz"), quiet=True).metadata
+    other = envs.buffers.save(tmp_path / "other.npz", arrays | {"rewards": arrays["rewards"] + 1.0}, about)
+    with pytest.raises(envs.InputError, match="data was"):
+        D.main(tiny(dataset=str(other), out=str(tmp_path / "run"), student=str(whole_run[1] / "q_model.npz")))
 
 
 def test_resume_refuses_other_flags(whole_run):
@@ -717,14 +776,15 @@ def test_resume_refuses_other_flags(whole_run):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(actor_loss="awr", weight="antmaze", w_max=False, sign_aware=False, layer_norm=True, reward_shift=-1.0),
+        dict(actor_loss="awr", weight="antmaze", w_max=False, sign_aware=False, layer_norm=True, reward_shift=-1.0,
+             student=""),
         dict(weight="antmaze-diverse", uncertainty="mc", num_samples=4, sample_target=True, policy_delay=1),
     ],
     ids=["awr", "diverse"],
 )  # fmt: skip
 def test_other_flags_run(changes, whole_run, dataset, tmp_path):
     rest = dict(student=str(whole_run[1] / "q_model.npz"), num_seeds=2, num_updates=20, eval_every=20)
-    result = D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **rest, **changes))
+    result = D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **{**rest, **changes}))
     assert np.isfinite(result["score"])
 
 
@@ -755,6 +815,14 @@ def test_learns_on_the_point_robot(whole_run, dataset, tmp_path):
         (dict(q_from=1.5), "--q-from"),
         (dict(num_levels=2), "--num-levels"),
         (dict(batch_size=0), "--batch-size"),
+        (dict(awr_samples=0), "--awr-samples must be positive"),
+        (dict(actor_lr=0.0), "--actor-lr must be positive"),
+        (dict(max_grad_norm=0.0), "--max-grad-norm"),
+        (dict(gamma=1.5), "--gamma, --tau"),
+        (dict(student_tau=0.0), "--student-tau must"),
+        (dict(gamma_ent=-0.1), "--gamma-ent"),
+        (dict(log_std_min=3.0), "--log-std-min"),
+        (dict(hidden_sizes=(16, 0)), "--hidden-sizes"),
         (dict(window=-1), "--window"),
         (dict(weight="antmaze"), "--no-w-max --no-sign-aware"),
         (dict(window=90), r"D_Q has \d+ entries of 5000"),
@@ -764,6 +832,30 @@ def test_learns_on_the_point_robot(whole_run, dataset, tmp_path):
 def test_refusals(changes, message, dataset, tmp_path):
     with pytest.raises(envs.InputError, match=message):
         D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+
+
+def test_needs_are_counted_and_refused(dataset, tmp_path, capsys, monkeypatch):
+    """Rows, D_Q and states by their shapes; the disk for a state three times, and for what is left of the run."""
+    args = tiny(dataset=dataset, out=str(tmp_path / "run"), num_seeds=4, hidden_sizes=(8,))
+    buffer, task = envs.buffers.load_task(dataset, D.Transitions._fields)
+    data, entries, _ = D.qdq_data(buffer, args)
+    keys = jax.random.split(jax.random.key(0), 4)
+    state = jax.eval_shape(D.make_train(args, 4, 2)[2].init, keys)
+    tell = lambda args, data: D.announce(tmp_path, args, task, envs.make(task.name), buffer, data, entries, state)
+    number = lambda what: float(capsys.readouterr().out.split(f"{what} ")[1].split()[0])
+    bytes_of = sum(x.nbytes for x in D.flat_arrays(D.make_train(args, 4, 2)[2].init(keys)).values())
+    monkeypatch.setattr(D.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4.1 * bytes_of))
+    tell(args, data)
+    monkeypatch.setattr(D.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2.9 * bytes_of))
+    with pytest.raises(envs.InputError, match="memory or disk"):
+        tell(args, data)
+    monkeypatch.undo()
+    capsys.readouterr()
+    million = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1_000_000, *x.shape[1:]), x.dtype), data)
+    tell(args, million)
+    assert number("memory") == pytest.approx(2 * 1e6 * 4 * (2 * 4 + 2 + 2) / 1e9, abs=0.05)
+    tell(dataclasses.replace(args, uncertainty="mc", num_samples=50, model_hidden_sizes=(256,)), million)
+    assert number("memory") > 0.5  # the probe passes 3 x 1024 x 50 rows
 
 
 def test_presets(dataset, capsys):
@@ -779,6 +871,8 @@ def test_presets(dataset, capsys):
     assert D.PRESETS["antmaze-umaze-diverse-v0"]["alpha"] == 0.01
     for preset in D.PRESETS.values():
         D.check_args(D.Args(**preset))
+    maze = D.Args(**D.PRESETS["antmaze-umaze-v0"])
+    assert D.window_sizes(maze, envs.task("ant-maze-umaze").episode_length) == (200, 10)  # not of 700 / 5
     with pytest.raises(envs.InputError, match="unknown"):
         D.parse_args(["--preset", "nonsense"], D.qdq_preset)
     with pytest.raises(envs.InputError, match="--dataset"):

@@ -3,16 +3,21 @@
 import dataclasses
 import functools
 import json
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 import envs
 import wurl_sac as W
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 SINGLE = sorted(p.name for p in GOLDEN.glob("apwd_D*.npz"))
 PAIRS = sorted(p.name for p in GOLDEN.glob("apwd_pairwise_*.npz"))
@@ -593,3 +598,79 @@ def test_baselines_run(tmp_path, changes):
     if args.collect == "rollouts":
         assert all(len(b) == 300 and b.metadata["warmup_transitions"] == 0 for b in buffers)
         assert "action_log_probs" in buffers[0].arrays and not (tmp_path / "run/rollouts").exists()
+
+
+# --- the log ---
+
+
+def events_of(folder):
+    """[(name, step)] of all scalars in the folder's event files, in order."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            found += [(value.tag, event.step) for value in event.summary.value]
+            at += 16 + size
+    return found
+
+
+def test_tensorboard_after_a_kill_in_the_second_phase(tmp_path):
+    """Steps begin anew in a second phase: what the first one showed stays, what was cut off is shown once."""
+    logger = W.Logger(tmp_path, tiny())
+    for step in (100, 200):
+        logger.log(step, {"flow/nll": 1.0}, seed=3)
+    logger.log(10, {"train/q": 1.0, "train/each": [1.0, 2.0]})
+    position = logger.file.tell()
+    logger.log(20, {"train/q": 2.0})
+    logger.file.close()
+    again = W.Logger(tmp_path, tiny(), position)
+    again.log(20, {"train/q": 2.5})
+    again.file.close()
+    again.board.close()
+    assert events_of(tmp_path) == [("flow/nll/seed3", 100), ("flow/nll/seed3", 200), ("train/q", 10), ("train/q", 20)]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "args" in lines[0] and [x["step"] for x in lines[1:]] == [100, 200, 10, 20] and lines[-1]["train/q"] == 2.5
+
+
+# --- devices ---
+
+SHARDED = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import sys
+import numpy as np
+import envs, wurl_sac as W
+sys.path.insert(0, "tests")
+from test_wurl_sac import tiny
+task, env = envs.task("point"), envs.make("point")
+states = {}
+for num in (1, 4, 8):
+    args = tiny(num_policies=12, num_devices=num)
+    init, warmup, train_chunk, _ = W.make_train(args, env, task, lambda x: x, 100)
+    state, _ = train_chunk(warmup(init(jax.random.key(0)))[0])
+    states[num] = W.flat_arrays((state.agent, state.replay))
+    assert len(state.key.sharding.device_set) == num
+    for name, x in states[num].items():
+        np.testing.assert_allclose(x, states[1][name], atol=1e-5, err_msg=f"{num} devices: {name}")
+print("equal")
+"""
+
+
+def test_policies_shared_by_devices_learn_the_same():
+    """12 policies: 3 on each of 4 devices; on 8 devices they do not divide."""
+    done = subprocess.run([sys.executable, "-c", SHARDED], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.stdout.endswith("equal\n"), done.stderr
+
+
+def test_feature_scales():
+    task = envs.task("cheetah")
+    t = envs.Transition(*(np.ones((3, n), np.float32) for n in (17, 6, 17, 2, 2)))
+    scaled = W.feature_function(W.Args(feature_scales=(1.0, 10.0)), task)(t)
+    np.testing.assert_allclose(scaled, [[1.0, 10.0]] * 3)
+    args = W.parse_args(["--task", "cheetah"], W.wurl_preset)
+    assert args.feature_scales == (1.0, 10.0)
+    assert W.parse_args(["--task", "cheetah", "--div-features", "0"], W.wurl_preset).feature_scales == ()
+    with pytest.raises(envs.InputError, match="--feature-scales: none, or 2"):
+        W.check_args(dataclasses.replace(args, feature_scales=(1.0,)), task, 200)
