@@ -29,8 +29,8 @@ Deviations
   D6  reference code gives random warm-up steps reward 0; here: their real reward (--warmup-zero-reward for theirs).
   D7  reference configs scale the cost by 10 to 100; the shipped checkpoints fit a scale near 1; here: preset per world.
   D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
-  D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy),
-      each feature times its --feature-scales.
+  D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy)
+      or the height (cheetah), times --feature-scales.
   D10 reference keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run, which
       ends the chase of policies after one another, so that what is saved is what was reached.
   D11 reference code updates once per real step; here: per nominal step, N L a round also where episodes end early
@@ -127,10 +127,10 @@ class Args:
     rescale_episodes: bool = True
     """multiply by L / length of the episode, so that short episodes earn the same total (Humanoid: False)"""
     div_features: str = "task"
-    """space of the distance: task (its own features), full (all observations) or indices such as 0,1"""
+    """space of the distance: task (its own features), full (all observations) or indices such as 0,1. Ours for the
+    cheetah: 0, its height; in (v_x, z) policies are paid for the width of their own cloud (docs/udg.md)"""
     feature_scales: tuple[float, ...] = ()
-    """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 1 10, since its height moves by
-    a tenth of what its speed does, and a distance would see the speed alone"""
+    """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 10"""
     warmup_zero_reward: bool = False
     """reward 0 for warm-up steps, as the reference code (D6)"""
     discriminator_lr: float = 2e-3
@@ -178,7 +178,7 @@ POINT = dict(
 )  # fmt: skip
 PRESETS = {
     "ant": {},
-    "cheetah": dict(feature_scales=(1.0, 10.0), reward_scale=2.0),
+    "cheetah": dict(div_features="0", feature_scales=(10.0,)),  # its height: see Args
     "humanoid": dict(hidden_sizes=(1024, 1024), rescale_episodes=False, replay_size=20_000, chunk=500),
     "point": POINT,
     "tree-maze": POINT,
@@ -1022,7 +1022,7 @@ def wurl_preset(args):
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
     preset = PRESETS.get(world, {"chunk": 500}) | PRESETS.get(args.preset, {}) | quick  # brax: 1000-step episodes
-    if args.div_features != "task":  # the scales are those of the task's own features
+    if args.div_features not in ("task", preset.get("div_features")):  # the scales are those of other features
         preset = {k: v for k, v in preset.items() if k != "feature_scales"}
     return args.preset or ("quick" if args.quick else world), preset
 

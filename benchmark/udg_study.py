@@ -70,11 +70,12 @@ SOURCES = {
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
     "cheetah": "--task cheetah",
-    "cheetah-full": "--task cheetah --div-features full",
+    "cheetah-pair": "--task cheetah --div-features task --feature-scales 1 10 --reward-scale 2",  # (v_x, z)
+    "cheetah-full": "--task cheetah --div-features full --reward-scale 0.5",
     "cheetah-k2": "--task cheetah --num-policies 2",
     "cheetah-k5": "--task cheetah --num-policies 5",
     # The speed is paid as a task, the height is left to diversity; the weights are three mixing ratios.
-    **{f"cheetah-partial-{w}": f"--task cheetah-run --task-weight {w} --div-features 0" for w in (1, 3, 10)},
+    **{f"cheetah-partial-{w}": f"--task cheetah-run --task-weight {w}" for w in (1, 3, 10)},
     "cheetah-random": f"--task cheetah {ROBOT_RANDOM}",
     "humanoid": "--task humanoid --num-policies 4",
 }
@@ -177,9 +178,9 @@ STUDIES = {
         ("cheetah-jump",), {"top1": "cheetah:1", "all": "cheetah:all", "random": "cheetah-random:1"}, ALL_LEARNERS,
     ),
     "cheetah": Study(
-        "Diverse against random data; diversity on (v_x, z), on all 17 numbers, with a known part of the reward.",
+        "Diverse against random data; diversity on z, on (v_x, z), on all 17 numbers, with a known part of the reward.",
         ("cheetah-jump", "cheetah-crawl"),
-        {"top1": "cheetah:1", "full": "cheetah-full:1", "random": "cheetah-random:1",
+        {"top1": "cheetah:1", "pair": "cheetah-pair:1", "full": "cheetah-full:1", "random": "cheetah-random:1",
          **{f"partial {w}": f"cheetah-partial-{w}:1" for w in (1, 3, 10)}},
     ),
     "how-many": Study(
