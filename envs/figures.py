@@ -16,7 +16,7 @@ def _axes(num, width=6.4, height=5.6):
 
 
 def plot_paths(path, task, paths, features, alive, episodes=10):
-    """Root paths of every policy, and their features where those are not the root's x and y.
+    """Root paths of every policy, and their features where those are not the root's x and y (one feature: its density).
 
     path: the png to write; paths [K, E, L, 2] in metres; features [K, E, L, d]; alive [K, E, L] bool.
     """
@@ -28,12 +28,17 @@ def plot_paths(path, task, paths, features, alive, episodes=10):
             label = f"policy {k}" if e == 0 else None
             live = alive[k, e]
             axes[0].plot(*paths[k, e][live].T, lw=1, color=colours[k], label=label)
-            if not on_plane:
+            if not on_plane and features.shape[-1] > 1:
                 x, y = features[k, e][live][:, 0], features[k, e][live][:, -1]
                 axes[1].plot(x, y, ".", ms=2, color=colours[k], label=label)
+        if features.shape[-1] == 1:
+            values = features[k, ..., 0][alive[k]]
+            axes[1].hist(values, 80, density=True, histtype="step", color=colours[k], label=f"policy {k}")
     axes[0].set(xlabel="x (m)", ylabel="y (m)" if on_plane else "z (m)")
     if on_plane:
         axes[0].set_aspect("equal", "datalim")
+    elif features.shape[-1] == 1:
+        axes[1].set(xlabel=task.feature_names[0], ylabel="density", title="the feature, all steps")
     else:
         axes[1].set(xlabel=task.feature_names[0], ylabel=task.feature_names[-1], title="features")
     axes[0].set_title(f"{task.name}: {len(paths)} policies, up to {episodes} episodes each")
