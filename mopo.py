@@ -923,11 +923,11 @@ class Logger:
     """
 
     def __init__(self, folder, args, position=0):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
-        self.board = SummaryWriter(str(folder))
+        self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
         self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
         for line in self.file.read(position).splitlines()[1:] if position else ():
             self.show(json.loads(line))
@@ -951,10 +951,14 @@ class Logger:
 
     def show(self, record):
         """A record's numbers to TensorBoard -> {name with labels: number}."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
         scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
         for name, value in scalars.items():
-            self.board.add_scalar(name, value, record["step"])
+            event = Event(wall_time=time.time(), step=record["step"], summary=scalar(name, value))
+            self.board.write_event(event)
         self.board.flush()
         return scalars
 
@@ -1048,19 +1052,25 @@ def run_identity(args, **data):
 
 
 def run_folder(args, script, task):
-    """The run's folder, made if need be; refuses to write over another run."""
+    """The run's folder, made if need be -> args, folder; refuses to write over another run.
+
+    --resume where nothing was saved yet begins anew: args.resume is False then.
+    """
     folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
+    if args.resume and not any(folder.glob("**/state*.npz")) and not (folder / "policy.npz").exists():
+        print(f"{folder}: nothing was saved here yet; starting from the beginning", flush=True)
+        args = dataclasses.replace(args, resume=False)
     if not args.resume and (any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()):
         raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob("**/.state*.tmp"):  # what a kill left of a state that was being written
+        for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
             torn.unlink()
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:
         raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
-    return folder
+    return args, folder
 
 
 def progress_line(label, count, total, rate, metrics):
@@ -1070,10 +1080,26 @@ def progress_line(label, count, total, rate, metrics):
     print(f"{label} {count}/{total} ({count / total:.0%})  {rate:.4g}/s  ETA {eta}  {numbers}", flush=True)
 
 
+def check_numbers(args):
+    """Refuse what no flag can mean: numbers that are not finite, below 0 or beyond 31 bits where whole, no widths."""
+    for name, value in dataclasses.asdict(args).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
+        if any(isinstance(x, float) and not np.isfinite(x) for x in numbers):
+            raise envs.InputError(f"{flag}: must be finite")
+        if any(isinstance(x, int) and not 0 <= x < 2**31 for x in numbers):
+            raise envs.InputError(f"{flag}: must be at least 0 and below {2**31}")
+        if name.endswith("hidden_sizes") and (not value or min(value) < 1):
+            raise envs.InputError(f"{flag}: give one width or more, each at least 1")
+        if name in ("gamma", "tau") and not 0 <= value <= 1:
+            raise envs.InputError(f"{flag}: must lie between 0 and 1")
+
+
 def parse_args(argv, preset_of):
     """Command line -> Args: defaults, then what `preset_of(args)` gives, then the flags; printed in full."""
     name, preset = preset_of(tyro.cli(Args, args=argv, description=__doc__))
     args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
+    check_numbers(args)
     print(f"preset {name}:", *(f"{k}={v}" for k, v in preset.items()))
     print("arguments:", *(f"{k}={v}" for k, v in dataclasses.asdict(args).items()))
     return args
@@ -1262,7 +1288,7 @@ def main(args):
     check_args(args, task, len(buffer))
     env.check_batch(args.num_seeds * args.eval_episodes)
     data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
-    folder = run_folder(args, "mopo", task.name)
+    args, folder = run_folder(args, "mopo", task.name)
     (folder / "model").mkdir(exist_ok=True)
     announce(folder, args, task, env, len(buffer))
 
@@ -1312,5 +1338,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:], mopo_preset))
-    except envs.InputError as error:
+    except (envs.InputError, OSError) as error:
         sys.exit(f"mopo.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("mopo.py: stopped; the same command with --resume goes on from what was saved")

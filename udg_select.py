@@ -541,6 +541,9 @@ def planned_files(out, tasks, selections, args):
     for path in [*files.values(), *reports]:
         if path.exists() and not args.overwrite:
             raise envs.InputError(f"{path}: exists. Remedy: --overwrite, or another --out")
+    for path in {file.parent for file in files.values()}:
+        for torn in path.glob(".*.tmp"):  # what a kill left of a file that was being written
+            torn.unlink()
     return files
 
 
@@ -656,3 +659,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except (envs.InputError, OSError) as error:
         sys.exit(f"udg_select.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("udg_select.py: stopped; run it again with --overwrite")

@@ -20,6 +20,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -98,6 +99,7 @@ MERGE_KEYS = ("env", "task", "layout", "reward_kind", "task_options", "dt")
 ACTION_LIMIT = 1.0 + 1e-5
 BLOCK_BYTES = 1 << 24  # values are checked and hashed in blocks of this size
 SAMPLED_ROWS = 4096  # rows on which next_observations is compared with the next row
+LARGEST = 2.0**31  # of the numbers in the metadata that readers compute with
 MAX_MEMBERS = 64
 MAX_METADATA_BYTES = 1 << 26
 MAX_HEADER_BYTES = 10_000  # numpy's own limit on the text header of an array
@@ -145,7 +147,7 @@ class Buffer:
         else:
             score = f"mean return {returns.mean():.2f} (std {returns.std():.2f})"
         dropped = self.metadata.get("rows_dropped", {})
-        lost = ", ".join(f"{n} rows dropped ({why!r})" for why, n in dropped.items())
+        lost = ", ".join(f"{n!a} rows dropped ({why!a})" for why, n in dropped.items())
         return (
             f"{self.path}: {len(self):,} transitions, {self.num_episodes:,} episodes, {score}, "
             f"{lost or 'no rows dropped'}"
@@ -208,8 +210,9 @@ def _read_members(path: Path, archive: zipfile.ZipFile) -> dict[str, _Member]:
     for info in infos:
         key = info.filename[:-4]
         with archive.open(info) as handle:
-            shape, fortran, dtype = _read_npy_header(handle)
-            header_size = handle.tell()
+            start = io.BytesIO(handle.read(MAX_HEADER_BYTES + 16))  # whatever length a header claims
+        shape, fortran, dtype = _read_npy_header(start)
+        header_size = start.tell()
         if dtype.hasobject:
             raise _fail(path, key, "holds pickled objects", "save plain arrays of numbers")
         if any(n < 0 for n in shape):
@@ -302,10 +305,17 @@ def _check_fits(path: Any, size: int, remedy: str) -> None:
         raise _fail(path, "archive", problem, remedy)
 
 
+def check_is_file(path: Path) -> None:
+    """Refuse a folder, and what would never end: a pipe or a device."""
+    with _readable(path, "file"):
+        if path.is_dir():
+            raise _fail(path, "file", "is a folder", f"name the files: {path / '*.npz'}")
+        if path.exists() and not path.is_file():
+            raise _fail(path, "file", "is not a file but a pipe or a device", "write it to a file first")
+
+
 def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...]) -> Buffer:
-    if path.is_dir():
-        remedy = f"name the files: {path / '*.npz'}"
-        raise _fail(path, "file", "is a folder", remedy)
+    check_is_file(path)
     with _readable(path), zipfile.ZipFile(path) as archive:
         members = _read_members(path, archive)
         _check_dialect(path, members)
@@ -402,7 +412,11 @@ def load_task(path: str | os.PathLike, keys: Iterable[str] | None, task: str = "
         raise _fail(
             path, "metadata_json", "names no task", "write its name there as `task`, or relabel by udg_select.py"
         )
-    found = find_task(about["task"], **about["task_options"])
+    try:
+        found = find_task(about["task"], **about["task_options"])
+    except (TypeError, ValueError, ArithmeticError) as error:  # the metadata may be a stranger's
+        remedy = "relabel by udg_select.py for a task that is known here"
+        raise _fail(path, f"{METADATA}['task']", str(error), remedy) from None
     sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
         raise _fail(
@@ -465,6 +479,13 @@ def _check_metadata(metadata: Mapping[str, Any], path: Any) -> None:
         if not isinstance(value, kind) or isinstance(value, bool):
             problem = f"is {str(value)[:60]!r} ({type(value).__name__})"
             raise _fail(path, f"{METADATA}[{key!r}]", problem, "see docs/buffer.md for its type")
+        if isinstance(value, str) and not value.isprintable():  # it ends up in messages, titles and file names
+            remedy = "write it without control characters"
+            raise _fail(path, f"{METADATA}[{key!r}]", f"is {value[:60]!a}", remedy)
+    for name, value in metadata["task_options"].items():
+        if not isinstance(value, (int, float)) or not -LARGEST < value < LARGEST:
+            problem, remedy = f"{name!a} is {str(value)[:60]!a}", "options are numbers, true or false"
+            raise _fail(path, f"{METADATA}['task_options']", problem, remedy)
     if not all(isinstance(parent, dict) for parent in metadata["parents"]):
         remedy = "write a list of objects with path and sha256"
         raise _fail(path, f"{METADATA}['parents']", "is not a list of objects", remedy)
@@ -477,8 +498,8 @@ def _check_metadata(metadata: Mapping[str, Any], path: Any) -> None:
             problem = f"is {metadata[key]!r}"
             raise _fail(path, f"{METADATA}[{key!r}]", problem, f"use one of {', '.join(values)}")
     for key in ("dt", "episode_length"):
-        if not 0 < metadata[key] < math.inf:
-            problem = f"is {metadata[key]}"
+        if not 0 < metadata[key] < LARGEST:
+            problem = f"is {str(metadata[key])[:60]}"
             raise _fail(path, f"{METADATA}[{key!r}]", problem, "give a positive number")
     warmup = metadata["warmup_transitions"]
     if warmup is not None and not 0 <= warmup <= metadata["num_transitions"]:
@@ -640,6 +661,7 @@ def _check_task(buffer: Buffer, task: str) -> None:
     if have == task and buffer.metadata["layout"] == "task":
         return
     names = [str(parent.get("path")) for parent in buffer.metadata["parents"]]
+    names = [name for name in names if name.isprintable()]  # they may be a stranger's
     if buffer.metadata["layout"] == "task" and names:
         source = f"<folder of {', '.join(names[:3])}>"
     else:

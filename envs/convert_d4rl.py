@@ -138,6 +138,7 @@ NEEDED = ("observations", "actions", "rewards", "terminals")
 def _read_arrays(path: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns a file has, with N rows each, as they are; and who made it."""
     h5py = convert.require("h5py")
+    buffers.check_is_file(Path(path))
     with convert.readable(path, "an hdf5 file"), h5py.File(path, "r") as file:
         nodes = {key: _find(h5py, file, path, key) for key in KEYS}
         nodes = {key: node for key, node in nodes.items() if node is not None}

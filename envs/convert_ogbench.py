@@ -24,6 +24,7 @@ WORLDS = {
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a plain npz file, with the checks of a buffer file against hostile archives."""
+    buffers.check_is_file(path)
     with convert.readable(path, "an .npz file"), zipfile.ZipFile(path) as archive:
         members = buffers._read_members(path, archive)
         size = sum(member.info.file_size for member in members.values())

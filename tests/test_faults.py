@@ -1,0 +1,65 @@
+"""A real kill -9 of a real process, and --resume: the short form of benchmark/fault_harness.py."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("fault_harness", ROOT / "benchmark" / "fault_harness.py")
+F = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(F)
+RUNS = {
+    "wurl_sac": "--task point --num-policies 2 --num-updates 1200 --chunk 100 --eval-every 600 --warmup-steps 200 "
+    "--replay-size 500 --eval-episodes 2 --hidden-sizes 32 32 --num-directions 2",
+    "dac": "--dataset {work}/data/point-angle-0.npz --quick --num-updates 600 --chunk 50 --eval-every 100 "
+    "--hidden-sizes 32 32 --num-critics 2 --num-steps 3 --eval-episodes 2",
+}
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_a_killed_run_ends_the_same(tmp_path, monkeypatch, script):
+    """Killed once between a half and four fifths of its way: policy, states, buffers, log and TensorBoard are equal."""
+    monkeypatch.setattr(F, "RUNS", RUNS)
+    F.prepare(tmp_path)
+    record = F.kill_trial(tmp_path, script, number=0, most=1, moments=(0.5, 0.8))
+    assert len(record["kills"]) == 1 and not record["problems"], record
+
+
+def make_folder(path, value=1.0, log=(1, 2), board=((1, 2),), extra=()):
+    """A run's folder in small; board: steps in each events file."""
+    path.mkdir()
+    np.savez(path / "policy.npz", x=np.full(3, value, np.float32))
+    lines = [{"args": {"out": str(path)}}, *({"step": s, "train/x": s, "time/x": id(path)} for s in log)]
+    (path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for i, steps in enumerate(board):
+        writer = EventsWriter(str(path / "events"), f".{i}")
+        for step in steps:
+            writer.write_event(Event(step=step, summary=scalar("train/x", step)))
+        writer.close()
+    for name in extra:
+        (path / name).write_text("")
+    return path
+
+
+DIFFERENT = {
+    "value": ({"value": 1.0000001}, "policy.npz: x differs"),
+    "log twice": ({"log": (1, 2, 2)}, "log.jsonl: 4 records for 3"),
+    "log gap": ({"log": (2,)}, "log.jsonl: 2 records for 3"),
+    "board twice": ({"board": ((1, 2), (2,))}, "TensorBoard: train/x twice at [2]"),
+    "board gap": ({"board": ((2,),)}, "TensorBoard: train/x twice at [], missing at [1]"),
+    "left behind": ({"extra": [".policy.npz.7.tmp"]}, ".policy.npz.7.tmp: left behind"),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_the_comparison_sees_a_difference(tmp_path, case):
+    whole, (changes, told) = make_folder(tmp_path / "whole"), DIFFERENT[case]
+    assert F.compare(make_folder(tmp_path / "same", board=((1,), (2,))), whole) == []
+    (problem,) = F.compare(make_folder(tmp_path / "other", **changes), whole)
+    assert problem.startswith(told)
