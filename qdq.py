@@ -296,7 +296,10 @@ def sample_batch(data, key, batch_size):
 def window_sizes(args, episode_length):
     """-> T, k of the flags, or of the rule for this length of episodes."""
     window = args.window or (200 if episode_length == 1000 else max(episode_length // 5, 1))  # D2
-    return window, args.window_step or max(window // 20, 1)
+    step = args.window_step or max(window // 20, 1)
+    if step > window:
+        raise envs.InputError(f"--window-step {step}: must be at most the window, {window} steps here; 0: a twentieth")
+    return window, step
 
 
 def windowed_returns(rewards, ends, gamma, window, step, cap):

@@ -877,3 +877,9 @@ def test_presets(dataset, capsys):
         D.parse_args(["--preset", "nonsense"], D.qdq_preset)
     with pytest.raises(envs.InputError, match="--dataset"):
         D.parse_args([], D.qdq_preset)
+
+
+def test_windows_that_leave_rows_out_are_refused():
+    assert D.window_sizes(tiny(window=20, window_step=20), 100) == (20, 20)
+    with pytest.raises(envs.InputError, match="--window-step 1000000: must be at most the window, 20 steps"):
+        D.window_sizes(tiny(window=0, window_step=1_000_000), 100)
