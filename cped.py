@@ -173,6 +173,8 @@ class Args:
     """discount (codes: 0.99)"""
     tau: float = 0.005
     """Polyak rate of actor and critics, once per actor step (codes: 0.005)"""
+    q_bound: float = 1e6
+    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite (ours)"""
     policy_delay: int = 2
     """critic steps per actor step (codes: 2)"""
     target_noise: float = 0.2
@@ -910,7 +912,7 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices")
+    free = ("out", "resume", "track", "num_devices", "q_bound")
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
@@ -1051,11 +1053,15 @@ def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
         print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
 
 
-def check_finite(where, metrics):
-    """Raise InputError where a metric is not finite: no later update would mend it."""
-    for name, values in metrics.items():
-        if not np.isfinite(values).all():
-            raise envs.InputError(f"{where}: {name} is not finite; lower the learning rates")
+def check_finite(where, metrics, args):
+    """Raise InputError where a metric is not finite or |Q| beyond --q-bound: no later update would mend it."""
+    for name, values in metrics.items() if args.q_bound else ():
+        largest = np.abs(values).max()
+        if not largest <= (args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan compares False
+            raise envs.InputError(
+                f"{where}: {name} is {largest:.3g}; what was saved before is kept: lower the learning rates and start "
+                "anew, or go on all the same with --resume --q-bound 0"
+            )
 
 
 def train_phase(label, total, state, train_chunk, evaluation, shown, args, logger, save):
@@ -1063,7 +1069,7 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
 
     Every eval_every updates and at the end the metrics and those of evaluation(state) are logged; the
     names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
-    signal, which then ends the process. Raises InputError where a metric is not finite.
+    signal, which then ends the process. Raises InputError where a metric diverges.
     """
     step = first = int(state.num_updates[0])
     began = saved = time.time()
@@ -1072,7 +1078,7 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
             state, train = train_chunk(state)
             step = int(state.num_updates[0])
             train = {k: np.asarray(v) for k, v in train.items()}
-            check_finite(f"{label} {step}", train)
+            check_finite(f"{label} {step}", train, args)
             rate = (step - first) / (time.time() - began)
             progress_line(label, step, total, rate, {k: train[k].mean() for k in shown})
             if step % args.eval_every == 0 or step == total:

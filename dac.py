@@ -167,6 +167,8 @@ class Args:
     """discount (code: 0.99)"""
     tau: float = 0.005
     """Polyak rate of target critics and target actor (code: 0.005)"""
+    q_bound: float = 1e6
+    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite (ours)"""
     return_range: float = 1_000.0
     """rewards are scaled until the range of episode returns is this (code: 1,000, D8)"""
 
@@ -832,7 +834,7 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices")
+    free = ("out", "resume", "track", "num_devices", "q_bound")
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
@@ -906,11 +908,15 @@ def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
         print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
 
 
-def check_finite(where, metrics):
-    """Raise InputError where a metric is not finite: no later update would mend it."""
-    for name, values in metrics.items():
-        if not np.isfinite(values).all():
-            raise envs.InputError(f"{where}: {name} is not finite; lower the learning rates")
+def check_finite(where, metrics, args):
+    """Raise InputError where a metric is not finite or |Q| beyond --q-bound: no later update would mend it."""
+    for name, values in metrics.items() if args.q_bound else ():
+        largest = np.abs(values).max()
+        if not largest <= (args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan compares False
+            raise envs.InputError(
+                f"{where}: {name} is {largest:.3g}; what was saved before is kept: lower the learning rates and start "
+                "anew, or go on all the same with --resume --q-bound 0"
+            )
 
 
 def train_phase(label, total, state, train_chunk, evaluation, shown, args, logger, save):
@@ -918,7 +924,7 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
 
     Every eval_every updates and at the end the metrics and those of evaluation(state) are logged; the
     names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
-    signal, which then ends the process. Raises InputError where a metric is not finite.
+    signal, which then ends the process. Raises InputError where a metric diverges.
     """
     step = first = int(state.num_updates[0])
     began = saved = time.time()
@@ -927,7 +933,7 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
             state, train = train_chunk(state)
             step = int(state.num_updates[0])
             train = {k: np.asarray(v) for k, v in train.items()}
-            check_finite(f"{label} {step}", train)
+            check_finite(f"{label} {step}", train, args)
             rate = (step - first) / (time.time() - began)
             progress_line(label, step, total, rate, {k: train[k].mean() for k in shown})
             if step % args.eval_every == 0 or step == total:

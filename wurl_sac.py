@@ -150,6 +150,8 @@ class Args:
     """discount (reference: 0.99)"""
     tau: float = 0.005
     """Polyak rate of the target critics, every update (reference: 0.005)"""
+    q_bound: float = 1e6
+    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite (ours)"""
     alpha: float = 0.2
     """entropy weight, its start with auto_alpha (reference: 0.2)"""
     auto_alpha: bool = False
@@ -977,7 +979,7 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices")
+    free = ("out", "resume", "track", "num_devices", "q_bound")
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
@@ -1127,6 +1129,17 @@ def record(files, task, steps, pseudo_rewards):
     files.append(steps.transition, steps.terminals, steps.alive, **columns)
 
 
+def check_finite(where, metrics, args):
+    """Raise InputError where a metric is not finite or |Q| beyond --q-bound: no later update would mend it."""
+    for name, values in metrics.items() if args.q_bound else ():
+        largest = np.abs(values).max()
+        if not largest <= (args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan compares False
+            raise envs.InputError(
+                f"{where}: {name} is {largest:.3g}; what was saved before is kept: lower the learning rates and start "
+                "anew, or go on all the same with --resume --q-bound 0"
+            )
+
+
 def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save):
     """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays.
 
@@ -1145,6 +1158,7 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
         while step < args.num_updates and not stop.name:
             state, (train, distances, steps, pseudo_rewards) = train_chunk(state)
             step = int(state.num_updates)
+            check_finite(f"update {step}", jax.tree.map(np.asarray, train), args)
             record(files, task, steps, pseudo_rewards)
             rate = (step - first) / (time.time() - began)
             train |= distance_metrics(distances[-1], "train") if args.num_policies > 1 else {}

@@ -69,6 +69,7 @@ SOURCES = {
     "ant": "--task ant",
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
+    "ant-rho-60": f"--task ant-angle-60 {SUPERVISED} --collect rollouts",
     "cheetah": "--task cheetah",
     "cheetah-pair": "--task cheetah --div-features task --feature-scales 1 10 --reward-scale 2",  # (v_x, z)
     "cheetah-full": "--task cheetah --div-features full --reward-scale 0.5",
@@ -142,7 +143,7 @@ class Study:
     learners: tuple[str, ...] = ("mopo",)
     seeds: int = 1
     sources: tuple[str, ...] = ()  # wanted for their own sake
-    reference: bool = False  # W1 of every buffer to an expert's
+    reference: str = ""  # a world: W1 of each of its buffers to the expert's of each task
 
 
 POINT_TASKS = tuple(f"point-angle-{a}" for a in ANGLES)
@@ -193,7 +194,11 @@ STUDIES = {
     ),
     "bound": Study(
         "Does the distance to an expert's data, or the relabelled return, predict what a learner gets?",
-        POINT_TASKS, {f"policy {k}": f"point/policy_{k:02d}:1" for k in range(10)}, ("mopo", "knn"), reference=True,
+        POINT_TASKS, {f"policy {k}": f"point/policy_{k:02d}:1" for k in range(10)}, ("mopo", "knn"), reference="point",
+    ),
+    "bound-ant": Study(
+        "The same on the ant, at 60 degrees, with the neural model.",
+        ("ant-angle-60",), {f"policy {k}": f"ant/policy_{k:02d}:1" for k in range(10)}, reference="ant",
     ),
     "objectives": Study(
         "Which diversity? APWD, PWD, DIAYN-I, DADS-I, none: metrics, and the return of MOPO on the top 1.",
@@ -266,10 +271,10 @@ def data_cells(base, study, budget):
         name, done = f"data {picked}", folder / tasks[-1] / "scores.json"
         cells[name] = Cell(name, command, done, (f"source {source}",), None, (files,))
     for task in study.tasks if study.reference else ():
-        expert, folder = f"point-rho-{task.split('-')[-1]}", base / "data" / "reference"
-        reads = (base / "sources" / "point" / "buffers", base / "sources" / expert / "buffers" / "policy_00.npz")
+        expert, folder = f"{study.reference}-rho-{task.split('-')[-1]}", base / "data" / "reference"
+        reads = tuple(base / "sources" / x for x in (f"{study.reference}/buffers", f"{expert}/buffers/policy_00.npz"))
         command = ["udg_select.py", "--buffers", str(reads[0]), "--task", task, "--reference", str(reads[1])]
-        needs = ("source point", f"source {expert}")
+        needs = (f"source {study.reference}", f"source {expert}")
         done = folder / task / "scores.json"
         command += ["--overwrite", "--out", str(folder)]
         cells[f"w1 {task}"] = Cell(f"w1 {task}", command, done, needs, None, reads)

@@ -57,9 +57,9 @@ def test_mixtures_have_equal_size(chain):
 
 
 def test_deployed_policy_is_the_evaluated_one(chain):
-    """docs/policy.md's numpy forward, run in the world, earns what the log says."""
+    """The README's numpy forward, run in the world, earns what the log says."""
     root, _, _ = chain
-    code = (Path(__file__).parents[1] / "docs/policy.md").read_text().split("```python")[1].split("```")[0]
+    code = (Path(__file__).parents[1] / "README.md").read_text().split("```python")[1].split("```")[0]
     scope = {}
     exec(code, scope)  # the page's own code is what a user copies
     policy = scope["load_policy"](root / "mopo" / "policy.npz")

@@ -645,23 +645,11 @@ def test_run_leaves_what_it_promises(whole_run):
     np.testing.assert_allclose(result["score"], np.mean([r["eval/return"] for r in evaluations]), rtol=1e-4)
 
 
-def numpy_policy(path, index=0):
-    """docs/policy.md, kind tanh_deterministic: observations [.., S] -> actions [.., A]."""
-    with np.load(path, allow_pickle=False) as file:
-        assert str(file["kind"]) == "tanh_deterministic"
-        depth = sum(key.endswith("kernel") for key in file.files)
-        layer = "actor/params/Dense_{}/{}".format
-        weights = [(file[layer(i, "kernel")][index], file[layer(i, "bias")][index]) for i in range(depth)]
-        mean, std = file["observation_mean"][index], file["observation_std"][index]
-
-    def policy(x):
-        x = (x - mean) / std
-        for i, (kernel, bias) in enumerate(weights):
-            x = x @ kernel + bias
-            x = np.maximum(x, 0) if i < depth - 1 else x
-        return np.tanh(x)
-
-    return policy
+def numpy_policy(path, index):
+    """The README's numpy forward."""
+    scope = {}
+    exec((Path(__file__).parents[1] / "README.md").read_text().split("```python")[1].split("```")[0], scope)
+    return scope["load_policy"](path, index)
 
 
 def test_policy_file_is_the_policy(whole_run):
@@ -694,13 +682,38 @@ def test_interrupted_run_equals_the_whole_one(phase, whole_run, tmp_path, monkey
     with pytest.raises(SystemExit, match="--resume"):
         C.main(args)
     monkeypatch.setattr(C, "progress_line", line)
-    again = C.main(dataclasses.replace(args, resume=True))
-    whole, resumed = state_of(folder), state_of(tmp_path / "run")
+    assert C.main(dataclasses.replace(args, resume=True)) == result
+    same_run(folder, tmp_path / "run")
+
+
+def same_run(one, other):
+    """Equal states, number by number, and equal logs."""
+    whole, resumed = state_of(one), state_of(other)
     assert whole.keys() == resumed.keys()
     for key in whole:
         np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
-    assert again == result
-    assert records_of(folder)[1:] == records_of(tmp_path / "run")[1:]
+    assert records_of(one)[1:] == records_of(other)[1:]
+
+
+def test_divergence_stops_keeps_the_state_and_can_go_on(whole_run, tmp_path):
+    """A bound that any Q is beyond stands for a Q that diverges; with --q-bound 0 the run is as if never stopped."""
+    args, folder, result, _ = whole_run
+    args = dataclasses.replace(args, out=str(tmp_path / "run"), q_bound=1e-9)
+    with pytest.raises(envs.InputError, match=r"update \d+: train/q is .*--resume --q-bound 0"):
+        C.main(args)
+    assert C.main(dataclasses.replace(args, resume=True, q_bound=0.0)) == result
+    same_run(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite_is_named(value):
+    """Of any seed; with --q-bound 0 nothing is refused."""
+    metrics = {"train/q": np.array([1e6, -1e6]), "train/nll": np.array([1e9, value])}
+    with pytest.raises(envs.InputError, match=r"update 7: train/nll is (nan|inf)"):
+        C.check_finite("update 7", metrics, tiny())
+    C.check_finite("update 7", metrics, tiny(q_bound=0.0))
+    with pytest.raises(envs.InputError, match=r"update 7: train/q is 1.01e\+06"):
+        C.check_finite("update 7", {"train/q": np.array([0.0, -1.01e6])}, tiny())
 
 
 def test_resume_refuses_other_flags(whole_run):
