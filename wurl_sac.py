@@ -712,24 +712,41 @@ def round_sizes(args, episode_length):
     return -(-args.warmup_steps // steps), updates, -(-args.num_updates // updates)
 
 
-def policy_mesh(args):
-    """The devices that share the policies, as many of every process, and whether each has as many policies."""
-    num, K = args.num_devices or jax.local_device_count(), args.num_policies
-    num = min(num, -(-K // jax.process_count()))
+def device_mesh(count, args):
+    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
+    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
     devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
     auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("policies",), auto, devices=devices), K % len(devices) == 0
+    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
+
+
+def over_devices(f, args):
+    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
+
+    Where they do not divide, the last places do the first ones once more, and that is dropped.
+    """
+
+    def shared(*trees):
+        count = len(jax.tree.leaves(trees)[0])
+        mesh, even = device_mesh(count, args)
+        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
+        if mesh.size == 1 or even:
+            return (f if mesh.size == 1 else split)(*trees)
+        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
+        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
+
+    return shared
 
 
 def placed(args, *axes):
-    """Where an array lies whose axis "policies" the devices share; on all of them where there is none, or an odd K."""
-    mesh, even = policy_mesh(args)
+    """Where an array lies whose axis "share" is the policies'; on all devices where they do not divide."""
+    mesh, even = device_mesh(args.num_policies, args)
     return jax.NamedSharding(mesh, jax.P(*axes) if even else jax.P())
 
 
 def state_sharding(args):
     """Where a WurlState lies: agents and replays on the device of their policy, the rest on all."""
-    split = placed(args, "policies")
+    split = placed(args, "share")
     return WurlState(placed(args), placed(args), split, split, placed(args), placed(args))
 
 
@@ -744,19 +761,6 @@ def own_part(x, args):
     shards = {shard.index[1].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
     x = np.concatenate([shards[k] for k in sorted(shards)], 1)
     return x if x.shape[1] < args.num_policies else x[:, own_policies(args)]
-
-
-def over_devices(f, args):
-    """f of trees with a leading policy axis [K] -> the same, each device with its share of the policies.
-
-    Where K does not divide, the last places do the first policies once more, and that is dropped.
-    """
-    (mesh, even), K = policy_mesh(args), args.num_policies
-    sharded = jax.shard_map(f, mesh=mesh, in_specs=jax.P("policies"), out_specs=jax.P("policies"), check_vma=False)
-    if even:
-        return sharded
-    padded = np.arange(-(-K // mesh.size) * mesh.size) % K
-    return lambda *trees: jax.tree.map(lambda x: x[:K], sharded(*jax.tree.map(lambda x: x[padded], trees)))
 
 
 def make_train(args, env, task, observe, episode_length):
@@ -859,7 +863,7 @@ def make_train(args, env, task, observe, episode_length):
 
     def rounds(num, warmup):
         scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
-        split = placed(args, None, "policies")
+        split = placed(args, None, "share")
         out = sharding, (placed(args), placed(args), split, split)
         return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
@@ -1251,7 +1255,7 @@ def fresh_rollouts(args, task, env, rollouts, actor, key, folder):
     """--collect rollouts: new episodes of the final policies -> their row files in `folder`."""
     files = envs.episodes.EpisodeFiles(folder, own_policies(args), env.observation_size, env.action_size)
 
-    @functools.partial(jax.jit, out_shardings=placed(args, None, "policies"))
+    @functools.partial(jax.jit, out_shardings=placed(args, None, "share"))
     def collect(actor, keys):
         steps = jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
         return steps, jnp.zeros_like(steps.log_probs)
@@ -1352,19 +1356,24 @@ def leave(message):
     sys.exit(1)
 
 
-if __name__ == "__main__":
+def command_line(argv):
+    """The whole run; whatever a user can mend, and the loss of another process, ends in one line."""
     try:
-        arguments = parse_args(sys.argv[1:], wurl_preset)
-        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
-            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
-        if arguments.distributed:
+        args = parse_args(argv, wurl_preset)
+        if args.num_devices > 1:  # of the CPU; accelerators are what they are
+            jax.config.update("jax_num_cpu_devices", args.num_devices)
+        if args.distributed:
             join_processes()
-        main(arguments)
+        main(args)
     except (envs.InputError, OSError) as error:
         leave(f"error: {error}")
     except KeyboardInterrupt:
         leave("stopped; the same command with --resume goes on from what was saved")
-    except jax.errors.JaxRuntimeError as error:
+    except (ValueError, RuntimeError) as error:  # of a collective operation: another process may be gone
         if not jax.distributed.is_initialized():
             raise
         leave(f"error: another process ended, or this one failed ({error}); go on with the same command and --resume")
+
+
+if __name__ == "__main__":
+    command_line(sys.argv[1:])
