@@ -83,6 +83,8 @@ class Args:
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused"""
+    max_rows: int = 0
+    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
     preset: str = ""
     """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
     seed: int = 0
@@ -1148,7 +1150,7 @@ def main(args):
     """Train the flow, then the policy, write policy and figures -> envs.curves.summary."""
     started = time.time()
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/cped/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, None, args.task)
+    buffer, task = envs.buffers.load_task(path, None, args.task, args.max_rows)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     check_args(args, len(buffer))

@@ -87,6 +87,8 @@ class Args:
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused; bandit: built in, all guidances"""
+    max_rows: int = 0
+    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
     preset: str = ""
     """a name in PUBLISHED in place of the file's dataset_name, cpu: a budget for 2 cores on top, or bandit-code"""
     seed: int = 0
@@ -1130,7 +1132,7 @@ def main(args):
     if args.task == "bandit":
         return run_bandit(args)
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/dac/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, Transitions._fields, args.task)
+    buffer, task = envs.buffers.load_task(path, Transitions._fields, args.task, args.max_rows)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     check_args(args, len(buffer))

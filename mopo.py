@@ -80,6 +80,8 @@ class Args:
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused"""
+    max_rows: int = 0
+    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
     preset: str = ""
     """a name in PRESETS in place of the one for the file's dataset_name; cpu: a budget for 2 cores"""
     seed: int = 0
@@ -1312,16 +1314,16 @@ def main(args):
     """Fit the model, train the policy in it, write policy and figures -> envs.curves.summary."""
     started = time.time()
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/mopo/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, DATA_KEYS, args.task)
+    buffer, task = envs.buffers.load_task(path, DATA_KEYS, args.task, args.max_rows)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     check_args(args, task, len(buffer))
     env.check_batch(args.num_seeds * args.eval_episodes)
-    data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     args, folder = run_folder(args, "mopo", task.name)
     (folder / "model").mkdir(exist_ok=True)
     announce(folder, args, task, env, len(buffer))
 
+    data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     key_model, key_policy = jax.vmap(jax.random.split, out_axes=1)(keys)
     fit_init_all, init = make_fit(args)[0], make_train(args, task)[0]

@@ -91,6 +91,8 @@ class Args:
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused"""
+    max_rows: int = 0
+    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
     preset: str = ""
     """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
     seed: int = 0
@@ -1459,7 +1461,7 @@ def main(args):
     started = time.time()
     check_args(args)
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/qdq/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, Transitions._fields, args.task)
+    buffer, task = envs.buffers.load_task(path, Transitions._fields, args.task, args.max_rows)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     env.check_batch(args.num_seeds * args.eval_episodes)

@@ -1303,7 +1303,7 @@ def main(args):
     meta = {"identity": run_identity(args), "log": 0, "rows": None, "train": {}}
     if args.resume:
         state, meta = load_state(folder, jax.eval_shape(init, key_train), meta["identity"])
-        state = jax.device_put(state, state_sharding(args))
+        state = jax.jit(lambda state: state, out_shardings=state_sharding(args))(state)
     else:
         state = init(key_train)
     sizes = (own_policies(args), env.observation_size, env.action_size)

@@ -1,4 +1,4 @@
-"""Seeds shared by devices, policies shared by processes: the numbers of one device, whatever is lost on the way."""
+"""Seeds over devices, policies over processes, grids over workers, rows beyond the memory: the same numbers."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ import pytest
 
 import envs
 import wurl_sac as W
+from envs import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 # What these programs compute is nothing; unoptimised they compile in half the time.
@@ -177,7 +178,7 @@ def test_policies_shared_by_processes_through_a_kill_and_a_signal(tmp_path, monk
     codes, said = ends_of(start_processes(2, 1, 30, 9, out))
     assert codes == [1, -9], said
     assert "another process ended" in said[0][1] and "--resume" in said[0][1]
-    assert "evaluation at 20" in said[0][0] and not said[1][0].count("update")
+    assert "evaluation at 20" in said[0][0] and "evaluation" not in said[1][0]
     wait = time.time() - began
     began = time.time()
     codes, said = ends_of(start_processes(4, 2, 20, 15, out, "--resume"))
@@ -219,3 +220,132 @@ def test_each_process_needs_a_policy(monkeypatch):
         monkeypatch.setattr(W.jax, "process_index", lambda index=index: index)
         owners |= dict.fromkeys(W.own_policies(W.Args(num_policies=10)), index)
     assert list(owners) == list(range(10)) and sorted(set(owners.values())) == [0, 1, 2, 3]
+
+
+# --- grids ---
+
+
+def grid(path, **changes):
+    """The list of one run of dac.py on the scripted data, and its folder."""
+    small = "--hidden-sizes 16 16 --num-critics 3 --num-q-samples 2 --batch-size 16 --num-steps 3 --eval-episodes 2"
+    dac = f"dac.py {small} --chunk 20 --eval-every 200 --num-updates 400"
+    lists = {"datasets": {"point": str(path / "point-angle-0.npz")}, "algorithms": {"dac": dac}, "seeds": [0]}
+    lists |= {"out": str(path / "grid")} | changes
+    (path / "grid.json").write_text(json.dumps(lists))
+    return path / "grid" / "point" / "dac" / "seed0"
+
+
+def start_grid(path, *flags):
+    command = [sys.executable, "benchmark/grid.py", str(path / "grid.json"), "--poll", "0.2", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **FAST}, **pipes)
+
+
+def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
+    scripted.dataset(tmp_path)
+    folder = grid(tmp_path)
+    process, deadline = start_grid(tmp_path), time.time() + 600
+    while not (folder / "state.npz").exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    os.kill(json.loads((folder / "worker.json").read_text())["pid"], 9)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0 and "started point dac 0 (try 2)" in said and "ended point dac 0" in said, said
+    assert "| point |" in said and (folder / "policy.npz").exists()
+    table = json.loads((tmp_path / "grid" / "table.json").read_text())
+    assert [(x["dataset"], x["algorithm"], len(x["returns"])) for x in table] == [("point", "dac", 1)]
+    said, _ = start_grid(tmp_path).communicate(timeout=300)
+    assert "1 done, 0 to make" in said and "| point | " in said
+    other = grid(tmp_path, algorithms={"dac": "dac.py --num-updates 20"})
+    said, _ = start_grid(tmp_path).communicate(timeout=300)
+    assert f"move {other} away" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(datasets={"point": "no/such.npz"}), "no/such.npz"),
+        (dict(algorithms={"rm": "rm -r"}), "begin with one of mopo.py"),
+        (dict(datasets={"../up": "x.npz"}), "names are letters"),
+        (dict(seeds=[-1]), "seeds whole numbers"),
+        (dict(seeds=None), "TypeError"),
+    ],
+)
+def test_grid_refuses_a_broken_list(tmp_path, changes, message):
+    grid(tmp_path, **changes)
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import grid as launcher
+
+    with pytest.raises(envs.InputError, match=message):
+        launcher.read_grid(tmp_path / "grid.json")
+
+
+# --- rows beyond the memory ---
+
+LARGE = """
+import re, sys, threading
+import numpy as np
+sys.path.insert(0, "tests")
+import dac
+from test_dac import tiny
+from envs import buffers
+folder, num, keep = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+rng, shape = np.random.default_rng(0), lambda size: (num, size)
+obs = rng.standard_normal(shape(4), np.float32)
+arrays = {"observations": obs, "next_observations": np.roll(obs, -1, 0), "actions": np.zeros(shape(2), np.float32)}
+arrays |= {"rewards": obs[:, 0].copy(), "terminals": np.zeros(num, bool), "timeouts": np.arange(num) % 100 == 99}
+about = {"dataset_name": "large", "env": "point", "task": "point-angle-0", "layout": "task", "dt": 1.0}
+buffers.save(f"{folder}/large.npz", arrays, about | {"reward_kind": "relabelled", "episode_length": 100})
+del obs, arrays
+own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+peaks, ended = {}, threading.Event()
+
+def watch(name):
+    while not ended.wait(0.01):
+        peaks[name] = max(peaks.get(name, 0), own())
+
+dac.plot_run = lambda *x: None
+for name, rows in (("warm", keep), ("again", keep), ("whole", 0)):
+    ended.clear()
+    thread, before = threading.Thread(target=watch, args=(name,)), own()
+    thread.start()
+    dac.main(tiny(dataset=f"{folder}/large.npz", max_rows=rows, out=f"{folder}/{name}"))
+    ended.set()
+    thread.join()
+    peaks[name] -= before
+print(peaks["again"], peaks["whole"])
+"""
+
+
+def test_a_learner_holds_no_more_rows_than_it_is_told(tmp_path):
+    """A million rows, 46 MB, of which 20,000 are asked for; the first run pays for the compiler's memory."""
+    process = start(LARGE, tmp_path, 1_000_000, 20_000)
+    found, said = process.communicate(timeout=900)
+    assert process.returncode == 0, said[-3000:]
+    few, whole = map(float, found.splitlines()[-1].split())
+    assert few < 25 < 40 < whole, (few, whole)  # MB of its own
+    assert "20,000 transitions, 200 episodes" in found and "980000 rows dropped ('max_rows')" in found
+
+
+def test_drawn_episodes_are_whole_and_of_every_shard(tmp_path):
+    for i in range(3):
+        arrays = dict(envs.buffers.load(scripted.dataset(tmp_path), quiet=True).arrays)
+        arrays["policy_ids"] = np.full(len(arrays["rewards"]), i, np.int32)
+        about = envs.buffers.load(scripted.dataset(tmp_path), quiet=True).metadata
+        envs.buffers.save(tmp_path / f"shard{i}.npz", arrays, about)
+    few = envs.buffers.load(str(tmp_path / "shard*.npz"), max_rows=1_250, quiet=True)
+    assert len(few) == 1_200 and few.num_episodes == 12 and set(few["policy_ids"]) == {0, 1, 2}
+    envs.buffers.validate(few.arrays, few.metadata, "few")
+    again = envs.buffers.load(str(tmp_path / "shard*.npz"), max_rows=1_250, quiet=True)
+    np.testing.assert_array_equal(few["observations"], again["observations"])
+    whole = envs.buffers.load(scripted.dataset(tmp_path), quiet=True)
+    assert len(envs.buffers.load(scripted.dataset(tmp_path), max_rows=len(whole), quiet=True)) == len(whole)
+
+
+def test_rows_that_do_not_fit_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    path = scripted.dataset(tmp_path)
+    monkeypatch.setattr(envs.buffers, "available_memory", lambda: 200_000.0)
+    with pytest.raises(envs.InputError, match=r"needs 0.0 GB of memory.*--max-rows \d+"):
+        envs.buffers.load_task(path, None)
+    few, _ = envs.buffers.load_task(path, None, max_rows=1_000)
+    assert len(few) == 1_000
