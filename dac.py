@@ -881,7 +881,7 @@ def run_folder(args, script, task):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink()
+            torn.unlink(missing_ok=True)
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:
