@@ -83,12 +83,16 @@ class Args:
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused"""
+    max_rows: int = 0
+    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
     preset: str = ""
     """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
     seed: int = 0
     """first seed; a seed gives the same run alone or among others"""
     num_seeds: int = 1
     """S: independent runs (flow and policy) at once, a leading axis of all arrays"""
+    num_devices: int = 0
+    """devices that share the seeds; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
     out: str = ""
     """run folder; empty: runs/cped/<task>/seed<seed>"""
     resume: bool = False
@@ -703,8 +707,8 @@ def make_evaluation(args, env, task, data_length, scale):
             metrics["eval/score"] = task.normalized_score(returns.mean())
         return metrics
 
-    densities = lambda state, data: map_seeds(lambda flow: density_metrics(flow, data, args), state.nets.flow)
-    evaluation = lambda state, keys: jax.vmap(one)(state.nets.actor, keys)
+    densities = lambda state, data: map_seeds(lambda flow: density_metrics(flow, data, args), state.nets.flow, args)
+    evaluation = lambda state, keys: over_devices(jax.vmap(one), args)(state.nets.actor, keys)
     return jax.jit(densities), jax.jit(evaluation)
 
 
@@ -719,11 +723,37 @@ class CpedState(NamedTuple):
     nets: CpedNets
 
 
-def map_seeds(function, xs):
-    """function over the leading seed axis: in turn on a CPU, which one seed fills; else at once."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(function, xs)
-    return jax.vmap(function)(xs)
+def device_mesh(count, args):
+    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
+    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
+    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
+
+
+def over_devices(f, args):
+    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
+
+    Where they do not divide, the last places do the first ones once more, and that is dropped.
+    """
+
+    def shared(*trees):
+        count = len(jax.tree.leaves(trees)[0])
+        mesh, even = device_mesh(count, args)
+        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
+        if mesh.size == 1 or even:
+            return (f if mesh.size == 1 else split)(*trees)
+        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
+        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
+
+    return shared
+
+
+def map_seeds(function, xs, args):
+    """function over the seeds [S] of a device: in turn on a CPU, which one seed fills; else at once."""
+    on_cpu = jax.default_backend() == "cpu"
+    each = lambda xs: jax.lax.map(function, xs) if on_cpu else jax.vmap(function)(xs)
+    return over_devices(each, args)(xs)
 
 
 def cped_init(key, data, args):
@@ -772,9 +802,9 @@ def make_train(args):
         metrics["train/nll_data_p95"] = jnp.quantile(nll, 0.95)
         return CpedState(key, state.num_updates + args.chunk, nets), metrics
 
-    init = lambda keys, data: map_seeds(lambda key: cped_init(key, data, args), keys)
-    flow_chunk = lambda state, data: map_seeds(lambda state: one_flow_chunk(state, data), state)
-    train_chunk = lambda state, data: map_seeds(lambda state: one_train_chunk(state, data), state)
+    init = lambda keys, data: map_seeds(lambda key: cped_init(key, data, args), keys, args)
+    flow_chunk = lambda state, data: map_seeds(lambda state: one_flow_chunk(state, data), state, args)
+    train_chunk = lambda state, data: map_seeds(lambda state: one_train_chunk(state, data), state, args)
     return jax.jit(init), jax.jit(flow_chunk, donate_argnums=0), jax.jit(train_chunk, donate_argnums=0)
 
 
@@ -912,7 +942,7 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "q_bound")
+    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
@@ -931,7 +961,7 @@ def run_folder(args, script, task):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink()
+            torn.unlink(missing_ok=True)
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:
@@ -1018,6 +1048,8 @@ def check_args(args, num_rows):
         "--flow-layers must be 2 or more, so that every coordinate is moved": args.flow_layers >= 2,
         "--holdout-rows must be positive": args.holdout_rows > 0,
         f"--dataset: {num_rows} rows are too few to hold any out": num_rows >= 20,
+        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
+            0 <= args.num_devices <= jax.local_device_count(),
     }  # fmt: skip
     for message, holds in rules.items():
         if not holds:
@@ -1124,7 +1156,7 @@ def main(args):
     """Train the flow, then the policy, write policy and figures -> envs.curves.summary."""
     started = time.time()
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/cped/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, None, args.task)
+    buffer, task = envs.buffers.load_task(path, None, args.task, args.max_rows)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     check_args(args, len(buffer))
@@ -1175,7 +1207,10 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args(sys.argv[1:], cped_preset))
+        arguments = parse_args(sys.argv[1:], cped_preset)
+        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
+            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
+        main(arguments)
     except (envs.InputError, OSError) as error:
         sys.exit(f"cped.py: error: {error}")
     except KeyboardInterrupt:

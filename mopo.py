@@ -80,12 +80,16 @@ class Args:
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused"""
+    max_rows: int = 0
+    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
     preset: str = ""
     """a name in PRESETS in place of the one for the file's dataset_name; cpu: a budget for 2 cores"""
     seed: int = 0
     """first seed; a seed gives the same run alone or among others"""
     num_seeds: int = 1
     """S: independent runs (model and policy) at once, a leading axis of all arrays"""
+    num_devices: int = 0
+    """devices that share the seeds; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
     out: str = ""
     """run folder; empty: runs/mopo/<task>/seed<seed>"""
     resume: bool = False
@@ -845,7 +849,7 @@ def make_evaluation(args, env, task, data_length):
             metrics["eval/score"] = task.normalized_score(returns.mean())
         return metrics, points
 
-    return jax.jit(jax.vmap(one))
+    return jax.jit(over_devices(jax.vmap(one), args))
 
 
 # === training ===
@@ -860,11 +864,37 @@ class MopoState(NamedTuple):
     ring: Ring  # of Rows of the model
 
 
-def map_seeds(function, xs):
-    """function over the leading seed axis: in turn on a CPU, which one seed fills; else at once."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(function, xs)
-    return jax.vmap(function)(xs)
+def device_mesh(count, args):
+    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
+    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
+    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
+
+
+def over_devices(f, args):
+    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
+
+    Where they do not divide, the last places do the first ones once more, and that is dropped.
+    """
+
+    def shared(*trees):
+        count = len(jax.tree.leaves(trees)[0])
+        mesh, even = device_mesh(count, args)
+        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
+        if mesh.size == 1 or even:
+            return (f if mesh.size == 1 else split)(*trees)
+        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
+        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
+
+    return shared
+
+
+def map_seeds(function, xs, args):
+    """function over the seeds [S] of a device: in turn on a CPU, which one seed fills; else at once."""
+    on_cpu = jax.default_backend() == "cpu"
+    each = lambda xs: jax.lax.map(function, xs) if on_cpu else jax.vmap(function)(xs)
+    return over_devices(each, args)(xs)
 
 
 def make_fit(args):
@@ -873,10 +903,10 @@ def make_fit(args):
     def chunk(fit, data):
         go_on = lambda fit: fit_chunk(fit, data, args)
         one = lambda fit: jax.lax.cond(fitting(fit, args), go_on, lambda fit: fit, fit)
-        return map_seeds(one, fit)
+        return map_seeds(one, fit, args)
 
-    init = lambda keys, data: map_seeds(lambda key: fit_init(key, data, args), keys)
-    model = lambda fit, data: map_seeds(lambda fit: fitted_model(fit, data, args), fit)
+    init = lambda keys, data: map_seeds(lambda key: fit_init(key, data, args), keys, args)
+    model = lambda fit, data: map_seeds(lambda fit: fitted_model(fit, data, args), fit, args)
     return jax.jit(init), jax.jit(chunk, donate_argnums=0), jax.jit(model)
 
 
@@ -909,9 +939,9 @@ def make_train(args, task):
         return state, jax.tree.map(jnp.mean, metrics)
 
     def chunk(state, model, data):
-        return map_seeds(lambda x: one_chunk(*x, data), (state, model))
+        return map_seeds(lambda x: one_chunk(*x, data), (state, model), args)
 
-    return jax.jit(jax.vmap(init)), jax.jit(chunk, donate_argnums=0)
+    return jax.jit(over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)
 
 
 # === run ===
@@ -1048,7 +1078,7 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "q_bound")
+    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
@@ -1067,7 +1097,7 @@ def run_folder(args, script, task):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink()
+            torn.unlink(missing_ok=True)
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:
@@ -1153,6 +1183,8 @@ def check_args(args, task, num_rows):
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             args.rollout_batch > 0 and rows_at_once(args) >= min(args.rollout_batch, 256),
         f"--dataset: {num_rows} rows are too few to hold any out": num_rows >= 20,
+        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
+            0 <= args.num_devices <= jax.local_device_count(),
     }  # fmt: skip
     for message, holds in rules.items():
         if not holds:
@@ -1288,16 +1320,16 @@ def main(args):
     """Fit the model, train the policy in it, write policy and figures -> envs.curves.summary."""
     started = time.time()
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/mopo/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, DATA_KEYS, args.task)
+    buffer, task = envs.buffers.load_task(path, DATA_KEYS, args.task, args.max_rows)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     check_args(args, task, len(buffer))
     env.check_batch(args.num_seeds * args.eval_episodes)
-    data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     args, folder = run_folder(args, "mopo", task.name)
     (folder / "model").mkdir(exist_ok=True)
     announce(folder, args, task, env, len(buffer))
 
+    data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     key_model, key_policy = jax.vmap(jax.random.split, out_axes=1)(keys)
     fit_init_all, init = make_fit(args)[0], make_train(args, task)[0]
@@ -1315,7 +1347,7 @@ def main(args):
     logger = Logger(folder, args, meta["log"])
     save = lambda where, tree: save_state(where, tree, {**meta, "log": logger.file.tell()})
     if args.model == "knn":
-        model = jax.jit(lambda k, d: map_seeds(lambda k: knn_model(k, d, args), k))(key_model, data)
+        model = jax.jit(lambda k, d: map_seeds(lambda k: knn_model(k, d, args), k, args))(key_model, data)
     else:
         if fit is None:
             fit = fit_init_all(key_model, data)
@@ -1343,7 +1375,10 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args(sys.argv[1:], mopo_preset))
+        arguments = parse_args(sys.argv[1:], mopo_preset)
+        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
+            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
+        main(arguments)
     except (envs.InputError, OSError) as error:
         sys.exit(f"mopo.py: error: {error}")
     except KeyboardInterrupt:

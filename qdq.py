@@ -91,12 +91,16 @@ class Args:
     """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
     task: str = ""
     """task to evaluate in; empty: the file's; another than the file's is refused"""
+    max_rows: int = 0
+    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
     preset: str = ""
     """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
     seed: int = 0
     """first seed; a seed gives the same run alone or among others"""
     num_seeds: int = 1
     """S: independent runs (student and policy) at once, a leading axis of all arrays"""
+    num_devices: int = 0
+    """devices that share the seeds; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
     out: str = ""
     """run folder; empty: runs/qdq/<task>/seed<seed>"""
     resume: bool = False
@@ -844,9 +848,9 @@ def make_evaluation(args, env, task, data_length, scale):
         return metrics
 
     def of_model(model, data, entries, key):
-        return map_seeds(lambda model: model_metrics(model, data, entries, key, args), model)
+        return map_seeds(lambda model: model_metrics(model, data, entries, key, args), model, args)
 
-    return jax.jit(jax.vmap(one)), jax.jit(of_model)
+    return jax.jit(over_devices(jax.vmap(one), args)), jax.jit(of_model)
 
 
 # === training ===
@@ -886,11 +890,37 @@ class Phase(NamedTuple):
     chunk: Any
 
 
-def map_seeds(function, xs):
-    """function over the leading seed axis: in turn on a CPU, which one seed fills; else at once."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(function, xs)
-    return jax.vmap(function)(xs)
+def device_mesh(count, args):
+    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
+    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
+    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
+
+
+def over_devices(f, args):
+    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
+
+    Where they do not divide, the last places do the first ones once more, and that is dropped.
+    """
+
+    def shared(*trees):
+        count = len(jax.tree.leaves(trees)[0])
+        mesh, even = device_mesh(count, args)
+        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
+        if mesh.size == 1 or even:
+            return (f if mesh.size == 1 else split)(*trees)
+        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
+        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
+
+    return shared
+
+
+def map_seeds(function, xs, args):
+    """function over the seeds [S] of a device: in turn on a CPU, which one seed fills; else at once."""
+    on_cpu = jax.default_backend() == "cpu"
+    each = lambda xs: jax.lax.map(function, xs) if on_cpu else jax.vmap(function)(xs)
+    return over_devices(each, args)(xs)
 
 
 def make_train(args, num_obs, num_actions):
@@ -944,10 +974,10 @@ def make_train(args, num_obs, num_actions):
         nets, metrics = jax.lax.scan(step, state.nets, (steps, keys))
         return QdqState(key, state.num_updates + args.chunk, nets), jax.tree.map(jnp.mean, metrics)
 
-    teacher_chunks = lambda state, entries: map_seeds(lambda state: teacher_chunk(state, entries), state)
-    student_chunks = lambda state, net, entries: map_seeds(lambda xs: student_chunk(*xs, entries), (state, net))
-    policy_chunks = lambda state, model, data: map_seeds(lambda xs: policy_chunk(*xs, data), (state, model))
-    phase = lambda init, chunk: Phase(jax.jit(jax.vmap(init)), jax.jit(chunk, donate_argnums=0))
+    teacher_chunks = lambda state, entries: map_seeds(lambda state: teacher_chunk(state, entries), state, args)
+    student_chunks = lambda state, net, entries: map_seeds(lambda xs: student_chunk(*xs, entries), (state, net), args)
+    policy_chunks = lambda state, model, data: map_seeds(lambda xs: policy_chunk(*xs, data), (state, model), args)
+    phase = lambda init, chunk: Phase(jax.jit(over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0))
     return (
         phase(teacher_init, teacher_chunks), phase(student_init, student_chunks), phase(policy_init, policy_chunks),
     )  # fmt: skip
@@ -1087,7 +1117,7 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "q_bound")
+    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
@@ -1106,7 +1136,7 @@ def run_folder(args, script, task):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink()
+            torn.unlink(missing_ok=True)
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:
@@ -1191,6 +1221,8 @@ def check_args(args):
         "--num-levels must be 3 or more": args.num_levels >= 3,
         "--w-max would undo --weight antmaze, whose w above 1 is the penalty; use --no-w-max --no-sign-aware":
             args.weight != "antmaze" or not (args.w_max or args.sign_aware),
+        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
+            0 <= args.num_devices <= jax.local_device_count(),
     }  # fmt: skip
     for message, holds in rules.items():
         if not holds:
@@ -1435,7 +1467,7 @@ def main(args):
     started = time.time()
     check_args(args)
     path = args.dataset or scripted.dataset(Path(args.out or f"runs/qdq/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, Transitions._fields, args.task)
+    buffer, task = envs.buffers.load_task(path, Transitions._fields, args.task, args.max_rows)
     options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
     env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
     env.check_batch(args.num_seeds * args.eval_episodes)
@@ -1487,7 +1519,10 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args(sys.argv[1:], qdq_preset))
+        arguments = parse_args(sys.argv[1:], qdq_preset)
+        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
+            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
+        main(arguments)
     except (envs.InputError, OSError) as error:
         sys.exit(f"qdq.py: error: {error}")
     except KeyboardInterrupt:

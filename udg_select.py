@@ -543,7 +543,7 @@ def planned_files(out, tasks, selections, args):
             raise envs.InputError(f"{path}: exists. Remedy: --overwrite, or another --out")
     for path in {file.parent for file in files.values()}:
         for torn in path.glob(".*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink()
+            torn.unlink(missing_ok=True)
     return files
 
 

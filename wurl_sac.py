@@ -68,6 +68,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.experimental import multihost_utils
 
 import envs
 
@@ -164,6 +165,9 @@ class Args:
     """policies updated in one batched call; 0: all on an accelerator or for narrow nets, 1 on a CPU"""
     num_devices: int = 0
     """devices that share the policies; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
+    distributed: bool = False
+    """one of several processes that share the policies, each with num_devices; started by Slurm, Kubernetes, a TPU
+    pod or Open MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (docs/scale.md)"""
     # --- data ---
     collect: Literal["replay", "rollouts"] = "replay"
     """buffers hold the whole training data (replay) or fresh episodes of the final policies (rollouts)"""
@@ -650,7 +654,7 @@ def make_evaluation(args, task, rollouts):
         cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), num_directions, d))
         return cost.sum(-1) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
 
-    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=2, out_shardings=placed(args))
     def evaluation(actor, key, num_episodes):
         key_rollout, key_all, key_half = jax.random.split(key, 3)
         keys = jax.random.split(key_rollout, args.num_policies)
@@ -711,32 +715,55 @@ def round_sizes(args, episode_length):
     return -(-args.warmup_steps // steps), updates, -(-args.num_updates // updates)
 
 
-def policy_mesh(args):
-    """The devices that share the policies, and whether each has as many."""
-    num = min(args.num_devices or jax.device_count(), args.num_policies)
+def device_mesh(count, args):
+    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
+    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
+    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
     auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((num,), ("policies",), auto, devices=jax.devices()[:num]), args.num_policies % num == 0
+    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
+
+
+def over_devices(f, args):
+    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
+
+    Where they do not divide, the last places do the first ones once more, and that is dropped.
+    """
+
+    def shared(*trees):
+        count = len(jax.tree.leaves(trees)[0])
+        mesh, even = device_mesh(count, args)
+        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
+        if mesh.size == 1 or even:
+            return (f if mesh.size == 1 else split)(*trees)
+        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
+        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
+
+    return shared
+
+
+def placed(args, *axes):
+    """Where an array lies whose axis "share" is the policies'; on all devices where they do not divide."""
+    mesh, even = device_mesh(args.num_policies, args)
+    return jax.NamedSharding(mesh, jax.P(*axes) if even else jax.P())
 
 
 def state_sharding(args):
     """Where a WurlState lies: agents and replays on the device of their policy, the rest on all."""
-    mesh, even = policy_mesh(args)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    split = jax.NamedSharding(mesh, jax.P("policies")) if even else everywhere
-    return WurlState(everywhere, everywhere, split, split, everywhere, everywhere)
+    split = placed(args, "share")
+    return WurlState(placed(args), placed(args), split, split, placed(args), placed(args))
 
 
-def over_devices(f, args):
-    """f of trees with a leading policy axis [K] -> the same, each device with its share of the policies.
+def own_policies(args):
+    """The policies whose buffers this process writes, those of its devices."""
+    num = jax.process_count()
+    return [k for k in range(args.num_policies) if k * num // args.num_policies == jax.process_index()]
 
-    Where K does not divide, the last places do the first policies once more, and that is dropped.
-    """
-    (mesh, even), K = policy_mesh(args), args.num_policies
-    sharded = jax.shard_map(f, mesh=mesh, in_specs=jax.P("policies"), out_specs=jax.P("policies"), check_vma=False)
-    if even:
-        return sharded
-    padded = np.arange(-(-K // mesh.size) * mesh.size) % K
-    return lambda *trees: jax.tree.map(lambda x: x[:K], sharded(*jax.tree.map(lambda x: x[padded], trees)))
+
+def own_part(x, args):
+    """Of an array [R, K, ..] the policies of this process, on the host."""
+    shards = {shard.index[1].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
+    x = np.concatenate([shards[k] for k in sorted(shards)], 1)
+    return x if x.shape[1] < args.num_policies else x[:, own_policies(args)]
 
 
 def make_train(args, env, task, observe, episode_length):
@@ -839,7 +866,9 @@ def make_train(args, env, task, observe, episode_length):
 
     def rounds(num, warmup):
         scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
-        return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=(sharding, None))
+        split = placed(args, None, "share")
+        out = sharding, (placed(args), placed(args), split, split)
+        return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
     chunk = rounds(args.chunk // updates_per_round, False)
     return jax.jit(init, out_shardings=sharding), rounds(num_warmup, True), chunk, rollouts
@@ -979,7 +1008,7 @@ def load_state(folder, like, identity):
 
 def run_identity(args, **data):
     """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "q_bound")
+    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
     return {**flags, **data, **envs.buffers.versions()}
 
@@ -998,7 +1027,7 @@ def run_folder(args, script, task):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink()
+            torn.unlink(missing_ok=True)
         if not args.resume:
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
     except OSError as error:
@@ -1088,7 +1117,10 @@ def check_args(args, task, episode_length):
         "--chunk must divide --eval-every and --num-updates":
             args.eval_every % args.chunk == args.num_updates % args.chunk == 0,
         "--lr-decay is a share: 0 to 1": 0 <= args.lr_decay <= 1,
-        f"--num-devices: 0 to {jax.device_count()}, the devices there are": 0 <= args.num_devices <= jax.device_count(),
+        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
+            0 <= args.num_devices <= jax.local_device_count(),
+        f"--num-policies must be at least {jax.process_count()}: one for each process":
+            args.num_policies >= jax.process_count(),
         "--num-envs times the episode length must stay under 46341": steps < 46341,
     }  # fmt: skip
     for message, holds in rules.items():
@@ -1120,11 +1152,10 @@ def show_evaluation(step, metrics):
         print("  warning: two policies nearly coincide (mode collapse); see --div-features, --reward-scale", flush=True)
 
 
-def record(files, task, steps, pseudo_rewards):
+def record(files, args, task, steps, pseudo_rewards):
     """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
-    steps = jax.tree.map(np.asarray, steps)
+    steps, pseudo_rewards = jax.tree.map(lambda x: own_part(x, args), (steps, pseudo_rewards))
     rewards = np.asarray(task.reward(steps.transition), np.float32)
-    pseudo_rewards = np.broadcast_to(pseudo_rewards, rewards.shape)
     columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
     files.append(steps.transition, steps.terminals, steps.alive, **columns)
 
@@ -1140,6 +1171,12 @@ def check_finite(where, metrics, args):
             )
 
 
+def agreed(stop, due):
+    """What all processes must decide alike: by which signal to stop, and whether any finds that it is time to save."""
+    told, due = multihost_utils.process_allgather(np.array([bool(stop), due])).any(0)
+    return stop or "a signal to another process" * bool(told), due
+
+
 def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save):
     """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays.
 
@@ -1149,17 +1186,20 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
     began = saved = time.time()
 
     def evaluate_now(num_episodes):
-        metrics, snapshot = evaluation(state.agent.actor, eval_key, num_episodes)
-        logger.log(step, {**train, **metrics})
+        metrics, snapshot = jax.tree.map(np.asarray, evaluation(state.agent.actor, eval_key, num_episodes))
+        if logger:
+            logger.log(step, {**train, **metrics})
         show_evaluation(step, metrics)
-        return metrics, jax.tree.map(np.asarray, snapshot)
+        return metrics, snapshot
 
     with StopSignal() as stop:
-        while step < args.num_updates and not stop.name:
+        stopped = ""
+        while step < args.num_updates and not stopped:
             state, (train, distances, steps, pseudo_rewards) = train_chunk(state)
             step = int(state.num_updates)
-            check_finite(f"update {step}", jax.tree.map(np.asarray, train), args)
-            record(files, task, steps, pseudo_rewards)
+            train, distances = jax.tree.map(np.asarray, (train, distances))
+            check_finite(f"update {step}", train, args)
+            record(files, args, task, steps, pseudo_rewards)
             rate = (step - first) / (time.time() - began)
             train |= distance_metrics(distances[-1], "train") if args.num_policies > 1 else {}
             train = {k: float(np.mean(v)) for k, v in train.items()} | {"time/updates_per_s": rate}
@@ -1167,12 +1207,39 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
             progress_line("update", step, args.num_updates, rate, {k: train[k] for k in names if k in train})
             if step % args.eval_every == 0 and step < args.num_updates:
                 evaluate_now(args.eval_episodes)
-            if step >= args.num_updates or stop.name or time.time() - saved > 60:
+            stopped, due = agreed(stop.name, time.time() - saved > 60)
+            if step >= args.num_updates or stopped or due:
                 save(state, train)
                 saved = time.time()
-    if stop.name:
-        sys.exit(f"stopped by {stop.name} at update {step}; go on with the same command and --resume")
+    if stopped:
+        sys.exit(f"stopped by {stopped} at update {step}; go on with the same command and --resume")
     return state, *evaluate_now(50)  # the authors' protocol
+
+
+def whole(tree, args):
+    """The tree with all policies on every process, so that one of them can write it."""
+    if jax.process_count() == 1:
+        return tree
+    gathered = jax.jit(lambda x: x, out_shardings=placed(args))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+
+
+def all_counts(files, args):
+    """Rows of every policy [K], whichever process writes them."""
+    counts = np.zeros(args.num_policies, np.int32)
+    counts[files.policies] = files.counts
+    return multihost_utils.process_allgather(counts).sum(0).tolist()
+
+
+def make_save(folder, args, meta, files, logger):
+    """-> save(state, train), called by all processes: the first one writes the state of all policies."""
+
+    def save(state, train):
+        state, rows = whole(state, args), all_counts(files, args)
+        if logger:
+            save_state(folder, state, {**meta, "log": logger.file.tell(), "rows": rows, "train": train})
+
+    return save
 
 
 def write_outputs(folder, args, task, actor, snapshot, observe):
@@ -1201,10 +1268,14 @@ def write_outputs(folder, args, task, actor, snapshot, observe):
 
 def fresh_rollouts(args, task, env, rollouts, actor, key, folder):
     """--collect rollouts: new episodes of the final policies -> their row files in `folder`."""
-    files = envs.episodes.EpisodeFiles(folder, args.num_policies, env.observation_size, env.action_size)
-    collect = jax.jit(rollouts, static_argnums=2)
-    steps = collect(actor, jax.random.split(key, args.num_policies), args.rollout_episodes)
-    record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
+    files = envs.episodes.EpisodeFiles(folder, own_policies(args), env.observation_size, env.action_size)
+
+    @functools.partial(jax.jit, out_shardings=placed(args, None, "share"))
+    def collect(actor, keys):
+        steps = jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
+        return steps, jnp.zeros_like(steps.log_probs)
+
+    record(files, args, task, *collect(actor, jax.random.split(key, args.num_policies)))
     return files
 
 
@@ -1216,13 +1287,15 @@ def write_buffers(folder, args, task, env, files, warmup, fresh, episode_length)
         "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
         "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
     }  # fmt: skip
+    rows = [files]
     if args.collect == "replay":  # the policies moved on: a density is worth keeping of fresh rollouts only
         files.finish(folder / "buffers", metadata, warmup, drop=("action_log_probs",))
     else:
-        rows = fresh(folder / "rollouts")
-        rows.finish(folder / "buffers", metadata, [0] * args.num_policies, drop=("pseudo_rewards",))
-        rows.remove()
-    files.remove()
+        rows += [fresh(folder / "rollouts")]
+        rows[1].finish(folder / "buffers", metadata, [0] * args.num_policies, drop=("pseudo_rewards",))
+    multihost_utils.sync_global_devices("all buffers are written")
+    for each in rows:
+        each.remove()
 
 
 def main(args):
@@ -1245,19 +1318,18 @@ def main(args):
     meta = {"identity": run_identity(args), "log": 0, "rows": None, "train": {}}
     if args.resume:
         state, meta = load_state(folder, jax.eval_shape(init, key_train), meta["identity"])
-        state = jax.device_put(state, state_sharding(args))
+        state = jax.jit(lambda state: state, out_shardings=state_sharding(args))(state)
     else:
         state = init(key_train)
-    sizes = (args.num_policies, env.observation_size, env.action_size)
+    sizes = (own_policies(args), env.observation_size, env.action_size)
     files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"])
-    logger = Logger(folder, args, meta["log"])
-    now = lambda train: {**meta, "log": logger.file.tell(), "rows": files.counts, "train": train}
-    save = lambda state, train: save_state(folder, state, now(train))
+    logger = Logger(folder, args, meta["log"]) if jax.process_index() == 0 else None
+    save = make_save(folder, args, meta, files, logger)
     announce(folder, args, task, env, episode_length, files)
     if not args.resume:
         state, (_, _, steps, pseudo_rewards) = warmup(state)
-        record(files, task, steps, pseudo_rewards)
-        meta["warmup"] = list(files.counts)
+        record(files, args, task, steps, pseudo_rewards)
+        meta["warmup"] = all_counts(files, args)
         save(state, {})
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
 
@@ -1265,7 +1337,9 @@ def main(args):
         state, meta["train"], train_chunk, evaluation, key_eval, args, task, files, logger, save
     )
     actor = state.agent.actor
-    write_outputs(folder, args, task, actor, snapshot, observe)
+    shown = whole(actor, args)
+    if logger:
+        write_outputs(folder, args, task, shown, snapshot, observe)
     fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect)
     write_buffers(folder, args, task, env, files, meta["warmup"], fresh, episode_length)
     print(f"{folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - started:.0f} s")
@@ -1273,13 +1347,48 @@ def main(args):
     return {k: np.asarray(v) for k, v in metrics.items()}
 
 
-if __name__ == "__main__":
+def join_processes():
+    """Become one of several processes, which jax.distributed finds; only the first one prints."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
     try:
-        arguments = parse_args(sys.argv[1:], wurl_preset)
-        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
-            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
-        main(arguments)
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=60, shutdown_timeout_seconds=60,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        remedy = "start it by srun, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        raise envs.InputError(f"--distributed: {error}; {remedy}") from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave(message):
+    """End with a message; at once where other processes are, which see that connection close and end as well."""
+    print(f"wurl_sac.py: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(1)  # an orderly end would wait for the others
+    sys.exit(1)
+
+
+def command_line(argv):
+    """The whole run; whatever a user can mend, and the loss of another process, ends in one line."""
+    try:
+        args = parse_args(argv, wurl_preset)
+        if args.num_devices > 1:  # of the CPU; accelerators are what they are
+            jax.config.update("jax_num_cpu_devices", args.num_devices)
+        if args.distributed:
+            join_processes()
+        main(args)
     except (envs.InputError, OSError) as error:
-        sys.exit(f"wurl_sac.py: error: {error}")
+        leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("wurl_sac.py: stopped; the same command with --resume goes on from what was saved")
+        leave("stopped; the same command with --resume goes on from what was saved")
+    except (ValueError, RuntimeError) as error:  # of a collective operation: another process may be gone
+        if not jax.distributed.is_initialized():
+            raise
+        leave(f"error: another process ended, or this one failed ({error}); go on with the same command and --resume")
+
+
+if __name__ == "__main__":
+    command_line(sys.argv[1:])

@@ -98,7 +98,7 @@ MERGE_KEYS = ("env", "task", "layout", "reward_kind", "task_options", "dt")
 
 ACTION_LIMIT = 1.0 + 1e-5
 BLOCK_BYTES = 1 << 24  # values are checked and hashed in blocks of this size
-SAMPLED_ROWS = 4096  # rows on which next_observations is compared with the next row
+SAMPLED_ROWS = 4096  # half the rows on which next_observations is compared with the next row
 LARGEST = 2.0**31  # of the numbers in the metadata that readers compute with
 MAX_MEMBERS = 64
 MAX_METADATA_BYTES = 1 << 26
@@ -368,6 +368,7 @@ def load(
     quiet: bool = False,
     verify: bool = False,
     unchecked: tuple[str, ...] = (),
+    max_rows: int = 0,
 ) -> Buffer:
     """Read and check a buffer file, or a glob of shards as one buffer.
 
@@ -380,6 +381,7 @@ def load(
         verify: compare every array that is read with its sha256 in the metadata.
         unchecked: columns whose values are not looked at (finiteness, range), only their shapes;
             for readers that touch a small part of a large column.
+        max_rows: of more rows take whole episodes at random, the same ones always, up to so many; 0: all.
 
     Returns: a `Buffer`; arrays of an uncompressed file are read-only memory maps.
     Raises: InputError naming file, key and remedy.
@@ -394,19 +396,28 @@ def load(
             _check_task(part, task)
         if require_rewards:
             _check_rewards(part)
+    total = sum(map(len, parts))
+    if 0 < max_rows < total:
+        parts = [_draw_episodes(part, max_rows * len(part) // total) for part in parts]
     buffer = parts[0] if len(parts) == 1 else _merge(parts, os.fspath(path))
     if not quiet:
         print(buffer.summary(), flush=True)
     return buffer
 
 
-def load_task(path: str | os.PathLike, keys: Iterable[str] | None, task: str = "") -> tuple[Buffer, Any]:
+def load_task(
+    path: str | os.PathLike, keys: Iterable[str] | None, task: str = "", max_rows: int = 0
+) -> tuple[Buffer, Any]:
     """What an offline learner opens: a buffer with task rewards, and its task -> Buffer, Task.
 
-    keys: the arrays to read; task: a name that the file's must equal, empty for the file's own.
-    Raises InputError as `load` does, and where the file's observations are not those of its task.
+    keys: the arrays to read; task: a name that the file's must equal, empty for the file's own; max_rows: as in
+    `load`. Raises InputError as `load` does, where the file's observations are not those of its task, and where two
+    copies of the rows, which every learner holds, do not fit into memory.
     """
-    buffer = load(path, keys, require_rewards=True, task=task or None)
+    buffer = load(path, keys, require_rewards=True, task=task or None, max_rows=max_rows)
+    size, free = 2 * sum(array.nbytes for array in buffer.arrays.values()), available_memory()
+    most = int(0.8 * min(free / size, 1.0) * len(buffer))
+    _check_fits(path, size, f"train on whole episodes drawn from it, for example --max-rows {most}")
     about = buffer.metadata
     if about["task"] is None:
         raise _fail(
@@ -424,6 +435,25 @@ def load_task(path: str | os.PathLike, keys: Iterable[str] | None, task: str = "
             f"{found.observation_size}", f"convert: python udg_select.py --buffers {path} --task {found.name}",
         )  # fmt: skip
     return buffer, found
+
+
+def _draw_episodes(buffer: Buffer, rows: int) -> Buffer:
+    """Whole episodes, drawn without replacement, of at most `rows` rows together (one at least), in memory."""
+    lengths, ends = buffer["episode_lengths"], buffer["episode_ends"]
+    order = np.random.default_rng(0).permutation(len(ends))
+    count = max(1, int(np.searchsorted(np.cumsum(lengths[order], dtype=np.int64), rows, side="right")))
+    chosen = np.sort(order[:count])
+    spans = [slice(int(ends[i] - lengths[i]), int(ends[i])) for i in chosen]
+    take = lambda key, x: x[chosen] if key in EPISODE_KEYS else np.concatenate([x[span] for span in spans])
+    arrays = {key: take(key, x) for key, x in buffer.arrays.items()}
+    arrays["episode_ends"] = np.cumsum(arrays["episode_lengths"], dtype=np.int64)
+    returns, kept = arrays["episode_returns"].astype(np.float64), len(arrays["terminals"])
+    metadata = {
+        **buffer.metadata, "num_transitions": kept, "num_episodes": count, "mean_return": float(returns.mean()),
+        "std_return": float(returns.std()), "sha256": {}, "warmup_transitions": None,
+        "rows_dropped": {**buffer.metadata.get("rows_dropped", {}), "max_rows": len(buffer) - kept},
+    }  # fmt: skip
+    return Buffer(arrays, metadata, buffer.path)
 
 
 def _merge(parts: list[Buffer], path: str) -> Buffer:
@@ -590,19 +620,25 @@ def _check_episodes(arrays: Mapping[str, np.ndarray], path: Any) -> None:
     if "rewards" not in arrays:
         return
     starts = ends - np.diff(ends, prepend=0)
-    rewards = arrays["rewards"].astype(np.float64)
-    error = np.abs(np.add.reduceat(rewards, starts) - arrays["episode_returns"])
-    wrong = error > 1e-4 * (1.0 + np.add.reduceat(np.abs(rewards), starts))
-    if wrong.any():
-        problem = f"episode {np.argmax(wrong)} differs from the sum of its rewards"
-        raise _fail(path, "episode_returns", problem, "save the file with envs.buffers.save")
+    for first in range(0, len(ends), 4096):  # of many episodes not all at once: they may be larger than the memory
+        part = slice(first, first + 4096)
+        rewards = arrays["rewards"][starts[first] : ends[part][-1]].astype(np.float64)
+        within = starts[part] - starts[first]
+        error = np.abs(np.add.reduceat(rewards, within) - arrays["episode_returns"][part])
+        wrong = error > 1e-4 * (1.0 + np.add.reduceat(np.abs(rewards), within))
+        if wrong.any():
+            problem = f"episode {first + np.argmax(wrong)} differs from the sum of its rewards"
+            raise _fail(path, "episode_returns", problem, "save the file with envs.buffers.save")
 
 
 def _check_successors(arrays: Mapping[str, np.ndarray], path: Any) -> None:
     """next_observations[i] = observations[i + 1] inside an episode, on a sample of the rows."""
-    inside = np.flatnonzero(~(arrays["terminals"] | arrays["timeouts"]))
-    if len(inside) > SAMPLED_ROWS:
-        inside = np.sort(np.random.default_rng(0).choice(inside, SAMPLED_ROWS, replace=False))
+    count = len(arrays["terminals"])
+    if count <= 2 * SAMPLED_ROWS:
+        rows = np.arange(count)
+    else:
+        rows = np.sort(np.random.default_rng(0).integers(0, count, 2 * SAMPLED_ROWS))
+    inside = rows[~(arrays["terminals"][rows] | arrays["timeouts"][rows])]
     following = arrays["observations"][inside + 1]
     error = np.abs(arrays["next_observations"][inside] - following)
     wrong = (error > 1e-4 * (1.0 + np.abs(following))).any(axis=1)

@@ -4,6 +4,7 @@ A run appends every step of every policy here, one file of fixed-width rows per 
 `finish` makes the buffers (docs/buffer.md) of them.
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from envs.errors import InputError
 
 
 class EpisodeFiles:
-    """`folder`/policy_XX.rows, one per policy; `counts` (rows in each) belongs into a run's saved state."""
+    """`folder`/policy_XX.rows for each of `policies`; `counts` (rows in each) belongs into a run's saved state."""
 
-    def __init__(self, folder, num_policies, observation_size, action_size, counts=None):
-        """Open, and cut every file to `counts` rows (None: empty); InputError where one holds fewer."""
+    def __init__(self, folder, policies, observation_size, action_size, counts=None):
+        """Open, and cut every file to its of the `counts` of all policies (None: empty); InputError where too short."""
         wide, float32 = lambda n: (np.float32, (n,)), np.float32
         self.dtype = np.dtype(
             [
@@ -34,8 +35,9 @@ class EpisodeFiles:
         )
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.paths = [self.folder / f"policy_{k:02d}.rows" for k in range(num_policies)]
-        self.counts = list(counts or [0] * num_policies)
+        self.policies = list(policies)
+        self.paths = [self.folder / f"policy_{k:02d}.rows" for k in self.policies]
+        self.counts = [counts[k] if counts else 0 for k in self.policies]
         for path, count in zip(self.paths, self.counts, strict=True):
             size = path.stat().st_size if path.exists() else 0
             if size < count * self.dtype.itemsize:
@@ -50,7 +52,7 @@ class EpisodeFiles:
         """Add the steps that happened, episode after episode.
 
         transition: envs.Transition of [R, K, N, L, ..]; terminals, alive [R, K, N, L] bool; columns: rewards,
-        pseudo_rewards, action_log_probs [R, K, N, L]. R rounds of N episodes of at most L steps for K policies;
+        pseudo_rewards, action_log_probs [R, K, N, L]. R rounds of N episodes of at most L steps, K policies;
         an episode that is still alive in its last column is cut there (timeout).
         """
         last = np.arange(alive.shape[-1]) == alive.shape[-1] - 1
@@ -78,9 +80,9 @@ class EpisodeFiles:
     def finish(self, folder, metadata, warmup, drop=()):
         """Write `folder`/policy_XX.npz of every file, without the columns `drop`.
 
-        metadata: of all; warmup: of each policy, how many of its first rows were made by random actions.
+        metadata: of all; warmup: of all policies, how many of its first rows were made by random actions.
         """
-        for k, path in enumerate(self.paths):
+        for k, path in zip(self.policies, self.paths, strict=True):
             rows = np.memmap(path, self.dtype, "r")  # never empty: a run begins with its warm-up
             names = [name for name in self.dtype.names if name not in drop]
             arrays = {name: np.ascontiguousarray(rows[name]) for name in names}
@@ -88,7 +90,8 @@ class EpisodeFiles:
             buffers.save(Path(folder) / f"{path.stem}.npz", arrays, {**metadata, **own})
 
     def remove(self):
-        """Delete the row files and their folder, once the buffers are whole."""
+        """Delete the row files and, after the last of them, their folder, once the buffers are whole."""
         for path in self.paths:
             path.unlink(missing_ok=True)
-        self.folder.rmdir()
+        with contextlib.suppress(OSError):  # another process has files here
+            self.folder.rmdir()

@@ -615,7 +615,7 @@ def test_a_seed_alone_is_the_seed_among_others():
 
 def test_vmapped_seeds_are_mapped_seeds(monkeypatch):
     mapped = mapped_seeds()
-    monkeypatch.setattr(D, "map_seeds", lambda function, xs: jax.vmap(function)(xs))
+    monkeypatch.setattr(D, "map_seeds", lambda function, xs, args: jax.vmap(function)(xs))
     for a, b in zip(*map(jax.tree.leaves, (mapped, chunk_of_all_phases(slice(0, 2)))), strict=True):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             np.testing.assert_allclose(a, b, atol=5e-3)

@@ -1,0 +1,226 @@
+"""Datasets x algorithms x seeds: makes what is not there, here or on Slurm, and gathers one table (docs/scale.md).
+
+    python benchmark/grid.py benchmark/grid.json --jobs 2                   two runs at once on this machine
+    python benchmark/grid.py benchmark/grid.json --list                     every run and whether it is done
+    python benchmark/grid.py benchmark/grid.json --cluster slurm --jobs 50 --slurm partition=gpu gres=gpu:1
+
+The list is a JSON object: "datasets" {name: buffer file or glob}, "algorithms" {name: "mopo.py --preset cpu"}, "seeds"
+[0, 1, 2] and "out", the folder of the runs, <out>/<dataset>/<algorithm>/seed<k>, and of table.md and table.json; paths
+as from the repository. A run is done when its folder says so, made by the same command from the same data. One that
+died goes on from its state, at most --retries times. Ctrl-C leaves the runs that were started alone; the same command
+waits for them again.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from envs import InputError, buffers, curves  # noqa: E402  (the line above makes it importable from a plain clone)
+
+ALGORITHMS = ("mopo.py", "cped.py", "qdq.py", "dac.py")
+BUSY = "another worker is making it now"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell: called in a worker, it trains in that very process, so that nothing of it outlives a kill."""
+
+    name: str
+    command: tuple[str, ...]  # script and flags but for --out and --resume
+    data: str  # digest of the arrays in its data
+    folder: str
+
+    def record(self):
+        return {"command": list(self.command), "data": self.data}
+
+    def made(self):
+        """What done.json says, or {}."""
+        try:
+            return json.loads((Path(self.folder) / "done.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def __call__(self):
+        """Train to the end -> "", or what no second try would mend."""
+        folder, (script, *flags) = Path(self.folder), self.command
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "worker.json", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it goes with this process
+            except BlockingIOError:
+                return BUSY
+            file.truncate(0)
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+            file.flush()
+            learner = importlib.import_module(script.removesuffix(".py"))
+            resume = ["--resume"] if any(folder.glob("**/state*.npz")) else []
+            try:
+                preset = getattr(learner, f"{learner.__name__}_preset")
+                learner.main(learner.parse_args([*flags, "--out", str(folder), *resume], preset))
+            except InputError as error:
+                return str(error)
+            except SystemExit as end:  # flags that are refused, or a signal: then the state is saved
+                if end.code == 2:
+                    return "its flags are refused; the log says why"
+                raise RuntimeError(end.code) from None
+            whole = folder / "done.json.tmp"
+            whole.write_text(json.dumps(self.record()))
+            os.replace(whole, folder / "done.json")
+        return ""
+
+    def checkpoint(self):
+        """What submitit calls before a time limit or a preemption: the same again, which goes on from the state."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def digest(pattern):
+    """What tells the arrays of a dataset from others: their sha256, from the metadata."""
+    found = [buffers.load(file, (), quiet=True).metadata["sha256"] for file in buffers.find(pattern)]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def read_grid(path):
+    """The list -> runs, folder of the table; InputError names what is wrong."""
+    try:
+        found = json.loads(Path(path).read_text())
+        datasets, algorithms, out = (found[key] for key in ("datasets", "algorithms", "out"))
+        pairs, seeds = [(d, a) for d in datasets.items() for a in algorithms.items()], list(found["seeds"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = 'an object of "datasets", "algorithms", "seeds" and "out", as benchmark/grid.json'
+        raise InputError(f"{path}: {type(error).__name__}: {error}; write {remedy}") from None
+    for name, command in algorithms.items():
+        if not command.split() or command.split()[0] not in ALGORITHMS:
+            raise InputError(f"{path}: algorithms: {name}: {command!r}; begin with one of {', '.join(ALGORITHMS)}")
+    bad = [name for name in [*datasets, *algorithms] if not name.replace("-", "").replace("_", "").isalnum()]
+    if bad or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise InputError(f"{path}: {bad or seeds}: names are letters, digits, - and _; seeds whole numbers from 0")
+    digests, runs = {name: digest(file) for name, file in datasets.items()}, []
+    for (data, file), (algorithm, command) in pairs:
+        for seed in seeds:
+            flags = (*command.split(), "--dataset", file, "--seed", str(seed))
+            folder = Path(out).absolute() / data / algorithm / f"seed{seed}"
+            runs.append(Run(f"{data} {algorithm} {seed}", flags, digests[data], str(folder)))
+    return runs, Path(out)
+
+
+def make_executor(args, out):
+    """submitit: worker processes of this machine, or jobs of Slurm."""
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("submitit is not installed; pip install submitit") from None
+    executor = submitit.AutoExecutor(folder=out / "jobs" / "%j", cluster=args.cluster)
+    executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=args.cpus)
+    executor.update_parameters(**{f"slurm_{k}": v for k, v in (pair.split("=", 1) for pair in args.slurm)})
+    return executor
+
+
+def outcome(job):
+    """A finished job -> "", what no second try would mend, or None where its process died."""
+    try:
+        return job.result()
+    except Exception as error:  # killed, out of memory, a lost node, a bug: whatever ended it
+        print(f"  job {job.job_id}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}", flush=True)
+        return None
+
+
+def run_all(runs, args, out):
+    """Keep `jobs` runs going until all are done or given up -> {name: why}."""
+    waiting, running, tries, failed = [], {}, {}, {}
+    for run in runs:
+        made = run.made()
+        if made and made != run.record():
+            failed[run.name] = f"made by another command or from other data: move {run.folder} away"
+        elif not made:
+            waiting.append(run)
+    print(f"{len(runs)} runs: {len(runs) - len(waiting) - len(failed)} done, {len(waiting)} to make", flush=True)
+    executor = make_executor(args, out) if waiting else None
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            run = waiting.pop(0)
+            tries[run.name] = tries.get(run.name, 0) + 1
+            running[run] = executor.submit(run)
+            print(f"started {run.name} (try {tries[run.name]}): {running[run].paths.stdout}", flush=True)
+        time.sleep(args.poll)
+        for run in [run for run, job in running.items() if job.done()]:
+            wrong = outcome(running.pop(run))
+            if wrong == BUSY:  # started by a launcher that is gone
+                tries[run.name] -= 1
+            if wrong == BUSY or (wrong is None and tries[run.name] <= args.retries):
+                waiting.append(run)
+            elif wrong != "":
+                failed[run.name] = wrong or f"died {tries[run.name]} times, see {out / 'jobs'}"
+            print(f"{'ended' if wrong == '' else 'FAILED'} {run.name} {wrong or ''}", flush=True)
+    return failed
+
+
+def gather(runs, out):
+    """table.md and table.json: for each dataset and algorithm the mean of the last 5 evaluations over its seeds."""
+    scores = {}
+    for run in runs:
+        if run.made() == run.record():
+            data, algorithm, _ = run.name.split()
+            for _, values in curves.read(Path(run.folder), "eval/return").values():
+                scores.setdefault((data, algorithm), []).append(float(np.mean(values[-5:])))
+    names = [list(dict.fromkeys(run.name.split()[i] for run in runs)) for i in (0, 1)]
+    cell = lambda x: f"{np.mean(x):.1f} +- {np.std(x):.1f} ({len(x)})" if x else "-"
+    lines = [f"| return, mean +- std (seeds) | {' | '.join(names[1])} |", "|---" * (1 + len(names[1])) + "|"]
+    for data in names[0]:
+        lines.append(f"| {data} | {' | '.join(cell(scores.get((data, a))) for a in names[1])} |")
+    rows = [{"dataset": d, "algorithm": a, "returns": x} for (d, a), x in scores.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.json").write_text(json.dumps(rows, indent=1))
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", help="the list, a JSON file")
+    parser.add_argument("--list", action="store_true", help="show the runs and make nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--retries", type=int, default=2, help="how often a run that died is started again")
+    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where the workers are")
+    parser.add_argument("--timeout-min", type=int, default=7 * 24 * 60, help="minutes that one try may take")
+    parser.add_argument("--cpus", type=int, default=2, help="cores of a Slurm job")
+    parser.add_argument("--slurm", nargs="*", default=[], metavar="KEY=VALUE", help="of sbatch: partition=gpu ...")
+    parser.add_argument("--poll", type=float, default=2.0, help="seconds between two looks at the workers")
+    args = parser.parse_args(argv)
+    if args.jobs < 1 or args.retries < 0 or not all("=" in pair for pair in args.slurm):
+        parser.error("--jobs is 1 or more, --retries 0 or more, --slurm takes key=value")
+    grid = Path(args.grid).absolute()
+    os.chdir(ROOT)  # the list's paths are from here
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        runs, out = read_grid(grid)
+        if args.list:
+            for run in runs:
+                print("done   " if run.made() == run.record() else "missing", run.name, " ".join(run.command))
+            return
+        failed = run_all(runs, args, out)
+        gather(runs, out)
+    except InputError as error:
+        sys.exit(f"grid.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("grid.py: stopped; runs that were started go on; the same command takes up the rest")
+    if failed:
+        sys.exit("\n".join(f"grid.py: {name}: {why}" for name, why in failed.items()))
+
+
+if __name__ == "__main__":
+    main()

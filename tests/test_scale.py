@@ -1,0 +1,314 @@
+"""Seeds over devices, policies over processes, grids over workers, rows beyond the memory: the same numbers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import envs
+import wurl_sac as W
+from envs import scripted
+
+ROOT = Path(__file__).resolve().parents[1]
+# What these programs compute is nothing; unoptimised they compile in half the time.
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+
+
+def start(code, *argv, **env):
+    """A python process of its own that runs `code`."""
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **FAST, **env}, **pipes)
+
+
+def arrays_of(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files if "json" not in key and key != "kind"}
+
+
+# --- seeds over devices ---
+
+WHOLE = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+sys.path.insert(0, "tests")
+import dac
+from test_dac import tiny
+from envs import scripted
+dac.plot_run = lambda *x: None
+folder = sys.argv[1]
+data = str(scripted.dataset(folder))
+for num in (1, 4, 8):
+    dac.main(tiny(dataset=data, num_seeds=6, num_devices=num, out=f"{folder}/{num}"))
+args = tiny(num_seeds=6, num_devices=4)
+keys = jax.random.split(jax.random.key(0), 6)
+assert [len(dac.device_mesh(count, args)[0].devices) for count in (8, 6, 3)] == [4, 4, 3]
+busy = lambda x: {shard.device.id for shard in x.addressable_shards}
+spread = jax.jit(dac.over_devices(lambda x: x, args))
+assert busy(spread(keys)) == set(range(4)) and len(busy(spread(keys[:4]))) == 4
+"""
+
+
+def test_seeds_shared_by_devices_make_the_same_run(tmp_path):
+    """Six seeds of dac.py on 1, 4 (where they do not divide) and 8 virtual devices: same states, bit for bit."""
+    process = start(WHOLE, tmp_path)
+    _, said = process.communicate(timeout=900)
+    assert process.returncode == 0, said[-3000:]
+    read = lambda num: map(json.loads, (tmp_path / num / "log.jsonl").read_text().splitlines()[1:])
+    for num in ("4", "8"):
+        for name in ("state.npz", "policy.npz"):
+            one, many = arrays_of(tmp_path / "1" / name), arrays_of(tmp_path / num / name)
+            assert one.keys() == many.keys()
+            for key in one:
+                np.testing.assert_array_equal(one[key], many[key], err_msg=f"{num} devices: {key}")
+        for one, many in zip(read("1"), read(num), strict=True):
+            assert one.keys() == many.keys() and (one["step"], one["seed"]) == (many["step"], many["seed"])
+            for key in one.keys() - {"time/updates_per_s"}:
+                np.testing.assert_allclose(one[key], many[key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+OTHERS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+sys.path.insert(0, "tests")
+import cped, mopo, qdq, test_cped, test_mopo, test_qdq
+
+def run_mopo(args, keys):
+    data, task = test_mopo.random_data(), test_mopo.AbstractTask()
+    fit, chunk, model = mopo.make_fit(args)
+    init, train = mopo.make_train(args, task)
+    model = model(chunk(fit(keys, data), data), data)
+    return train(init(keys), model, data)
+
+def run_cped(args, keys):
+    init, flow, train = cped.make_train(args)
+    data = test_cped.random_data()
+    return train(flow(init(keys, data), data)[0], data)
+
+def run_qdq(args, keys):
+    rows = np.random.default_rng(0).uniform(-1, 1, (50, 5)).astype(np.float32)
+    entries = qdq.Entries(jax.numpy.asarray(rows), jax.numpy.asarray(rows[:, 0]), 0.0, 1.0)
+    teacher, student, policy = qdq.make_train(args, 3, 2)
+    first, _ = teacher.chunk(teacher.init(keys), entries)
+    second, _ = student.chunk(student.init(keys, first.net), first.net, entries)
+    ends = jax.numpy.zeros(len(keys)), jax.numpy.ones(len(keys))
+    return policy.chunk(policy.init(keys), qdq.QModel(second.net, *ends), test_qdq.random_batch(40))
+
+for run, test in ((run_mopo, test_mopo), (run_cped, test_cped), (run_qdq, test_qdq)):
+    found = {}
+    for num in (1, 2):
+        args = test.tiny(num_seeds=3, num_devices=num)
+        state, metrics = run(args, jax.random.split(jax.random.key(0), 3))
+        found[num] = mopo.flat_arrays((state, metrics))
+    for name, x in found[1].items():
+        np.testing.assert_allclose(x, found[2][name], rtol=1e-5, atol=1e-6, err_msg=f"{run.__name__}: {name}")
+    print(run.__name__, len(found[1]), "arrays")
+"""
+
+
+def test_seeds_of_the_other_learners_on_two_devices():
+    process = start(OTHERS)
+    found, said = process.communicate(timeout=900)
+    assert process.returncode == 0 and len(found.splitlines()) == 3, said[-3000:]
+
+
+# --- policies over processes ---
+
+TINY = dict(
+    task="point", num_policies=6, num_envs=1, updates_per_step=0.1, num_updates=60, chunk=10, eval_every=20,
+    warmup_steps=200, hidden_sizes=(16, 16), batch_size=32, replay_size=500, eval_episodes=50, reward_scale=1.0,
+)  # fmt: skip
+# A signal strikes one process at an update; the discriminators of an evaluation, slow to compile, are left out.
+STRIKE = """
+import os, sys
+import jax
+import wurl_sac as W
+victim, step, number, *argv = sys.argv[1:]
+W.discriminator_success = lambda x, *rest: (x.mean(), x.max())
+shown = W.progress_line
+
+def strike(label, count, *rest):
+    shown(label, count, *rest)
+    global step
+    if jax.process_index() == int(victim) and count >= int(step):
+        step = 10**9  # once
+        os.kill(os.getpid(), int(number))
+
+W.progress_line = strike
+W.command_line(argv)
+"""
+
+
+def flags(out):
+    words = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", *np.ravel(v).astype(str))]
+    return [*words, "--out", out]
+
+
+def start_processes(num, victim, step, number, out, *more):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES=str(num))
+    argv = (victim, step, number, *flags(out), "--distributed", *more)
+    return [start(STRIKE, *argv, JAX_PROCESS_ID=str(i), **place) for i in range(num)]
+
+
+def ends_of(processes):
+    """Exit codes and what each said; none may hang."""
+    try:
+        said = [process.communicate(timeout=900) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+def test_policies_shared_by_processes_through_a_kill_and_a_signal(tmp_path, monkeypatch):
+    """Two processes, one of them killed; four go on and one gets SIGTERM; one ends it: the run of one process."""
+    out = tmp_path / "shared"
+    codes, said = ends_of(start_processes(2, 1, 30, 9, out))
+    assert codes == [1, -9], said
+    assert "another process ended" in said[0][1] and "--resume" in said[0][1]
+    assert "evaluation at 20" in said[0][0] and "evaluation" not in said[1][0]
+    codes, said = ends_of(start_processes(4, 2, 10, 15, out, "--resume"))  # before its first evaluation
+    assert codes == [1] * 4, said
+    with np.load(out / "state.npz", allow_pickle=False) as file:
+        where = f"at update {int(file['num_updates'])}; go on with the same command and --resume"
+    assert f"stopped by SIGTERM {where}" in said[2][1]
+    for i in (0, 1, 3):
+        assert f"stopped by a signal to another process {where}" in said[i][1]
+    assert len(list((out / "rows").glob("*.rows"))) == 6
+
+    monkeypatch.setattr(W, "discriminator_success", lambda x, *rest: (x.mean(), x.max()))
+    for folder, more in ((tmp_path / "alone", []), (out, ["--resume"])):
+        W.main(W.parse_args([*map(str, flags(folder)), *more], W.wurl_preset))
+    for name in ("state.npz", "policy.npz", *(f"buffers/policy_{k:02d}.npz" for k in range(6))):
+        alone, shared = arrays_of(tmp_path / "alone" / name), arrays_of(out / name)
+        assert alone.keys() == shared.keys()
+        for key in alone:
+            np.testing.assert_allclose(shared[key], alone[key], atol=1e-4, err_msg=f"{name}: {key}")
+    assert not (out / "rows").exists()
+    steps = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines()[1:]]
+    assert steps == [20, 40, 60]
+
+
+def test_several_processes_need_an_address():
+    process = start("import wurl_sac; wurl_sac.command_line(['--task', 'point', '--distributed'])")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1 and "--distributed: " in said and "JAX_COORDINATOR_ADDRESS" in said, said
+
+
+def test_each_process_needs_a_policy(monkeypatch):
+    monkeypatch.setattr(W.jax, "process_count", lambda: 4)
+    with pytest.raises(envs.InputError, match="--num-policies must be at least 4"):
+        W.check_args(W.Args(**{**TINY, "num_policies": 3}), envs.task("point"), 100)
+    owners = {}
+    for index in range(4):
+        monkeypatch.setattr(W.jax, "process_index", lambda index=index: index)
+        owners |= dict.fromkeys(W.own_policies(W.Args(num_policies=10)), index)
+    assert list(owners) == list(range(10)) and sorted(set(owners.values())) == [0, 1, 2, 3]
+
+
+# --- grids ---
+
+
+def grid(path, **changes):
+    """The list of one run of dac.py on the scripted data, and its folder."""
+    small = "--hidden-sizes 16 16 --num-critics 3 --num-q-samples 2 --batch-size 16 --num-steps 3 --eval-episodes 2"
+    dac = f"dac.py {small} --chunk 20 --eval-every 200 --num-updates 400"
+    lists = {"datasets": {"point": str(path / "point-angle-0.npz")}, "algorithms": {"dac": dac}, "seeds": [0]}
+    lists |= {"out": str(path / "grid")} | changes
+    (path / "grid.json").write_text(json.dumps(lists))
+    return path / "grid" / "point" / "dac" / "seed0"
+
+
+def start_grid(path, *flags):
+    command = [sys.executable, "benchmark/grid.py", str(path / "grid.json"), "--poll", "0.2", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **FAST}, **pipes)
+
+
+def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
+    scripted.dataset(tmp_path)
+    folder = grid(tmp_path)
+    process, deadline = start_grid(tmp_path), time.time() + 600
+    while not (folder / "state.npz").exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    os.kill(json.loads((folder / "worker.json").read_text())["pid"], 9)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0 and "started point dac 0 (try 2)" in said and "ended point dac 0" in said, said
+    assert "| point |" in said and (folder / "policy.npz").exists()
+    table = json.loads((tmp_path / "grid" / "table.json").read_text())
+    assert [(x["dataset"], x["algorithm"], len(x["returns"])) for x in table] == [("point", "dac", 1)]
+    said, _ = start_grid(tmp_path).communicate(timeout=300)
+    assert "1 done, 0 to make" in said and "| point | " in said
+    other = grid(tmp_path, algorithms={"dac": "dac.py --num-updates 20"})
+    said, _ = start_grid(tmp_path).communicate(timeout=300)
+    assert f"move {other} away" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(datasets={"point": "no/such.npz"}), "no/such.npz"),
+        (dict(algorithms={"rm": "rm -r"}), "begin with one of mopo.py"),
+        (dict(datasets={"../up": "x.npz"}), "names are letters"),
+        (dict(seeds=[-1]), "seeds whole numbers"),
+        (dict(seeds=None), "TypeError"),
+    ],
+)
+def test_grid_refuses_a_broken_list(tmp_path, changes, message):
+    grid(tmp_path, **changes)
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import grid as launcher
+
+    with pytest.raises(envs.InputError, match=message):
+        launcher.read_grid(tmp_path / "grid.json")
+
+
+# --- rows beyond the memory ---
+
+
+def test_a_learner_holds_no_more_rows_than_it_is_told(tmp_path):
+    """A million rows, 46 MB, of which 20,000 are asked for; the first run pays for the compiler's memory."""
+    code = "import sys; sys.path.insert(0, 'benchmark'); import large_buffer; large_buffer.main(sys.argv[1:])"
+    process = start(code, tmp_path, "--rows", 1_000_000, "--max-rows", 20_000)
+    found, said = process.communicate(timeout=900)
+    assert process.returncode == 0, said[-3000:]
+    few, whole = (float(found.split(f"peak {name}: ")[1].split()[0]) for name in ("few", "whole"))
+    assert few < 25 < 40 < whole, (few, whole)  # MB
+    assert "20,000 transitions, 200 episodes" in found and "980000 rows dropped ('max_rows')" in found
+
+
+def test_drawn_episodes_are_whole_and_of_every_shard(tmp_path):
+    for i in range(3):
+        arrays = dict(envs.buffers.load(scripted.dataset(tmp_path), quiet=True).arrays)
+        arrays["policy_ids"] = np.full(len(arrays["rewards"]), i, np.int32)
+        about = envs.buffers.load(scripted.dataset(tmp_path), quiet=True).metadata
+        envs.buffers.save(tmp_path / f"shard{i}.npz", arrays, about)
+    few = envs.buffers.load(str(tmp_path / "shard*.npz"), max_rows=1_250, quiet=True)
+    assert len(few) == 1_200 and few.num_episodes == 12 and set(few["policy_ids"]) == {0, 1, 2}
+    envs.buffers.validate(few.arrays, few.metadata, "few")
+    again = envs.buffers.load(str(tmp_path / "shard*.npz"), max_rows=1_250, quiet=True)
+    np.testing.assert_array_equal(few["observations"], again["observations"])
+    whole = envs.buffers.load(scripted.dataset(tmp_path), quiet=True)
+    assert len(envs.buffers.load(scripted.dataset(tmp_path), max_rows=len(whole), quiet=True)) == len(whole)
+
+
+def test_rows_that_do_not_fit_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    path = scripted.dataset(tmp_path)
+    monkeypatch.setattr(envs.buffers, "available_memory", lambda: 200_000.0)
+    with pytest.raises(envs.InputError, match=r"needs 0.0 GB of memory.*--max-rows \d+"):
+        envs.buffers.load_task(path, None)
+    few, _ = envs.buffers.load_task(path, None, max_rows=1_000)
+    assert len(few) == 1_000
