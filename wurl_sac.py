@@ -167,6 +167,8 @@ class Args:
     """buffers hold the whole training data (replay) or fresh episodes of the final policies (rollouts)"""
     rollout_episodes: int = 250
     """episodes per policy with --collect rollouts"""
+    keep_policies: bool = False
+    """keep the policies of every evaluation: policies/update_<n>.npz, with their return and the rows behind them"""
     random: bool = False
     """policies stay uniform random: the random-data baseline (no updates)"""
 
@@ -182,6 +184,11 @@ PRESETS = {
     "humanoid": dict(hidden_sizes=(1024, 1024), rescale_episodes=False, replay_size=20_000, chunk=500),
     "point": POINT,
     "tree-maze": POINT,
+    "sac": dict(  # plain SAC on a task's own reward, in rounds of one episode's steps, as D4RL's data was made
+        num_policies=1, objective="none", diversity_weight=0.0, task_weight=1.0, auto_alpha=True, alpha=1.0,
+        num_envs=1, updates_per_step=1.0, batch_size=256, replay_size=1_000_000, learning_rate=3e-4, lr_decay=0.0,
+        warmup_steps=5_000, num_updates=1_000_000, chunk=1_000, eval_every=5_000,
+    ),
     "paper": dict(
         num_updates=200_000, updates_per_step=1.0, num_envs=1, chunk=1_000, eval_every=4_000, learning_rate=3e-4,
     ),
@@ -695,6 +702,11 @@ class WurlState(NamedTuple):
     net_opt: Any
 
 
+def is_diverse(args):
+    """Whether policies are paid for diversity."""
+    return args.diversity_weight != 0 and args.objective != "none"
+
+
 def empty_transition(env):
     """A Transition of zeros: the shapes of one step of the world."""
     obs, two = jnp.zeros(env.observation_size), jnp.zeros(2)
@@ -814,7 +826,7 @@ def make_train(args, env, task, observe, episode_length):
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
         keys = jax.random.split(key_rollout, K)
-        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, args.objective == "none")  # D3
+        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # D3
         reward, distances, net, net_opt = pseudo_reward(state, steps, key_reward)
         t = steps.transition
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
@@ -1126,10 +1138,11 @@ def record(files, task, steps, pseudo_rewards):
     files.append(steps.transition, steps.terminals, steps.alive, **columns)
 
 
-def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save):
+def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save, keep):
     """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays.
 
-    train: metrics of the last chunk before a resume; save(state, train) writes them with the state.
+    train: metrics of the last chunk before a resume; save(state, train) writes them with the state; keep(actor,
+    step, metrics): after every evaluation.
     """
     step = first = int(state.num_updates)
     began = saved = time.time()
@@ -1138,6 +1151,7 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
         metrics, snapshot = evaluation(state.agent.actor, eval_key, num_episodes)
         logger.log(step, {**train, **metrics})
         show_evaluation(step, metrics)
+        keep(state.agent.actor, step, metrics)
         return metrics, jax.tree.map(np.asarray, snapshot)
 
     with StopSignal() as stop:
@@ -1160,12 +1174,25 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
     return state, *evaluate_now(50)  # the authors' protocol
 
 
-def write_outputs(folder, args, task, actor, snapshot, observe):
-    """policy.npz and the figures."""
+def write_actor(path, args, task, observe, actor, **more):
+    """The policies in the layout of docs/policy.md."""
     about = {"task": task.name, "observations": "task" if observe is task.observe else "env"}
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
-    about |= {"versions": envs.buffers.versions()}
-    write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
+    about |= {"versions": envs.buffers.versions(), **more}
+    write_policy(path, "tanh_gaussian", {"actor": actor}, about)
+
+
+def keep_policies(folder, args, task, observe, files, actor, step, metrics):
+    """--keep-policies: what an evaluation judged, with its returns and the rows in each buffer by then."""
+    if args.keep_policies:
+        told = {"update": step, "rows": files.counts}
+        told |= {k: np.asarray(v).tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
+        write_actor(folder / "policies" / f"update_{step:07d}.npz", args, task, observe, actor, **told)
+
+
+def write_outputs(folder, args, task, actor, snapshot, observe):
+    """policy.npz and the figures."""
+    write_actor(folder / "policy.npz", args, task, observe, actor)
     names = task.feature_names
     if args.div_features != "task":
         every = ",".join(map(str, range(task.env_observation_size)))
@@ -1184,9 +1211,9 @@ def write_outputs(folder, args, task, actor, snapshot, observe):
         envs.figures.plot_distances(folder / "distances.png", task, steps, curves, snapshot["matrix"])
 
 
-def fresh_rollouts(args, task, env, rollouts, actor, key, folder):
+def fresh_rollouts(args, task, env, rollouts, actor, key, goals, folder):
     """--collect rollouts: new episodes of the final policies -> their row files in `folder`."""
-    files = envs.episodes.EpisodeFiles(folder, args.num_policies, env.observation_size, env.action_size)
+    files = envs.episodes.EpisodeFiles(folder, args.num_policies, env.observation_size, env.action_size, None, goals)
     collect = jax.jit(rollouts, static_argnums=2)
     steps = collect(actor, jax.random.split(key, args.num_policies), args.rollout_episodes)
     record(files, task, jax.tree.map(lambda x: x[None], steps), np.zeros(()))
@@ -1220,8 +1247,7 @@ def main(args):
     episode_length = args.episode_length or task.episode_length
     check_args(args, task, episode_length)
     env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50))
-    diverse = args.diversity_weight != 0 and args.objective != "none"
-    observe = (lambda x: x) if diverse else task.observe  # a diverse policy must see where it is
+    observe = (lambda x: x) if is_diverse(args) else task.observe  # a diverse policy must see where it is
     args, folder = run_folder(args, "wurl_sac", task.name)
 
     init, warmup, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
@@ -1234,10 +1260,12 @@ def main(args):
     else:
         state = init(key_train)
     sizes = (args.num_policies, env.observation_size, env.action_size)
-    files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"])
+    goals = "goal" in jax.eval_shape(env.reset, key_eval).info
+    files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"], goals)
     logger = Logger(folder, args, meta["log"])
     now = lambda train: {**meta, "log": logger.file.tell(), "rows": files.counts, "train": train}
     save = lambda state, train: save_state(folder, state, now(train))
+    keep = functools.partial(keep_policies, folder, args, task, observe, files)
     announce(folder, args, task, env, episode_length, files)
     if not args.resume:
         state, (_, _, steps, pseudo_rewards) = warmup(state)
@@ -1247,11 +1275,11 @@ def main(args):
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
 
     state, metrics, snapshot = train_policies(
-        state, meta["train"], train_chunk, evaluation, key_eval, args, task, files, logger, save
+        state, meta["train"], train_chunk, evaluation, key_eval, args, task, files, logger, save, keep
     )
     actor = state.agent.actor
     write_outputs(folder, args, task, actor, snapshot, observe)
-    fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect)
+    fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect, goals)
     write_buffers(folder, args, task, env, files, meta["warmup"], fresh, episode_length)
     print(f"{folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - started:.0f} s")
     print(f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)

@@ -15,8 +15,11 @@ from envs.errors import InputError
 class EpisodeFiles:
     """`folder`/policy_XX.rows, one per policy; `counts` (rows in each) belongs into a run's saved state."""
 
-    def __init__(self, folder, num_policies, observation_size, action_size, counts=None):
-        """Open, and cut every file to `counts` rows (None: empty); InputError where one holds fewer."""
+    def __init__(self, folder, num_policies, observation_size, action_size, counts=None, goals=False):
+        """Open, and cut every file to `counts` rows (None: empty); InputError where one holds fewer.
+
+        goals: the world's episodes have one, which is kept.
+        """
         wide, float32 = lambda n: (np.float32, (n,)), np.float32
         self.dtype = np.dtype(
             [
@@ -30,6 +33,7 @@ class EpisodeFiles:
                 ("root_velocities", *wide(2)),
                 ("pseudo_rewards", float32),
                 ("action_log_probs", float32),
+                *([("goals", *wide(2))] if goals else []),
             ]
         )
         self.folder = Path(folder)
@@ -62,6 +66,7 @@ class EpisodeFiles:
             root_velocities=transition.root_velocities,
             terminals=terminals,
             timeouts=alive & ~terminals & last,
+            goals=transition.goals,
         )
         for k, path in enumerate(self.paths):
             rows = np.empty(alive[:, k].sum(), self.dtype)
