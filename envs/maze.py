@@ -105,7 +105,7 @@ def edit_spec(spec, name: str) -> None:
 
 @functools.cache
 def next_cells(name: str) -> np.ndarray:
-    """[H, W, H, W, 2] from each cell, for a goal in each free cell: the neighbour on a shortest way, at the goal itself.
+    """[H, W, H, W, 2]: from a cell, for a goal in a free cell, the next on a shortest way; at the goal itself.
 
     Breadth first, from the goal outwards; walls have a way out as well, and goals in walls none (-1).
     """
