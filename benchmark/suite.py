@@ -42,14 +42,14 @@ LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert")
 WALKER = "ant-open-angle-0"
 # what is trained: task -> {budget: flags of wurl_sac.py}
 SAC = "--preset sac --keep-policies"
-CPU_SAC = f"{SAC} --num-updates 60000 --updates-per-step 0.5 --batch-size 128 --learning-rate 6e-4 --eval-every 3000"
+CPU_SAC = f"{SAC} --num-updates 120000 --hidden-sizes 128 128 --batch-size 128 --learning-rate 6e-4 --eval-every 4000"
 CPU_SAC += " --replay-size 130000"
 PAPER_SAC = f"{SAC} --num-updates 3000000 --eval-every 10000"
 POINT_SAC = f"{SAC} --num-updates 4000 --warmup-steps 1000 --hidden-sizes 64 64 --replay-size 5000 --eval-every 200"
 POINT_SAC += " --chunk 100 --learning-rate 1e-3"
 ROBOTS = {robot: {"cpu": CPU_SAC, "paper": PAPER_SAC} for robot in ("halfcheetah", "hopper", "walker2d")}
 RUNS = ROBOTS | {
-    WALKER: {"cpu": CPU_SAC, "paper": f"{SAC} --num-updates 1000000 --eval-every 10000"},
+    WALKER: {"cpu": CPU_SAC.replace("120000", "60000"), "paper": f"{SAC} --num-updates 1000000 --eval-every 10000"},
     "point-angle-0": dict.fromkeys(("cpu", "paper"), POINT_SAC),
 }
 # play: hand-picked (start, goal) cells, the first D4RL's; cells are (row, column) of envs.maze.MAPS
