@@ -649,6 +649,8 @@ def make_evaluation(args, task, rollouts):
     def pair_distances(points, mask, num_directions):
         """[K, K] over at most 10,000 points a policy (K > 100: fewer), along the same directions every time."""
         K, _, L, d = points.shape
+        if K == 1:
+            return jnp.zeros((1, 1))
         keep = max(1, min(10_000, 10**8 // K**2) // L)  # of the [K, K, points] there are three at a time
         points, mask = points[:, :keep].reshape(K, -1, d), mask[:, :keep].reshape(K, -1)
         cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), num_directions, d))
@@ -797,6 +799,8 @@ def make_train(args, env, task, observe, episode_length):
     def pseudo_reward(state, steps, key):
         """Lines (2) to (5), without the task term -> reward [K, N, L], distances [K, K], net, net_opt."""
         features, alive = features_of(steps.transition), steps.alive
+        if args.num_policies == 1:  # there is no other
+            return jnp.zeros(alive.shape), jnp.zeros((1, 1)), state.net, state.net_opt
         d = features.shape[-1]
         key_directions, key_net = jax.random.split(key)  # D12
         directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
