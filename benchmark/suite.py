@@ -131,15 +131,22 @@ def choose_levels(curve, score):
 def play(task, act, rows, seed, start=None, num_envs=20):
     """`rows` steps of whole episodes side by side -> columns of a buffer; the last episode alone may be cut.
 
-    act(key, states) -> actions [E, A], log densities [E]; start(env, key) -> State of one environment. An episode ends
-    where it terminates or after task.episode_length steps. Those that begin within the first rows / num_envs steps of
-    an environment count, so that long ones are not the rarer for it.
+    Episodes that begin within the first rows / num_envs steps of an environment count: long ones are not the rarer.
     """
-    env = envs.make(task.name)
-    start = start or (lambda env, key: env.reset(key))
-    begin = jax.vmap(lambda key: start(env, key))
     num_envs = max(1, min(num_envs, rows // task.episode_length))
     share = -(-rows // num_envs)
+    return cut(roll(task, act, share, num_envs, seed, start), share, rows)
+
+
+def roll(task, act, share, num_envs, seed, start=None, backend=None):
+    """Episodes one after the other in each environment, until those that begin before step `share` are over.
+
+    act(key, states) -> actions [E, A], log densities [E]; start(env, key) -> State of one environment. An episode ends
+    where it terminates or after task.episode_length steps. -> columns [T, E, ..]
+    """
+    env = envs.make(task.name, backend)
+    start = start or (lambda env, key: env.reset(key))
+    begin = jax.vmap(lambda key: start(env, key))
 
     def step(carry, key):
         state, age = carry
@@ -168,8 +175,7 @@ def play(task, act, rows, seed, start=None, num_envs=20):
         print(f"  {min(began, share) * num_envs}/{share * num_envs} steps", flush=True)
     steps, rewards, terminals, timeouts, log_probs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     columns = {k: v for k, v in steps._asdict().items() if v is not None}
-    columns |= dict(rewards=rewards, terminals=terminals, timeouts=timeouts, action_log_probs=log_probs)
-    return cut(columns, share, rows)
+    return columns | dict(rewards=rewards, terminals=terminals, timeouts=timeouts, action_log_probs=log_probs)
 
 
 def cut(columns, share, rows):
