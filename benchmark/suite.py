@@ -35,6 +35,7 @@ import udg_study  # noqa: E402  (the lines above make these importable from a pl
 
 import envs  # noqa: E402
 from envs import buffers, maze  # noqa: E402
+from envs.robots import ROBOTS as ROBOTS_OF_MUJOCO  # noqa: E402
 from wurl_sac import tanh_normal_sample  # noqa: E402
 
 RESULTS = ROOT / "results" / "suite"
@@ -44,12 +45,14 @@ WALKER = "ant-open-angle-0"
 SAC = "--preset sac --keep-policies"
 CPU_SAC = f"{SAC} --num-updates 120000 --hidden-sizes 128 128 --batch-size 128 --learning-rate 6e-4 --eval-every 4000"
 CPU_SAC += " --replay-size 130000"
-PAPER_SAC = f"{SAC} --num-updates 3000000 --eval-every 10000"
+PAPER_SAC = f"{SAC} --backend mujoco --num-updates 3000000 --eval-every 10000"
+CPU_WALKER = f"{SAC} --num-updates 40000 --updates-per-step 0.25 --num-envs 4 --hidden-sizes 128 128 --batch-size 128"
+CPU_WALKER += " --learning-rate 6e-4 --eval-every 2000 --replay-size 170000"
 POINT_SAC = f"{SAC} --num-updates 4000 --warmup-steps 1000 --hidden-sizes 64 64 --replay-size 5000 --eval-every 200"
 POINT_SAC += " --chunk 100 --learning-rate 1e-3"
 ROBOTS = {robot: {"cpu": CPU_SAC, "paper": PAPER_SAC} for robot in ("halfcheetah", "hopper", "walker2d")}
 RUNS = ROBOTS | {
-    WALKER: {"cpu": CPU_SAC.replace("120000", "60000"), "paper": f"{SAC} --num-updates 1000000 --eval-every 10000"},
+    WALKER: {"cpu": CPU_WALKER, "paper": f"{SAC} --backend mujoco --num-updates 1000000 --eval-every 10000"},
     "point-angle-0": dict.fromkeys(("cpu", "paper"), POINT_SAC),
 }
 # play: hand-picked (start, goal) cells, the first D4RL's; cells are (row, column) of envs.maze.MAPS
@@ -135,7 +138,8 @@ def play(task, act, rows, seed, start=None, num_envs=20):
     """
     num_envs = max(1, min(num_envs, rows // task.episode_length))
     share = -(-rows // num_envs)
-    return cut(roll(task, act, share, num_envs, seed, start), share, rows)
+    backend = "mujoco" if task.env in ROBOTS_OF_MUJOCO else None  # as D4RL's, on any device
+    return cut(roll(task, act, share, num_envs, seed, start, backend), share, rows)
 
 
 def roll(task, act, share, num_envs, seed, start=None, backend=None):
@@ -313,7 +317,7 @@ def make_set(args, name):
     """One set: data/<name>.npz, and its record in results/suite."""
     path, settled = args.out / f"{name}.npz", settings(args, name)
     task, columns, levels, warmup = make_columns(args, name)
-    known = {
+    used = {
         level: {k: v for k, v in entry.items() if k != "path"}
         | ({"score": float(envs.task(trained_on(name)).normalized_score(entry["return"]))} if level != "walker" else {})
         for level, entry in levels.items()
@@ -321,15 +325,19 @@ def make_set(args, name):
     metadata = {
         "dataset_name": f"ours/{name}", "env": task.env, "task": task.name, "layout": "task", "reward_kind": "task",
         "task_options": task.options, "dt": task.dt, "episode_length": task.episode_length, "seed": args.seed,
-        "generator": {"script": "benchmark/suite.py", "flags": settled}, "levels": known,
+        "generator": {"script": "benchmark/suite.py", "flags": settled}, "levels": used,
         "warmup_transitions": warmup, "reference": list(task.reference),
     }  # fmt: skip
     buffers.save(path, columns, metadata)
     buffer = buffers.load(path)
     args.results.mkdir(parents=True, exist_ok=True)
-    entry = {"name": f"ours/{name}", "settings": settled, "levels": known, **distribution(buffer, task)}
+    entry = {"name": f"ours/{name}", "settings": settled, "levels": used, **distribution(buffer, task)}
     entry |= {k: buffer.metadata[k] for k in ("sha256", "versions", "git_commit")}
-    udg_study.write_whole(args.results / f"{name}.json", json.dumps(entry, indent=1) + "\n")
+    record = args.results / f"{name}.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    if known.get("settings") == settled and known["sha256"] != entry["sha256"]:
+        print(f"{record}: other bits than were recorded there: another machine, or other versions", flush=True)
+    udg_study.write_whole(record, json.dumps(entry, indent=1) + "\n")
 
 
 def distribution(buffer, task):
