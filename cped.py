@@ -993,8 +993,8 @@ def cped_preset(args):
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
     name = preset_name(data, PRESETS)
     known = PRESETS.get(name, MUJOCO if args.preset == "published" else {})
-    about = f"as published for {name}; the data is {data}" if name in PRESETS else "nothing is published for it"
-    origin = f"{args.preset or 'none'} on {data} ({about})"
+    about = f"as published for {name}" if name in PRESETS else "nothing is published for it"
+    origin = f"{args.preset or 'by the file'} ({data}: {about})"
     return origin, known | PRESETS.get(args.preset, {})
 
 

@@ -1167,8 +1167,8 @@ def qdq_preset(args):
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
     name = preset_name(data, PRESETS)
-    about = f"as published for {name}; the data is {data}" if name in PRESETS else "nothing is published for it"
-    origin = f"{args.preset or 'none'} on {data} ({about})"
+    about = f"as published for {name}" if name in PRESETS else "nothing is published for it"
+    origin = f"{args.preset or 'by the file'} ({data}: {about})"
     return origin, PRESETS.get(name, {}) | PRESETS.get(args.preset, {})
 
 
