@@ -259,7 +259,12 @@ def run_folder(args, task):
 
 def base_folder(args):
     """The cells of one budget and seed."""
-    return args.runs / (args.budget + (f"-updates{args.updates}" if args.updates else "") + f"-seed{args.seed}")
+    return args.runs / f"{budget_name(args)}-seed{args.seed}"
+
+
+def budget_name(args):
+    """Budget, and what cuts it."""
+    return args.budget + (f"-updates{args.updates}" if args.updates else "")
 
 
 def trained_on(name):
@@ -463,8 +468,8 @@ def parse(argv):
     args.rows = args.rows or ROWS[args.budget]
     if min(args.rows, args.jobs) < 1 or args.updates < 0:
         parser.error("--rows and --jobs are 1 or more, --updates 0 or more")
-    size = f"{args.budget}-rows{args.rows}" + (f"-updates{args.updates}" if args.updates else "") + f"-seed{args.seed}"
-    args.results = args.results or RESULTS.relative_to(ROOT) / size
+    made = RESULTS.relative_to(ROOT) / f"{budget_name(args)}-rows{args.rows}-seed{args.seed}"
+    args.results = args.results or made
     return args
 
 

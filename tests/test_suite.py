@@ -357,6 +357,9 @@ def test_every_set_finds_its_preset(learner, monkeypatch):
         if learner == "mopo" and name.startswith("antmaze"):
             with pytest.raises(envs.InputError, match="observations do not tell"):
                 mopo.check_args(mopo.Args(), envs.task(task), 1_000)
+    if learner == "mopo":  # the authors' epochs for v0, OfflineRL-Kit's for v2
+        steps = [mopo.PRESETS[f"hopper-{kind}"]["num_updates"] for kind in ("random-v0", "medium-v2")]
+        assert steps == [1_000_000, 3_000_000]
     file.metadata = {"dataset_name": "hopper-medium"}  # no set of ours
     assert "nothing is published" in choose(script.Args(dataset="x.npz"))[0]
     assert choose(script.Args(dataset="x.npz", preset="cpu"))[1].items() >= {"num_updates": 20_000}.items()
