@@ -977,6 +977,11 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
     return state
 
 
+def preset_name(data, known):
+    """The name of `known` for a dataset: its own; for `ours/x` (benchmark/suite.py) that of D4RL's x, any version."""
+    return next((name for name in known if data == f"ours/{name.rpartition('-v')[0]}"), data)
+
+
 def dac_preset(args):
     """--quick, the bandit, or the published values of --preset or of the file's dataset -> name, {field: value}."""
     bandit = args.task == "bandit"
@@ -995,9 +1000,10 @@ def dac_preset(args):
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    named = args.preset if args.preset in PUBLISHED else data
+    named = args.preset if args.preset in PUBLISHED else preset_name(data, PUBLISHED)
     preset = PUBLISHED.get(named, OWN) | (CPU if args.preset == "cpu" else {})
-    about = f"as published for {named}" if named in PUBLISHED else f"nothing is published for {data}"
+    about = f"as published for {named}; the data is {data}"
+    about = about if named in PUBLISHED else f"nothing is published for {data}"
     return f"{args.preset or 'by the file'} ({about})", preset
 
 

@@ -195,7 +195,7 @@ class Args:
     """upper clip of the actor's log standard deviation (both: 2)"""
 
 
-PUBLISHED = {  # horizon h, lam: OfflineRL-Kit for D4RL v2
+PUBLISHED = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original code for v0
     "halfcheetah-medium-v2": (5, 0.5),
     "halfcheetah-medium-replay-v2": (5, 0.5),
     "halfcheetah-medium-expert-v2": (5, 2.5),
@@ -205,13 +205,17 @@ PUBLISHED = {  # horizon h, lam: OfflineRL-Kit for D4RL v2
     "walker2d-medium-v2": (5, 0.5),
     "walker2d-medium-replay-v2": (1, 2.5),
     "walker2d-medium-expert-v2": (1, 2.5),
+    "halfcheetah-random-v0": (5, 0.5),
+    "hopper-random-v0": (5, 1.0),
+    "walker2d-random-v0": (1, 1.0),
 }
 CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what each is for)
     "max_epochs": 20, "num_updates": 20_000, "eval_every": 2_000, "rollout_batch": 10_000,
     "real_ratio": 0.5, "lam": 0.3, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
 PRESETS = {"cpu": CPU} | {
-    name: {"horizon": h, "lam": lam, "num_updates": 3_000_000} for name, (h, lam) in PUBLISHED.items()
+    name: {"horizon": h, "lam": lam, "num_updates": 3_000_000 if name.endswith("v2") else 1_000_000}
+    for name, (h, lam) in PUBLISHED.items()
 }
 QUICK = {
     "max_epochs": 20, "model_hidden_sizes": (64, 64), "num_updates": 3_000, "chunk": 500,
@@ -1143,6 +1147,11 @@ def write_policy(path, kind, params, metadata):
     envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
 
 
+def preset_name(data, known):
+    """The name of `known` for a dataset: its own; for `ours/x` (benchmark/suite.py) that of D4RL's x, any version."""
+    return next((name for name in known if data == f"ours/{name.rpartition('-v')[0]}"), data)
+
+
 def mopo_preset(args):
     """--quick, or the published values of the file's dataset and --preset -> name, {field: value}."""
     if args.preset and args.preset not in PRESETS:
@@ -1154,12 +1163,12 @@ def mopo_preset(args):
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    named = args.preset if args.preset in PUBLISHED else data
+    named = args.preset if args.preset in PUBLISHED else preset_name(data, PUBLISHED)
     published = PRESETS.get(named, {})
     if args.preset == "cpu":  # the budget is ours, the published horizon and lambda stay
         published = {**published, **CPU, **{k: published[k] for k in ("horizon", "lam") if k in published}}
     if named in PUBLISHED:
-        return f"{args.preset or named}", published
+        return f"{args.preset or 'by the file'} (as published for {named}; the data is {data})", published
     return f"{args.preset or 'none'} (nothing is published for {data})", published
 
 

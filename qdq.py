@@ -1182,6 +1182,11 @@ def write_policy(path, kind, params, metadata):
     envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
 
 
+def preset_name(data, known):
+    """The name of `known` for a dataset: its own; for `ours/x` (benchmark/suite.py) that of D4RL's x, any version."""
+    return next((name for name in known if data == f"ours/{name.rpartition('-v')[0]}"), data)
+
+
 def qdq_preset(args):
     """--quick, or the published values of the file's dataset with those of --preset on top -> name, {field: value}."""
     if args.preset and args.preset not in PRESETS:
@@ -1192,8 +1197,10 @@ def qdq_preset(args):
         return "quick", QUICK
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
-    name = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    origin = f"{args.preset or 'none'} on {name}" + ("" if name in PRESETS else " (nothing is published for it)")
+    data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
+    name = preset_name(data, PRESETS)
+    about = f"as published for {name}" if name in PRESETS else "nothing is published for it"
+    origin = f"{args.preset or 'by the file'} ({data}: {about})"
     return origin, PRESETS.get(name, {}) | PRESETS.get(args.preset, {})
 
 

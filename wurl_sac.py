@@ -173,6 +173,8 @@ class Args:
     """buffers hold the whole training data (replay) or fresh episodes of the final policies (rollouts)"""
     rollout_episodes: int = 250
     """episodes per policy with --collect rollouts"""
+    keep_policies: bool = False
+    """keep the policies of every evaluation: policies/update_<n>.npz, with their return and the rows behind them"""
     random: bool = False
     """policies stay uniform random: the random-data baseline (no updates)"""
 
@@ -188,6 +190,11 @@ PRESETS = {
     "humanoid": dict(hidden_sizes=(1024, 1024), rescale_episodes=False, replay_size=20_000, chunk=500),
     "point": POINT,
     "tree-maze": POINT,
+    "sac": dict(  # plain SAC on a task's own reward, in rounds of one episode's steps, as D4RL's data was made
+        num_policies=1, objective="none", diversity_weight=0.0, task_weight=1.0, auto_alpha=True, alpha=1.0,
+        num_envs=1, updates_per_step=1.0, batch_size=256, replay_size=1_000_000, learning_rate=3e-4, lr_decay=0.0,
+        warmup_steps=5_000, num_updates=1_000_000, chunk=1_000, eval_every=5_000,
+    ),
     "paper": dict(
         num_updates=200_000, updates_per_step=1.0, num_envs=1, chunk=1_000, eval_every=4_000, learning_rate=3e-4,
     ),
@@ -649,6 +656,8 @@ def make_evaluation(args, task, rollouts):
     def pair_distances(points, mask, num_directions):
         """[K, K] over at most 10,000 points a policy (K > 100: fewer), along the same directions every time."""
         K, _, L, d = points.shape
+        if K == 1:
+            return jnp.zeros((1, 1))
         keep = max(1, min(10_000, 10**8 // K**2) // L)  # of the [K, K, points] there are three at a time
         points, mask = points[:, :keep].reshape(K, -1, d), mask[:, :keep].reshape(K, -1)
         cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), num_directions, d))
@@ -700,6 +709,11 @@ class WurlState(NamedTuple):
     replay: Ring  # of Transitions, one ring per policy
     net: Any  # discriminator or predictor (diayn, dads); empty otherwise
     net_opt: Any
+
+
+def is_diverse(args):
+    """Whether policies are paid for diversity."""
+    return args.diversity_weight != 0 and args.objective != "none"
 
 
 def empty_transition(env):
@@ -815,6 +829,8 @@ def make_train(args, env, task, observe, episode_length):
     def pseudo_reward(state, steps, key):
         """Lines (2) to (5), without the task term -> reward [K, N, L], distances [K, K], net, net_opt."""
         features, alive = features_of(steps.transition), steps.alive
+        if args.num_policies == 1:  # there is no other
+            return jnp.zeros(alive.shape), jnp.zeros((1, 1)), state.net, state.net_opt
         d = features.shape[-1]
         key_directions, key_net = jax.random.split(key)  # D12
         directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
@@ -844,7 +860,7 @@ def make_train(args, env, task, observe, episode_length):
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
         keys = jax.random.split(key_rollout, K)
-        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, args.objective == "none")  # D3
+        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # D3
         reward, distances, net, net_opt = pseudo_reward(state, steps, key_reward)
         t = steps.transition
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
@@ -1177,10 +1193,11 @@ def agreed(stop, due):
     return stop or "a signal to another process" * bool(told), due
 
 
-def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save):
+def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save, keep):
     """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays.
 
-    train: metrics of the last chunk before a resume; save(state, train) writes them with the state.
+    train: metrics of the last chunk before a resume; save(state, train) writes them with the state; keep(actor,
+    step, metrics): after every evaluation.
     """
     step = first = int(state.num_updates)
     began = saved = time.time()
@@ -1190,6 +1207,7 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
         if logger:
             logger.log(step, {**train, **metrics})
         show_evaluation(step, metrics)
+        keep(state.agent.actor, step, metrics)
         return metrics, snapshot
 
     with StopSignal() as stop:
@@ -1242,12 +1260,26 @@ def make_save(folder, args, meta, files, logger):
     return save
 
 
-def write_outputs(folder, args, task, actor, snapshot, observe):
-    """policy.npz and the figures."""
+def write_actor(path, args, task, observe, actor, **more):
+    """The policies in the layout of docs/policy.md."""
     about = {"task": task.name, "observations": "task" if observe is task.observe else "env"}
     about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
-    about |= {"versions": envs.buffers.versions()}
-    write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": actor}, about)
+    about |= {"versions": envs.buffers.versions(), **more}
+    write_policy(path, "tanh_gaussian", {"actor": actor}, about)
+
+
+def keep_policies(folder, args, task, observe, files, actor, step, metrics):
+    """--keep-policies: what an evaluation judged, with its returns and the rows in each buffer by then."""
+    if args.keep_policies:
+        actor, told = whole(actor, args), {"update": step, "rows": all_counts(files, args)}
+        told |= {k: np.asarray(v).tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
+        if jax.process_index() == 0:
+            write_actor(folder / "policies" / f"update_{step:07d}.npz", args, task, observe, actor, **told)
+
+
+def write_outputs(folder, args, task, actor, snapshot, observe):
+    """policy.npz and the figures."""
+    write_actor(folder / "policy.npz", args, task, observe, actor)
     names = task.feature_names
     if args.div_features != "task":
         every = ",".join(map(str, range(task.env_observation_size)))
@@ -1266,9 +1298,9 @@ def write_outputs(folder, args, task, actor, snapshot, observe):
         envs.figures.plot_distances(folder / "distances.png", task, steps, curves, snapshot["matrix"])
 
 
-def fresh_rollouts(args, task, env, rollouts, actor, key, folder):
+def fresh_rollouts(args, task, env, rollouts, actor, key, goals, folder):
     """--collect rollouts: new episodes of the final policies -> their row files in `folder`."""
-    files = envs.episodes.EpisodeFiles(folder, own_policies(args), env.observation_size, env.action_size)
+    files = envs.episodes.EpisodeFiles(folder, own_policies(args), env.observation_size, env.action_size, None, goals)
 
     @functools.partial(jax.jit, out_shardings=placed(args, None, "share"))
     def collect(actor, keys):
@@ -1308,8 +1340,7 @@ def main(args):
     episode_length = args.episode_length or task.episode_length
     check_args(args, task, episode_length)
     env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50))
-    diverse = args.diversity_weight != 0 and args.objective != "none"
-    observe = (lambda x: x) if diverse else task.observe  # a diverse policy must see where it is
+    observe = (lambda x: x) if is_diverse(args) else task.observe  # a diverse policy must see where it is
     args, folder = run_folder(args, "wurl_sac", task.name)
 
     init, warmup, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
@@ -1322,9 +1353,11 @@ def main(args):
     else:
         state = init(key_train)
     sizes = (own_policies(args), env.observation_size, env.action_size)
-    files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"])
+    goals = "goal" in jax.eval_shape(env.reset, key_eval).info
+    files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"], goals)
     logger = Logger(folder, args, meta["log"]) if jax.process_index() == 0 else None
     save = make_save(folder, args, meta, files, logger)
+    keep = functools.partial(keep_policies, folder, args, task, observe, files)
     announce(folder, args, task, env, episode_length, files)
     if not args.resume:
         state, (_, _, steps, pseudo_rewards) = warmup(state)
@@ -1334,13 +1367,13 @@ def main(args):
         print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
 
     state, metrics, snapshot = train_policies(
-        state, meta["train"], train_chunk, evaluation, key_eval, args, task, files, logger, save
+        state, meta["train"], train_chunk, evaluation, key_eval, args, task, files, logger, save, keep
     )
     actor = state.agent.actor
     shown = whole(actor, args)
     if logger:
         write_outputs(folder, args, task, shown, snapshot, observe)
-    fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect)
+    fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect, goals)
     write_buffers(folder, args, task, env, files, meta["warmup"], fresh, episode_length)
     print(f"{folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - started:.0f} s")
     print(f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)

@@ -1,10 +1,12 @@
 """How far MJX drifts from C MuJoCo, and how fast both are on this machine.
 
-    python benchmark/mjx_parity.py                       parity of four robots
+    python benchmark/mjx_parity.py                       parity of four robots and of D4RL's ant in its maze
     python benchmark/mjx_parity.py --robots ant --speed  and steps per second of both back ends
+    python benchmark/mjx_parity.py --no-parity --recorded            both against transitions recorded with MuJoCo 2.2
+    python benchmark/mjx_parity.py --no-parity --returns runs/suite/cpu-seed0/hopper/policy.npz --episodes 100
     python benchmark/mjx_parity.py --speed --batches 256 4096 16384      on a GPU
 
-Both engines start from the same float32 states (of random play) and take the same random actions.
+Parity: both engines start from the same float32 states (of random play) and take the same random actions.
 Prints one table per question and writes the numbers to --out. Exits with 1 where a median after one
 or ten steps is above its tolerance: those tell a wrong model from rounding, which the contacts of a
 long run amplify on any machine.
@@ -12,6 +14,7 @@ long run amplify on any machine.
 
 import argparse
 import json
+import pathlib
 import platform
 import sys
 import time
@@ -20,7 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs import physics, tasks
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+
+import suite  # noqa: E402  (the lines above make these importable from a plain clone)
+
+import envs  # noqa: E402
+from envs import physics, tasks  # noqa: E402
 
 HORIZONS = (1, 10, 50, 100)
 # median over starts of the largest entry's error: {steps: (qpos, qvel)}; float32, about ten times
@@ -30,8 +39,16 @@ TOLERANCES = {
     "hopper": {1: (1e-6, 1e-5), 10: (2e-6, 2e-5)},
     "walker2d": {1: (1e-6, 6e-5), 10: (1e-5, 2e-4)},
     "ant": {1: (1e-6, 2e-5), 10: (5e-6, 6e-5)},
+    "ant-maze-umaze": {1: (1e-6, 2e-5), 10: (5e-6, 6e-5)},
 }
 CTRL_COST = {"cheetah": 0.1, "hopper": 1e-3, "walker2d": 1e-3, "ant": 0.5}
+RECORDED = ("halfcheetah", "hopper", "walker2d", "ant")  # tests/golden: MuJoCo 2.2, as D4RL's files
+
+
+def make_env(name, backend):
+    """A robot with Gymnasium's reward (halfcheetah, hopper, walker2d are these), or a registered task."""
+    task = tasks.forward_task(name, ctrl_cost=CTRL_COST[name]) if name in CTRL_COST else envs.task(name)
+    return physics.MujocoEnv(task, backend)
 
 
 def play(env, states, actions):
@@ -69,10 +86,9 @@ def at(env, states, qpos, qvel):
 
 def parity(robot, num_starts, num_steps, seed):
     """-> {steps: {quantity: (median, max)}} of |MJX - C| over starts."""
-    task = tasks.forward_task(robot, ctrl_cost=CTRL_COST[robot])
-    engines = [physics.MujocoEnv(task, backend) for backend in ("mujoco", "mjx")]
+    engines = [make_env(robot, backend) for backend in ("mujoco", "mjx")]
     qpos, qvel = starts(engines[0], num_starts, seed)
-    shape = (num_steps, num_starts, task.action_size)
+    shape = (num_steps, num_starts, engines[0].action_size)
     actions = jax.random.uniform(jax.random.key(seed + 1), shape, minval=-1)
     runs = []
     for env in engines:
@@ -90,9 +106,44 @@ def parity(robot, num_starts, num_steps, seed):
     return table
 
 
+def recorded(name, backend):
+    """Against MuJoCo 2.2 -> {steps: {quantity: (median, max)}} of errors: 200 single steps, one open-loop episode."""
+    with np.load(ROOT / "tests" / "golden" / f"envs_{name}_mj220.npz", allow_pickle=False) as file:
+        data = dict(file)
+    if name == "ant":  # recorded at gear 150 and on the plane, with the contacts that the mazes have
+        task = tasks.forward_task("ant", ctrl_cost=CTRL_COST["ant"])
+        env = physics.MujocoEnv(task, backend, gear=150.0, margin_scale=0.5)
+    else:
+        env = physics.MujocoEnv(envs.task(name), backend)
+
+    def run(qpos, qvel, actions):
+        fresh = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(qpos)))
+        return play(env, at(env, fresh, jnp.float32(qpos), jnp.float32(qvel)), jnp.float32(actions))
+
+    spread = lambda error: (float(np.median(error)), float(error.max()))
+    qpos, qvel, _ = run(data["qpos"], data["qvel"], data["action"][None])
+    errors = np.abs(qpos[0] - data["next_qpos"]).max(1), np.abs(qvel[0] - data["next_qvel"]).max(1)
+    rows = {1: {"qpos": spread(errors[0]), "qvel": spread(errors[1])}}
+    last = max(HORIZONS)
+    path = run(data["ol_qpos"][:1], data["ol_qvel"][:1], data["ol_action"][:last, None])
+    for steps in HORIZONS[1:]:
+        names = zip(("qpos", "qvel"), path, strict=False)
+        rows[steps] = {k: spread(np.abs(x[steps - 1, 0] - data[f"ol_{k}"][steps])) for k, x in names}
+    return rows
+
+
+def return_distribution(path, backend, episodes, seed):
+    """Returns (E,) and lengths of a kept policy's stochastic episodes in its own task."""
+    with np.load(path, allow_pickle=False) as file:
+        task = envs.task(json.loads(str(file["metadata_json"]))["task"])
+    columns = suite.cut(suite.roll(task, suite.gaussian(path), 1, episodes, seed, None, backend), 1, sys.maxsize)
+    lengths = np.diff(np.flatnonzero(columns["terminals"] | columns["timeouts"]) + 1, prepend=0)
+    return np.add.reduceat(np.float64(columns["rewards"]), np.cumsum(lengths) - lengths), lengths
+
+
 def speed(robot, backend, batch, seconds):
     """-> (steps per second of a batch of random play, seconds to compile)."""
-    env = physics.MujocoEnv(tasks.forward_task(robot, ctrl_cost=CTRL_COST[robot]), backend)
+    env = make_env(robot, backend)
     env.check_batch(batch)
 
     @jax.jit
@@ -138,6 +189,32 @@ def print_parity(robot, table):
             print(f"| {robot} | {steps} | {' | '.join(cells)} |", flush=True)
 
 
+def print_recorded(results):
+    print("\n| recorded with MuJoCo 2.2 | back end | steps | qpos median / max | qvel |\n|---|---|---|---|---|")
+    for name in RECORDED:
+        for backend in physics.BACKENDS:
+            table = results[f"{name} {backend}"] = recorded(name, backend)
+            for steps, row in table.items():
+                cells = [f"{median:.1e} / {worst:.1e}" for median, worst in row.values()]
+                print(f"| {name} | {backend} | {steps} | {' | '.join(cells)} |", flush=True)
+
+
+def print_returns(results, paths, episodes, seed):
+    """The same policy's returns on both back ends, and how many standard errors apart their means are."""
+    print("\n| policy | back end | episodes | return: mean, std | quartiles | length |\n|---|---|---|---|---|---|")
+    for path in paths:
+        found = []
+        for backend in physics.BACKENDS:
+            returns, lengths = return_distribution(path, backend, episodes, seed)
+            quartiles = ", ".join(f"{q:.4g}" for q in np.quantile(returns, (0.25, 0.5, 0.75)))
+            told = f"{returns.mean():.5g}, {returns.std():.4g} | {quartiles} | {lengths.mean():.4g}"
+            print(f"| {path} | {backend} | {episodes} | {told} |", flush=True)
+            found.append(returns)
+            results[f"{path} {backend}"] = returns.tolist()
+        error = np.sqrt(sum(returns.var(ddof=1) / episodes for returns in found))
+        print(f"{path}: means differ by {(found[0].mean() - found[1].mean()) / error:+.2f} standard errors", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -146,6 +223,11 @@ def main(argv=None):
     parser.add_argument("--num-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-parity", action="store_true")
+    parser.add_argument("--recorded", action="store_true", help="both back ends against recorded transitions")
+    parser.add_argument(
+        "--returns", nargs="+", default=[], metavar="POLICY", help="both back ends, policies of a suite"
+    )
+    parser.add_argument("--episodes", type=int, default=100, help="of --returns")
     parser.add_argument("--speed", action="store_true", help="time both back ends")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--seconds", type=float, default=5.0, help="length of one timing")
@@ -155,6 +237,7 @@ def main(argv=None):
     results = {
         "device": f"{device.platform} {device.device_kind}", "machine": platform.machine(),
         "jax": jax.__version__, "mujoco": physics.mujoco.__version__, "parity": {}, "speed": {},
+        "recorded": {}, "returns": {},
     }  # fmt: skip
     print(f"{results['device']}, jax {jax.__version__}, MuJoCo {physics.mujoco.__version__}\n")
     failures = []
@@ -165,6 +248,10 @@ def main(argv=None):
             print_parity(robot, table)
             failures += check(robot, table)
             results["parity"][robot] = table
+    if args.recorded:
+        print_recorded(results["recorded"])
+    if args.returns:
+        print_returns(results["returns"], args.returns, args.episodes, args.seed)
     if args.speed:
         print("\n| robot | back end | environments | steps per second | compile s |")
         print("|---|---|---|---|---|")

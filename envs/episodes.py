@@ -16,8 +16,11 @@ from envs.errors import InputError
 class EpisodeFiles:
     """`folder`/policy_XX.rows for each of `policies`; `counts` (rows in each) belongs into a run's saved state."""
 
-    def __init__(self, folder, policies, observation_size, action_size, counts=None):
-        """Open, and cut every file to its of the `counts` of all policies (None: empty); InputError where too short."""
+    def __init__(self, folder, policies, observation_size, action_size, counts=None, goals=False):
+        """Open, and cut every file to its of the `counts` of all policies (None: empty); InputError where too short.
+
+        goals: the world's episodes have one, which is kept.
+        """
         wide, float32 = lambda n: (np.float32, (n,)), np.float32
         self.dtype = np.dtype(
             [
@@ -31,6 +34,7 @@ class EpisodeFiles:
                 ("root_velocities", *wide(2)),
                 ("pseudo_rewards", float32),
                 ("action_log_probs", float32),
+                *([("goals", *wide(2))] if goals else []),
             ]
         )
         self.folder = Path(folder)
@@ -64,6 +68,7 @@ class EpisodeFiles:
             root_velocities=transition.root_velocities,
             terminals=terminals,
             timeouts=alive & ~terminals & last,
+            goals=transition.goals,
         )
         for k, path in enumerate(self.paths):
             rows = np.empty(alive[:, k].sum(), self.dtype)

@@ -88,7 +88,7 @@ def edit_spec(spec, name: str) -> None:
     import mujoco
 
     spec.option.timestep = TIMESTEP
-    for x, y, half_x, half_y in walls(name):
+    for x, y, half_x, half_y in walls(name) if name in MAPS else ():
         spec.worldbody.add_geom(
             type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, WALL_HALF_HEIGHT], size=[half_x, half_y, WALL_HALF_HEIGHT],
             contype=1, conaffinity=1, rgba=[0.7, 0.5, 0.3, 1.0],
@@ -101,6 +101,62 @@ def edit_spec(spec, name: str) -> None:
         spec.delete(number)
     for cap in ("max_contact_points", "max_geom_pairs"):
         spec.add_numeric(name=cap, size=1, data=[CONTACTS])
+
+
+@functools.cache
+def next_cells(name: str) -> np.ndarray:
+    """[H, W, H, W, 2]: from a cell, for a goal in a free cell, the next on a shortest way; at the goal itself.
+
+    Breadth first, from the goal outwards; walls have a way out as well, and goals in walls none (-1).
+    """
+    free = np.pad([[c != "#" for c in row] for row in MAPS[name]], 1)  # a frame, so that all cells have neighbours
+    ways = np.full((*free.shape, *free.shape, 2), -1)
+    for goal in np.argwhere(free):
+        row, column = goal
+        ways[row, column, row, column] = goal
+        queue = [(row, column)]
+        for i, j in queue:  # it grows while it is walked
+            for near in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+                if ways[(*near, row, column, 0)] < 0:
+                    ways[(*near, row, column)] = i, j
+                    queue += [near] if free[near] else []
+    return np.where(ways < 0, -1, ways - 1)[1:-1, 1:-1, 1:-1, 1:-1]
+
+
+def waypoint(name: str, positions, goals):
+    """Where to head for (..., 2): the centre of the next cell on the way to the goal, in its cell the goal. JAX."""
+    import jax.numpy as jnp
+
+    start, size = jnp.array(find(name, "R")), jnp.array(np.shape([list(row) for row in MAPS[name]]))
+    cell_of = lambda p: jnp.clip(jnp.floor(p[..., ::-1] / CELL + 0.5).astype(int) + start, 0, size - 1)
+    here, there = cell_of(positions), cell_of(goals)
+    onward = jnp.asarray(next_cells(name))[here[..., 0], here[..., 1], there[..., 0], there[..., 1]]
+    arrived = (here == there).all(-1, keepdims=True)
+    return jnp.where(arrived, goals, CELL * (onward - start)[..., ::-1].astype(jnp.float32))
+
+
+def turn_quaternion(quaternion, angle):
+    """An orientation (w, x, y, z) [..., 4] turned by angles [...] about the vertical. JAX."""
+    import jax.numpy as jnp
+
+    c, s = jnp.cos(angle / 2), jnp.sin(angle / 2)
+    w, x, y, z = jnp.moveaxis(quaternion, -1, 0)
+    return jnp.stack([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], -1)
+
+
+def as_ahead(observations, directions):
+    """What the ant [..., 29] would observe, without x and y, if `directions` [..., 2] were the x axis: [..., 27]. JAX.
+
+    On the plane nothing changes when everything turns, so that a policy which walks along x walks anywhere.
+    """
+    import jax.numpy as jnp
+
+    angle = jnp.arctan2(directions[..., 1], directions[..., 0])
+    c, s = jnp.cos(angle), jnp.sin(angle)
+    vx, vy = observations[..., 15], observations[..., 16]
+    velocity = jnp.stack([c * vx + s * vy, c * vy - s * vx], -1)
+    parts = (observations[..., 2:3], turn_quaternion(observations[..., 3:7], -angle), observations[..., 7:15])
+    return jnp.concatenate([*parts, velocity, observations[..., 17:]], -1)
 
 
 def reached(positions, goals):

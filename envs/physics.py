@@ -116,11 +116,14 @@ class MujocoEnv(Env):
             qvel = width * jax.random.normal(key_qvel, shape, jnp.float32)
         else:
             qvel = jax.random.uniform(key_qvel, shape, jnp.float32, -width, width)
+        if robot.start_anywhere:
+            angle = jax.random.uniform(jax.random.fold_in(key_qpos, 1), minval=-jnp.pi, maxval=jnp.pi)
+            qpos = qpos.at[3:7].set(maze.turn_quaternion(qpos[3:7], angle))
         return self.engine.start(qpos, qvel)
 
     def reset(self, key: jax.Array) -> State:
         state = super().reset(key)
-        if self.robot.maze:
+        if self.robot.maze in maze.MAPS:
             goal = maze.sample_goal(self.robot.maze, jax.random.fold_in(key, 1))
             state = state.replace(info={**state.info, "goal": goal})
         return state

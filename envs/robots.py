@@ -23,7 +23,8 @@ class Robot:
     start_normal: bool  # ... normal, or uniform
     gear: float | None = None  # of all motors; None: as in the XML
     margin_scale: float = 1.0  # of contact margins; 0.5: MuJoCo 2's contacts, which D4RL's data has
-    maze: str = ""  # walls around it: a name in envs.maze.MAPS
+    maze: str = ""  # D4RL's ant: a name in envs.maze.MAPS, or "open" without walls
+    start_anywhere: bool = False  # any heading at the start: turned about the vertical
     # raw observations (..., S) -> (...,) bool, for tasks that end where it fails; None: never
     healthy: Callable | None = None
 
@@ -68,3 +69,4 @@ ROBOTS = {
 for _maze in ("umaze", "medium", "large"):
     # D4RL's ant: motors of gear 1 with controls up to 30, which is gear 30; twice the timestep (envs.maze).
     ROBOTS[f"ant-maze-{_maze}"] = dataclasses.replace(ROBOTS["ant"], dt=0.1, margin_scale=0.5, maze=_maze)
+ROBOTS["ant-open"] = dataclasses.replace(ROBOTS["ant-maze-umaze"], maze="open", start_anywhere=True)

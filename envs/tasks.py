@@ -261,6 +261,16 @@ def _drop_xy(observations):
     return observations[..., 2:]
 
 
+def _ant_open(name: str = "ant-open") -> Task:
+    """D4RL's ant as in its mazes, on the open plane and at any heading: raw observation as of `ant`."""
+    return _robot_world(name, "ant-open", feature=_xy_of_next)
+
+
+def _ant_open_angle(name: str, angle_deg: float) -> Task:
+    """As ant-angle-<deg>; its policy drives the mazes (maze.as_ahead)."""
+    return dataclasses.replace(_ant_angle(name, angle_deg), env="ant-open", dt=ROBOTS["ant-open"].dt)
+
+
 def _cheetah_world(name: str = "cheetah") -> Task:
     """Raw observation qpos[1:] (8: z - nominal z, pitch, joints), qvel (9); x is not observed."""
 
@@ -373,6 +383,8 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "tree-maze-end-<n>": _tree_end,
     "ant": _ant_world,
     "ant-angle-<deg>": _ant_angle,
+    "ant-open": _ant_open,
+    "ant-open-angle-<deg>": _ant_open_angle,
     "cheetah": _cheetah_world,
     "cheetah-run": _cheetah_run,
     "cheetah-jump": functools.partial(_cheetah_run, c_z=15.0),
