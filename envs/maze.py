@@ -147,7 +147,8 @@ def turn_quaternion(quaternion, angle):
 def as_ahead(observations, directions):
     """What the ant [..., 29] would observe, without x and y, if `directions` [..., 2] were the x axis: [..., 27]. JAX.
 
-    On the plane nothing changes when everything turns, so that a policy which walks along x walks anywhere.
+    On the plane nothing changes when everything turns, so that a policy which walks along x walks anywhere. Of the two
+    quaternions of an orientation it is the one with w >= 0, as where it learnt (`ant-open`) at the start.
     """
     import jax.numpy as jnp
 
@@ -155,7 +156,9 @@ def as_ahead(observations, directions):
     c, s = jnp.cos(angle), jnp.sin(angle)
     vx, vy = observations[..., 15], observations[..., 16]
     velocity = jnp.stack([c * vx + s * vy, c * vy - s * vx], -1)
-    parts = (observations[..., 2:3], turn_quaternion(observations[..., 3:7], -angle), observations[..., 7:15])
+    facing = turn_quaternion(observations[..., 3:7], -angle)
+    facing = jnp.where(facing[..., :1] < 0, -facing, facing)
+    parts = (observations[..., 2:3], facing, observations[..., 7:15])
     return jnp.concatenate([*parts, velocity, observations[..., 17:]], -1)
 
 

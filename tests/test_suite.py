@@ -173,6 +173,16 @@ def test_the_controller_turns_with_the_ant():
     np.testing.assert_allclose(views[:, 0], views[:, 1], atol=1e-5)
 
 
+def test_ahead_has_no_seam():
+    """Way due -x, a hair to either side of it: the ant sees nearly the same; and what it sees is as at a start."""
+    obs = np.asarray(envs.make("ant-open").reset(jax.random.key(3)).info["raw_obs"])
+    views = maze.as_ahead(jnp.stack([obs] * 2), jnp.array([[-1.0, 1e-4], [-1.0, -1e-4]]))
+    np.testing.assert_allclose(views[0], views[1], atol=1e-3)
+    angles = jnp.linspace(-3.1, 3.1, 50)
+    views = maze.as_ahead(jnp.stack([jnp.asarray(obs)] * 50), jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1))
+    assert (views[:, 1] >= 0).all()
+
+
 def test_the_open_plane_starts_at_any_heading():
     env = envs.make("ant-open-angle-0")
     obs = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), 200)).info["raw_obs"]
