@@ -1109,6 +1109,9 @@ def check_args(args, task, episode_length):
             raise envs.InputError(f"--{name.replace('_', '-')} must be at least 1")
     _, updates, _ = round_sizes(args, episode_length)
     steps = args.num_envs * episode_length
+    replays = 4 * args.num_policies * args.replay_size * (2 * task.env_observation_size + task.action_size + 2)
+    stats = jax.devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     index = args.div_features.split(",")
     num_features = {"task": len(task.feature_names), "full": task.env_observation_size}.get(
         args.div_features, len(index)
@@ -1127,6 +1130,7 @@ def check_args(args, task, episode_length):
             args.task_weight == 0 or task.has_reward,
         f"--replay-size must hold a round ({steps} steps) and a batch":
             args.replay_size >= max(steps, args.batch_size),
+        f"--replay-size: the replays need {replays / 1e9:.1f} GB of {memory / 1e9:.1f} GB memory": replays < memory,
         "--warmup-steps must be positive: the first batch needs data": args.warmup_steps > 0,
         f"--chunk must be a multiple of a round's updates ({updates})":
             args.chunk % updates == 0,
