@@ -46,7 +46,8 @@ Files      writes runs/wurl_sac/<task>/<name>/: buffers/policy_XX.npz (docs/buff
 Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
            python wurl_sac.py --num-policies 10          (ant, within 30 minutes on 2 cores)
            python wurl_sac.py --num-policies 10 --preset paper      (200k steps and updates a policy)
-Expect     see docs/wurl_sac.md and results/wurl_sac/
+Expect     ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 4.98 after 2 h 27 min on one core
+           point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 4 min each (docs/wurl_sac.md, results/wurl_sac/)
 """
 
 import dataclasses
