@@ -1072,7 +1072,7 @@ def announce(folder, args, task, env, num_rows, init, keys):
     need = 1e9 + 3 * state + 2 * num_bytes(rows)  # the process; old, new, gradient; rows and their copy
     files = 5 * state  # two of the first phase; state.npz, the one before, and the one being written
     disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(
         f"{task.name} on {env.backend}: {args.num_seeds} seeds x ({args.flow_updates} iterations of the {args.flow} "

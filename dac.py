@@ -1040,7 +1040,7 @@ def announce(folder, args, name, sizes, num_rows):
     samples = max(samples, args.num_seeds * args.eval_episodes * args.num_action_samples)
     layers = 6 * samples * args.num_critics * max(args.hidden_sizes)  # five were seen, at the published sizes
     need = 4 * (num_rows * (2 * sizes[0] + sizes[1] + 2) + layers) + 2 * state  # a copy while a chunk runs
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     disk = 3 * state + state // 4  # state.npz, the one before, the one being written; policy.npz
     free = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("state*.npz"))

@@ -1208,7 +1208,7 @@ def announce(folder, args, task, env, num_rows):
     ring = args.num_seeds * args.rollout_batch * args.horizon * args.retain * row
     need = 2 * ring + num_rows * row  # a copy while it is fed
     disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(
         f"{task.name} on {env.backend}: {args.num_seeds} seeds x {args.num_updates} updates, model "

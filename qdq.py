@@ -1252,7 +1252,7 @@ def announce(folder, args, task, env, buffer, data, entries, states):
     need = 2 * (size(data) + size(entries)) + 3 * size(states) + 12 * passed * widest  # with copies and gradients
     written = 4 * size(states)  # newest, the one before, the one being written; policy.npz and q_model.npz
     disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(
         f"{task.name} on {env.backend}: {args.num_seeds} seeds x ({args.teacher_updates} teacher, "

@@ -1111,7 +1111,7 @@ def check_args(args, task, episode_length):
     _, updates, _ = round_sizes(args, episode_length)
     steps = args.num_envs * episode_length
     replays = 4 * args.num_policies * args.replay_size * (2 * task.env_observation_size + task.action_size + 2)
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     index = args.div_features.split(",")
     num_features = {"task": len(task.feature_names), "full": task.env_observation_size}.get(

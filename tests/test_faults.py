@@ -24,10 +24,11 @@ RUNS = {
 
 @pytest.mark.parametrize("script", RUNS)
 def test_a_killed_run_ends_the_same(tmp_path, monkeypatch, script):
-    """Killed once between a half and four fifths of its way: policy, states, buffers, log and TensorBoard are equal."""
+    """Killed once in the middle of its way: policy, states, buffers, log and TensorBoard are equal."""
     monkeypatch.setattr(F, "RUNS", RUNS)
     F.prepare(tmp_path)
-    record = F.kill_trial(tmp_path, script, number=0, most=1, moments=(0.5, 0.8))
+    # Moments are shares of the untouched run's processor time, which a loaded machine makes longer or shorter.
+    record = F.kill_trial(tmp_path, script, number=0, most=1, moments=(0.4, 0.6))
     assert len(record["kills"]) == 1 and not record["problems"], record
 
 
