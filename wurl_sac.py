@@ -358,7 +358,7 @@ def pairwise_apwd(source, source_mask, target, target_mask, directions):
     """
     num_source, num_target = source_mask.sum(-1), target_mask.sum(-1)
 
-    def identity_plan(a, b):  # the sum over features written out: twice as fast as a norm over the last axis
+    def identity_plan(a, b):  # the sum over features written out, so that it runs over whole rows of numbers
         b = b.transpose(1, 2, 0)
         return jnp.sqrt(sum((a[:, :, i, None] - b[:, i]) ** 2 for i in range(a.shape[-1])))
 
@@ -456,6 +456,32 @@ def fit_net(net, net_opt, loss, rows, alive, key, args, batch_size=200):
     keys = jax.random.split(key, alive[0].size)
     (net, net_opt), _ = jax.lax.scan(step, (net, net_opt), keys)
     return net, net_opt
+
+
+def pseudo_reward(net, net_opt, features, alive, key, args):
+    """Lines (2) to (5) of a round -> reward [K, N, L], distances [K, K], and the net of DIAYN or DADS, learnt from it.
+
+    features [K, N, L, d] of the states s_{t+1}, alive [K, N, L]: the step happened.
+    """
+    K, d = args.num_policies, features.shape[-1]
+    if K == 1:  # there is no other
+        return jnp.zeros(alive.shape), jnp.zeros((1, 1)), net, net_opt
+    key_directions, key_net = jax.random.split(key)  # D12
+    directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
+    reward, distances = apwd_reward(features, alive, features, alive, directions, args)
+    index = jnp.broadcast_to(jnp.arange(K)[:, None, None], alive.shape)
+    if args.objective == "diayn":
+        reward = diayn_reward(net, features, args)
+        net, net_opt = fit_net(net, net_opt, diayn_loss, (features, index), alive, key_net, args)
+    if args.objective == "dads":
+        before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
+        change = (features - before) / jnp.maximum((features - before).std((0, 1, 2)), 1e-6)
+        known = alive & (jnp.arange(alive.shape[-1]) > 0)  # the feature before the first step is not
+        reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
+        net, net_opt = fit_net(net, net_opt, dads_loss, (before, change, index), known, key_net, args)
+    if args.objective == "none":
+        reward = jnp.zeros_like(reward)
+    return reward, distances, net, net_opt
 
 
 # === losses ===
@@ -723,6 +749,37 @@ def empty_transition(env):
     return envs.Transition(obs, jnp.zeros(env.action_size), obs, two, two)
 
 
+def init_agent(key, args, env, observe):
+    """Networks, target and optimisers of one policy."""
+    key_actor, key_critic = jax.random.split(key)
+    obs, actions = observe(jnp.zeros((1, env.observation_size))), jnp.zeros((1, env.action_size))
+    actor = actor_net(args, env.action_size).init(key_actor, obs)
+    critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
+    log_alpha, opt = jnp.log(jnp.float32(args.alpha)), adam(args).init
+    target = jax.tree.map(jnp.copy, critic)
+    return Agent(actor, critic, target, log_alpha, opt(actor), opt(critic), opt(log_alpha))
+
+
+def init_net(key, num_features, args):
+    """DIAYN-I's discriminator or DADS-I's predictor; nothing for the others."""
+    if args.objective == "diayn":
+        return MLP((*args.hidden_sizes, args.num_policies)).init(key, jnp.zeros(num_features))
+    if args.objective == "dads":
+        return MLP((256, 256, num_features)).init(key, jnp.zeros(num_features + args.num_policies))
+    return {}
+
+
+def init_state(key, args, env, task, observe):
+    """All that a run begins with: K agents and empty replays."""
+    key, key_agents, key_net = jax.random.split(key, 3)
+    t = empty_transition(env)
+    row = Transitions(t.observations, t.actions, jnp.float32(0), t.next_observations, jnp.float32(0))
+    agent = jax.vmap(lambda key: init_agent(key, args, env, observe))(jax.random.split(key_agents, args.num_policies))
+    replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(jnp.arange(args.num_policies))
+    net = init_net(key_net, jax.eval_shape(feature_function(args, task), t).shape[-1], args)
+    return WurlState(key, jnp.int32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net))
+
+
 def round_sizes(args, episode_length):
     """Rounds of warm-up, updates per round, rounds of training."""
     steps = args.num_envs * episode_length
@@ -799,58 +856,6 @@ def make_train(args, env, task, observe, episode_length):
         )
         return over_devices(jax.vmap(one), args)(actor, keys)
 
-    def init_agent(key):
-        key_actor, key_critic = jax.random.split(key)
-        obs = observe(jnp.zeros((1, env.observation_size)))
-        actions = jnp.zeros((1, env.action_size))
-        actor = actor_net(args, env.action_size).init(key_actor, obs)
-        critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
-        log_alpha = jnp.log(jnp.float32(args.alpha))
-        opt = adam(args).init
-        target = jax.tree.map(jnp.copy, critic)
-        return Agent(actor, critic, target, log_alpha, opt(actor), opt(critic), opt(log_alpha))
-
-    def init_net(key):
-        d = jax.eval_shape(lambda: features_of(empty_transition(env))).shape[-1]
-        if args.objective == "diayn":
-            return MLP((*args.hidden_sizes, args.num_policies)).init(key, jnp.zeros(d))
-        if args.objective == "dads":
-            return MLP((256, 256, d)).init(key, jnp.zeros(d + args.num_policies))
-        return {}
-
-    def init(key):
-        key, key_agents, key_net = jax.random.split(key, 3)
-        agent = jax.vmap(init_agent)(jax.random.split(key_agents, args.num_policies))
-        t = empty_transition(env)
-        row = Transitions(t.observations, t.actions, jnp.float32(0), t.next_observations, jnp.float32(0))
-        replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(jnp.arange(args.num_policies))
-        net = init_net(key_net)
-        return WurlState(key, jnp.int32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net))
-
-    def pseudo_reward(state, steps, key):
-        """Lines (2) to (5), without the task term -> reward [K, N, L], distances [K, K], net, net_opt."""
-        features, alive = features_of(steps.transition), steps.alive
-        if args.num_policies == 1:  # there is no other
-            return jnp.zeros(alive.shape), jnp.zeros((1, 1)), state.net, state.net_opt
-        d = features.shape[-1]
-        key_directions, key_net = jax.random.split(key)  # D12
-        directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
-        reward, distances = apwd_reward(features, alive, features, alive, directions, args)
-        net, net_opt = state.net, state.net_opt
-        index = jnp.broadcast_to(jnp.arange(args.num_policies)[:, None, None], steps.alive.shape)
-        if args.objective == "diayn":
-            reward = diayn_reward(net, features, args)
-            net, net_opt = fit_net(net, net_opt, diayn_loss, (features, index), alive, key_net, args)
-        if args.objective == "dads":
-            before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
-            change = (features - before) / jnp.maximum((features - before).std((0, 1, 2)), 1e-6)
-            known = alive & (jnp.arange(alive.shape[-1]) > 0)  # the feature before the first step is not
-            reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
-            net, net_opt = fit_net(net, net_opt, dads_loss, (before, change, index), known, key_net, args)
-        if args.objective == "none":
-            reward = jnp.zeros_like(reward)
-        return reward, distances, net, net_opt
-
     def train_policy(agent, replay, key):
         """Line (7): `updates_per_round` updates of one policy."""
         step = lambda agent, key: wurl_update(agent, replay, key, args, observe)
@@ -862,8 +867,10 @@ def make_train(args, env, task, observe, episode_length):
         K = args.num_policies
         keys = jax.random.split(key_rollout, K)
         steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # D3
-        reward, distances, net, net_opt = pseudo_reward(state, steps, key_reward)
         t = steps.transition
+        reward, distances, net, net_opt = pseudo_reward(
+            state.net, state.net_opt, features_of(t), steps.alive, key_reward, args
+        )
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
         if warmup and args.warmup_zero_reward:  # D6
             mixed = jnp.zeros_like(mixed)
@@ -887,8 +894,9 @@ def make_train(args, env, task, observe, episode_length):
         out = sharding, (placed(args), placed(args), split, split)
         return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
+    init = jax.jit(lambda key: init_state(key, args, env, task, observe), out_shardings=sharding)
     chunk = rounds(args.chunk // updates_per_round, False)
-    return jax.jit(init, out_shardings=sharding), rounds(num_warmup, True), chunk, rollouts
+    return init, rounds(num_warmup, True), chunk, rollouts
 
 
 # === run ===

@@ -4,6 +4,7 @@
 
 Writes <folder>/large.npz (46 bytes a row, the point robot's sizes) and prints, in MB, what the process allocated beyond
 what it had before each run (RssAnon, looked at every 10 ms; pages of the mapped file are the system's to drop).
+Linux only: the figure comes from its /proc.
 """
 
 import argparse

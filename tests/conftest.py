@@ -1,12 +1,14 @@
 """What all tests share: compiled programs, kept for the length of one test run."""
 
+import os
+
 import jax
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """The same program, jitted anew by another test, is compiled once."""
+    """The same program, jitted anew by another test or in a process that a test starts, is compiled once."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
@@ -15,6 +17,8 @@ def compiled_once(tmp_path_factory):
     old = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     yield
     for name, value in old.items():
         jax.config.update(name, value)
+        del os.environ[name.upper()]
