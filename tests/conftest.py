@@ -6,6 +6,15 @@ import jax
 import pytest
 
 
+# The files that take longest, first: each worker takes whole files, and none should begin a long one at the end.
+LONGEST = ["cped", "scale", "wurl_sac", "qdq", "dac", "mopo", "faults", "envs", "chain", "suite"]
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
     """The same program, jitted anew by another test or in a process that a test starts, is compiled once."""
