@@ -107,7 +107,7 @@ class Args:
     """L: steps of an episode; 0: the task's own (ant, cheetah 200; point 100)"""
     warmup_steps: int = 2_000
     """environment steps per policy with uniform random actions at the start (reference code: 20,000 over all)"""
-    chunk: int = 200
+    chunk: int = 100
     """gradient steps per policy in one jitted call; a multiple of a round's, a divisor of eval_every"""
     eval_every: int = 4_000
     """gradient steps per policy between two evaluations"""

@@ -441,7 +441,7 @@ def mopo_parts(args, task, data, num_updates, plain):
 
 def mopo_plain(args, data, sizes):
     """The same work in PyTorch; sizes: model steps, rollout rows, SAC updates of a call."""
-    rows = baselines.Rows([np.array(x) for x in data])
+    rows = baselines.Rows([np.array(x) for x in data[:5]])  # PyTorch's SAC knows transitions only
     hidden, members = args.model_hidden_sizes, args.ensemble_size
     world = baselines.Dynamics(rows, hidden, members, args.model_decays)
     rates = args.actor_lr, args.critic_lr, args.alpha_lr
