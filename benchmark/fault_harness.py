@@ -96,6 +96,7 @@ class Life:
         """Run the command; send signal `number` when it has used `at` seconds of processor time."""
         log = work / "life.txt"
         moved, self.struck, self.hung, self.cpu = time.monotonic(), False, False, 0.0
+        self.began = time.time()
         with open(log, "wb") as out:
             process = subprocess.Popen(
                 words, cwd=ROOT, env=environment(work), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -113,12 +114,18 @@ class Life:
                     os.killpg(process.pid, signal.SIGKILL)
                     self.hung = True
                 time.sleep(0.01)
+        self.ended = time.time()
         self.code, self.text = process.returncode, log.read_text(errors="replace")
         self.where = phase_of(self.text)
 
     @property
     def killed(self):
         return self.code == -signal.SIGKILL and not self.hung
+
+    def unsaved(self, folder):
+        """Seconds between the last state that this process wrote and its end; None where it wrote none."""
+        newest = max((path.stat().st_mtime for path in folder.rglob("state.npz")), default=0.0)
+        return self.ended - newest if newest > self.began else None
 
     def last_line(self):
         return (self.text.strip().splitlines() or [""])[-1][:300]
@@ -276,7 +283,8 @@ def kill_trial(work, script, number, most, moments=(0.0, 1.0)):
         life = Life(work, command(work, script, folder, resume), cpu * rng.uniform(*moments))
         if life.killed:
             torn = whole_files(folder) if folder.exists() else []
-            record["kills"].append({"where": life.where, "cpu": life.cpu, "torn": torn})
+            kill = {"where": life.where, "cpu": life.cpu, "torn": torn, "unsaved": life.unsaved(folder)}
+            record["kills"].append(kill)
             record["problems"] += [f"{name}: torn" for name in torn if not name.endswith(".png")]
             record["from nothing"] += "nothing was saved here yet" in life.text
             resume = True
@@ -500,6 +508,8 @@ def counts_of(records):
             where = entry.setdefault("kills", {})
             where[kill["where"]] = where.get(kill["where"], 0) + 1
             entry["torn"] = entry.get("torn", 0) + len(kill["torn"])
+            if kill.get("unsaved") is not None and not kill["where"].startswith("after"):
+                entry["unsaved"] = max(entry.get("unsaved", 0.0), kill["unsaved"])
     return found
 
 
@@ -517,9 +527,12 @@ def write_page(work):
         kills = entry.get("kills", {})
         whole += sum(kills.values())
         moments = ", ".join(f"{where} {n}" for where, n in sorted(kills.items(), key=lambda x: -x[1]))
-        rows.append([script, sum(kills.values()), moments, entry["runs"], entry["began anew"], entry["as promised"]])
-    rows.append(["all", whole, "", *(sum(row[i] for row in rows) for i in (3, 4, 5))])
-    kills = table(["script", "kills", "when", "runs", "nothing saved yet", "equal to the untouched run"], rows)
+        unsaved = f"{entry['unsaved']:.1f} s" if "unsaved" in entry else ""
+        sums = entry["runs"], entry["began anew"], entry["as promised"]
+        rows.append([script, sum(kills.values()), moments, *sums, unsaved])
+    rows.append(["all", whole, "", *(sum(row[i] for row in rows) for i in (3, 4, 5)), ""])
+    head = ["script", "kills", "when", "runs", "nothing saved yet", "equal to the untouched run", "longest unsaved"]
+    kills = table(head, rows)
     rows = []
     for name in FAULTS:
         cells = counts["faults"].get(name, {})
