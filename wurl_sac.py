@@ -47,7 +47,7 @@ Run        python wurl_sac.py --quick                    (point robot, under 2 m
            python wurl_sac.py --num-policies 10          (ant, within 30 minutes on 2 cores)
            python wurl_sac.py --num-policies 10 --preset paper      (200k steps and updates a policy)
 Expect     ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 4.98 after 2 h 27 min on one core
-           point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 4 min each (docs/wurl_sac.md, results/wurl_sac/)
+           point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
 """
 
 import dataclasses
@@ -1098,13 +1098,29 @@ def write_policy(path, kind, params, metadata):
     envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
 
 
+def whole_rounds(preset, args, episode_length):
+    """The preset with chunk, eval_every and num_updates in whole rounds, whose size is the task's and the flags'."""
+    own = {name: getattr(args, name) for name in ("num_envs", "updates_per_step")}
+    own = {name: value for name, value in own.items() if value != getattr(Args, name)}
+    fields = dataclasses.replace(Args(), **preset | own)
+    updates = round_sizes(fields, episode_length)[1]
+    if fields.chunk % updates == 0:
+        return preset
+    chunk = max(round(fields.chunk / updates), 1) * updates
+    eval_every = max(round(fields.eval_every / chunk), 1) * chunk
+    num_updates = max(round(fields.num_updates / eval_every), 1) * eval_every
+    return preset | dict(chunk=chunk, eval_every=eval_every, num_updates=num_updates)
+
+
 def wurl_preset(args):
     """The published budget, --quick, or what suits the world -> name, {field: value}."""
     quick = QUICK if args.quick else {}
-    world = envs.task(quick.get("task", args.task)).env
+    task = envs.task(quick.get("task", args.task))
+    world = task.env
     if args.preset and args.preset not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
-    preset = PRESETS.get(world, {"chunk": 500}) | PRESETS.get(args.preset, {}) | quick  # brax: 1000-step episodes
+    preset = PRESETS.get(world, {}) | PRESETS.get(args.preset, {}) | quick
+    preset = whole_rounds(preset, args, args.episode_length or task.episode_length)
     if args.div_features not in ("task", preset.get("div_features")):  # the scales are those of other features
         preset = {k: v for k, v in preset.items() if k != "feature_scales"}
     return args.preset or ("quick" if args.quick else world), preset

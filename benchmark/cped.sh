@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind docs/cped.md. Pick parts by name: benchmark/cped.sh point density ant paper published
-# The datasets are those of benchmark/wurl_sac.sh, through udg_select.py --size 50000.
+# The datasets are those of benchmark/wurl_sac.sh ant, through
+# python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all --size 50000
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ant=runs/udg_select/ant-angle-60
@@ -10,8 +11,8 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
     python cped.py --quick --num-seeds 3 --bc-only --out runs/cped/point-angle-0/quick-bc
 }
 
-density() { # learnt against true density: hybrid, likelihood only, adversarial only
-    python results/cped/density.py --out runs/cped/density --num-seeds 3
+density() { # learnt against true density: hybrid, likelihood only, adversarial only; one seed on the page
+    python results/cped/density.py --out runs/cped/density
 }
 
 ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared

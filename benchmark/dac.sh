@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant sweep invariants paper published
+# The datasets are those of benchmark/wurl_sac.sh (ant, point), through udg_select.py, for the ant with and without --size 50000:
+# python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 2 all --size 50000
+# python udg_select.py --buffers runs/wurl_sac/point/seed0/buffers --task point-angle-60 --top 1 all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ant=runs/udg_select/ant-angle-60
@@ -53,7 +56,7 @@ paper() { # 2M updates, 8 seeds, N = 10: for a GPU
 }
 
 published() { # D4RL files converted by python -m envs.buffers from-d4rl; presets by the file's name
-    for data in runs/d4rl/*.npz; do python dac.py --dataset "$data" --num-seeds 8 --chunk 1000; done
+    for data in data/*-v[02].npz; do python dac.py --dataset "$data" --num-seeds 8 --chunk 1000; done
 }
 
 for part in "${@:-quick}"; do $part; done

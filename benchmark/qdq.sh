@@ -1,38 +1,48 @@
-#!/bin/sh
-# The commands behind docs/qdq.md. Each stands alone; run those you need from the repository's root.
-set -e
+#!/usr/bin/env bash
+# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh point short ablations sweep full paper published
+# The datasets are those of benchmark/wurl_sac.sh (ant, cheetah), through
+# python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all [--size 50000]
+# python udg_select.py --buffers runs/wurl_sac/cheetah/seed0/buffers --task cheetah-jump --top 1 all
+set -euo pipefail
+cd "$(dirname "$0")/.."
+runs=runs/qdq/ant-angle-60
+ant="python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu"
+brief="$ant --teacher-updates 20000 --student-updates 20000"
 
-# CPU budget: 2 cores, one seed (first two phases at a tenth of their steps, 20k policy updates)
-python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu --out runs/qdq/ant-angle-60/top1-cpu
+point() { # three seeds on the point robot, minutes
+    python qdq.py --quick --num-seeds 3 --out runs/qdq/point-angle-0/quick3
+}
 
-# the same with a short first stage, what docs/qdq.md shows
-python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu \
-    --teacher-updates 20000 --student-updates 20000 --out runs/qdq/ant-angle-60/top1-short
+short() { # one seed, a short first stage: what docs/qdq.md shows
+    $brief --out $runs/seed0-short
+}
 
-# without H, and cloning only, on its student
-python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu --teacher-updates 20000 \
-    --student-updates 20000 --student runs/qdq/ant-angle-60/top1-short/q_model.npz --alpha 1 \
-    --out runs/qdq/ant-angle-60/top1-alpha1
-python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu --teacher-updates 20000 \
-    --student-updates 20000 --student runs/qdq/ant-angle-60/top1-short/q_model.npz --q-from 1 \
-    --out runs/qdq/ant-angle-60/top1-clone
+ablations() { # without H, and cloning only, on the student of `short`
+    $brief --student $runs/seed0-short/q_model.npz --alpha 1 --out $runs/seed0-alpha1
+    $brief --student $runs/seed0-short/q_model.npz --q-from 1 --out $runs/seed0-clone
+}
 
-# a sweep of the policy's flags on one student
-for weight in 0.05 0.2 1.0; do
-    python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu \
-        --student runs/qdq/ant-angle-60/top1-short/q_model.npz --gamma-ent $weight \
-        --out runs/qdq/ant-angle-60/top1-gamma$weight
-done
-
-# point robot, three seeds
-python qdq.py --quick --num-seeds 3 --out runs/qdq/point-angle-0/quick3
-
-# published budget, for a GPU: 800k teacher, 1.6M student, 1M policy updates, five seeds at once
-for task in ant-angle-60 cheetah-jump; do
-    for data in top1 all; do
-        python qdq.py --dataset "runs/udg_select/$task/$data.npz" --num-seeds 5 --out "runs/qdq/$task/$data"
+sweep() { # the weight of the likelihood term on one student
+    for weight in 0.05 0.2 1.0; do
+        $ant --student $runs/seed0-short/q_model.npz --gamma-ent $weight --out $runs/seed0-gamma$weight
     done
-done
+}
 
-# the paper's settings on a D4RL set of the same name, converted to docs/buffer.md
-python qdq.py --dataset data/halfcheetah-medium-v2.npz --num-seeds 5 --uncertainty mc
+full() { # CPU budget: the first two phases at a tenth of their published steps
+    $ant --out $runs/seed0
+}
+
+paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: for a GPU
+    for task in ant-angle-60 cheetah-jump; do
+        for data in top1 all; do
+            python qdq.py --dataset runs/udg_select/$task/$data.npz --num-seeds 5 --out runs/qdq/$task/$data
+        done
+    done
+}
+
+published() { # the paper's settings on a D4RL set of the same name, converted to docs/buffer.md
+    python qdq.py --dataset data/halfcheetah-medium-v2.npz --num-seeds 5 --uncertainty mc
+}
+
+for part in "${@:-point}"; do $part; done
+python results/collect.py runs/qdq/*/*

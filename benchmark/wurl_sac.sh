@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-point() { # 5 seeds, about 3 minutes each on 2 cores
+point() { # 5 seeds, 5 to 8 minutes each on a core, two at a time
     for seed in 0 1 2 3 4; do python wurl_sac.py --task point --seed $seed; done
 }
 
-scale() { # reward scale on the point robot, 1 seed each; 4 minutes each on one quiet core
+scale() { # reward scale on the point robot, 1 seed each; 4 to 14 minutes each on a core
     for scale in 0.3 3 10 50; do
         python wurl_sac.py --task point --reward-scale $scale --out runs/wurl_sac/point/scale$scale
     done

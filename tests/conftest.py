@@ -5,7 +5,6 @@ import os
 import jax
 import pytest
 
-
 # The files that take longest, first: each worker takes whole files, and none should begin a long one at the end.
 LONGEST = ["cped", "scale", "wurl_sac", "qdq", "dac", "mopo", "faults", "envs", "chain", "suite"]
 

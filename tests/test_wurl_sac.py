@@ -550,8 +550,11 @@ def test_collapse_and_discriminator_metrics():
     assert success < 0.5  # chance is 1/3
 
 
-@pytest.mark.parametrize("world", ["ant", "cheetah", "point", "tree-maze", "humanoid", "brax/ant"])
-@pytest.mark.parametrize("flags", [[], ["--preset", "paper"]])
+WORLDS = ["ant", "cheetah", "point", "tree-maze", "humanoid", "brax/ant", "halfcheetah", "hopper", "ant-maze-umaze"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("flags", [[], ["--preset", "paper"], ["--episode-length", "130"], ["--num-envs", "4"]])
 def test_presets_fit_every_world(world, flags):
     args = W.parse_args(["--task", world, *flags], W.wurl_preset)
     task = envs.task(world)
