@@ -375,12 +375,13 @@ def flags_left(cell):
 
 
 def adopt(cells, base):
-    """Record cells that were made by hand (--commands) where the flags that they left are exactly the command's."""
+    """Record cells that were made by hand (--commands) where the flags that they left mean the command's numbers."""
     for cell in cells.values():
         if not cell.done.exists() or record_file(cell, base).exists():
             continue
         left, wanted = flags_left(cell), json.loads(json.dumps(flags_of(cell)))
-        differ = [k for k in sorted(wanted.keys() | left.keys()) if k != "resume" and left.get(k) != wanted.get(k)]
+        free = {"resume", "q_bound"} | ({"chunk", "out"} if cell.command[0] == "wurl_sac.py" else set())
+        differ = [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
         if differ:
             print(f"{cell.name}: made by another command ({', '.join(differ)} differ): it does not count", flush=True)
         else:
