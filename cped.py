@@ -1213,6 +1213,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loops it ends a run as Ctrl-C does
     try:
         arguments = parse_args(sys.argv[1:], cped_preset)
         if arguments.num_devices > 1:  # of the CPU; accelerators are what they are

@@ -1359,8 +1359,15 @@ def write_buffers(folder, args, task, env, files, warmup, fresh, episode_length)
         each.remove()
 
 
+def is_finished(folder, args):
+    """Whether all buffers are whole and the row files have begun to go, which is the last thing that happens."""
+    names = [f"policy_{k:02d}" for k in range(args.num_policies)]
+    whole = all((folder / "buffers" / f"{name}.npz").exists() for name in names)
+    return whole and not all((folder / "rows" / f"{name}.rows").exists() for name in names)
+
+
 def main(args):
-    """Train K policies and write their buffers -> metrics of the last evaluation."""
+    """Train K policies and write their buffers -> metrics of the last evaluation; {} if a resumed run is finished."""
     started = time.time()
     task = envs.task(args.task)
     if task.env.startswith("brax/"):  # brax's rewards are not functions of a recorded transition
@@ -1378,6 +1385,11 @@ def main(args):
     meta = {"identity": run_identity(args), "log": 0, "rows": None, "train": {}}
     if args.resume:
         state, meta = load_state(folder, jax.eval_shape(init, key_train), meta["identity"])
+        if is_finished(folder, args):
+            for left in ("rows", "rollouts"):
+                shutil.rmtree(folder / left, ignore_errors=True)
+            print(f"{folder}: this run is finished: its buffers are whole")
+            return {}
         state = jax.jit(lambda state: state, out_shardings=state_sharding(args))(state)
     else:
         state = init(key_train)
@@ -1435,6 +1447,7 @@ def leave(message):
 
 def command_line(argv):
     """The whole run; whatever a user can mend, and the loss of another process, ends in one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loops it ends a run as Ctrl-C does
     try:
         args = parse_args(argv, wurl_preset)
         if args.num_devices > 1:  # of the CPU; accelerators are what they are

@@ -46,8 +46,7 @@ class EpisodeFiles:
             size = path.stat().st_size if path.exists() else 0
             if size < count * self.dtype.itemsize:
                 raise InputError(
-                    f"{path}: holds fewer than {count} rows: the run is finished, or the file was cut; "
-                    "start a new run with another --out"
+                    f"{path}: holds fewer than {count} rows: the file was cut; start a new run with another --out"
                 )
             with open(path, "ab") as file:
                 file.truncate(count * self.dtype.itemsize)

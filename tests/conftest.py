@@ -30,3 +30,23 @@ def compiled_once(tmp_path_factory):
     for name, value in old.items():
         jax.config.update(name, value)
         del os.environ[name.upper()]
+
+
+def optimise(yes):
+    jax.config.update("jax_disable_most_optimizations", not yes)
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """From its first use to the end of a file, for programs that take longer to compile than to run: half the time."""
+    optimise(False)
+    yield
+    optimise(True)
+
+
+@pytest.fixture
+def optimised(unoptimised):
+    """For a test after those whose programs run for long."""
+    optimise(True)
+    yield
+    optimise(False)

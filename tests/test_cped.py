@@ -580,7 +580,7 @@ def test_cloning_takes_a_mode_and_not_the_mean_between_them():
 # --- seeds and determinism ---
 
 
-def test_a_seed_alone_is_the_seed_among_others(monkeypatch):
+def test_a_seed_alone_is_the_seed_among_others(monkeypatch, unoptimised):
     args, data = tiny(chunk=10), random_data()
     state = C.make_train(args)[0](jax.random.split(jax.random.key(3), 3), data)
     take = lambda part: jax.tree.map(lambda x: jnp.copy(x[part]), state)
@@ -596,7 +596,7 @@ def test_a_seed_alone_is_the_seed_among_others(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory):
+def whole_run(dataset, tmp_path_factory, unoptimised):
     """An uninterrupted run of two seeds -> args, folder, result, times that each program was compiled."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
@@ -748,7 +748,7 @@ def test_flags_run_on_data_with_a_known_density(changes, dataset, tmp_path):
         assert fits[-1]["flow/kl"] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_learns_on_the_point_robot(dataset, tmp_path):
+def test_learns_on_the_point_robot(dataset, tmp_path, optimised):
     """Scripted walks in ten directions, mean return near 0, best about 90: the policy must beat the mean by 50."""
     quick = {**C.QUICK, "flow_updates": 2_500, "num_updates": 2_000, "eval_every": 2_000}
     result = C.main(C.Args(dataset=dataset, out=str(tmp_path / "run"), **quick))

@@ -511,7 +511,7 @@ def test_bandit_draws_its_figure_and_resumes(tmp_path, capsys, monkeypatch):
 # --- seeds and the whole script ---
 
 
-def test_a_seed_alone_is_the_seed_among_others():
+def test_a_seed_alone_is_the_seed_among_others(unoptimised):
     data, args = random_rows(), tiny(num_steps=2)
     init, chunk = D.make_train(args, 3, 2)
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
@@ -527,7 +527,7 @@ def test_a_seed_alone_is_the_seed_among_others():
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory):
+def whole_run(dataset, tmp_path_factory, unoptimised):
     """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
@@ -648,7 +648,7 @@ def test_resume_refuses_other_flags(whole_run):
         D.main(args)
 
 
-def test_quick_beats_its_data(tmp_path):
+def test_quick_beats_its_data(tmp_path, optimised):
     """Probe: the data's mean return is about 0, its best episode 94; stated margin over the mean: 60."""
     flags = ["--quick", "--num-updates", "1000", "--eval-every", "500", "--out", str(tmp_path / "run")]
     result = D.main(D.parse_args(flags, D.dac_preset))
@@ -656,7 +656,7 @@ def test_quick_beats_its_data(tmp_path):
     assert result["data_best"] < 100
 
 
-def test_cloning_returns_the_datas_mean(dataset, tmp_path):
+def test_cloning_returns_the_datas_mean(dataset, tmp_path, optimised):
     """Cloned walks in ten directions go nowhere on average, and no critic is in the policy file."""
     flags = ["--dataset", dataset, "--guidance", "none", "--num-updates", "1000", "--eval-every", "500",
              "--hidden-sizes", "64", "64", "--actor-lr", "1e-3", "--out", str(tmp_path / "run"),

@@ -654,7 +654,7 @@ def test_elites_are_the_best_and_snapshots_come_back():
 # --- seeds and determinism ---
 
 
-def test_a_seed_alone_is_the_seed_among_others():
+def test_a_seed_alone_is_the_seed_among_others(unoptimised):
     args, task, data = tiny(num_updates=50), AbstractTask(), random_data()
     keys = jax.random.split(jax.random.key(3), 2)
 
@@ -675,28 +675,13 @@ def test_a_seed_alone_is_the_seed_among_others():
 # --- the whole script ---
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same programs are compiled once for all runs of this file."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5, "jax_persistent_cache_min_entry_size_bytes": -1,
-    }  # fmt: skip
-    old = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return str(scripted.dataset(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory):
+def whole_run(dataset, tmp_path_factory, unoptimised):
     """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []

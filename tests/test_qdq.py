@@ -605,7 +605,7 @@ def mapped_seeds():
     return chunk_of_all_phases(slice(0, 2))
 
 
-def test_a_seed_alone_is_the_seed_among_others():
+def test_a_seed_alone_is_the_seed_among_others(unoptimised):
     both, alone = mapped_seeds(), chunk_of_all_phases(slice(1, 2))
     for a, b in zip(*map(jax.tree.leaves, (both, alone)), strict=True):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
@@ -630,7 +630,7 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory):
+def whole_run(dataset, tmp_path_factory, unoptimised):
     """An uninterrupted run of two seeds -> args, folder, result, its phases."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
@@ -788,7 +788,7 @@ def test_other_flags_run(changes, whole_run, dataset, tmp_path):
     assert np.isfinite(result["score"])
 
 
-def test_learns_on_the_point_robot(whole_run, dataset, tmp_path):
+def test_learns_on_the_point_robot(whole_run, dataset, tmp_path, optimised):
     """Behaviour: about 0 (ten headings). The margin of 50 is half of the best episode's return."""
     budget = dict(
         student=str(whole_run[1] / "q_model.npz"), num_seeds=2, num_updates=1_500, chunk=100, eval_every=1_500
