@@ -1101,7 +1101,7 @@ def write_policy(path, kind, params, metadata):
 def whole_rounds(preset, args, episode_length):
     """The preset with chunk, eval_every and num_updates in whole rounds, whose size is the task's and the flags'."""
     own = {name: getattr(args, name) for name in ("num_envs", "updates_per_step")}
-    own = {name: value for name, value in own.items() if value != getattr(Args, name)}
+    own = {name: value for name, value in own.items() if value != getattr(Args, name) and not args.preset}
     fields = dataclasses.replace(Args(), **preset | own)
     updates = round_sizes(fields, episode_length)[1]
     if fields.chunk % updates == 0:
