@@ -17,6 +17,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
     """The same program, jitted anew by another test or in a process that a test starts, is compiled once."""
+    environment = dict(os.environ)
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
@@ -29,7 +30,8 @@ def compiled_once(tmp_path_factory):
     yield
     for name, value in old.items():
         jax.config.update(name, value)
-        del os.environ[name.upper()]
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def optimise(yes):
