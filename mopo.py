@@ -49,6 +49,7 @@ Run        python mopo.py --quick                         (point robot, under 2 
 Expect     see docs/mopo.md and results/mopo/
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -1009,6 +1010,18 @@ class Logger:
             self.wandb.log({**scalars, "step": step})
 
 
+def end_at_once(number, frame):
+    """Handler of SIGTERM and Ctrl-C outside the loops: says so and ends, with what was saved.
+
+    No exception: one that is raised in a callback of jax's is lost, and an orderly end crashes while XLA compiles.
+    """
+    said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
+    with contextlib.suppress(RuntimeError):  # in the middle of a print
+        sys.stdout.flush()
+    os.write(2, f"{Path(__file__).name}: {said}\n".encode())
+    os._exit(1)
+
+
 class StopSignal:
     """Turns the first SIGTERM or Ctrl-C into `name`, so that the loop can save first; a second one is obeyed."""
 
@@ -1383,7 +1396,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loops it ends a run as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_at_once)
     try:
         arguments = parse_args(sys.argv[1:], mopo_preset)
         if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
@@ -1391,5 +1405,3 @@ if __name__ == "__main__":
         main(arguments)
     except (envs.InputError, OSError) as error:
         sys.exit(f"mopo.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("mopo.py: stopped; the same command with --resume goes on from what was saved")

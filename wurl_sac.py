@@ -50,6 +50,7 @@ Expect     ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 
            point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -960,6 +961,18 @@ class Logger:
             self.wandb.log({**scalars, "step": step})
 
 
+def end_at_once(number, frame):
+    """Handler of SIGTERM and Ctrl-C outside the loops: says so and ends, with what was saved.
+
+    No exception: one that is raised in a callback of jax's is lost, and an orderly end crashes while XLA compiles.
+    """
+    said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
+    with contextlib.suppress(RuntimeError):  # in the middle of a print
+        sys.stdout.flush()
+    os.write(2, f"{Path(__file__).name}: {said}\n".encode())
+    os._exit(1)
+
+
 class StopSignal:
     """Turns the first SIGTERM or Ctrl-C into `name`, so that the loop can save first; a second one is obeyed."""
 
@@ -1447,7 +1460,8 @@ def leave(message):
 
 def command_line(argv):
     """The whole run; whatever a user can mend, and the loss of another process, ends in one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loops it ends a run as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_at_once)
     try:
         args = parse_args(argv, wurl_preset)
         if args.num_devices > 1:  # of the CPU; accelerators are what they are
@@ -1457,8 +1471,6 @@ def command_line(argv):
         main(args)
     except (envs.InputError, OSError) as error:
         leave(f"error: {error}")
-    except KeyboardInterrupt:
-        leave("stopped; the same command with --resume goes on from what was saved")
     except (ValueError, RuntimeError) as error:  # of a collective operation: another process may be gone
         if not jax.distributed.is_initialized():
             raise

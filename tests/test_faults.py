@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,20 @@ def test_a_killed_run_ends_the_same(tmp_path, monkeypatch, script):
     # Moments are shares of the untouched run's processor time, which a loaded machine makes longer or shorter.
     record = F.kill_trial(tmp_path, script, number=0, most=1, moments=(0.4, 0.6))
     assert len(record["kills"]) == 1 and not record["problems"], record
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_programs_compile(tmp_path, name):
+    """One line and exit code 1, at once: no exception, which jax may swallow, and no crash of the compiler's."""
+    command = [sys.executable, str(ROOT / "dac.py"), "--quick", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as process:
+        for line in process.stdout:
+            if "disk" in line:  # the last line before the first program
+                break
+        process.send_signal(getattr(signal, name))
+        assert process.wait(timeout=60) == 1
+        said = process.stdout.read().splitlines()
+    assert said == [f"dac.py: stopped by {name}; the same command with --resume goes on from what was saved"]
 
 
 def make_folder(path, value=1.0, log=(1, 2), board=((1, 2),), extra=()):
