@@ -375,11 +375,17 @@ def flags_left(cell):
 
 
 def adopt(cells, base):
-    """Record cells that were made by hand (--commands) where the flags that they left mean the command's numbers."""
+    """Record cells that were made by hand (--commands) where the flags that they left mean the command's numbers.
+
+    A flag that did not exist when a cell was made had the value that is the default now.
+    """
     for cell in cells.values():
         if not cell.done.exists() or record_file(cell, base).exists():
             continue
-        left, wanted = flags_left(cell), json.loads(json.dumps(flags_of(cell)))
+        wanted, left = json.loads(json.dumps(flags_of(cell))), flags_left(cell)
+        fields = dataclasses.fields(importlib.import_module(cell.command[0].removesuffix(".py")).Args)
+        defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        left = json.loads(json.dumps(defaults)) | left if left else {}
         free = {"resume", "q_bound"} | ({"chunk", "out"} if cell.command[0] == "wurl_sac.py" else set())
         differ = [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
         if differ:
