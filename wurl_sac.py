@@ -969,7 +969,7 @@ def end_at_once(number, frame):
     said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
     with contextlib.suppress(RuntimeError):  # in the middle of a print
         sys.stdout.flush()
-    os.write(2, f"{Path(__file__).name}: {said}\n".encode())
+    os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
     os._exit(1)
 
 

@@ -329,8 +329,11 @@ def try_signal(work, script, folder, record, rng, name):
     cpu = reference(work, script)
     life = run_until(work, script, folder, rng.uniform(0.3 * cpu, 0.9 * cpu), getattr(signal, name))
     record["where"] = life.where
-    if not life.struck or life.code == 0:
+    ended = life.code == -getattr(signal, name) and "policy.npz, " in life.text  # while the interpreter goes
+    if not life.struck or life.code == 0 or ended:
         record["where"] = "after its end"
+        if ended:
+            finish(work, script, folder, record, True)
         return
     saved = any(folder.rglob("state*.npz"))
     record["problems"] += clear_refusal(life, "--resume") if saved else []
