@@ -48,12 +48,21 @@ def load(path):
         short = row["returns_data_length"]
         row |= {"score": float(np.mean(short[-LAST:])), "last": short[-1], "best": max(short)}
         row["whole"] = float(np.mean(row["returns"][-LAST:]))
-    distances = {row["task"]: row for row in rows if "w1" in row}
-    several = header.get("learners", ())
-    if len(several) > 1 and not distances:  # each learner has tasks of its own
-        learners = [{**row, "task": f"{row['task']}, {row['learner']}"} for row in learners]
-        header["tasks"] = [f"{task}, {learner}" for task in header["tasks"] for learner in several]
-    return header, sources, learners, distances
+    return header, sources, learners, {row["task"]: row for row in rows if "w1" in row}
+
+
+def by_learner(header, learners):
+    """{learner: its rows}, in the study's order."""
+    names = [*header.get("learners", ()), *(row["learner"] for row in learners)]
+    found = {name: [row for row in learners if row["learner"] == name] for name in dict.fromkeys(names)}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def side_by_side(header, learners):
+    """The study as if "task, learner" were a task, for one figure of several learners."""
+    names = by_learner(header, learners)
+    tasks = [f"{task}, {name}" for task in planned(header, learners)[0] for name in names]
+    return {**header, "tasks": tasks}, [{**row, "task": f"{row['task']}, {row['learner']}"} for row in learners]
 
 
 def scores(learners, what="score"):
@@ -160,6 +169,24 @@ def print_table(head, rows):
     for row in rows:
         print("|", " | ".join(map(str, row)), "|")
     print()
+
+
+def learners_table(header, learners):
+    """Each learner's score over tasks by label, the worst task in brackets; above, what the data have."""
+    tasks, labels = planned(header, learners)
+
+    def row_of(name, rows, what):
+        table, cells = scores(rows, what), []
+        for label in labels:
+            means = [np.mean(table[task][label]) for task in tasks if label in table.get(task, {})]
+            worst = f" ({min(means):.1f})" if len(tasks) > 1 and means else ""
+            cells.append(f"{np.mean(means):.1f}{worst}" if len(means) == len(tasks) else "missing")
+        return [name, *cells]
+
+    rows = [row_of("mean episode of the data", learners, "data_mean")]
+    rows += [row_of(name, mine, "score") for name, mine in by_learner(header, learners).items()]
+    over = "mean over tasks (worst task)" if len(tasks) > 1 else tasks[0]
+    print_table([f"score, {over}", *labels], rows)
 
 
 def score_tables(header, learners):
@@ -388,9 +415,17 @@ def draw(path):
     if learners and distances:
         bound(picture, header, learners, distances)
     elif learners:
-        score_tables(header, learners)
+        groups = by_learner(header, learners)
+        if len(groups) > 1:
+            learners_table(header, learners)
+        for name, rows in groups.items():
+            print(f"### {name}\n\n" * (len(groups) > 1), end="")
+            score_tables(header, rows)
         counted = all(re.fullmatch(r"K=\d+", label) for label in planned(header, learners)[1])
-        (against_number if counted else dots)(picture, header, learners)
+        if len(groups) > 1:
+            dots(picture, *side_by_side(header, learners))
+        else:
+            (against_number if counted else dots)(picture, header, learners)
     diverse = {name: row for name, row in sources.items() if row["min_w"]}
     if len(diverse) > 1 or (diverse and not learners):
         distances_over_time(path.with_name(f"{path.stem}-diversity.png"), header, diverse)

@@ -507,12 +507,21 @@ def test_scores_and_spread(tmp_path, capsys):
     assert set(pictures) == {"toy.png"} and is_drawn(pictures["toy.png"])
 
 
-def test_every_learner_has_its_line(tmp_path, capsys):
-    """Two learners on one task are not pooled, and the missing one is called so."""
-    rows = [row("t1", "a", 10.0), row("t1", "b", 20.0), row("t1", "a", 30.0, learner="dac")]
-    about = {"tasks": ["t1"], "picks": {"a": "x:1", "b": "y:1"}, "learners": ["mopo", "dac"]}
-    table, _, pictures = figures(tmp_path, capsys, rows, **about)
-    assert table["t1, mopo"] == ["10.0", "20.0"] and table["t1, dac"] == ["30.0", "missing"]
+def test_every_learner_has_its_tables(tmp_path, capsys):
+    """Learners are never averaged with one another: what one gains must not decide for the others."""
+    rows = [
+        row(task, label, base + 10 * (label == "a"), learner="bc")
+        for task, base in (("t1", 0), ("t2", 4))
+        for label in "ab"
+    ]
+    rows += [row("t1", "a", 20.0), row("t2", "a", 22.0), row("t1", "b", 23.0), row("t1", "b", 25.0, 1)]
+    about = {"tasks": ["t1", "t2"], "picks": {"a": "x:1", "b": "y:1"}, "learners": ["mopo", "bc"]}
+    table, text, pictures = figures(tmp_path, capsys, rows, **about)
+    assert table["mopo"] == ["21.0 (20.0)", "missing"] and table["bc"] == ["12.0 (10.0)", "2.0 (0.0)"]
+    assert table["mean episode of the data"] == ["1.0 (1.0)"] * 2
+    of_mopo, of_bc = text.split("### mopo")[1].split("### bc")
+    assert "| b over a | 1 of 1 |" in of_mopo and "| a over b | 2 of 2 | 1.00 | 10.0 |" in of_bc
+    assert "| t1 | 20.0 | 24.0 +- 1.0 |" in of_mopo and "| t1 | 10.0 | 0.0 |" in of_bc
     assert is_drawn(pictures["toy.png"])
 
 
