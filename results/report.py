@@ -86,7 +86,8 @@ class Group:
     script: str
     task: str
     runs: list
-    label: str = ""
+    name: str = ""  # script and run name without its seed
+    label: str = ""  # the same with a number where a task has several
     differs: str = ""
 
     def series(self, key):
@@ -208,15 +209,16 @@ def place(path):
     for i in range(len(parts) - 3, -1, -1):
         if parts[i] in SCRIPTS:
             return parts[i], "/".join(parts[i + 1 : -1]), parts[-1]
-    return "", "", parts[-1]
+    return "", "", "/".join(parts[-2:] if re.fullmatch(r"seed\d+", parts[-1]) else parts[-1:])
 
 
 def guess(args):
     """-> script, task from the flags, for a folder of any name."""
     own = dict(num_policies="wurl_sac", rollout_freq="mopo", flow_updates="cped", student="qdq", q_target="dac")
     script = next((name for flag, name in own.items() if flag in args), "unknown script")
-    folder = Path(str(args.get("dataset", ""))).parent.name
-    return script, str(args.get("task") or folder or "unknown task")
+    dataset = Path(str(args.get("dataset", "")))
+    selected = re.match(r"(all|top\d+)(-|$)", dataset.stem)  # a file of udg_select.py lies in its task's folder
+    return script, str(args.get("task") or (dataset.parent.name if selected else dataset.stem) or "unknown task")
 
 
 def read_run(log, notices):
@@ -363,10 +365,28 @@ def name_groups(groups):
         for group, own in zip(found, flags, strict=True):
             shown = [f"{k}={text_of(own[k])}" for k in keys if k in own and k != "path"]
             group.differs = ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
-            name = re.sub(r"[-_.]?seed\d+", "", group.runs[0].name).strip("-_. ")
-            label = f"{group.script} {name}".strip()
-            seen[label] = seen.get(label, 0) + 1
-            group.label = label if seen[label] == 1 else f"{label} ({seen[label]})"
+            name = re.sub(r"[-_.]?seed\d+", "", group.runs[0].name).strip("-_./ ")
+            group.name = f"{group.script} {name}".strip() if name != group.script else name
+            seen[group.name] = seen.get(group.name, 0) + 1
+            group.label = group.name if seen[group.name] == 1 else f"{group.name} ({seen[group.name]})"
+
+
+def same_over_tasks(groups):
+    """Settings over tasks: {(name, flags): {task: Group}}, flags those in which any task tells groups of a name apart.
+
+    Other flags may differ from task to task, as presets do. The number in a label says nothing here: which group of a
+    task is the second depends on what is there.
+    """
+    apart, found = {}, {}
+    for key in dict.fromkeys((group.task, group.name) for group in groups):
+        flags = [setting(group.runs[0]) for group in groups if (group.task, group.name) == key]
+        told = (k for f in flags for k in f if len({repr(f.get(k)) for f in flags}) > 1)
+        apart.setdefault(key[1], {}).update(dict.fromkeys(told))
+    for group in groups:
+        flags = {k: Path(v).stem if k in PATHS else v for k, v in setting(group.runs[0]).items()}
+        told = ", ".join(f"{k}={text_of(flags[k])}" for k in apart[group.name] if k in flags and k != "path")
+        found.setdefault((group.name, told), {}).setdefault(group.task, group)
+    return found
 
 
 # --- html ---------------------------------------------------------------------------------------
@@ -607,21 +627,20 @@ def task_section(task, groups):
 
 def aggregate_section(groups):
     """Settings of the same name over their tasks, by normalised return; nothing where fewer than two tasks have one."""
-    found = {}
-    for group in groups:
-        if seeds := group.series("eval/score"):
-            found.setdefault(group.label, {})[group.task] = final_scores(seeds)[0]
-    rows = []
-    for label, tasks in found.items():
+    rows, scored = [], [group for group in groups if group.series("eval/score")]
+    for (name, told), tasks in same_over_tasks(scored).items():
         if len(tasks) > 1:
-            strata = list(tasks.values())
+            strata = [final_scores(group.series("eval/score"))[0] for group in tasks.values()]
             scores, seeds = np.concatenate(strata), sorted({len(s) for s in strata})
             means = number(float(np.mean([s.mean() for s in strata])))
             counts = "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-            rows.append([label, len(tasks), counts, means, number(float(iqm(scores))), interval_text(strata)])
+            shown = join(name, tag("small", told) if told else "")
+            behind = sum(not run.finished for group in tasks.values() for run in group.runs)
+            state = f"{behind} unfinished" if behind else "finished"
+            rows.append([shown, len(tasks), counts, means, number(float(iqm(scores))), interval_text(strata), state])
     if not rows:
         return Html("")
-    head = ["setting", "tasks", "seeds a task", "mean", "IQM", "95 % interval of the IQM"]
+    head = ["setting", "tasks", "seeds a task", "mean", "IQM", "95 % interval of the IQM", "state"]
     about = "Normalised returns, last-5 mean of every task and seed; the interval redraws seeds within each task."
     return tag("section", tag("h2", "Over tasks"), tag("p", about), table(head, rows), id="over-tasks")
 

@@ -7,6 +7,7 @@ import dataclasses
 import html
 import html.parser
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -191,8 +192,31 @@ def test_over_tasks(tmp_path):
     everything = np.concatenate(list(scores.values()))
     assert row[3:] == [
         report.number(everything.mean()), report.number(stats.trim_mean(everything, 0.25)),
-        f"{report.number(low)} to {report.number(high)}",
+        f"{report.number(low)} to {report.number(high)}", "finished",
     ]  # fmt: skip
+
+
+def test_over_tasks_pools_what_is_the_same(tmp_path):
+    """Two settings of one name: which one a task has first, or has at all, must not decide what is averaged."""
+    low, high = [[10.0] * 6], [[90.0] * 6]
+    learner(tmp_path, "point-angle-0", "seed0", low, score=100.0, horizon=1)
+    learner(tmp_path, "point-angle-0", "seed1", high, score=100.0, horizon=5, seed=1)  # "(2)" here, the only one there
+    learner(tmp_path, "point-angle-60", "seed1", high, score=100.0, horizon=5, seed=1)
+    rows = [row for row in Reader(make(tmp_path, tmp_path)).rows if len(row) == 7 and row[1] == "2"]
+    assert [(row[0], row[3], row[6]) for row in rows] == [("mopohorizon=5", "0.9000", "finished")]
+
+
+def test_runs_of_a_grid_have_their_tasks_and_names(tmp_path):
+    """<dataset>/<algorithm>/seed0, where no folder names a script: the task is the file's, not its folder "data"."""
+    cells = itertools.product(("hopper-medium-v2", "walker2d-medium-v2"), ("bc", "mopo"))
+    for i, (data, algorithm) in enumerate(cells):
+        made = learner(tmp_path, data, algorithm, [[float(i)] * 6], 10.0, dataset=f"data/{data}.npz")
+        (tmp_path / "grid" / data / algorithm).mkdir(parents=True)
+        made.rename(tmp_path / "grid" / data / algorithm / "seed0")
+    runs, _ = report.read_all([tmp_path / "grid"], [])
+    assert {run.task for run in runs} == {"hopper-medium-v2", "walker2d-medium-v2"}
+    over = [row[0] for row in Reader(make(tmp_path, tmp_path / "grid")).rows if len(row) == 7 and row[1] == "2"]
+    assert over == ["mopo bc", "mopo"]
 
 
 def test_a_copy_counts_once_and_other_numbers_stand_apart(tmp_path):
