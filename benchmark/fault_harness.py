@@ -409,7 +409,7 @@ def try_disk_full(work, script, folder, record, rng, name):
     words = quoted(command(work, script, disk / "run"))
     life = Life(work, namespace(f"{mount}; {words} || code=$?; cp -a {disk}/run {folder} || true; exit ${{code:-0}}"))
     record["where"] = f"{share:.0%} of {need / 1e6:.1f} MB, {life.where}"
-    record["problems"] += clear_refusal(life, "No space left|too small|are free")
+    record["problems"] += clear_refusal(life, "No space left|too small|are free|cannot hold")
     record["problems"] += [f"{n}: torn" for n in whole_files(folder) if not n.endswith(".png")]
     finish(work, script, folder, record, folder.exists())
 

@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "udg"
 sys.path.insert(0, str(ROOT))
 
-from envs import buffers, curves  # noqa: E402  (the line above makes it importable from a plain clone)
+import udg_select  # noqa: E402
+from envs import InputError, buffers, curves  # noqa: E402  (the line above makes it importable from a plain clone)
 
 ANGLES = (0, 60, 120, 180, 240, 300)
 SUPERVISED = "--num-policies 1 --objective none --diversity-weight 0 --task-weight 1 --auto-alpha --lr-decay 0"
@@ -360,9 +361,9 @@ def flags_of(cell):
     script = importlib.import_module(cell.command[0].removesuffix(".py"))
     if script.__name__ == "udg_select":
         return script.portable_flags(tyro.cli(script.Args, args=cell.command[1:]))
-    preset = {"wurl_sac": "wurl_preset", "mopo": "mopo_preset"}[script.__name__]
+    preset = getattr(script, f"{script.__name__.removesuffix('_sac')}_preset")
     with contextlib.redirect_stdout(io.StringIO()):
-        return dataclasses.asdict(script.parse_args(cell.command[1:], getattr(script, preset)))
+        return dataclasses.asdict(script.parse_args(cell.command[1:], preset))
 
 
 def flags_left(cell):
@@ -374,24 +375,56 @@ def flags_left(cell):
         return {}
 
 
-def adopt(cells, base):
-    """Record cells that were made by hand (--commands) where the flags that they left mean the command's numbers.
+def rows_differ(cell):
+    """Whether a cell was made from other rows than its command reads now, as far as it says from which."""
+    try:
+        if cell.command[0] == "udg_select.py":
+            found = json.loads(cell.done.read_text())["selections"].values()
+            files = [file for path in cell.reads for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
+            known = {udg_select.file_sha256(file) for file in files}
+            return not {parent["sha256"] for selection in found for parent in selection["parents"]} <= known
+        if not cell.reads:
+            return False
+        with np.load(cell.runs / "state.npz", allow_pickle=False) as state, np.load(cell.reads[0]) as data:
+            made_from = json.loads(str(state["meta_json"]))["identity"]["data"]
+            return not set(made_from) <= set(json.loads(str(data["metadata_json"]))["sha256"].values())
+    except (OSError, ValueError, KeyError):
+        return False
 
-    A flag that did not exist when a cell was made had the value that is the default now.
+
+def adopt(cells, base):
+    """Record cells that were made by hand (--commands) where flags and rows that they left are the command's.
+
+    A flag that did not exist when a cell was made had the value that is the default now. A record from before rows
+    were recorded gets those of today, if the cell does not say otherwise.
     """
     for cell in cells.values():
-        if not cell.done.exists() or record_file(cell, base).exists():
+        record = read_record(cell, base)
+        if not cell.done.exists() or "reads" in record or (record and record["command"] != cell.command):
             continue
-        wanted, left = json.loads(json.dumps(flags_of(cell))), flags_left(cell)
-        fields = dataclasses.fields(importlib.import_module(cell.command[0].removesuffix(".py")).Args)
-        defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        left = json.loads(json.dumps(defaults)) | left if left else {}
-        free = {"resume", "q_bound"} | ({"chunk", "out"} if cell.command[0] == "wurl_sac.py" else set())
-        differ = [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
-        if differ:
-            print(f"{cell.name}: made by another command ({', '.join(differ)} differ): it does not count", flush=True)
+        differ = [] if record else flags_differ(cell)
+        if differ or rows_differ(cell):
+            why = f"by another command ({', '.join(differ)} differ)" if differ else "from other rows"
+            print(f"{cell.name}: made {why}: it does not count", flush=True)
+            if record:
+                record_file(cell, base).unlink()
+        elif record:
+            write_whole(record_file(cell, base), json.dumps(record | {"reads": fingerprint(cell)}))
         else:
             write_record(cell, base, {"by_hand": True})
+
+
+def flags_differ(cell):
+    """Names of the flags in which what a cell left beside its results is not what its command means."""
+    try:
+        wanted, left = json.loads(json.dumps(flags_of(cell))), flags_left(cell)
+    except InputError:  # a preset that cannot read the data
+        return ["dataset"]
+    fields = dataclasses.fields(importlib.import_module(cell.command[0].removesuffix(".py")).Args)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    left = json.loads(json.dumps(defaults)) | left if left else {}
+    free = {"resume", "q_bound"} | ({"chunk", "out"} if cell.command[0] == "wurl_sac.py" else set())
+    return [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
 
 
 def write_record(cell, base, about):
@@ -399,6 +432,15 @@ def write_record(cell, base, about):
     record.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": cell.command, **about, "reads": fingerprint(cell)}
     write_whole(record, json.dumps(about | {"commit": buffers.git_commit(), "versions": buffers.versions()}))
+
+
+def made_by(cell):
+    """Commit and versions that a run began with, from its own log; {} where a cell has none."""
+    try:
+        header = json.loads((cell.runs / "log.jsonl").read_text().partition("\n")[0])
+        return {key: header[key] for key in ("commit", "versions")}
+    except (AttributeError, TypeError, OSError, ValueError, KeyError):
+        return {}
 
 
 class Stopping:
@@ -534,11 +576,11 @@ def gather(name, base, budget, results, force=False):
     rows += [source_row(cell) for key, cell in finished.items() if key.startswith("source")]
     rows += [w1_row(cell) for key, cell in finished.items() if key.startswith("w1")]
     for task, label, pick, learner, cell in learning:
-        if cell.name in finished:
+        if cell.name in finished and finished.keys() >= set(cell.needs):
             about = {"task": task, "label": label, "pick": pick, "learner": learner}
             about |= data_row(data_file(base, task, pick, budget))
             rows += [{**about, **row} for row in learner_rows(cell.done.parent)]
-    records = {key: read_record(cell, base) for key, cell in finished.items()}
+    records = {key: read_record(cell, base) | made_by(cell) for key, cell in finished.items()}
     seeds = 1 + max((row["seed"] for row in rows if "seed" in row), default=study.seeds - 1)
     header = {"study": name, "question": study.question, "budget": budget, "seeds": seeds}
     header |= {"tasks": study.tasks, "picks": study.picks or {}, "learners": study.learners if study.picks else ()}

@@ -408,6 +408,9 @@ def draw(path):
     counts = sorted({len(row["returns"]) for row in learners})
     told = f"; {' or '.join(map(str, counts))} evaluations a run, the score is of the last {LAST}" if counts else ""
     print(f"{header['seeds']} seeds of the learner{told}; one run of wurl_sac.py a source.\n")
+    commits = {cell.get("commit") for name, cell in header["cells"].items() if name.startswith("learn ")}
+    if len(commits) > 1:
+        print(f"The learners ran at {len(commits)} commits; each cell's stands in {path.name}.\n")
     if header["missing"]:
         print(f"Not made yet: {len(header['missing'])} cells, e.g. {header['missing'][0]}\n")
     sources_table(sources)

@@ -118,6 +118,21 @@ def test_selections_are_accepted_by_udg_select():
         assert args.overwrite and (args.w1_points or cell.name.startswith("data"))
 
 
+def write_buffer(path, task_name, rows=20, value=0.0):
+    """A small file of a task -> the digests of its arrays."""
+    task = envs.task(task_name)
+    states = np.full((rows, task.observation_size), value, np.float32)
+    arrays = {
+        "observations": states, "next_observations": states, "actions": 0 * states[:, : task.action_size],
+        "rewards": np.ones(rows, np.float32), "terminals": np.zeros(rows, bool),
+        "timeouts": np.arange(rows) == rows - 1,
+    }  # fmt: skip
+    about = {"dataset_name": "toy", "env": task.env, "task": task_name, "layout": "task", "dt": task.dt}
+    about |= {"reward_kind": "relabelled", "task_options": task.options, "episode_length": rows}
+    buffers.save(path, arrays, about)
+    return [buffers.sha256(x) for x in arrays.values()]
+
+
 @pytest.mark.parametrize("learner", [mopo, cped, qdq, dac], ids=lambda module: module.__name__)
 def test_learners_are_accepted_by_their_scripts(tmp_path, monkeypatch, learner):
     """Every distinct set of flags, on a small file of the task; mopo's also at the study's number of rows."""
@@ -128,20 +143,10 @@ def test_learners_are_accepted_by_their_scripts(tmp_path, monkeypatch, learner):
         seen.setdefault((study.world(task), words[2:-2]), (words, task))
     assert {world for world, _ in seen} == {"point", "ant", "cheetah"}
     for (world, _), (words, task_name) in seen.items():
-        task, rows = envs.task(task_name), 20
-        zeros = np.zeros((rows, task.observation_size), np.float32)
-        arrays = {
-            "observations": zeros, "next_observations": zeros, "actions": zeros[:, : task.action_size],
-            "rewards": np.ones(rows, np.float32), "terminals": np.zeros(rows, bool),
-            "timeouts": np.arange(rows) == rows - 1,
-        }  # fmt: skip
-        about = {"dataset_name": "toy", "env": task.env, "task": task_name, "layout": "task"}
-        about |= {"reward_kind": "relabelled"}
-        about |= {"task_options": task.options, "dt": task.dt, "episode_length": rows}
-        buffers.save(Path(words[1]), arrays, about)
+        write_buffer(Path(words[1]), task_name)
         args = learner.parse_args(list(words), getattr(learner, f"{name}_preset"))
         if learner is mopo:
-            mopo.check_args(args, task, study.SIZE["cpu"][world])
+            mopo.check_args(args, envs.task(task_name), study.SIZE["cpu"][world])
         assert args.num_updates // args.eval_every >= udg_figures.LAST, "the score needs five evaluations"
 
 
@@ -431,6 +436,29 @@ def test_w1_rows_are_exact(tmp_path):
     }  # fmt: skip
 
 
+def test_a_learner_without_its_selection_is_left_out(made):
+    base, results = made
+    study.record_file(study.cells_of("toy", base, "cpu")[0]["data point"], base).unlink()
+    assert study.gather("toy", base, "cpu", results)
+    assert not any("learner" in json.loads(line) for line in (results / "toy.jsonl").read_text().splitlines())
+
+
+def test_commit_and_versions_are_those_a_run_began_with(made, capsys):
+    base, results = made
+    cells = study.cells_of("toy", base, "cpu")[0]
+    log = cells["learn point-angle-0 point:1 mopo"].runs / "log.jsonl"
+    log.write_text(log.read_text().replace('{"args": {}}', '{"args": {}, "commit": "then", "versions": {"jax": "1"}}'))
+    write(study.record_file(cells["learn point-angle-0 point:1 mopo"], base),
+          {"command": cells["learn point-angle-0 point:1 mopo"].command, "commit": "now"})  # fmt: skip
+    study.gather("toy", base, "cpu", results)
+    known = json.loads((results / "toy.jsonl").read_text().splitlines()[0])["cells"]["learn point-angle-0 point:1 mopo"]
+    assert known["commit"] == "then" and known["versions"] == {"jax": "1"}
+    one = {"commit": "a"}
+    for cells, told in (({"learn x": one, "learn y": {"commit": "b"}}, True), ({"learn x": one, "source": {}}, False)):
+        text = figures(results / "..", capsys, [row("t1", "a", 1.0)], name="two", cells=cells)[1]
+        assert ("ran at 2 commits" in text) == told
+
+
 def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
     """A fresh clone has committed results and no cells: gathering must not empty them."""
     base, results = made
@@ -458,6 +486,36 @@ def test_cells_made_by_hand_count_where_their_flags_are_the_commands(tmp_path, c
     assert [study.is_done(cell, base) for cell in cells.values()] == [True, False, False]
     out = capsys.readouterr().out
     assert "source point-k2: made by another command (seed differ)" in out and "source point:" in out
+
+
+def test_cells_from_other_rows_do_not_count(tmp_path, capsys):
+    """Same flags, but the selection was made of another source's buffers, or the learner learnt from another file."""
+    base, wanted = tmp_path / "base", study.STUDIES["learners-point"]
+    data = study.data_cells(base, wanted, "cpu")["data point"]
+    learner = study.learner_cell(base, wanted, "point-angle-60", "point:1", "dac", "cpu")
+    digests = write_buffer(learner.reads[0], "point-angle-60")
+    buffer = data.reads[0] / "policy_00.npz"
+    write_buffer(buffer, "point-angle-60")
+    sha = study.udg_select.file_sha256(buffer)
+    flags = udg_select.portable_flags(tyro.cli(udg_select.Args, args=data.command[1:]))
+    learner.done.parent.mkdir(parents=True)
+    learner.done.touch()
+    write(learner.runs / "args.json", study.flags_of(learner))
+    for parent, rows, counts in (("0" * 64, ["1"], False), (sha, digests, True)):
+        write(
+            data.done, {"flags": flags, "selections": {"top1": {"parents": [{"name": "policy_00", "sha256": parent}]}}}
+        )
+        np.savez(learner.runs / "state.npz", meta_json=json.dumps({"identity": {"data": rows}}))
+        study.adopt({"data": data, "learner": learner}, base)
+        assert [study.is_done(cell, base) for cell in (data, learner)] == [counts, counts]
+        assert capsys.readouterr().out.count("made from other rows: it does not count") == 2 * (not counts)
+    record = study.record_file(learner, base)
+    write(record, {"command": learner.command})  # as records were before they had rows
+    study.adopt({"learner": learner}, base)
+    assert study.read_record(learner, base)["reads"] == study.fingerprint(learner)
+    learner.reads[0].unlink()
+    write_buffer(learner.reads[0], "point-angle-60", value=1.0)
+    assert not study.is_done(learner, base)
 
 
 # --- figures and tables -------------------------------------------------------------------------
