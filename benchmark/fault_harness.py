@@ -44,7 +44,7 @@ RUNS = {  # script -> flags; {work} is the harness's folder
 }
 LEARNERS = [name for name in RUNS if name != "udg_select"]
 FAULTS = ("SIGTERM", "SIGINT", "truncated", "both torn", "read-only", "disk full")
-SIZES = (0.35, 0.6, 0.85)  # of the small disk, as shares of what the untouched run leaves behind
+SHARES = (None, 0.3, 0.9)  # disk full: too small from the start; share of a state that is left when others fill it
 
 
 # --- one process ---------------------------------------------------------------------------------
@@ -398,19 +398,36 @@ def try_read_only(work, script, folder, record, rng, name):
 
 
 def try_disk_full(work, script, folder, record, rng, name):
-    """A small disk that runs full: one clear line, and what was saved goes on on a larger one."""
+    """A disk that is too small from the start, or that others fill once something is saved: one clear line; then the
+    run goes on, from what was saved, on a larger one."""
     reference(work, script)
     need = sum(path.stat().st_size for path in (work / "reference" / script).rglob("*") if path.is_file())
-    share = SIZES[record["trial"] % len(SIZES)]
+    share = SHARES[record["trial"] % len(SHARES)]
     disk = folder.with_name(folder.name + "-disk")
     subprocess.run(["rm", "-rf", str(folder), str(disk)], check=True)
     disk.mkdir(parents=True)
-    mount = f"mount -t tmpfs -o size={int(share * need)} none {disk}"
-    words = quoted(command(work, script, disk / "run"))
-    life = Life(work, namespace(f"{mount}; {words} || code=$?; cp -a {disk}/run {folder} || true; exit ${{code:-0}}"))
-    record["where"] = f"{share:.0%} of {need / 1e6:.1f} MB, {life.where}"
-    record["problems"] += clear_refusal(life, "No space left|too small|are free|cannot hold")
-    record["problems"] += [f"{n}: torn" for n in whole_files(folder) if not n.endswith(".png")]
+    size, words = int(need / 2 if share is None else 5 * need + 50e6), quoted(command(work, script, disk / "run"))
+    fill = f"""
+        until f=$(find {disk}/run -name '{"*.npz" if script == "udg_select" else "state.npz"}' 2>/dev/null | head -1)
+              [ -n "$f" ] || ! kill -0 $pid 2>/dev/null; do sleep 0.01; done
+        left=$(($(stat -c %s "$f") * {round(100 * (share or 0))} / 100))
+        fallocate -l $(($(df --output=avail -B1 {disk} | tail -1) - left)) {disk}/filler"""
+    life = Life(work, namespace(f"""
+        mount -t tmpfs -o size={size} none {disk}
+        {words} & pid=$!
+        {"" if share is None else f"({fill}) &"}
+        wait $pid || code=$?
+        cp -a {disk}/run {folder} || true
+        exit ${{code:-0}}"""))  # fmt: skip
+    kind = f"half of {need / 1e6:.1f} MB" if share is None else f"filled, {share:.0%} of a state left"
+    record["where"] = f"{kind}, {life.where}"
+    if life.code:
+        record["problems"] += clear_refusal(life, "No space left|too small|are free|cannot hold")
+        record["problems"] += [f"{n}: torn" for n in whole_files(folder) if not n.endswith(".png")]
+    elif share is None:
+        record["problems"].append("half a disk was enough")
+    else:
+        record["where"] = "after the last file"
     finish(work, script, folder, record, folder.exists())
 
 
@@ -449,7 +466,7 @@ def planned_faults(repeats):
     plan = []
     for name in FAULTS:
         scripts = list(RUNS) if name in ("read-only", "disk full") else LEARNERS
-        times = {"SIGTERM": repeats, "SIGINT": repeats, "disk full": len(SIZES)}.get(name, 1)
+        times = {"SIGTERM": repeats, "SIGINT": repeats, "disk full": len(SHARES)}.get(name, 1)
         plan += [(script, name, number) for number in range(times) for script in scripts]
     return plan
 
