@@ -107,8 +107,9 @@ def read_grid(path):
         if not command.split() or command.split()[0] not in ALGORITHMS:
             raise InputError(f"{path}: algorithms: {name}: {command!r}; begin with one of {', '.join(ALGORITHMS)}")
     bad = [name for name in [*datasets, *algorithms] if not name.replace("-", "").replace("_", "").isalnum()]
-    if bad or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise InputError(f"{path}: {bad or seeds}: names are letters, digits, - and _; seeds whole numbers from 0")
+    if bad or not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        told = "names are letters, digits, - and _; seeds whole numbers from 0, each once"
+        raise InputError(f"{path}: {bad or seeds}: {told}")
     digests, runs = {name: digest(file) for name, file in datasets.items()}, []
     for (data, file), (algorithm, command) in pairs:
         for seed in seeds:
@@ -175,9 +176,10 @@ def gather(runs, out):
     for run in runs:
         if run.made() == run.record():
             data, algorithm, _ = run.name.split()
-            for _, values in curves.read(Path(run.folder), "eval/return").values():
-                scores.setdefault((data, algorithm), []).append(float(np.mean(values[-5:])))
+            for seed, (_, values) in curves.read(Path(run.folder), "eval/return").items():
+                scores.setdefault((data, algorithm), {})[seed] = float(np.mean(values[-5:]))
     names = [list(dict.fromkeys(run.name.split()[i] for run in runs)) for i in (0, 1)]
+    scores = {key: list(of_seed.values()) for key, of_seed in scores.items()}  # a seed of two runs counts once
     cell = lambda x: f"{np.mean(x):.1f} +- {np.std(x):.1f} ({len(x)})" if x else "-"
     lines = [f"| return, mean +- std (seeds) | {' | '.join(names[1])} |", "|---" * (1 + len(names[1])) + "|"]
     for data in names[0]:

@@ -27,6 +27,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import udg_study  # noqa: E402
+
 import envs  # noqa: E402  (the line above makes it importable from a plain clone)
 from envs import buffers  # noqa: E402
 
@@ -79,7 +81,10 @@ def expert_run(name, seed, args):
 
 def make(command, folder):
     """Run a command to its end unless its buffer, which it writes last, is there; a stopped run goes on."""
-    if (folder / "buffers" / "policy_00.npz").exists():
+    cell = udg_study.Cell(str(folder), command, folder / "buffers" / "policy_00.npz", (), folder)
+    if cell.done.exists():
+        if differ := udg_study.flags_differ(cell):
+            raise envs.InputError(f"{folder}: made with another {', '.join(differ)}. Remedy: move it away")
         return
     resume = ["--resume"] if any(folder.glob("state*.npz")) else []
     print("python", *command, *resume, flush=True)

@@ -380,7 +380,9 @@ def set_cell(args, name):
     if not name.endswith("random"):
         need, reads = (f"run {trained_on(name)}",), (run_folder(args, trained_on(name)) / "buffers",)
     command = ["benchmark/suite.py", "--make", name, *flags]
-    return udg_study.Cell(f"set {name}", command, args.out / f"{name}.npz", need, None, reads)
+    usual = args.rows == ROWS[args.budget] and str(args.out) == "data"  # others have records of their own
+    cell = f"set {name}" if usual else f"set {name} {args.rows} {args.out}"
+    return udg_study.Cell(cell, command, args.out / f"{name}.npz", need, None, reads)
 
 
 def cells_of(args, names):
@@ -491,11 +493,12 @@ def main(argv=None):
     made = len(cells) - len(left)
     print(f"{made} of {len(cells)} cells are made; what one at work says stands in {base / 'logs'}", flush=True)
     failed, stopped = udg_study.run_cells(cells, base, args.jobs)
+    if any(args.results.glob("*.json")):
+        write_table(args)
     if stopped:
         sys.exit(f"stopped by {stopped}; go on with the same command")
     if failed:
         sys.exit(f"suite.py: error: not made: {', '.join(sorted(failed))}")
-    write_table(args)
 
 
 if __name__ == "__main__":

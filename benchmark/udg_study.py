@@ -462,16 +462,17 @@ class Stopping:
             signal.signal(number, handler)
 
     def run(self, command, out, lock):
-        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status."""
+        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status, processor seconds."""
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, pass_fds=(lock.fileno(),)
         )
         self.running.add(process)
         if self.name:  # the signal came before the process was known
             process.terminate()
-        code = process.wait()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         self.running.discard(process)
-        return code
+        return process.returncode, used.ru_utime + used.ru_stime
 
 
 def run_cell(cell, base, core, stopping):
@@ -495,12 +496,13 @@ def run_cell(cell, base, core, stopping):
             resume = ["--resume"]
         elif not cell.runs:
             cell.done.unlink(missing_ok=True)  # of another command: it must not pass for this one's
-        code = stopping.run([sys.executable, *cell.command, *resume], out, lock)
+        code, cpu = stopping.run([sys.executable, *cell.command, *resume], out, lock)
         if code or not cell.done.exists():
             said = record.with_suffix(".log").read_text(errors="replace").strip().splitlines()
             anew = f"; to begin it anew, move {cell.runs} away" if resume else ""
             return f"exit {code}: {said[-1] if said else 'it said nothing'}\n  see {record.with_suffix('.log')}{anew}"
-        write_record(cell, base, {"seconds": round(time.time() - began), "resumed": bool(resume)})
+        spent = {"seconds": round(time.time() - began), "cpu_seconds": round(cpu)}
+        write_record(cell, base, spent | {"resumed": bool(resume)})
     return ""
 
 

@@ -217,7 +217,13 @@ def print_luck(table, labels):
         between = np.mean([np.std([np.mean(cell) for cell in cells]) for cells in whole])
         within = np.mean([np.std(cell) for cells in whole for cell in cells])
         print(f"Standard deviation, mean over {len(whole)} tasks: between the sources (means of a source's learners) "
-              f"{between:.1f}, between the seeds of the learner {within:.1f}.\n")  # fmt: skip
+              f"{between:.1f}, between the seeds of the learner {within:.1f}.")  # fmt: skip
+        if min(len(cell) for cells in whole for cell in cells) > 1:
+            of_means = np.mean([np.var([np.mean(cell) for cell in cells], ddof=1) for cells in whole])
+            of_seeds = np.mean([np.var(cell, ddof=1) / len(cell) for cells in whole for cell in cells])
+            alone = np.sqrt(max(0.0, of_means - of_seeds))
+            print(f"The means of sources differ by their learners' seeds, too; without that share: {alone:.1f}.")
+        print()
 
 
 def sources_table(sources):
@@ -309,7 +315,8 @@ def against_number(path, header, learners):
     picks = {row["label"]: row["pick"] for row in learners} | header.get("picks", {})
     cells = {label: header["cells"].get(f"source {picks[label].split(':')[0]}", {}) for label in labels}
     timed = [x for x in labels if cells[x].get("seconds") is not None and not cells[x].get("resumed")]
-    right.plot([numbers[x] for x in timed], [cells[x]["seconds"] / 60 for x in timed], "s-", color="0.3")
+    clock = "cpu_seconds" if all("cpu_seconds" in cells[x] for x in timed) else "seconds"  # older cells have no other
+    right.plot([numbers[x] for x in timed], [cells[x][clock] / 60 for x in timed], "s-", color="0.3")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(numbers.values()), map(str, numbers.values()))
@@ -318,7 +325,8 @@ def against_number(path, header, learners):
     left.legend(frameon=False, fontsize=8)
     gaps = "" if len(made) == len(labels) else "; some cells are missing"
     titled(left, f"{header['study']}: what K buys (grey: tasks; bars: 95 % over seeds{gaps})", 66)
-    right.set(ylabel="minutes of wurl_sac.py", ylim=(0, None))
+    of = "processor's minutes" if clock == "cpu_seconds" else "minutes (the machine may have been shared)"
+    right.set(ylabel=f"{of} of wurl_sac.py", ylim=(0, None))
     titled(right, "what K costs where it was made (without resumed runs)", 66)
     save(drawn, path)
 

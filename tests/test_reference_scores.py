@@ -208,6 +208,18 @@ def fake_run(folder, monkeypatch, returns):
     monkeypatch.setattr(reference_scores, "policy_returns", lambda *_: (np.full(4, returns),) * 2)
 
 
+def test_a_run_of_another_command_is_refused(tmp_path):
+    """What lies in a run's folder is taken for that run only if its flags are the command's."""
+    command = ["wurl_sac.py", "--task", "point", *reference_scores.RANDOM.split(), "--num-updates", "500"]
+    (tmp_path / "buffers").mkdir()
+    (tmp_path / "buffers" / "policy_00.npz").touch()
+    args = dataclasses.asdict(wurl_sac.parse_args(command[1:], wurl_sac.wurl_preset))
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    reference_scores.make(command, tmp_path)
+    with pytest.raises(envs.InputError, match=r"made with another num_updates\. Remedy"):
+        reference_scores.make([*command[:-1], "1000"], tmp_path)
+
+
 def test_stored_once(tmp_path, monkeypatch, capsys):
     fake_run(tmp_path, monkeypatch, 8.0)
     reference_scores.main(["--run", "point-angle-0", "--seeds", "2"])

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,18 @@ def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
     assert f"move {other} away" in said
 
 
+def test_grid_counts_a_seed_once(tmp_path, monkeypatch, capsys):
+    """Two runs of two seeds each, one seed in both: three values."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import grid as launcher
+
+    run = lambda seed: types.SimpleNamespace(name=f"point dac {seed}", folder=str(seed), made=str, record=str)
+    found = lambda folder, key: {s: (None, np.full(6, 10.0 * s)) for s in (int(folder.name), int(folder.name) + 1)}
+    monkeypatch.setattr(launcher.curves, "read", found)
+    launcher.gather([run(0), run(1)], tmp_path)
+    assert "| point | 10.0 +- 8.2 (3) |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -264,6 +277,7 @@ def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
         (dict(algorithms={"rm": "rm -r"}), "begin with one of mopo.py"),
         (dict(datasets={"../up": "x.npz"}), "names are letters"),
         (dict(seeds=[-1]), "seeds whole numbers"),
+        (dict(seeds=[0, 0]), "each once"),
         (dict(seeds=None), "TypeError"),
     ],
 )

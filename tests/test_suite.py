@@ -278,12 +278,19 @@ def test_sets(made):
         suite.refuse_others(types.SimpleNamespace(**{**vars(made), "rows": 601}), ["point-medium"])
 
 
+def test_sets_of_other_sizes_and_folders_have_records_of_their_own(tmp_path):
+    """Making a small set elsewhere must not make the usual one count as not made: it would be made again."""
+    every = [suite.parse(words) for words in ([], ["--rows", "20000"], ["--out", str(tmp_path)], ["--seed", "1"])]
+    records = {udg_study.record_file(suite.set_cell(args, "hopper-random"), suite.base_folder(args)) for args in every}
+    assert len(records) == 4
+
+
 def test_command_goes_on_after_a_kill_and_skips_what_is_made(tmp_path):
     """The command is stopped at its first set, goes on, and then has nothing more to do."""
     args = arguments(tmp_path)
     places = [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
     command = [sys.executable, "benchmark/suite.py", "--sets", "point-random", "--rows", "600", *places]
-    cell, base = suite.cells_of(args, ["point-random"])["set point-random"], suite.base_folder(args)
+    (cell,), base = suite.cells_of(args, ["point-random"]).values(), suite.base_folder(args)
     lock = udg_study.record_file(cell, base).with_suffix(".lock")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not lock.exists() and process.poll() is None:
