@@ -812,16 +812,33 @@ def make_train(args):
 # === run ===
 
 
+def start_wandb(folder, config):
+    """A new run of Weights & Biases; InputError where the package or the account is missing."""
+    try:
+        import wandb
+
+        run = wandb.init(project="udg-jax", dir=str(folder), config=config)
+    except ImportError:
+        raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
+    except wandb.Error as error:
+        raise envs.InputError(f"--track: {error} (WANDB_MODE=offline needs no account)") from None
+    run.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
+    return run
+
+
 class Logger:
     """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
 
-    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows TensorBoard what is left anew,
-    so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
+    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows what is left anew, to TensorBoard
+    and as a new run of W&B, so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
     """
 
     def __init__(self, folder, args, position=0):
         from tensorboardX.event_file_writer import EventsWriter
 
+        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
+        header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
+        self.wandb = start_wandb(folder, header["args"]) if args.track else None
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
         self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
@@ -829,16 +846,6 @@ class Logger:
         for line in self.file.read(position).splitlines()[1:] if position else ():
             self.show(json.loads(line))
         self.file.truncate(position)
-        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
-        header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
-        self.wandb = None
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
-            self.wandb = wandb.init(project="udg-jax", dir=str(folder), config=header["args"])
-            self.wandb.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
         if not position:
             self.write(header)
 
@@ -847,7 +854,7 @@ class Logger:
         self.file.flush()
 
     def show(self, record):
-        """A record's numbers to TensorBoard -> {name with labels: number}."""
+        """A record's numbers, named with its labels, to TensorBoard and W&B."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
@@ -857,7 +864,8 @@ class Logger:
             event = Event(wall_time=time.time(), step=record["step"], summary=scalar(name, value))
             self.board.write_event(event)
         self.board.flush()
-        return scalars
+        if self.wandb:
+            self.wandb.log({**scalars, "step": record["step"]})
 
     def log(self, step, metrics, **labels):
         """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
@@ -865,9 +873,7 @@ class Logger:
         metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
         record = {"step": step, **labels, **metrics}
         self.write(record)
-        scalars = self.show(record)
-        if self.wandb:
-            self.wandb.log({**scalars, "step": step})
+        self.show(record)
 
 
 def end_at_once(number, frame):

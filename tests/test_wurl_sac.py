@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -654,12 +655,57 @@ def test_tensorboard_after_a_kill_in_the_second_phase(tmp_path):
     assert "args" in lines[0] and [x["step"] for x in lines[1:]] == [100, 200, 10, 20] and lines[-1]["train/q"] == 2.5
 
 
+class TrackedRun:
+    """Stands where wandb.init's run stands and keeps what it is told."""
+
+    def __init__(self, **about):
+        self.about, self.rows, self.axis = about, [], {}
+
+    def define_metric(self, name, step_metric):
+        self.axis[name] = step_metric
+
+    def log(self, row):
+        self.rows.append(row)
+
+
+def test_a_resumed_run_is_a_whole_one_for_wandb(tmp_path, monkeypatch):
+    """Each process is a run there; the one that goes on shows what the log kept, then what is new, each once."""
+    runs = []
+    fake = types.SimpleNamespace(init=lambda **about: runs.append(TrackedRun(**about)) or runs[-1], Error=KeyError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    logger = W.Logger(tmp_path, tiny(track=True))
+    logger.log(100, {"flow/nll": 1.0, "flow/each": [1.0, 2.0]}, seed=3)
+    position = logger.file.tell()
+    logger.log(10, {"train/q": 2.0})
+    logger.file.close()
+    again = W.Logger(tmp_path, tiny(track=True), position)
+    again.log(10, {"train/q": 2.5})
+    again.file.close()
+    rows = [{"flow/nll/seed3": 1.0, "step": 100}, {"train/q": 2.0, "step": 10}]
+    assert [run.rows for run in runs] == [rows, [rows[0], {"train/q": 2.5, "step": 10}]]
+    assert all(run.axis == {"*": "step"} and run.about["dir"] == str(tmp_path) for run in runs)
+
+
+def test_wandb_without_an_account_is_one_line(tmp_path, monkeypatch):
+    def refuse(**about):
+        raise KeyError("No API key configured.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, Error=KeyError))
+    with pytest.raises(envs.InputError, match=r"--track: .*No API key.*WANDB_MODE=offline needs no account"):
+        W.Logger(tmp_path, tiny(track=True))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(envs.InputError, match="wandb is not installed"):
+        W.Logger(tmp_path, tiny(track=True))
+    assert not list(tmp_path.iterdir())
+
+
 # --- devices ---
 
 SHARDED = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import sys
+import types
 import numpy as np
 import envs, wurl_sac as W
 sys.path.insert(0, "tests")
