@@ -11,8 +11,8 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
     python cped.py --quick --num-seeds 3 --bc-only --out runs/cped/point-angle-0/quick-bc
 }
 
-density() { # learnt against true density: hybrid, likelihood only, adversarial only; one seed on the page
-    python results/cped/density.py --out runs/cped/density
+density() { # learnt against true density: hybrid, likelihood only, adversarial only; 4 minutes on one core
+    python results/cped/density.py --num-seeds 3 --out runs/cped/density
 }
 
 ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared
