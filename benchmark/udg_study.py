@@ -86,6 +86,8 @@ SMALL = "--hidden-sizes 64 64 --num-updates 6000 --eval-every 1000"
 POINT_MOPO = (
     f"mopo.py --preset cpu {SMALL} --chunk 1000 --model-hidden-sizes 64 64 --max-epochs 10 --rollout-batch 4000"
 )
+# A step reward comes back through some fifty steps of bootstrapping: at 6000 updates most learners still stand at 0.
+GOAL_MOPO = POINT_MOPO.replace("--num-updates 6000 --eval-every 1000", "--num-updates 20000 --eval-every 2000")
 FAST = "--hidden-sizes 64 64 --actor-lr 1e-3 --critic-lr 1e-3"
 POINT_CPED = (
     f"cped.py --preset cpu {FAST} --flow-updates 5000 --num-updates 6000 --eval-every 1000 --chunk 500 "
@@ -111,6 +113,7 @@ LEARNERS = {
         "mopo": POINT_MOPO, "knn": f"{POINT_MOPO} --model knn", "cped": POINT_CPED, "qdq": POINT_QDQ,
         "dac": POINT_DAC, "bc": f"{POINT_CPED} --bc-only",
     },
+    "point-goal": {"mopo": GOAL_MOPO},
     "ant": ROBOT,
     "cheetah": ROBOT,
 }  # fmt: skip
@@ -130,6 +133,7 @@ GPU_LEARNERS = {
     "ant": GPU_ROBOT,
     "cheetah": GPU_ROBOT,
 }
+GPU_LEARNERS["point-goal"] = GPU_LEARNERS["point"]
 SIZE = {"cpu": {"point": 20_000, "ant": 50_000, "cheetah": 50_000}}
 SIZE["gpu"] = {"point": 20_000, "ant": 150_000, "cheetah": 150_000}
 
@@ -243,6 +247,12 @@ def world(name):
     return next((w for w in ("ant", "cheetah", "humanoid") if name.startswith(w)), "point")
 
 
+def flags_of_learner(task, learner, budget):
+    """Script and flags of a learner on a task: its family's where there are such, else its world's."""
+    table = {"cpu": LEARNERS, "gpu": GPU_LEARNERS}[budget]
+    return table.get(task.rpartition("-")[0], table[world(task)])[learner].split()
+
+
 def source_cell(base, source, budget):
     flags = SOURCES[source].split()
     if "--random" not in flags:
@@ -290,7 +300,7 @@ def data_file(base, task, pick, budget):
 
 
 def learner_cell(base, study, task, pick, learner, budget):
-    script, *flags = {"cpu": LEARNERS, "gpu": GPU_LEARNERS}[budget][world(task)][learner].split()
+    script, *flags = flags_of_learner(task, learner, budget)
     if study.seeds > 1 and "--num-seeds" not in flags:
         flags += ["--num-seeds", str(study.seeds)]
     folder = base / "learn" / task / f"{pick.replace('/', '-').replace(':', '-')}-{learner}-seeds{study.seeds}"
@@ -461,11 +471,16 @@ class Stopping:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-    def run(self, command, out, lock):
-        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status, processor seconds."""
+    def run(self, command, out, lock, cache):
+        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status, processor seconds.
+
+        Cells of one shape share what they compile in the folder `cache`: half of a point cell's minute is compilation.
+        """
+        env = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, pass_fds=(lock.fileno(),)
-        )
+            command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, pass_fds=(lock.fileno(),),
+            env=env | os.environ,
+        )  # fmt: skip
         self.running.add(process)
         if self.name:  # the signal came before the process was known
             process.terminate()
@@ -496,7 +511,7 @@ def run_cell(cell, base, core, stopping):
             resume = ["--resume"]
         elif not cell.runs:
             cell.done.unlink(missing_ok=True)  # of another command: it must not pass for this one's
-        code, cpu = stopping.run([sys.executable, *cell.command, *resume], out, lock)
+        code, cpu = stopping.run([sys.executable, *cell.command, *resume], out, lock, (base / "jax_cache").resolve())
         if code or not cell.done.exists():
             said = record.with_suffix(".log").read_text(errors="replace").strip().splitlines()
             anew = f"; to begin it anew, move {cell.runs} away" if resume else ""

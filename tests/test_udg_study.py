@@ -150,6 +150,14 @@ def test_learners_are_accepted_by_their_scripts(tmp_path, monkeypatch, learner):
         assert args.num_updates // args.eval_every >= udg_figures.LAST, "the score needs five evaluations"
 
 
+def test_a_step_reward_has_its_own_budget():
+    """At the budget of the other point tasks most learners still stand at 0 (docs/udg.md)."""
+    updates = lambda task, budget: study.flags_of_learner(task, "mopo", budget)
+    assert "20000" in updates("point-goal-60", "cpu") and "6000" not in updates("point-goal-60", "cpu")
+    assert "6000" in updates("point-angle-60", "cpu") and "6000" in updates("tree-maze-end-1", "cpu")
+    assert updates("point-goal-60", "gpu") == updates("point-angle-60", "gpu")
+
+
 def test_picks_name_what_their_data_cells_write():
     """The file that a learner reads is one that the selection it needs writes, for this task, at this size."""
     for (name, budget), (cells, learning) in EVERY.items():
@@ -258,6 +266,20 @@ def test_jobs_run_at_once(tmp_path):
     cells = [tiny(tmp_path, name, code=code) for name in "ab"]
     assert run(cells, tmp_path, jobs=2) == (set(), "")
     assert [cell.done.read_text() for cell in cells] == ["2", "2"]
+
+
+def test_cells_share_what_they_compile(tmp_path, monkeypatch):
+    """jax itself says where it keeps its programs: beside the cells, or where its user wants them."""
+    code = "import jax; c = jax.config; "
+    code += "out.write_text(f'{c.jax_compilation_cache_dir} {c.jax_persistent_cache_min_compile_time_secs}')"
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    cell = tiny(tmp_path, "cell", code=code)
+    assert run([cell], tmp_path) == (set(), "")
+    assert cell.done.read_text() == f"{tmp_path / 'base' / 'jax_cache'} 0.3"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    other = tiny(tmp_path, "other", code=code)
+    assert run([other], tmp_path) == (set(), "") and other.done.read_text() == "elsewhere 0.3"
 
 
 DRIVER = """
