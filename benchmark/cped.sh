@@ -11,8 +11,10 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
     python cped.py --quick --num-seeds 3 --bc-only --out runs/cped/point-angle-0/quick-bc
 }
 
-density() { # learnt against true density: hybrid, likelihood only, adversarial only; 4 minutes on one core
+density() { # learnt against true density: hybrid, likelihood only, adversarial only; 4 minutes on one core, the ant 9
     python results/cped/density.py --num-seeds 3 --out runs/cped/density
+    python results/cped/density.py --num-seeds 3 --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz \
+        --flow-updates 6000 --out runs/cped/density-ant
 }
 
 ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared

@@ -473,6 +473,12 @@ def test_hard_guidance_leaves_the_support_first():
     assert hard["eval/on_data"] < soft["eval/on_data"] - 0.08, (soft, hard)
 
 
+def test_denoised_guidance_leaves_it_altogether():
+    """At the same b, and for less: it runs to where only the critic is good."""
+    soft, denoised = bandit("soft")[0], bandit("denoised")[0]
+    assert denoised["eval/on_data"] < 0.2 and denoised["eval/reward"] < soft["eval/reward"], (soft, denoised)
+
+
 def stopped_at(where, step):
     """progress_line, then SIGTERM in the phase of this label at this step."""
     line = D.progress_line
