@@ -2,8 +2,8 @@
 
     python benchmark/memory.py runs/memory --json results/speed/memory.json
 
-Writes <folder>/million.npz (noise: nothing is learnt here), runs each script on it for a few updates of every phase, and
-prints the most that the process was resident with (ru_maxrss: Python, programs and the mapped file included).
+Writes <folder>/million.npz (noise: nothing is learnt here), runs each script on it for a few updates of every phase,
+and prints the most that the process was resident with (ru_maxrss: Python, programs and the mapped file included).
 """
 
 import argparse
@@ -22,15 +22,16 @@ sys.path.insert(0, str(ROOT))
 from envs import buffers  # noqa: E402  (the line above makes it importable from a plain clone)
 
 LIMIT = 4.0  # GiB
-SHORT = "--preset published --eval-episodes 1"
+SHORT = "--eval-episodes 1"
+CPED = "--flow-updates 50 --num-updates 50 --eval-every 50 --chunk 50"
+QDQ = "--teacher-updates 20 --student-updates 20 --num-updates 20 --eval-every 20 --chunk 10"
 # name: script and flags; a few updates of each phase at the sizes of the papers
 RUNS = {
-    "mopo": f"mopo.py {SHORT} --max-epochs 1 --num-updates 20 --eval-every 20 --chunk 10",
-    "cped": f"cped.py {SHORT} --flow-updates 50 --num-updates 50 --eval-every 50 --chunk 25",
-    "cped, NICE": f"cped.py {SHORT} --flow nice --flow-updates 50 --num-updates 50 --eval-every 50 --chunk 25",
-    "qdq": f"qdq.py {SHORT} --teacher-updates 20 --student-updates 20 --num-updates 20 --eval-every 20 --chunk 10",
-    "qdq, 50 samples": f"qdq.py {SHORT} --uncertainty mc --teacher-updates 20 --student-updates 20 --num-updates 20 "
-    "--eval-every 20 --chunk 10",
+    "mopo": f"mopo.py {SHORT} --max-epochs 1 --num-updates 1000 --eval-every 1000 --chunk 1000",
+    "cped": f"cped.py {SHORT} {CPED}",
+    "cped, NICE": f"cped.py {SHORT} --preset published {CPED}",
+    "qdq": f"qdq.py {SHORT} {QDQ}",
+    "qdq, 50 samples": f"qdq.py {SHORT} --uncertainty mc {QDQ}",
     "dac": f"dac.py {SHORT} --num-updates 8 --eval-every 8 --chunk 4",
 }
 
@@ -67,7 +68,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     path = (args.folder / "million.npz").resolve()
     make(path, args.rows)
-    print(f"{args.rows:,} rows of 17 observations and 6 actions: {path.stat().st_size / 2**30:.2f} GiB of file", flush=True)
+    print(
+        f"{args.rows:,} rows of 17 observations and 6 actions: {path.stat().st_size / 2**30:.2f} GiB of file",
+        flush=True,
+    )
     print(f"| script, {args.num_seeds} seeds | GiB resident at most | limit |\n|---|--:|--:|", flush=True)
     found = {}
     for name in args.only:
