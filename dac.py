@@ -975,7 +975,7 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
     names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
     signal, which then ends the process. Raises InputError where a metric diverges.
     """
-    step = first = int(state.num_updates[0])
+    step = start = first = int(state.num_updates[0])
     began = saved = time.time()
     with StopSignal() as stop:
         while step < total and not stop.name:
@@ -991,6 +991,8 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
             if step == total or stop.name or time.time() - saved > 60:
                 save(state)
                 saved = time.time()
+            if first == start:  # the first call compiled: the pace is that of those after it
+                first, began = step, time.time()
     if stop.name:  # at the end of a phase, too: the next one comes with --resume
         sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
     return state

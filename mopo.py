@@ -1253,7 +1253,8 @@ def train_model(args, data, fit, folder, logger, save):
     """Lines (1) to (3): fit the ensembles of all seeds -> Model [S]."""
     _, fit_some, model = make_fit(args)
     _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
-    first, began, saved = int(fit.step.max()), time.time(), time.time()
+    start = first = int(fit.step.max())
+    began = saved = time.time()
     with StopSignal() as stop:
         while fitting(fit, args).any() and not stop.name:
             before = np.asarray(fit.step)
@@ -1269,6 +1270,8 @@ def train_model(args, data, fit, folder, logger, save):
             if stop.name or time.time() - saved > 60:
                 save(folder / "model", fit)
                 saved = time.time()
+            if first == start:  # the first call compiled: the pace is that of those after it
+                first, began = after.max(), time.time()
     save(folder / "model", fit)
     if stop.name:
         sys.exit(f"stopped by {stop.name} while fitting; go on with the same command and --resume")
@@ -1295,7 +1298,7 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
     names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
     signal, which then ends the process. Raises InputError where a metric diverges.
     """
-    step = first = int(state.num_updates[0])
+    step = start = first = int(state.num_updates[0])
     began = saved = time.time()
     with StopSignal() as stop:
         while step < total and not stop.name:
@@ -1311,6 +1314,8 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
             if step == total or stop.name or time.time() - saved > 60:
                 save(state)
                 saved = time.time()
+            if first == start:  # the first call compiled: the pace is that of those after it
+                first, began = step, time.time()
     if stop.name:  # at the end of a phase, too: the next one comes with --resume
         sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
     return state

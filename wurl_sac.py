@@ -1247,7 +1247,7 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
     train: metrics of the last chunk before a resume; save(state, train) writes them with the state; keep(actor,
     step, metrics): after every evaluation.
     """
-    step = first = int(state.num_updates)
+    step = start = first = int(state.num_updates)
     began = saved = time.time()
 
     def evaluate_now(num_episodes):
@@ -1277,6 +1277,8 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
             if step >= args.num_updates or stopped or due:
                 save(state, train)
                 saved = time.time()
+            if first == start:  # the first call compiled: the pace is that of those after it
+                first, began = step, time.time()
     if stopped:
         sys.exit(f"stopped by {stopped} at update {step}; go on with the same command and --resume")
     return state, *evaluate_now(50)  # the authors' protocol
