@@ -213,16 +213,15 @@ def score_tables(header, learners):
 def print_luck(table, labels):
     """Labels that are runs of one thing: how far they lie apart, beside the seeds of the learner."""
     whole = [[found[label] for label in labels] for found in table.values() if set(labels) <= set(found)]
-    if whole:
-        between = np.mean([np.std([np.mean(cell) for cell in cells]) for cells in whole])
-        within = np.mean([np.std(cell) for cells in whole for cell in cells])
-        print(f"Standard deviation, mean over {len(whole)} tasks: between the sources (means of a source's learners) "
-              f"{between:.1f}, between the seeds of the learner {within:.1f}.")  # fmt: skip
-        if min(len(cell) for cells in whole for cell in cells) > 1:
-            of_means = np.mean([np.var([np.mean(cell) for cell in cells], ddof=1) for cells in whole])
-            of_seeds = np.mean([np.var(cell, ddof=1) / len(cell) for cells in whole for cell in cells])
-            alone = np.sqrt(max(0.0, of_means - of_seeds))
-            print(f"The means of sources differ by their learners' seeds, too; without that share: {alone:.1f}.")
+    if whole and len(labels) > 1 and min(len(cell) for cells in whole for cell in cells) > 1:
+        of_means = np.mean([np.var([np.mean(cell) for cell in cells], ddof=1) for cells in whole])
+        of_seeds = np.mean([np.var(cell, ddof=1) for cells in whole for cell in cells])
+        share = np.mean([np.var(cell, ddof=1) / len(cell) for cells in whole for cell in cells])
+        seeds, sources, alone = np.sqrt([of_seeds, of_means, max(0.0, of_means - share)])
+        print(
+            f"Sample standard deviation, pooled over {len(whole)} tasks: of a learner's seeds {seeds:.1f}, of "
+            f"the sources' means {sources:.1f}; of the sources, without the seeds' share of that: {alone:.1f}."
+        )
         print()
 
 

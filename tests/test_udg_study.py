@@ -632,10 +632,8 @@ def test_luck_of_the_source_beside_that_of_the_learner(tmp_path, capsys):
         for move in (-1, 1)
     ]
     text = figures(tmp_path, capsys, rows, seeds=2)[1]
-    assert "mean over 2 tasks: between the sources (means of a source's learners) 2.5, between the seeds of the" in text
-    assert "between the seeds of the learner 1.0." in text
-    # variance of two means 10 apart 50, of two equal ones 0; of a mean of two seeds that are 2 apart 2 / 2 = 1
-    assert "without that share: 4.9." in text  # sqrt((50 + 0) / 2 - 1)
+    assert "over 2 tasks: of a learner's seeds 1.4, of the sources' means 5.0;" in text  # sqrt(2), sqrt((50 + 0) / 2)
+    assert "without the seeds' share of that: 4.9." in text  # sqrt(25 - 2 / 2)
 
 
 def test_nothing_made_draws_nothing(tmp_path, capsys):
