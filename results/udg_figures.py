@@ -314,7 +314,10 @@ def against_number(path, header, learners):
     picks = {row["label"]: row["pick"] for row in learners} | header.get("picks", {})
     cells = {label: header["cells"].get(f"source {picks[label].split(':')[0]}", {}) for label in labels}
     timed = [x for x in labels if cells[x].get("seconds") is not None and not cells[x].get("resumed")]
-    clock = "cpu_seconds" if all("cpu_seconds" in cells[x] for x in timed) else "seconds"  # older cells have no other
+    clock = (
+        "cpu_seconds" if any("cpu_seconds" in cells[x] for x in timed) else "seconds"
+    )  # of a machine that was shared
+    timed = [x for x in timed if clock in cells[x]]
     right.plot([numbers[x] for x in timed], [cells[x][clock] / 60 for x in timed], "s-", color="0.3")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
@@ -324,9 +327,9 @@ def against_number(path, header, learners):
     left.legend(frameon=False, fontsize=8)
     gaps = "" if len(made) == len(labels) else "; some cells are missing"
     titled(left, f"{header['study']}: what K buys (grey: tasks; bars: 95 % over seeds{gaps})", 66)
-    of = "processor's minutes" if clock == "cpu_seconds" else "minutes (the machine may have been shared)"
+    of = "processor's minutes" if clock == "cpu_seconds" else "minutes on a machine in use,"
     right.set(ylabel=f"{of} of wurl_sac.py", ylim=(0, None))
-    titled(right, "what K costs where it was made (without resumed runs)", 66)
+    titled(right, "what K costs (runs of one piece whose time is known)", 66)
     save(drawn, path)
 
 

@@ -721,6 +721,22 @@ def test_against_the_number_of_policies(tmp_path, capsys):
     assert is_drawn(pictures["toy.png"])
 
 
+@pytest.mark.parametrize("cells, drawn", [
+    ({2: {"seconds": 60}, 5: {"seconds": 600, "cpu_seconds": 90}}, ([5], [1.5])),  # a shared machine's minutes left out
+    ({2: {"seconds": 60}, 5: {"seconds": 600}}, ([2, 5], [1.0, 10.0])),
+    ({2: {"seconds": 60, "cpu_seconds": 30}, 5: {"seconds": 9, "cpu_seconds": 9, "resumed": True}}, ([2], [0.5])),
+])  # fmt: skip
+def test_cost_is_processor_time_where_it_is_known(tmp_path, monkeypatch, cells, drawn):
+    """The right panel's line, K and minutes."""
+    lines = []
+    monkeypatch.setattr(udg_figures, "save", lambda drawn, path: lines.extend(drawn.axes[1].lines))
+    rows = [row("t1", f"K={k}", 10.0 * k, seed, score=10.0 * k) for k in cells for seed in range(3)]
+    cells = {f"source K={k}": {"resumed": False, **v} for k, v in cells.items()}
+    header = {"study": "toy", "tasks": ("t1",), "picks": {}, "cells": cells}
+    udg_figures.against_number(tmp_path / "x.png", header, rows)
+    assert (list(lines[0].get_xdata()), list(lines[0].get_ydata())) == drawn
+
+
 def source(name, mean, smallest):
     """A source's row; distances per evaluation."""
     curve = lambda values: [[100 * (i + 1), value] for i, value in enumerate(values)]
