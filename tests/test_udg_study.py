@@ -730,7 +730,7 @@ def test_cost_is_processor_time_where_it_is_known(tmp_path, monkeypatch, cells, 
     """The right panel's line, K and minutes."""
     lines = []
     monkeypatch.setattr(udg_figures, "save", lambda drawn, path: lines.extend(drawn.axes[1].lines))
-    rows = [row("t1", f"K={k}", 10.0 * k, seed, score=10.0 * k) for k in cells for seed in range(3)]
+    rows = [row("t1", f"K={k}", 1.0, seed) | {"score": 1.0} for k in cells for seed in range(3)]
     cells = {f"source K={k}": {"resumed": False, **v} for k, v in cells.items()}
     header = {"study": "toy", "tasks": ("t1",), "picks": {}, "cells": cells}
     udg_figures.against_number(tmp_path / "x.png", header, rows)
