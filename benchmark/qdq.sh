@@ -30,6 +30,8 @@ sweep() { # the weight of the likelihood term on one student
 
 full() { # CPU budget: the first two phases at a tenth of their published steps
     $ant --out $runs/seed0
+    # the one of docs/qdq.md, on the source of the studies (udg_study.py --run learners-ant makes it)
+    python qdq.py --dataset runs/study/cpu/data/ant/ant-angle-60/top1-size50000.npz --preset cpu --out $runs/source2-tenth
 }
 
 paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: for a GPU
