@@ -66,6 +66,10 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     args = parser.parse_args(argv)
+    if args.rows < 100_000 or args.num_seeds < 1:
+        parser.error("--rows: 100,000 or more (qdq.py needs its 5000 windows); --num-seeds: 1 or more")
+    for folder in (args.folder, *([args.json.parent] if args.json else [])):
+        folder.mkdir(parents=True, exist_ok=True)  # before the long work
     path = (args.folder / "million.npz").resolve()
     make(path, args.rows)
     print(

@@ -314,9 +314,8 @@ def against_number(path, header, learners):
     picks = {row["label"]: row["pick"] for row in learners} | header.get("picks", {})
     cells = {label: header["cells"].get(f"source {picks[label].split(':')[0]}", {}) for label in labels}
     timed = [x for x in labels if cells[x].get("seconds") is not None and not cells[x].get("resumed")]
-    clock = (
-        "cpu_seconds" if any("cpu_seconds" in cells[x] for x in timed) else "seconds"
-    )  # of a machine that was shared
+    known = any("cpu_seconds" in cells[x] for x in timed)
+    clock = "cpu_seconds" if known else "seconds"  # the latter of a machine that was shared
     timed = [x for x in timed if clock in cells[x]]
     right.plot([numbers[x] for x in timed], [cells[x][clock] / 60 for x in timed], "s-", color="0.3")
     for axis in (left, right):

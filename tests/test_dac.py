@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -768,3 +769,19 @@ def test_a_named_set_replaces_the_files(dataset, monkeypatch):
 def test_the_bandit_is_a_world_of_its_own(flags, message):
     with pytest.raises(envs.InputError, match=message):
         D.parse_args(flags.split(), D.dac_preset)
+
+
+def test_the_rate_leaves_the_first_call_out(monkeypatch):
+    """100 s for the first 10 updates, which compile, then 1 s for each 10. The learners share train_phase."""
+    rates, now = [], [0.0]
+
+    def chunk(state):
+        now[0] += 1.0 if int(state.num_updates[0]) else 100.0
+        return SimpleNamespace(num_updates=state.num_updates + 10), {"train/q": np.zeros(1)}
+
+    monkeypatch.setattr(D, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(D, "progress_line", lambda label, count, total, rate, shown: rates.append(rate))
+    monkeypatch.setattr(D, "log_seeds", lambda *_: None)
+    state = SimpleNamespace(num_updates=np.zeros(1, int))
+    D.train_phase("update", 40, state, chunk, lambda _: {}, (), D.Args(eval_every=40), None, lambda _: None)
+    assert rates == [0.1, 10.0, 10.0, 10.0]
