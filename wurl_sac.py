@@ -1206,14 +1206,27 @@ def announce(folder, args, task, env, episode_length, files):
         raise envs.InputError(f"{folder}: the disk is too small for {need / 1e9:.1f} GB; choose another --out")
 
 
-def show_evaluation(step, metrics):
-    """One line of what matters, and a warning where two policies do the same."""
+def collapse(metrics, step, args):
+    """What a user must know where policies do the same, or ""."""
+    smallest, mean, success = (float(metrics[f"eval/{k}"]) for k in ("smallest_w", "min_w", "disc_success"))
+    told_apart = args.num_policies * success  # of m modes shared evenly: success 1/K m, so m
+    if smallest < 0.25 * mean:
+        return "two policies nearly coincide (mode collapse); see --div-features, --reward-scale"
+    if told_apart < (args.num_policies + 1) / 2 and 4 * step >= args.num_updates:  # earlier none has gone its way yet
+        told = f"{told_apart:.1f} of {args.num_policies} policies apart (mode collapse, or fewer modes)"
+        return f"a classifier tells {told}; see --num-policies, --div-features, --reward-scale"
+    return ""
+
+
+def show_evaluation(step, metrics, args):
+    """One line of what matters, and a warning where policies do the same."""
     names = ("min_w", "smallest_w", "pair_mean_w", "distinct_nearest", "disc_success", "task_return")
     shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in names if f"eval/{n}" in metrics}
     print(f"  evaluation at {step}:", *(f"{n} {v:.3f} " for n, v in shown.items()))
     print("  travel", *(f"{x:.1f}" for x in metrics["eval/travel"]), flush=True)
-    if shown.get("smallest_w", 1.0) < 0.25 * shown.get("min_w", 1.0):
-        print("  warning: two policies nearly coincide (mode collapse); see --div-features, --reward-scale", flush=True)
+    warning = collapse(metrics, step, args) if args.num_policies > 1 else ""
+    if warning:
+        print(f"  warning: {warning}", flush=True)
 
 
 def record(files, args, task, steps, pseudo_rewards):
@@ -1254,7 +1267,7 @@ def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, 
         metrics, snapshot = jax.tree.map(np.asarray, evaluation(state.agent.actor, eval_key, num_episodes))
         if logger:
             logger.log(step, {**train, **metrics})
-        show_evaluation(step, metrics)
+        show_evaluation(step, metrics, args)
         keep(state.agent.actor, step, metrics)
         return metrics, snapshot
 

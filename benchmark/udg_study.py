@@ -622,8 +622,9 @@ def source_row(cell):
     records = [json.loads(line) for line in (cell.runs / "log.jsonl").read_text().splitlines()[1:]]
     last = {k: v for k, v in (records[-1] if records else {}).items() if np.ndim(v) == 0}
     curve = lambda key: [[r["step"], r[f"eval/{key}"]] for r in records if f"eval/{key}" in r]
-    curves_of = {key: curve(key) for key in ("min_w", "smallest_w", "min_w_full", "smallest_w_full")}
-    return {"source": cell.name.split()[1], "last": last, **curves_of}
+    keys = ("min_w", "smallest_w", "min_w_full", "smallest_w_full", "disc_success")
+    count = len(records[-1].get("eval/travel", [])) if records else 0
+    return {"source": cell.name.split()[1], "policies": count, "last": last, **{key: curve(key) for key in keys}}
 
 
 def data_row(data):

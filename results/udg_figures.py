@@ -225,22 +225,32 @@ def print_luck(table, labels):
         print()
 
 
+def collapsed(row):
+    """Evaluations [] -> the warnings of wurl_sac.py, whose rule this is: "coincide", "told apart" or ""."""
+    (mean, smallest, success), K = (
+        (np.array(row[k])[:, 1] for k in ("min_w", "smallest_w", "disc_success")),
+        row["policies"],
+    )
+    steps = np.array(row["min_w"])[:, 0]
+    merged = (K * success < (K + 1) / 2) & (steps >= steps[-1] / 4)
+    return np.where(smallest < COLLAPSE * mean, "coincide", np.where(merged, "told apart", ""))
+
+
 def sources_table(sources):
-    """The diversity of every source that has one; a smallest distance under a quarter of the mean is a collapse."""
+    """The diversity of every source that has one, and where wurl_sac.py warns of a collapse."""
     keys = ("eval/min_w", "eval/smallest_w", "eval/pair_mean_w", "eval/min_w_full", "eval/distinct_nearest",
             "eval/disc_success", "eval/disc_success_held_out", "time/updates_per_s")  # fmt: skip
     rows = []
     for name, row in sources.items():
         if "eval/min_w" in row["last"]:
-            last = [row["last"].get(k, np.nan) for k in keys]
-            pairs = zip(row["min_w"], row["smallest_w"], strict=True)
-            warned = [step for (step, mean), (_, smallest) in pairs if smallest < COLLAPSE * mean]
-            now = "yes" if last[1] < COLLAPSE * last[0] else "no"
-            rows.append([name, *(f"{x:.3g}" for x in last), now, f"{len(warned)} of {len(row['min_w'])}"])
+            last, warned = [row["last"].get(k, np.nan) for k in keys], collapsed(row)
+            apart = f"{row['policies'] * last[5]:.1f} of {row['policies']}"
+            counts = [f"{(warned == why).sum()} of {len(warned)}" for why in ("coincide", "told apart")]
+            rows.append([name, *(f"{x:.3g}" for x in last), apart, warned[-1] or "no", *counts])
     if rows:
         head = ["source", "minimum W, own space", "smallest", "pair mean", "minimum W, all observations"]
-        head += ["distinct neighbours", "success", "held out", "updates/s", "collapsed at the end"]
-        print_table([*head, "evaluations that warned"], rows)
+        head += ["distinct neighbours", "success", "held out", "updates/s", "told apart", "warning at the end"]
+        print_table([*head, "evaluations that warned: two coincide", "too few told apart"], rows)
 
 
 # === figures ===

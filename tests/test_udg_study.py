@@ -401,6 +401,7 @@ def made(tmp_path, monkeypatch):
             "eval/min_w": step / 10,
             "eval/smallest_w": step / 20,
             "eval/min_w_full": 3.0,
+            "eval/disc_success": 0.9,
             "eval/travel": [1, 2],
         }
         for step in (10, 20)
@@ -434,14 +435,21 @@ def test_gathered_rows_are_exact(made):
     assert set(header["cells"]) == {"source point", "data point", "learn point-angle-0 point:1 mopo"}
     assert header["cells"]["source point"]["command"] == f"python wurl_sac.py --task point --out {base}/sources/point"
     assert header["picks"] == {"best": "point:1", "mixed": "point:all"} and header["seeds"] == 2
-    last = {"step": 20, "eval/min_w": 2.0, "eval/smallest_w": 1.0, "eval/min_w_full": 3.0}
+    last = {"step": 20, "eval/min_w": 2.0, "eval/smallest_w": 1.0, "eval/min_w_full": 3.0, "eval/disc_success": 0.9}
     curves = {"min_w": [[10, 1.0], [20, 2.0]], "smallest_w": [[10, 0.5], [20, 1.0]], "smallest_w_full": []}
     about = {
         "task": "point-angle-0", "label": "best", "pick": "point:1", "learner": "mopo", "data_mean": 6.5,
         "data_rows": 700, "chosen": ["policy_01"], "scores": {"policy_00": 5.0, "policy_01": 7.0}, "steps": [100, 200],
     }  # fmt: skip
     assert rows == [
-        {"source": "point", "last": last, **curves, "min_w_full": [[10, 3.0], [20, 3.0]]},
+        {
+            "source": "point",
+            "policies": 2,
+            "last": last,
+            **curves,
+            "min_w_full": [[10, 3.0], [20, 3.0]],
+            "disc_success": [[10, 0.9], [20, 0.9]],
+        },
         {**about, "seed": 0, "returns": [1000.0, 2000.0], "returns_data_length": [100.0, 200.0]},
         {**about, "seed": 1, "returns": [1001.0, 2001.0], "returns_data_length": [101.0, 201.0]},
     ]
@@ -737,20 +745,43 @@ def test_cost_is_processor_time_where_it_is_known(tmp_path, monkeypatch, cells, 
     assert (list(lines[0].get_xdata()), list(lines[0].get_ydata())) == drawn
 
 
-def source(name, mean, smallest):
+def source(name, mean, smallest, success=(0.9, 0.9, 0.9)):
     """A source's row; distances per evaluation."""
     curve = lambda values: [[100 * (i + 1), value] for i, value in enumerate(values)]
     last = {"eval/min_w": mean[-1], "eval/smallest_w": smallest[-1], "eval/distinct_nearest": 4.0}
-    return {"source": name, "last": last, "min_w": curve(mean), "smallest_w": curve(smallest), "min_w_full": []}
+    last["eval/disc_success"] = success[-1]
+    curves = {"min_w": curve(mean), "smallest_w": curve(smallest), "disc_success": curve(success), "min_w_full": []}
+    return {"source": name, "policies": 10, "last": last, **curves}
 
 
 def test_collapse_is_seen_where_it_was(tmp_path, capsys):
-    rows = [source("apart", (4.0, 4.0, 4.0), (3.0, 3.0, 3.0)), source("late", (4.0, 4.0, 4.0), (3.0, 3.0, 0.9)),
-            source("mended", (4.0, 4.0, 4.0), (0.9, 1.0, 3.0))]  # fmt: skip
+    four, three = (4.0, 4.0, 4.0), (3.0, 3.0, 3.0)
+    late, merging = (3.0, 3.0, 0.9), (0.9, 0.54, 0.3)
+    rows = [source("apart", four, three), source("late", four, late), source("mended", four, (0.9, 1.0, 3.0)),
+            source("shared", four, three, merging), source("both", four, late, merging)]  # fmt: skip
     table, _, pictures = figures(tmp_path, capsys, rows)
-    assert table["apart"][:2] == ["4", "3"] and table["apart"][-2:] == ["no", "0 of 3"]
-    assert table["late"][-2:] == ["yes", "1 of 3"] and table["mended"][-2:] == ["no", "1 of 3"]
+    assert table["apart"][:2] == ["4", "3"] and table["apart"][-4:] == ["9.0 of 10", "no", "0 of 3", "0 of 3"]
+    assert table["late"][-3:] == ["coincide", "1 of 3", "0 of 3"] and table["mended"][-3:] == ["no", "1 of 3", "0 of 3"]
+    assert table["shared"][-4:] == ["3.0 of 10", "told apart", "0 of 3", "2 of 3"]
+    assert table["both"][-3:] == ["coincide", "1 of 3", "1 of 3"]
     assert set(pictures) == {"toy-diversity.png"} and is_drawn(pictures["toy-diversity.png"])
+
+
+def test_figures_warn_where_wurl_sac_does():
+    import wurl_sac
+
+    for K in (2, 10, 20):
+        for smallest in (0.2, 0.3):
+            for success in np.linspace(0.05, 1, 20):
+                row = source("x", (1.0,) * 4, (smallest,) * 4, (success,) * 4) | {"policies": K}
+                args = wurl_sac.Args(task="point", num_policies=K, num_updates=400)
+                metrics = {"eval/smallest_w": smallest, "eval/min_w": 1.0, "eval/disc_success": success}
+                texts = [wurl_sac.collapse(metrics, step, args) for step in (100, 200, 300, 400)]
+                assert [bool(x) for x in texts] == [bool(x) for x in udg_figures.collapsed(row)], (K, smallest, success)
+                assert all(
+                    (x == "coincide") == ("coincide" in text)
+                    for x, text in zip(udg_figures.collapsed(row), texts, strict=True)
+                )
 
 
 def test_figures_name_what_there_is(tmp_path):

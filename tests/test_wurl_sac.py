@@ -568,6 +568,33 @@ def test_collapse_and_discriminator_metrics():
     assert success < 0.5  # chance is 1/3
 
 
+@pytest.mark.parametrize(
+    ("K", "smallest", "mean", "success", "step", "told"),
+    [
+        (10, 0.9, 1.0, 0.95, 3000, ""),
+        (10, 0.2, 1.0, 0.95, 3000, "coincide"),
+        (10, 0.2, 1.0, 0.2, 3000, "coincide"),
+        (20, 0.8, 1.0, 0.15, 3000, "tells 3.0 of 20 policies apart"),  # four dead ends shared, as in docs/udg.md
+        (20, 0.8, 1.0, 0.15, 700, ""),  # the first quarter
+        (20, 0.8, 1.0, 0.15, 750, "tells 3.0 of 20"),
+        (2, 1.0, 1.0, 0.52, 3000, "tells 1.0 of 2"),  # chance, and the classifier's luck
+        (2, 1.0, 1.0, 0.8, 3000, ""),
+    ],
+)
+def test_warning_of_a_collapse(K, smallest, mean, success, step, told, capsys):
+    metrics = {"eval/smallest_w": smallest, "eval/min_w": mean, "eval/disc_success": success, "eval/travel": [1.0]}
+    args = tiny(num_policies=K, num_updates=3000)
+    text = W.collapse(metrics, step, args)
+    assert told in text and bool(told) == bool(text)
+    W.show_evaluation(step, metrics, args)
+    assert ("warning: " in capsys.readouterr().out) == bool(told)
+
+
+def test_one_policy_alone_is_no_collapse(capsys):
+    W.show_evaluation(3000, {"eval/travel": [1.0]}, tiny(num_policies=1, num_updates=3000))
+    assert "warning" not in capsys.readouterr().out
+
+
 WORLDS = ["ant", "cheetah", "point", "tree-maze", "humanoid", "brax/ant", "halfcheetah", "hopper", "ant-maze-umaze"]
 
 
