@@ -2,19 +2,23 @@
 
     python benchmark/grid.py benchmark/grid.json --jobs 2                   two runs at once on this machine
     python benchmark/grid.py benchmark/grid.json --list                     every run and whether it is done
+    python benchmark/grid.py benchmark/suite_short.json --jobs 2            the suite of docs/data.md, on a CPU
     python benchmark/grid.py benchmark/grid.json --cluster slurm --jobs 50 --slurm partition=gpu gres=gpu:1
 
 The list is a JSON object: "datasets" {name: buffer file or glob}, "algorithms" {name: "mopo.py --preset cpu"}, "seeds"
-[0, 1, 2] and "out", the folder of the runs, <out>/<dataset>/<algorithm>/seed<k>, and of table.md and table.json; paths
-as from the repository. A run is done when its folder says so, made by the same command from the same data. One that
-died goes on from its state, at most --retries times. Ctrl-C leaves the runs that were started alone; the same command
-waits for them again.
+[0, 1, 2], "out", the folder of the runs, <out>/<dataset>/<algorithm>/seed<k>, of table.md, table.json and a figure
+<dataset>.png each, and, if some pairs are not wanted, "leave_out" ["antmaze-* mopo"]; paths as from the repository. A
+run is done when its folder says so, made by the same command from the same data. One that died goes on from its state,
+at most --retries times. Ctrl-C leaves the runs that were started alone; the same command waits for them again.
 """
 
 import argparse
 import fcntl
+import fnmatch
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import socket
@@ -99,7 +103,8 @@ def read_grid(path):
     try:
         found = json.loads(Path(path).read_text())
         datasets, algorithms, out = (found[key] for key in ("datasets", "algorithms", "out"))
-        pairs, seeds = [(d, a) for d in datasets.items() for a in algorithms.items()], list(found["seeds"])
+        seeds, not_wanted = list(found["seeds"]), [str(pair) for pair in found.get("leave_out", [])]
+        pairs = [(d, a) for d in datasets.items() for a in algorithms.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = 'an object of "datasets", "algorithms", "seeds" and "out", as benchmark/grid.json'
         raise InputError(f"{path}: {type(error).__name__}: {error}; write {remedy}") from None
@@ -110,8 +115,12 @@ def read_grid(path):
     if bad or not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         told = "names are letters, digits, - and _; seeds whole numbers from 0, each once"
         raise InputError(f"{path}: {bad or seeds}: {told}")
+    left_out = lambda pair: any(fnmatch.fnmatch(f"{pair[0][0]} {pair[1][0]}", x) for x in not_wanted)
+    useless = [x for x in not_wanted if not any(fnmatch.fnmatch(f"{d} {a}", x) for d in datasets for a in algorithms)]
+    if useless:
+        raise InputError(f'{path}: leave_out: {useless}: no such pair; write "<dataset> <algorithm>", * for any')
     digests, runs = {name: digest(file) for name, file in datasets.items()}, []
-    for (data, file), (algorithm, command) in pairs:
+    for (data, file), (algorithm, command) in itertools.filterfalse(left_out, pairs):
         for seed in seeds:
             flags = (*command.split(), "--dataset", file, "--seed", str(seed))
             folder = Path(out).absolute() / data / algorithm / f"seed{seed}"
@@ -170,25 +179,59 @@ def run_all(runs, args, out):
     return failed
 
 
+def data_returns(runs):
+    """{dataset: return of an episode of the data, mean and best}"""
+    files = {run.name.split()[0]: run.command[run.command.index("--dataset") + 1] for run in runs}
+    returns = {data: buffers.load(file, ("rewards",), quiet=True)["episode_returns"] for data, file in files.items()}
+    return {data: (float(np.mean(x)), float(np.max(x))) for data, x in returns.items()}
+
+
+def write_table(path, names, scores, data):
+    """scores {(dataset, algorithm): [of a seed]} -> Markdown, in units of the return."""
+    cell = lambda x: f"{np.mean(x):.1f} +- {np.std(x):.1f} ({len(x)})" if x else "-"
+    lines = [
+        f"| return, mean +- std (seeds) | data: mean; best | {' | '.join(names[1])} |",
+        "|---" * (2 + len(names[1])) + "|",
+    ]
+    for name in names[0]:
+        about = "{:.1f}; {:.1f}".format(*data[name])
+        lines.append(f"| {name} | {about} | {' | '.join(cell(scores.get((name, a))) for a in names[1])} |")
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+
+
+def draw(path, title, seeds_of, data):
+    """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean."""
+    lines = []
+    for i, (algorithm, seeds) in enumerate(seeds_of.items()):
+        shown = {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"{algorithm} ({len(seeds)} seeds)"}
+        steps = functools.reduce(np.intersect1d, [steps for steps, _ in seeds.values()])
+        values = np.stack([of_seed[np.isin(x, steps)] for x, of_seed in seeds.values()], 1)
+        lines += [(steps, values, {"color": f"C{i}", "lw": 0.8, "alpha": 0.4})] * (len(seeds) > 1)
+        lines += [(steps, values.mean(1), shown)]
+    for value, style, name in zip(data, ("--", ":"), ("mean", "best"), strict=True):
+        lines += [(None, value, {"color": "k", "ls": style, "lw": 1, "label": f"data: {name} episode"})]
+    panel = {"title": title, "xlabel": "updates of the policy", "ylabel": "return", "lines": lines}
+    curves.figure(path, [panel], width=7.5)
+
+
 def gather(runs, out):
-    """table.md and table.json: for each dataset and algorithm the mean of the last 5 evaluations over its seeds."""
-    scores = {}
+    """table.md, table.json (a score is the mean of the last 5 evaluations) and <dataset>.png, of what is done."""
+    found = {}  # {dataset: {algorithm: {seed: (steps, returns)}}}: a seed of two runs counts once
     for run in runs:
         if run.made() == run.record():
             data, algorithm, _ = run.name.split()
-            for seed, (_, values) in curves.read(Path(run.folder), "eval/return").items():
-                scores.setdefault((data, algorithm), {})[seed] = float(np.mean(values[-5:]))
-    names = [list(dict.fromkeys(run.name.split()[i] for run in runs)) for i in (0, 1)]
-    scores = {key: list(of_seed.values()) for key, of_seed in scores.items()}  # a seed of two runs counts once
-    cell = lambda x: f"{np.mean(x):.1f} +- {np.std(x):.1f} ({len(x)})" if x else "-"
-    lines = [f"| return, mean +- std (seeds) | {' | '.join(names[1])} |", "|---" * (1 + len(names[1])) + "|"]
-    for data in names[0]:
-        lines.append(f"| {data} | {' | '.join(cell(scores.get((data, a))) for a in names[1])} |")
+            seeds = found.setdefault(data, {}).setdefault(algorithm, {})
+            seeds |= curves.read(Path(run.folder), "eval/return")
+    names, about = [list(dict.fromkeys(run.name.split()[i] for run in runs)) for i in (0, 1)], data_returns(runs)
+    score = lambda seeds: [float(np.mean(values[-5:])) for _, values in seeds.values()]
+    scores = {(d, a): score(seeds) for d, of_data in found.items() for a, seeds in of_data.items()}
     rows = [{"dataset": d, "algorithm": a, "returns": x} for (d, a), x in scores.items()]
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(rows, indent=1))
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+    write_table(out / "table.md", names, scores, about)
+    for data, seeds_of in found.items():
+        draw(out / f"{data}.png", data, seeds_of, about[data])
 
 
 def main(argv=None):

@@ -9,10 +9,15 @@ import time
 import types
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import cped
+import dac
 import envs
+import mopo
+import qdq
 import wurl_sac as W
 from envs import scripted
 
@@ -222,6 +227,12 @@ def test_each_process_needs_a_policy(monkeypatch):
 # --- grids ---
 
 
+def is_drawn(picture):
+    """Whether a picture has more on it than a white sheet with axes: colours, in more than a speck."""
+    color = np.ptp(picture[..., :3], axis=-1) > 0.2
+    return picture.shape[0] > 300 and picture.shape[1] > 500 and color.sum() > 50
+
+
 def grid(path, **changes):
     """The list of one run of dac.py on the scripted data, and its folder."""
     small = "--hidden-sizes 16 16 --num-critics 3 --num-q-samples 2 --batch-size 16 --num-steps 3 --eval-episodes 2"
@@ -249,6 +260,7 @@ def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0 and "started point dac 0 (try 2)" in said and "ended point dac 0" in said, said
     assert "| point |" in said and (folder / "policy.npz").exists()
+    assert is_drawn(plt.imread(tmp_path / "grid" / "point.png"))
     table = json.loads((tmp_path / "grid" / "table.json").read_text())
     assert [(x["dataset"], x["algorithm"], len(x["returns"])) for x in table] == [("point", "dac", 1)]
     said, _ = start_grid(tmp_path).communicate(timeout=300)
@@ -259,15 +271,53 @@ def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
 
 
 def test_grid_counts_a_seed_once(tmp_path, monkeypatch, capsys):
-    """Two runs of two seeds each, one seed in both: three values."""
+    """Two runs of two seeds each, one seed in both: three values. The data's episodes are its own column."""
     sys.path.insert(0, str(ROOT / "benchmark"))
     import grid as launcher
 
-    run = lambda seed: types.SimpleNamespace(name=f"point dac {seed}", folder=str(seed), made=str, record=str)
-    found = lambda folder, key: {s: (None, np.full(6, 10.0 * s)) for s in (int(folder.name), int(folder.name) + 1)}
+    data = scripted.dataset(tmp_path)
+    returns = envs.buffers.load(data, ("rewards",), quiet=True)["episode_returns"]
+    command = ("dac.py", "--dataset", str(data))
+    run = lambda seed: types.SimpleNamespace(
+        name=f"point dac {seed}", folder=str(seed), command=command, made=str, record=str
+    )
+    found = lambda folder, key: {
+        s: (np.arange(6) * 100, np.full(6, 10.0 * s)) for s in (int(folder.name), int(folder.name) + 1)
+    }
     monkeypatch.setattr(launcher.curves, "read", found)
     launcher.gather([run(0), run(1)], tmp_path)
-    assert "| point | 10.0 +- 8.2 (3) |" in capsys.readouterr().out
+    line = f"| point | {returns.mean():.1f}; {returns.max():.1f} | 10.0 +- 8.2 (3) |"
+    assert line in capsys.readouterr().out and line in (tmp_path / "table.md").read_text()
+    assert is_drawn(plt.imread(tmp_path / "point.png"))
+
+
+def test_grid_leaves_out_what_is_not_wanted(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import grid as launcher
+
+    data = str(scripted.dataset(tmp_path))
+    datasets, algorithms = {"maze-a": data, "maze-b": data, "flat": data}, {"mopo": "mopo.py", "dac": "dac.py"}
+    grid(tmp_path, datasets=datasets, algorithms=algorithms, leave_out=["maze-* mopo"])
+    runs, _ = launcher.read_grid(tmp_path / "grid.json")
+    assert [run.name for run in runs] == ["maze-a dac 0", "maze-b dac 0", "flat mopo 0", "flat dac 0"]
+
+
+@pytest.mark.parametrize("name", ["suite_short", "suite_full"])
+def test_grids_of_the_suite_are_of_its_sets(name):
+    """Every set has a preset in every learner that is to run on it."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import suite
+
+    lists = json.loads((ROOT / "benchmark" / f"{name}.json").read_text())
+    learners = {"mopo": mopo, "cped": cped, "qdq": qdq, "dac": dac}
+    for data, file in lists["datasets"].items():
+        assert file == f"data/{data}.npz" and data in suite.SETS
+        for algorithm, command in lists["algorithms"].items():
+            learner = learners[command.split()[0].removesuffix(".py")]
+            known = learner.PUBLISHED if learner in (mopo, dac) else learner.PRESETS
+            assert (learner.preset_name(f"ours/{data}", known) in known) == (
+                f"{algorithm} {data[:7]}" != "mopo antmaze"
+            )
 
 
 @pytest.mark.parametrize(
@@ -279,6 +329,7 @@ def test_grid_counts_a_seed_once(tmp_path, monkeypatch, capsys):
         (dict(seeds=[-1]), "seeds whole numbers"),
         (dict(seeds=[0, 0]), "each once"),
         (dict(seeds=None), "TypeError"),
+        (dict(leave_out=["hopper mopo"]), "no such pair"),
     ],
 )
 def test_grid_refuses_a_broken_list(tmp_path, changes, message):
