@@ -1283,7 +1283,7 @@ def announce(folder, args, task, env, buffer, data, entries, states):
     if len(entries.x) < args.min_entries:
         raise envs.InputError(
             f"--dataset: D_Q has {len(entries.x)} entries of {args.min_entries} that --min-entries asks for; give "
-            "more rows, or lower --window and --window-step"
+            "more rows, lower --window and --window-step, or raise --max-windows"
         )
     if need > have or written > disk:
         raise envs.InputError(f"{folder}: memory or disk cannot hold the run; lower --num-seeds or give fewer rows")

@@ -1145,6 +1145,13 @@ def wurl_preset(args):
     return args.preset or ("quick" if args.quick else world), preset
 
 
+def replay_bytes(args, task):
+    """What the replays take, and what the device has."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 4 * args.num_policies * args.replay_size * (2 * task.env_observation_size + task.action_size + 2), memory
+
+
 def check_args(args, task, episode_length):
     """Refuse what cannot work, before any long work starts."""
     positive = ("num_envs", "num_directions", "rollout_episodes", "chunk", "eval_every", "num_updates", "batch_size")
@@ -1153,9 +1160,7 @@ def check_args(args, task, episode_length):
             raise envs.InputError(f"--{name.replace('_', '-')} must be at least 1")
     _, updates, _ = round_sizes(args, episode_length)
     steps = args.num_envs * episode_length
-    replays = 4 * args.num_policies * args.replay_size * (2 * task.env_observation_size + task.action_size + 2)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    replays, memory = replay_bytes(args, task)
     index = args.div_features.split(",")
     num_features = {"task": len(task.feature_names), "full": task.env_observation_size}.get(
         args.div_features, len(index)
@@ -1197,19 +1202,23 @@ def announce(folder, args, task, env, episode_length, files):
     num_warmup, updates, num_rounds = round_sizes(args, episode_length)
     steps = (num_warmup + num_rounds) * args.num_envs * episode_length
     need, free = 2 * steps * args.num_policies * files.dtype.itemsize, shutil.disk_usage(folder).free
+    replays, memory = replay_bytes(args, task)
     print(
         f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
         f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each\n"
-        f"{folder}: needs {need / 1e6:.0f} MB (rows, then npz) of {free / 1e9:.1f} GB free", flush=True,
+        f"{folder}: needs {need / 1e6:.0f} MB (rows, then npz) of {free / 1e9:.1f} GB free; "
+        f"replays take {replays / 1e9:.2f} of {memory / 1e9:.1f} GB memory", flush=True,
     )  # fmt: skip
     if need > free:
         raise envs.InputError(f"{folder}: the disk is too small for {need / 1e9:.1f} GB; choose another --out")
 
 
 def collapse(metrics, step, args):
-    """What a user must know where policies do the same, or ""."""
-    smallest, mean, success = (float(metrics[f"eval/{k}"]) for k in ("smallest_w", "min_w", "disc_success"))
-    told_apart = args.num_policies * success  # of m modes shared evenly: success 1/K m, so m
+    """What a user must know where policies that are paid to differ do the same, or ""."""
+    if args.num_policies == 1 or not is_diverse(args):
+        return ""
+    smallest, mean, accuracy = (metrics[f"eval/{k}"] for k in ("smallest_w", "min_w", "disc_accuracy_held_out"))
+    told_apart = args.num_policies * float(accuracy)  # of m modes shared evenly: accuracy m / K, so m
     if smallest < 0.25 * mean:
         return "two policies nearly coincide (mode collapse); see --div-features, --reward-scale"
     if told_apart < (args.num_policies + 1) / 2 and 4 * step >= args.num_updates:  # earlier none has gone its way yet
@@ -1222,9 +1231,11 @@ def show_evaluation(step, metrics, args):
     """One line of what matters, and a warning where policies do the same."""
     names = ("min_w", "smallest_w", "pair_mean_w", "distinct_nearest", "disc_success", "task_return")
     shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in names if f"eval/{n}" in metrics}
+    if args.num_policies > 1:
+        shown["told_apart"] = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])
     print(f"  evaluation at {step}:", *(f"{n} {v:.3f} " for n, v in shown.items()))
     print("  travel", *(f"{x:.1f}" for x in metrics["eval/travel"]), flush=True)
-    warning = collapse(metrics, step, args) if args.num_policies > 1 else ""
+    warning = collapse(metrics, step, args)
     if warning:
         print(f"  warning: {warning}", flush=True)
 

@@ -21,6 +21,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,8 @@ RESULTS = ROOT / "results" / "udg"
 sys.path.insert(0, str(ROOT))
 
 import udg_select  # noqa: E402
-from envs import InputError, buffers, curves  # noqa: E402  (the line above makes it importable from a plain clone)
+from envs import InputError, buffers, curves  # noqa: E402  (the line above makes these importable from a plain clone)
+from envs import task as make_task  # noqa: E402
 
 ANGLES = (0, 60, 120, 180, 240, 300)
 SUPERVISED = "--num-policies 1 --objective none --diversity-weight 0 --task-weight 1 --auto-alpha --lr-decay 0"
@@ -76,10 +78,11 @@ SOURCES = {
     "cheetah-full": "--task cheetah --div-features full --reward-scale 0.5",
     "cheetah-k2": "--task cheetah --num-policies 2",
     "cheetah-k5": "--task cheetah --num-policies 5",
+    "cheetah-k20": "--task cheetah --num-policies 20",
     # The speed is paid as a task, the height is left to diversity; the weights are three mixing ratios.
     **{f"cheetah-partial-{w}": f"--task cheetah-run --task-weight {w}" for w in (1, 3, 10)},
     "cheetah-random": f"--task cheetah {ROBOT_RANDOM}",
-    "humanoid": "--task humanoid --num-policies 4",
+    "humanoid": "--task humanoid",
 }
 # world: learner: script and flags, at CPU budget. Point worlds need small nets only.
 SMALL = "--hidden-sizes 64 64 --num-updates 6000 --eval-every 1000"
@@ -103,6 +106,7 @@ POINT_DAC = (
 )
 ROBOT = {
     "mopo": "mopo.py --preset cpu",
+    "mopo-fast": "mopo.py --preset cpu --actor-lr 1e-3 --critic-lr 1e-3",  # what the cheetah needs (docs/mopo.md)
     "cped": "cped.py --preset cpu",
     "qdq": "qdq.py --preset cpu --teacher-updates 20000 --student-updates 20000",
     "dac": "dac.py --preset cpu",
@@ -118,10 +122,16 @@ LEARNERS = {
     "cheetah": ROBOT,
 }  # fmt: skip
 # --budget gpu: the published sizes (specs of the papers); same studies, other folders.
-GPU = {"ant": "--preset paper", "cheetah": "--preset paper", "humanoid": "--num-updates 1000000 --eval-every 50000"}
-CPU = {"humanoid": "--num-updates 2000 --eval-every 1000"}
+# An untrained humanoid falls within 30 steps: many short episodes a round, or it learns from next to nothing.
+SHORT_EPISODES = "--episode-length 200 --num-envs 8 --updates-per-step 0.03125 --chunk 50"
+GPU = {
+    "ant": "--preset paper", "cheetah": "--preset paper",
+    "humanoid": "--num-envs 8 --updates-per-step 0.0625 --num-updates 1000000 --eval-every 50000",
+}  # fmt: skip
+CPU = {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
 GPU_ROBOT = {
     "mopo": "mopo.py --num-seeds 5",
+    "mopo-fast": "mopo.py --num-seeds 5 --actor-lr 1e-3 --critic-lr 1e-3",
     "cped": "cped.py --num-seeds 5",
     "qdq": "qdq.py --num-seeds 5",
     "dac": "dac.py --num-seeds 5 --chunk 1000",
@@ -188,6 +198,7 @@ STUDIES = {
         ("cheetah-jump", "cheetah-crawl"),
         {"top1": "cheetah:1", "pair": "cheetah-pair:1", "full": "cheetah-full:1", "random": "cheetah-random:1",
          **{f"partial {w}": f"cheetah-partial-{w}:1" for w in (1, 3, 10)}},
+        ("mopo-fast", "dac"),
     ),
     "how-many": Study(
         "How many policies? The worst direction and the mean over directions against K.",
@@ -195,11 +206,13 @@ STUDIES = {
     ),
     "how-many-cheetah": Study(
         "How many policies, on cheetah-jump.",
-        ("cheetah-jump",), {"K=2": "cheetah-k2:1", "K=5": "cheetah-k5:1", "K=10": "cheetah:1"},
+        ("cheetah-jump",), {"K=2": "cheetah-k2:1", "K=5": "cheetah-k5:1", "K=10": "cheetah:1", "K=20": "cheetah-k20:1"},
+        ("mopo-fast", "dac"),
     ),
     "bound": Study(
         "Does the distance to an expert's data, or the relabelled return, predict what a learner gets?",
-        POINT_TASKS, {f"policy {k}": f"point/policy_{k:02d}:1" for k in range(10)}, ("mopo", "knn"), reference="point",
+        POINT_TASKS, {f"policy {k}": f"point/policy_{k:02d}:1" for k in range(10)}, ("mopo", "knn"), seeds=3,
+        reference="point",
     ),
     "bound-ant": Study(
         "The same on the ant, at 60 degrees, with the neural model.",
@@ -287,6 +300,9 @@ def data_cells(base, study, budget):
         command = ["udg_select.py", "--buffers", str(reads[0]), "--task", task, "--reference", str(reads[1])]
         needs = (f"source {study.reference}", f"source {expert}")
         done = folder / task / "scores.json"
+        command += (
+            ["--w1-points", "1500"] if world(task) != "point" else []
+        )  # in 35 dimensions fewer see little but noise
         command += ["--overwrite", "--out", str(folder)]
         cells[f"w1 {task}"] = Cell(f"w1 {task}", command, done, needs, None, reads)
     return cells
@@ -472,7 +488,8 @@ class Stopping:
             signal.signal(number, handler)
 
     def run(self, command, out, lock, cache):
-        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status, processor seconds.
+        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status, its seconds of the
+        processor, its greatest memory in bytes.
 
         Cells of one shape share what they compile in the folder `cache`: half of a point cell's minute is compilation.
         """
@@ -487,7 +504,7 @@ class Stopping:
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         self.running.discard(process)
-        return process.returncode, used.ru_utime + used.ru_stime
+        return process.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
 
 
 def run_cell(cell, base, core, stopping):
@@ -511,13 +528,15 @@ def run_cell(cell, base, core, stopping):
             resume = ["--resume"]
         elif not cell.runs:
             cell.done.unlink(missing_ok=True)  # of another command: it must not pass for this one's
-        code, cpu = stopping.run([sys.executable, *cell.command, *resume], out, lock, (base / "jax_cache").resolve())
+        code, cpu, memory = stopping.run(
+            [sys.executable, *cell.command, *resume], out, lock, (base / "jax_cache").resolve()
+        )
         if code or not cell.done.exists():
             said = record.with_suffix(".log").read_text(errors="replace").strip().splitlines()
             anew = f"; to begin it anew, move {cell.runs} away" if resume else ""
             return f"exit {code}: {said[-1] if said else 'it said nothing'}\n  see {record.with_suffix('.log')}{anew}"
         spent = {"seconds": round(time.time() - began), "cpu_seconds": round(cpu)}
-        write_record(cell, base, spent | {"resumed": bool(resume)})
+        write_record(cell, base, spent | {"peak_gb": round(memory / 1e9, 2), "resumed": bool(resume)})
     return ""
 
 
@@ -605,6 +624,9 @@ def gather(name, base, budget, results, force=False):
     header["cells"] = {key: {**record, "command": portable(record["command"])} for key, record in records.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n".join(map(json.dumps, [header, *rows])) + "\n")
+    if study.sources:  # what the policies do is their figure
+        for cell in (cells[f"source {name}"] for name in study.sources if f"source {name}" in finished):
+            shutil.copy(cell.runs / "trajectories.png", path.with_name(f"{path.stem}-{cell.runs.name}.png"))
     print(f"{path.parent.name}/{path.name}: {len(rows)} rows; missing: {len(header['missing'])}", flush=True)
     return True
 
@@ -614,17 +636,22 @@ def w1_row(cell):
     found, spaces = json.loads(cell.done.read_text()), ("features", "(s, a), standardised")
     to_expert = dict(zip(spaces, found["w1_to_reference"], strict=True))
     w1 = {space: dict(zip(found["buffers"], to_expert[space][:-1], strict=True)) for space in reversed(spaces)}
-    return {"task": found["task"], "w1": w1, "floor": {space: to_expert[space][-1] for space in w1}}
+    known = make_task(found["task"]).reference  # of whole evaluations, which in point worlds are as long as the data
+    expert = {"expert": known[1]} if known and world(found["task"]) == "point" else {}
+    return {"task": found["task"], "w1": w1, "floor": {space: to_expert[space][-1] for space in w1}} | expert
 
 
 def source_row(cell):
-    """The last numbers of a source, and distances over time in its own space and in that of all observations."""
+    """A source: last numbers, lists over its policies at the last evaluation, and curves of what tells them apart.
+
+    Distances are in its own space and (_full) in that of all observations.
+    """
     records = [json.loads(line) for line in (cell.runs / "log.jsonl").read_text().splitlines()[1:]]
-    last = {k: v for k, v in (records[-1] if records else {}).items() if np.ndim(v) == 0}
+    last = records[-1] if records else {}
     curve = lambda key: [[r["step"], r[f"eval/{key}"]] for r in records if f"eval/{key}" in r]
-    keys = ("min_w", "smallest_w", "min_w_full", "smallest_w_full", "disc_success")
-    count = len(records[-1].get("eval/travel", [])) if records else 0
-    return {"source": cell.name.split()[1], "policies": count, "last": last, **{key: curve(key) for key in keys}}
+    keys = ("min_w", "smallest_w", "min_w_full", "smallest_w_full", "disc_accuracy_held_out")
+    row = {"source": cell.name.split()[1], "last": {k: v for k, v in last.items() if np.ndim(v) == 0}}
+    return row | {"each": {k: v for k, v in last.items() if np.ndim(v) == 1}, **{key: curve(key) for key in keys}}
 
 
 def data_row(data):

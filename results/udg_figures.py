@@ -98,12 +98,12 @@ def resampled_means(cells, stream=0):
     return np.array([np.asarray(c)[rng.integers(len(c), size=(RESAMPLES, len(c)))].mean(1) for c in cells])
 
 
-def bracket(resamples):
+def bracket(resamples, digits=1):
     """The middle 95 % of resamples as text; nothing where there are none."""
     if resamples is None:
         return ""
     low, high = np.quantile(resamples, [0.025, 0.975])
-    return f" [{low:.1f}, {high:.1f}]"
+    return f" [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def over_tasks(cells):
@@ -138,26 +138,56 @@ def orderings(table, labels):
 
 
 def predictions(rows, distances):
-    """What predicts a learner's return on one task: rows of its buffers -> {predictor: [buffers]}, returns [buffers].
+    """What predicts a learner's return on one task -> {predictor: [buffers]}, returns [buffers, seeds].
 
-    Higher must mean better, so distances are negative. Seeds of a buffer are averaged first.
+    Higher must mean better, so distances are negative. A buffer lacks where a seed or its distance does.
     """
-    by_buffer = {}
+    by_label = {}
     for row in rows:
-        by_buffer.setdefault(row["chosen"][0], []).append(row)
-    names = [name for name in by_buffer if all(name in distances[space] for space in distances)]
-    gain = np.array([np.mean([row["score"] for row in by_buffer[name]]) for name in names])
+        by_label.setdefault(row["label"], {})[row["seed"]] = row
+    seeds = sorted(set().union(*by_label.values()))
+    known = lambda found: (
+        seeds == sorted(found) and all(found[seeds[0]]["chosen"][0] in of for of in distances.values())
+    )
+    whole = [found for found in by_label.values() if known(found)]
+    names = [found[seeds[0]]["chosen"][0] for found in whole]
+    gain = np.array([[found[seed]["score"] for seed in seeds] for found in whole])
     found = {f"W1 to the expert, {space}": -np.array([values[name] for name in names])
              for space, values in distances.items()}  # fmt: skip
-    found["mean relabelled return"] = np.array([by_buffer[name][0]["scores"][name] for name in names])
+    found["mean relabelled return"] = np.array([x[seeds[0]]["scores"][n] for x, n in zip(whole, names, strict=True)])
     return found, gain
 
 
+def rank_correlation(x, y):
+    """Spearman's; nan where one is constant."""
+    return np.nan if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0 else stats.spearmanr(x, y)[0]
+
+
 def judge(x, gain):
-    """A predictor on one task -> rank correlation (nan where all are equal), return lost by following it."""
-    constant = len(x) < 2 or np.ptp(x) == 0 or np.ptp(gain) == 0
-    rank = np.nan if constant else stats.spearmanr(x, gain)[0]
-    return rank, gain.max() - gain[x.argmax()]
+    """A predictor [buffers] on one task, returns [buffers, seeds] -> rank correlation with the means over seeds, return
+    lost by following it, share of the seeds in which it picks another buffer than the best.
+
+    The best is chosen by the other seeds and judged on the one left out: chosen and judged by the same numbers it
+    would look better than it is, and every predictor worse. With one seed there is no other.
+    """
+    seeds = gain.shape[1]
+    others = [np.delete(gain, s, 1).mean(1) if seeds > 1 else gain[:, 0] for s in range(seeds)]
+    pick, best = int(np.argmax(x)), [int(other.argmax()) for other in others]
+    lost = np.mean([gain[b, s] - gain[pick, s] for s, b in enumerate(best)])
+    return rank_correlation(x, gain.mean(1)), float(lost), float(np.mean([b != pick for b in best]))
+
+
+def judge_seeds(gain):
+    """The same of what a seed's own best says of the others': what no predictor can beat by more than luck."""
+    seeds = gain.shape[1]
+    others = [np.delete(gain, s, 1).mean(1) for s in range(seeds)]
+    rank = np.mean([rank_correlation(gain[:, s], other) for s, other in enumerate(others)])
+    picks = [(int(gain[:, s].argmax()), int(other.argmax()), other) for s, other in enumerate(others)]
+    return (
+        rank,
+        float(np.mean([o[best] - o[pick] for pick, best, o in picks])),
+        float(np.mean([p != b for p, b, _ in picks])),
+    )
 
 
 # === tables ===
@@ -225,32 +255,49 @@ def print_luck(table, labels):
         print()
 
 
+def told_apart(row):
+    """Of how many policies a classifier tells apart, by evaluation: [] steps, [] numbers, K."""
+    steps, accuracy = np.transpose(row["disc_accuracy_held_out"])
+    return steps, len(row["each"]["eval/travel"]) * accuracy, len(row["each"]["eval/travel"])
+
+
 def collapsed(row):
-    """Evaluations [] -> the warnings of wurl_sac.py, whose rule this is: "coincide", "told apart" or ""."""
-    (mean, smallest, success), K = (
-        (np.array(row[k])[:, 1] for k in ("min_w", "smallest_w", "disc_success")),
-        row["policies"],
-    )
-    steps = np.array(row["min_w"])[:, 0]
-    merged = (K * success < (K + 1) / 2) & (steps >= steps[-1] / 4)
-    return np.where(smallest < COLLAPSE * mean, "coincide", np.where(merged, "told apart", ""))
+    """By evaluation: two policies coincide; a classifier tells too few apart. wurl_sac.py warns of these."""
+    mean, smallest = (np.array(row[key])[:, 1] for key in ("min_w", "smallest_w"))
+    steps, number, K = told_apart(row)
+    return smallest < COLLAPSE * mean, (number < (K + 1) / 2) & (steps >= steps[-1] / 4)
 
 
 def sources_table(sources):
-    """The diversity of every source that has one, and where wurl_sac.py warns of a collapse."""
+    """The diversity of every source that has one, and where two policies coincide or too few are told apart."""
     keys = ("eval/min_w", "eval/smallest_w", "eval/pair_mean_w", "eval/min_w_full", "eval/distinct_nearest",
             "eval/disc_success", "eval/disc_success_held_out", "time/updates_per_s")  # fmt: skip
     rows = []
     for name, row in sources.items():
         if "eval/min_w" in row["last"]:
-            last, warned = [row["last"].get(k, np.nan) for k in keys], collapsed(row)
-            apart = f"{row['policies'] * last[5]:.1f} of {row['policies']}"
-            counts = [f"{(warned == why).sum()} of {len(warned)}" for why in ("coincide", "told apart")]
-            rows.append([name, *(f"{x:.3g}" for x in last), apart, warned[-1] or "no", *counts])
+            last, (coincide, few) = [row["last"].get(k, np.nan) for k in keys], collapsed(row)
+            _, number, K = told_apart(row)
+            now = " and ".join(what for what, is_so in (("coincide", coincide[-1]), ("few", few[-1])) if is_so)
+            counts = [f"{x.sum()} of {len(x)}" for x in (coincide, few)]
+            rows.append([name, *(f"{x:.3g}" for x in last), f"{number[-1]:.1f} of {K}", now or "no", *counts])
     if rows:
         head = ["source", "minimum W, own space", "smallest", "pair mean", "minimum W, all observations"]
-        head += ["distinct neighbours", "success", "held out", "updates/s", "told apart", "warning at the end"]
-        print_table([*head, "evaluations that warned: two coincide", "too few told apart"], rows)
+        head += ["distinct neighbours", "success", "success held out", "updates/s", "told apart, held out"]
+        print_table([*head, "collapsed at the end", "evaluations: two coincide", "few told apart"], rows)
+    if any("eval/length" in row.get("each", {}) for row in sources.values()):
+        each_table(sources)
+
+
+def each_table(sources):
+    """What the policies of a source do at its last evaluation: least, median and most over policies."""
+    kinds = {
+        "eval/length": "steps of an episode",
+        "eval/travel": "travel (m)",
+        "eval/task_return": "return of its task",
+    }
+    of = lambda values: ", ".join(f"{x:.3g}" for x in np.quantile(values, (0, 0.5, 1)))
+    rows = [[name, *(of(row["each"][k]) if k in row["each"] else "-" for k in kinds)] for name, row in sources.items()]
+    print_table(["source, over its policies: least, median, most", *kinds.values()], rows)
 
 
 # === figures ===
@@ -349,49 +396,63 @@ def bound(path, header, learners, distances):
                                sharey="row", sharex="col")  # fmt: skip
     lines, handles = [], {}
     for model, row_of_axes in zip(models, axes, strict=True):
-        judged, differ, names = [], 0, []
+        of_tasks = {}  # {task: (predictors, returns)}
         for j, task in enumerate(tasks):
             rows = [row for row in learners if row["learner"] == model and row["task"] == task]
-            found, gain = predictions(rows, distances[task]["w1"])
+            found, gain = predictions(rows, distances[task]["w1"]) if rows else ({}, np.empty((0, 1)))
             if not len(gain):
                 continue
-            names = list(found)
+            of_tasks[task] = found, gain
             for axis, (name, x) in zip(row_of_axes, found.items(), strict=True):
                 color, marker = style(j)
                 shown = -x if name.startswith("W1") else x
-                handles[task] = axis.plot(shown, gain, marker, ms=5, color=color, alpha=0.85, mec="white", mew=0.4)[0]
-            judged.append([judge(x, gain) for x in found.values()])
-            by_distance, by_return = found[names[0]], found[names[-1]]
-            differ += bool(by_return[by_distance.argmax()] < by_return.max())
-        lines += bound_rows(model, names, judged, differ)
-        label_bound(row_of_axes, model, names, judged, distances)
+                look = {"color": color, "alpha": 0.85, "mec": "white", "mew": 0.4}
+                handles[task] = axis.plot(shown, gain.mean(1), marker, ms=5, **look)[0]
+                if "expert" in distances[task]:
+                    axis.axhline(distances[task]["expert"], color=color, lw=0.8, alpha=0.6)
+        lines += bound_rows(model, of_tasks)
+        label_bound(row_of_axes, model, of_tasks, distances)
     drawn.suptitle(f"{header['study']}: a point is a buffer; what a learner makes of it, against what could predict it")
     handles["two samples of the expert's own"] = Line2D([], [], color="0.5", ls=":")
+    if any("expert" in row for row in distances.values()):
+        handles["the expert's return"] = Line2D([], [], color="0.5", lw=0.8)
     drawn.legend(handles.values(), handles, frameon=False, ncols=len(handles), loc="outside lower center")
     save(drawn, path)
     head = ["model", "predictor", "rank correlation, mean over tasks", "lowest", "picks another than the best"]
     print_table([*head, "return lost, mean", "return lost, worst task"], lines)
 
 
-def bound_rows(model, names, judged, differ):
-    """The table's rows of one model; how often distance and return disagree is printed above."""
-    of = f"of {len(judged)} tasks"
-    rows = []
-    if names:
-        print(f"{model}: the relabelled return and {names[0]} choose different buffers in {differ} {of}.\n")
-    for name, column in zip(names, zip(*judged, strict=True), strict=True):
-        rank, lost = np.array(column).T
+def bound_rows(model, of_tasks):
+    """The table's rows of one model; how often the return disagrees with a distance is printed above."""
+    if not of_tasks:
+        return []
+    names, rows = list(next(iter(of_tasks.values()))[0]), []
+    for name in names[:-1]:
+        pairs = [(found[names[-1]], found[name]) for found, _ in of_tasks.values()]
+        differ = sum(bool(by_return[by_distance.argmax()] < by_return.max()) for by_return, by_distance in pairs)
+        print(f"{model}: the relabelled return and {name} choose different buffers in {differ} of {len(pairs)} tasks.")
+    print()
+    judged = {name: [judge(found[name], gain) for found, gain in of_tasks.values()] for name in names}
+    if all(gain.shape[1] > 1 for _, gain in of_tasks.values()):
+        judged["a seed of the learner itself"] = [judge_seeds(gain) for _, gain in of_tasks.values()]
+    for name, column in judged.items():
+        rank, lost, differ = np.array(column).T
         known = rank[~np.isnan(rank)]
-        ranks = [f"{known.mean():.2f}", f"{known.min():.2f}"] if len(known) else ["undefined", "undefined"]
-        rows.append([model, name, *ranks, f"{int((lost > 0).sum())} {of}", f"{lost.mean():.1f}", f"{lost.max():.1f}"])
+        between = bracket(resampled_means([known])[0] if len(known) >= MIN_SEEDS else None, 2)
+        ranks = [f"{known.mean():.2f}{between}", f"{known.min():.2f}"] if len(known) else ["undefined", "undefined"]
+        rows.append([model, name, *ranks, f"{differ.mean():.0%}", f"{lost.mean():.1f}", f"{lost.max():.1f}"])
     return rows
 
 
-def label_bound(row_of_axes, model, names, judged, distances):
+def label_bound(row_of_axes, model, of_tasks, distances):
     """Axis labels, what no distance looks like as a dotted line, the mean rank correlation as title."""
+    names = list(next(iter(of_tasks.values()))[0]) if of_tasks else []
     for i, (axis, name) in enumerate(zip(row_of_axes, names, strict=False)):
-        known = [rank for rank, _ in (task[i] for task in judged) if not np.isnan(rank)]
-        axis.set_title(f"{model}: rank correlation {np.mean(known):.2f}" if known else model, loc="left", fontsize=10)
+        ranks = [rank_correlation(found[name], gain.mean(1)) for found, gain in of_tasks.values()]
+        known, of = [rank for rank in ranks if not np.isnan(rank)], "" if i == len(names) - 1 else " with -W1"
+        axis.set_title(
+            f"{model}: rank correlation{of} {np.mean(known):.2f}" if known else model, loc="left", fontsize=10
+        )
         space = name.removeprefix("W1 to the expert, ")
         units = {"features": " (of s', in their units)", "(s, a), standardised": " (no unit)"}
         axis.set_xlabel(f"{name} of the buffer" if i == len(names) - 1 else name + units.get(space, ""))
@@ -402,20 +463,30 @@ def label_bound(row_of_axes, model, names, judged, distances):
 
 
 def distances_over_time(path, header, sources):
-    """Distance to the nearest other policy over training, mean and smallest, of every source, in one space."""
+    """Of every source over training: distance to the nearest other policy, mean and smallest; share told apart."""
     common = all(row.get("min_w_full") for row in sources.values())
     keys = ("min_w_full", "smallest_w_full") if common else ("min_w", "smallest_w")
     space = "all observations" if common else "the space of each source's own diversity"
-    drawn, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    drawn, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    axes[1].sharey(axes[0])
     for i, (name, row) in enumerate(sources.items()):
         color, marker = style(i)
         line = {"color": color, "marker": marker, "ms": 4, "ls": "-" if i < len(STYLES) else "--"}
-        for axis, key in zip(axes, keys, strict=True):
+        for axis, key in zip(axes, keys, strict=False):
             axis.plot(*np.transpose(row[key]), **line, label=name if axis is axes[0] else None)
+        steps, number, K = told_apart(row)
+        axes[2].plot(steps, number / K, **line)
+        axes[2].axhline((K + 1) / 2 / K, color=color, ls=":", lw=0.8)
     axes[0].set_ylabel(f"distance to the nearest other policy,\n{space} (raw units)")
-    for axis, title in zip(axes, ("mean over policies", "smallest: near 0, two policies coincide"), strict=True):
+    axes[2].set(ylabel="accuracy of a classifier on held-out episodes", ylim=(0, 1.02))
+    titles = (
+        "mean over policies",
+        "smallest: near 0, two policies coincide",
+        "share told apart; dotted: too few below",
+    )
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="updates per policy", ylim=(0, None))
-        titled(axis, f"{header['study']}: {title}")
+        titled(axis, f"{header['study']}: {title}", 60)
     drawn.legend(frameon=False, fontsize=8, ncols=min(len(sources), 5), loc="outside lower center")
     save(drawn, path)
 
