@@ -999,8 +999,12 @@ def train_phase(label, total, state, train_chunk, evaluation, shown, args, logge
 
 
 def preset_name(data, known):
-    """The name of `known` for a dataset: its own; for `ours/x` (benchmark/suite.py) that of D4RL's x, any version."""
-    return next((name for name in known if data == f"ours/{name.rpartition('-v')[0]}"), data)
+    """The name of `known` for a dataset: its own, else that of the same set in another version.
+
+    `ours/x` (benchmark/suite.py) is D4RL's x without a version.
+    """
+    same = lambda name: name.removeprefix("ours/").rstrip("0123456789").removesuffix("-v")
+    return data if data in known else next((name for name in known if same(name) == same(data)), data)
 
 
 def dac_preset(args):

@@ -1167,8 +1167,12 @@ def write_policy(path, kind, params, metadata):
 
 
 def preset_name(data, known):
-    """The name of `known` for a dataset: its own; for `ours/x` (benchmark/suite.py) that of D4RL's x, any version."""
-    return next((name for name in known if data == f"ours/{name.rpartition('-v')[0]}"), data)
+    """The name of `known` for a dataset: its own, else that of the same set in another version.
+
+    `ours/x` (benchmark/suite.py) is D4RL's x without a version.
+    """
+    same = lambda name: name.removeprefix("ours/").rstrip("0123456789").removesuffix("-v")
+    return data if data in known else next((name for name in known if same(name) == same(data)), data)
 
 
 def mopo_preset(args):

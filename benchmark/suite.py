@@ -6,6 +6,7 @@
     python benchmark/suite.py --budget paper --jobs 3                D4RL's sizes, for a large machine
     python benchmark/suite.py --sets point --rows 2000               the whole way on a point robot, in minutes
     python benchmark/suite.py --table                                results/suite/: the table of what was made
+    python benchmark/suite.py --check                                are data/ and results/suite/ the same, bit for bit?
 
 Plain SAC (wurl_sac.py --preset sac) learns a robot's task and keeps its policies. "expert" is the best of them,
 "medium" the first at a third of its normalised score; their fresh episodes make two sets, both together
@@ -338,11 +339,7 @@ def make_set(args, name):
     args.results.mkdir(parents=True, exist_ok=True)
     entry = {"name": f"ours/{name}", "settings": settled, "levels": used, **distribution(buffer, task)}
     entry |= {k: buffer.metadata[k] for k in ("sha256", "versions", "git_commit")}
-    record = args.results / f"{name}.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
-    if known.get("settings") == settled and known["sha256"] != entry["sha256"]:
-        print(f"{record}: other bits than were recorded there: another machine, or other versions", flush=True)
-    udg_study.write_whole(record, json.dumps(entry, indent=1) + "\n")
+    udg_study.write_whole(args.results / f"{name}.json", json.dumps(entry, indent=1) + "\n")
 
 
 def distribution(buffer, task):
@@ -406,22 +403,50 @@ def chosen(words, budget):
     return list(dict.fromkeys(found))
 
 
+def of_other_settings(args, name):
+    """Whether there is a file of that name which anything else made."""
+    path = args.out / f"{name}.npz"
+    if not path.exists():
+        return False
+    return buffers.load(path, (), quiet=True).metadata["generator"].get("flags") != settings(args, name)
+
+
 def refuse_others(args, names):
-    """InputError where a file of that name was made by anything else."""
-    for name in names:
-        path = args.out / f"{name}.npz"
-        if path.exists() and not args.overwrite:
-            made_by = buffers.load(path, (), quiet=True).metadata["generator"].get("flags")
-            if made_by != settings(args, name):
-                raise envs.InputError(f"{path}: was made with other settings; choose another --out, or --overwrite")
+    """InputError where a file of that name was made by anything else; with --overwrite it counts as not made."""
+    for name in filter(lambda name: of_other_settings(args, name), names):
+        cell = set_cell(args, name)
+        if not args.overwrite:
+            raise envs.InputError(f"{cell.done}: was made with other settings; choose another --out, or --overwrite")
+        udg_study.record_file(cell, base_folder(args)).unlink(missing_ok=True)
 
 
 def show(args):
     """--list."""
     for name in SETS:
         cell = set_cell(args, name)
-        made = "made" if udg_study.is_done(cell, base_folder(args)) else "not made"
+        made = udg_study.is_done(cell, base_folder(args)) and not of_other_settings(args, name)
+        made = "made" if made else "not made"
         print(f"ours/{name:28} {made:9} {cell.done}")
+
+
+def recorded_bits(args):
+    """{set: {column: sha256}} of what results/suite has of these settings."""
+    entries = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
+    return {name: e["sha256"] for name, e in entries.items() if e["settings"] == settings(args, name)}
+
+
+def check_bits(args, known):
+    """Say which sets in --out are, bit for bit, those of `known` -> names of those that are not."""
+    there = [name for name in known if (args.out / f"{name}.npz").exists() and not of_other_settings(args, name)]
+    columns = lambda name: buffers.load(args.out / f"{name}.npz", quiet=True, verify=True).metadata["sha256"]
+    other = [name for name in there if columns(name) != known[name]]
+    if there:
+        told = f"; not {', '.join(other)}: another machine, or other versions" if other else ""
+        print(
+            f"{len(there) - len(other)} of {len(there)} sets in {args.out} are the recorded ones bit for bit{told}",
+            flush=True,
+        )
+    return other
 
 
 # --- table --------------------------------------------------------------------------------------
@@ -462,6 +487,7 @@ def parse(argv):
     parser.add_argument("--overwrite", action="store_true", help="replace files of other settings")
     parser.add_argument("--list", action="store_true", help="name the sets and run nothing")
     parser.add_argument("--commands", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--check", action="store_true", help="compare what is there with the records, bit for bit")
     parser.add_argument("--table", action="store_true", help="only write the table of what was made")
     parser.add_argument("--runs", type=Path, default=Path("runs/suite"), help="folder of the training runs")
     parser.add_argument("--results", type=Path, default=None, help="folder of records and table")
@@ -484,6 +510,11 @@ def main(argv=None):
         return show(args)
     if args.table:
         return write_table(args)
+    if args.check:
+        known = recorded_bits(args)
+        if not known:
+            raise envs.InputError(f"{args.results}: no set was made yet")
+        return check_bits(args, known) and sys.exit(1)
     names = chosen(args.sets, args.budget)
     cells, base = cells_of(args, names), base_folder(args)
     if args.commands:
@@ -492,7 +523,9 @@ def main(argv=None):
     left = [name for name, cell in cells.items() if not udg_study.is_done(cell, base)]
     made = len(cells) - len(left)
     print(f"{made} of {len(cells)} cells are made; what one at work says stands in {base / 'logs'}", flush=True)
+    known = {name: bits for name, bits in recorded_bits(args).items() if set_cell(args, name).name in left}
     failed, stopped = udg_study.run_cells(cells, base, args.jobs)
+    check_bits(args, known)
     if any(args.results.glob("*.json")):
         write_table(args)
     if stopped:

@@ -26,7 +26,8 @@ def summary(folder, buffer):
 
     score: mean over seeds of the mean of the last 5 evaluations, score_std its standard deviation
     over seeds; last and best evaluation beside it; the same over episodes as long as the data's;
-    mean and best episode return of the data.
+    mean and best episode return of the data; normalized_score: the score as `Task.normalized_score`
+    has it, D4RL's way on D4RL's tasks, where the task has a reference.
     """
     values = np.stack([v for _, v in read(folder, "eval/return").values()])
     short = np.stack([v for _, v in read(folder, "eval/return_data_length").values()])
@@ -36,6 +37,8 @@ def summary(folder, buffer):
         "best": values.max(1).mean(), "score_data_length": short[:, -5:].mean(),
         "data_mean": returns.mean(), "data_best": returns.max(),
     }  # fmt: skip
+    normalized = [v[-5:].mean() for _, v in read(folder, "eval/score").values()]
+    result |= {"normalized_score": np.mean(normalized)} if normalized else {}
     print("result:", *(f"{k} {v:.2f} " for k, v in result.items()), flush=True)
     return {k: float(v) for k, v in result.items()}
 

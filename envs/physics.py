@@ -297,7 +297,8 @@ class _MjxEngine:
         )
 
         def substep(data, _):
-            with exact_plane_capsule():
+            # GPUs since Ampere would multiply matrices with 10 bits of mantissa, which is too few for contacts.
+            with exact_plane_capsule(), jax.default_matmul_precision("highest"):
                 return self.mjx.step(self.model, data), None
 
         data, _ = jax.lax.scan(substep, data, None, length=self.frame_skip)

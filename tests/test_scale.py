@@ -20,6 +20,7 @@ import mopo
 import qdq
 import wurl_sac as W
 from envs import scripted
+from tests.test_udg_study import is_drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 # What these programs compute is nothing; unoptimised they compile in half the time.
@@ -225,12 +226,6 @@ def test_each_process_needs_a_policy(monkeypatch):
 
 
 # --- grids ---
-
-
-def is_drawn(picture):
-    """Whether a picture has more on it than a white sheet with axes: colours, in more than a speck."""
-    color = np.ptp(picture[..., :3], axis=-1) > 0.2
-    return picture.shape[0] > 300 and picture.shape[1] > 500 and color.sum() > 50
 
 
 def grid(path, **changes):

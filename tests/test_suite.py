@@ -311,6 +311,25 @@ def test_command_goes_on_after_a_kill_and_skips_what_is_made(tmp_path):
     other = ["--seed", "1", *command[2:]]
     with pytest.raises(envs.InputError, match="made with other settings; choose another --out, or --overwrite"):
         suite.main(other)
+    drawn = [buffers.load(cell.done, quiet=True)["actions"]]
+    for words in ([*other, "--overwrite"], [*command[2:], "--overwrite"]):  # there and back: each is made anew
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            suite.main(words)
+        assert "0 of 1 cells are made" in said.getvalue()
+        drawn.append(buffers.load(cell.done, quiet=True)["actions"])
+    assert not np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+    cell.done.unlink()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        suite.main(command[2:])
+    assert "1 of 1 sets in" in said.getvalue() and "bit for bit" in said.getvalue(), "made again, the same, and said"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        suite.main([*command[2:], "--check"])
+    assert "1 of 1 sets in" in said.getvalue()
+    record = args.results / "point-random.json"
+    record.write_text(record.read_text().replace(json.loads(record.read_text())["sha256"]["actions"], "0" * 64))
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
+        suite.main([*command[2:], "--check"])
+    assert "0 of 1 sets" in said.getvalue() and "not point-random" in said.getvalue()
     cell.done.unlink()
     assert not udg_study.is_done(cell, base)
 
@@ -377,9 +396,37 @@ def test_every_set_finds_its_preset(learner, monkeypatch):
     if learner == "mopo":  # the authors' epochs for v0, OfflineRL-Kit's for v2
         steps = [mopo.PRESETS[f"hopper-{kind}"]["num_updates"] for kind in ("random-v0", "medium-v2")]
         assert steps == [1_000_000, 3_000_000]
-    file.metadata = {"dataset_name": "hopper-medium"}  # no set of ours
+    file.metadata = {"dataset_name": "hopper-easy"}  # no set of ours
     assert "nothing is published" in choose(script.Args(dataset="x.npz"))[0]
     assert choose(script.Args(dataset="x.npz", preset="cpu"))[1].items() >= {"num_updates": 20_000}.items()
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        ("hopper-medium-v2", dict.fromkeys(LEARNERS, "hopper-medium-v2")),
+        ("hopper-medium-v0", dict.fromkeys(LEARNERS, "hopper-medium-v2")),
+        ("hopper-random-v2", {"mopo": "hopper-random-v0"}),
+        ("antmaze-umaze-v0", {"cped": "antmaze-umaze-v2", "qdq": "antmaze-umaze-v0", "dac": "antmaze-umaze-v0"}),
+        ("antmaze-umaze-v2", {"cped": "antmaze-umaze-v2", "qdq": "antmaze-umaze-v0", "dac": "antmaze-umaze-v0"}),
+        ("antmaze-umaze-diverse-v2", {"qdq": "antmaze-umaze-diverse-v0", "dac": "antmaze-umaze-diverse-v0"}),
+        ("minari/D4RL/hopper/medium-v2", {}),  # other data under a like name
+        ("hopper-medium-replay-v2-half", {}),
+    ],
+)
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_presets_are_of_d4rls_names(learner, data, names, monkeypatch):
+    """The version that is published for, where the file's own is not; and which it is, is said."""
+    script = LEARNERS[learner]
+    file = types.SimpleNamespace(metadata={"dataset_name": data})
+    monkeypatch.setattr(envs.buffers, "load", lambda *args, **kwargs: file)
+    said, preset = getattr(script, f"{learner}_preset")(script.Args(dataset="x.npz"))
+    if learner == "cped" and data.startswith("antmaze-umaze-diverse"):
+        names = {"cped": data}
+    if learner in names:
+        assert preset == script.PRESETS[names[learner]] and names[learner] in said and data in said
+    else:
+        assert "nothing is published" in said
 
 
 def test_dac_scales_the_rewards_of_a_maze():
