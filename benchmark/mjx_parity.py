@@ -52,12 +52,12 @@ def make_env(name, backend):
 
 
 def play(env, states, actions):
-    """Step a batch along actions (T, N, A). -> qpos, qvel, rewards, each (T, N, ..)."""
+    """Step a batch along actions (T, N, A), on beyond an end. -> qpos, qvel, rewards, ends, each (T, N, ..)."""
 
     def advance(states, action):
         states = jax.vmap(env.step)(states, action)
         now = states.pipeline_state
-        return states, (now.qpos, now.qvel, states.reward)
+        return states, (now.qpos, now.qvel, states.reward, states.done)
 
     run = jax.jit(lambda states, actions: jax.lax.scan(advance, states, actions)[1])
     return jax.tree.map(np.asarray, run(states, actions))
@@ -84,8 +84,14 @@ def at(env, states, qpos, qvel):
     return states.replace(pipeline_state=now, info=info)
 
 
+def spread(error):
+    """Of entries (N, ..) -> median and max over N of the largest."""
+    largest = error.reshape(len(error), -1).max(1)
+    return float(np.median(largest)), float(largest.max())
+
+
 def parity(robot, num_starts, num_steps, seed):
-    """-> {steps: {quantity: (median, max)}} of |MJX - C| over starts."""
+    """-> {steps: {quantity: (median, max)}} of |MJX - C| over starts; ends: starts whose end is at another step."""
     engines = [make_env(robot, backend) for backend in ("mujoco", "mjx")]
     qpos, qvel = starts(engines[0], num_starts, seed)
     shape = (num_steps, num_starts, engines[0].action_size)
@@ -95,40 +101,67 @@ def parity(robot, num_starts, num_steps, seed):
         fresh = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), num_starts))
         runs.append(play(env, at(env, fresh, qpos, qvel), actions))
     table = {}
+    first = [np.where(run[3].any(0), run[3].argmax(0), num_steps) for run in runs]
     for steps in [h for h in HORIZONS if h <= num_steps]:
-        row = {}
-        for name, c, mjx in zip(("qpos", "qvel", "reward"), *runs, strict=True):
-            error = np.abs(c[steps - 1] - mjx[steps - 1]).reshape(num_starts, -1).max(axis=1)
-            row[name] = (float(np.median(error)), float(error.max()))
-        table[steps] = row
+        row = {
+            name: spread(np.abs(runs[0][i] - runs[1][i])[steps - 1])
+            for i, name in enumerate(("qpos", "qvel", "reward"))
+        }
+        table[steps] = row | {"ends": int((np.minimum(first[0], steps) != np.minimum(first[1], steps)).sum())}
     returns = [run[2].sum(axis=0) for run in runs]
     table["return"] = {"median difference": float(np.median(np.abs(returns[0] - returns[1])))}
     return table
 
 
-def recorded(name, backend):
-    """Against MuJoCo 2.2 -> {steps: {quantity: errors}}: median and max of 200 single steps, max of one path."""
-    with np.load(ROOT / "tests" / "golden" / f"envs_{name}_mj220.npz", allow_pickle=False) as file:
-        data = dict(file)
+def recorded_env(name, backend):
     if name == "ant":  # recorded at gear 150 and on the plane, with the contacts that the mazes have
         task = tasks.forward_task("ant", ctrl_cost=CTRL_COST["ant"])
-        env = physics.MujocoEnv(task, backend, gear=150.0, margin_scale=0.5)
-    else:
-        env = physics.MujocoEnv(envs.task(name), backend)
+        return physics.MujocoEnv(task, backend, gear=150.0, margin_scale=0.5)
+    return physics.MujocoEnv(envs.task(name), backend)
 
-    def run(qpos, qvel, actions):
+
+def rewards_of(env, before, actions, after):
+    """The task's rewards and ends of steps from states to states, as if the engine had made them."""
+    position = after.info["root_position"]
+    moved = (position - before.info["root_position"]) / env.task.dt
+    after = after.replace(info={**after.info, "root_velocity": moved})
+    step = envs.transition(before, actions, after)
+    return np.asarray(env.task.reward(step)), np.asarray(env.task.terminal(step))
+
+
+def recorded(name, backend):
+    """Against MuJoCo 2.2 -> {steps: {quantity: errors}}: median and max of 200 single steps, max of one path.
+
+    The files have states only: rewards and ends are what the task makes of these. On the path, ends: steps until there
+    whose end differs.
+    """
+    with np.load(ROOT / "tests" / "golden" / f"envs_{name}_mj220.npz", allow_pickle=False) as file:
+        data = {k: np.float32(v) if v.ndim > 1 else v for k, v in file.items()}
+    env = recorded_env(name, backend)
+
+    def states(qpos, qvel):
         fresh = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(qpos)))
-        return play(env, at(env, fresh, jnp.float32(qpos), jnp.float32(qvel)), jnp.float32(actions))
+        return at(env, fresh, jnp.asarray(qpos), jnp.asarray(qvel))
 
-    spread = lambda error: (float(np.median(error)), float(error.max()))
-    qpos, qvel, _ = run(data["qpos"], data["qvel"], data["action"][None])
-    errors = np.abs(qpos[0] - data["next_qpos"]).max(1), np.abs(qvel[0] - data["next_qvel"]).max(1)
-    rows = {1: {"qpos": spread(errors[0]), "qvel": spread(errors[1])}}
+    here, there = states(data["qpos"], data["qvel"]), states(data["next_qpos"], data["next_qvel"])
+    *found, ends = (x[0] for x in play(env, here, jnp.asarray(data["action"][None])))
+    reward, end = rewards_of(env, here, jnp.asarray(data["action"]), there)
+    errors = [np.abs(a - b) for a, b in zip(found, (data["next_qpos"], data["next_qvel"], reward), strict=True)]
+    rows = {
+        1: dict(zip(("qpos", "qvel", "reward"), map(spread, errors), strict=True)) | {"ends": int((ends != end).sum())}
+    }
     last = max(HORIZONS)
-    path = run(data["ol_qpos"][:1], data["ol_qvel"][:1], data["ol_action"][:last, None])
+    actions = jnp.asarray(data["ol_action"][:last])
+    *found, ends = (x[:, 0] for x in play(env, states(data["ol_qpos"][:1], data["ol_qvel"][:1]), actions[:, None]))
+    path = states(data["ol_qpos"][: last + 1], data["ol_qvel"][: last + 1])
+    reward, end = rewards_of(env, *(jax.tree.map(lambda x: x[:-1], path), actions, jax.tree.map(lambda x: x[1:], path)))
+    truth = data["ol_qpos"][1:], data["ol_qvel"][1:], reward
     for steps in HORIZONS[1:]:
-        names = zip(("qpos", "qvel"), path, strict=False)
-        rows[steps] = {k: (float(np.abs(x[steps - 1, 0] - data[f"ol_{k}"][steps]).max()),) for k, x in names}
+        row = {
+            k: (float(np.abs(a - b)[steps - 1].max()),)
+            for k, a, b in zip(("qpos", "qvel", "reward"), found, truth, strict=True)
+        }
+        rows[steps] = row | {"ends": int((ends != end)[:steps].sum())}
     return rows
 
 
@@ -184,21 +217,28 @@ def check(robot, table):
     return failures
 
 
+def cells_of(row):
+    """Errors as text, and the count of ends that differ."""
+    return [str(errors) if name == "ends" else " / ".join(f"{e:.1e}" for e in errors) for name, errors in row.items()]
+
+
 def print_parity(robot, table):
     for steps, row in table.items():
         if steps != "return":
-            cells = [f"{median:.1e} / {worst:.1e}" for median, worst in row.values()]
-            print(f"| {robot} | {steps} | {' | '.join(cells)} |", flush=True)
+            print(f"| {robot} | {steps} | {' | '.join(cells_of(row))} |", flush=True)
 
 
-def print_recorded(results):
-    print("\n| recorded with MuJoCo 2.2 | back end | steps | qpos median / max, or max | qvel |\n|---|---|---|---|---|")
+def print_recorded(results, keep):
+    head = (
+        "| recorded with MuJoCo 2.2 | back end | steps | qpos median / max, or max | qvel | reward | ends that differ |"
+    )
+    print(f"\n{head}\n|---|---|---|---|---|---|---|")
     for name in RECORDED:
         for backend in physics.BACKENDS:
             table = results[f"{name} {backend}"] = recorded(name, backend)
             for steps, row in table.items():
-                cells = [" / ".join(f"{error:.1e}" for error in errors) for errors in row.values()]
-                print(f"| {name} | {backend} | {steps} | {' | '.join(cells)} |", flush=True)
+                print(f"| {name} | {backend} | {steps} | {' | '.join(cells_of(row))} |", flush=True)
+            keep()
 
 
 def print_returns(results, paths, episodes, seed):
@@ -253,7 +293,7 @@ def main(argv=None):
 
     keep()
     if not args.no_parity:
-        print("| robot | steps | qpos median / max | qvel | reward |\n|---|---|---|---|---|")
+        print("| robot | steps | qpos median / max | qvel | reward | ends that differ |\n|---|---|---|---|---|---|")
         for robot in args.robots:
             table = parity(robot, args.num_starts, args.num_steps, args.seed)
             print_parity(robot, table)
@@ -261,8 +301,7 @@ def main(argv=None):
             results["parity"][robot] = table
             keep()
     if args.recorded:
-        print_recorded(results["recorded"])
-        keep()
+        print_recorded(results["recorded"], keep)
     if args.returns:
         print_returns(results["returns"], args.returns, args.episodes, args.seed)
         keep()
