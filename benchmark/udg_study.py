@@ -107,6 +107,7 @@ POINT_DAC = (
 ROBOT = {
     "mopo": "mopo.py --preset cpu",
     "mopo-fast": "mopo.py --preset cpu --actor-lr 1e-3 --critic-lr 1e-3",  # what the cheetah needs (docs/mopo.md)
+    **{f"mopo-lam{lam}": f"mopo.py --preset cpu --lam {lam}" for lam in (0, 0.1, 1)},  # the preset's is 0.3
     "cped": "cped.py --preset cpu",
     "qdq": "qdq.py --preset cpu --teacher-updates 20000 --student-updates 20000",
     "dac": "dac.py --preset cpu",
@@ -132,6 +133,7 @@ CPU = {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval
 GPU_ROBOT = {
     "mopo": "mopo.py --num-seeds 5",
     "mopo-fast": "mopo.py --num-seeds 5 --actor-lr 1e-3 --critic-lr 1e-3",
+    **{f"mopo-lam{lam}": f"mopo.py --num-seeds 5 --lam {lam}" for lam in (0, 0.1, 1)},
     "cped": "cped.py --num-seeds 5",
     "qdq": "qdq.py --num-seeds 5",
     "dac": "dac.py --num-seeds 5 --chunk 1000",
@@ -239,6 +241,11 @@ STUDIES = {
     "seeds": Study(
         "How much of all this is the luck of one run of wurl_sac.py?",
         POINT_TASKS, {"seed 0": "point:1", "seed 1": "point-s1:1", "seed 2": "point-s2:1"}, seeds=3,
+    ),
+    "penalty": Study(
+        "What if MOPO's lambda is not tuned for the task? On the ant, good data and random.",
+        ("ant-angle-60",), {"top1": "ant:1", "random": "ant-random:1"},
+        ("mopo-lam0", "mopo-lam0.1", "mopo", "mopo-lam1"),
     ),
     "humanoid": Study("wurl_sac.py on the humanoid: does it run, how fast, how diverse?", sources=("humanoid",)),
 }  # fmt: skip
