@@ -1,11 +1,12 @@
 """Copy what is worth keeping of finished runs into results/: the log without local paths, and figures.
 
 python results/collect.py runs/wurl_sac/point/seed*      ->  results/wurl_sac/point/seed0.jsonl, seed0-*.png
+python results/collect.py --into results/suite/learners runs/suite-learners/*/*/seed0   (and a grid's table)
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
@@ -15,9 +16,8 @@ FIGURES = (
 )  # fmt: skip
 
 
-def collect(run):
-    """runs/<script>/<task>/<name> -> results/<script>/<task>/<name>.jsonl and <name>-<figure>.png"""
-    run = Path(run)
+def collect(run, into):
+    """runs/<script>/<task>/<name> -> <into>/<script>/<task>/<name>.jsonl and <name>-<figure>.png"""
     if not (run / "policy.npz").exists():
         print(f"{run}: not finished, left out")
         return
@@ -29,15 +29,28 @@ def collect(run):
         if field in header["args"]:
             header["args"][field] = "/".join(Path(header["args"][field]).parts[-3:])
     script, task, name = run.resolve().parts[-3:]
-    folder = RESULTS / script / task
+    folder = into / script / task
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
     for figure in FIGURES:
         if (run / figure).exists():
             shutil.copy(run / figure, folder / f"{name}-{figure}")
-    print(f"{run} -> {folder.relative_to(RESULTS.parent)}/{name}.*")
+    print(f"{run} -> {folder}/{name}.*")
+
+
+def collect_grid(grid, into):
+    """What benchmark/grid.py gathered above its runs."""
+    if (grid / "table.json").exists():
+        for path in [grid / "table.md", grid / "table.json", *grid.glob("*.png")]:
+            shutil.copy(path, into / path.name)
 
 
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        collect(path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--into", type=Path, default=RESULTS, help="where they go")
+    arguments = parser.parse_args()
+    for path in arguments.runs:
+        collect(path, arguments.into)
+    for grid in {path.resolve().parents[2] for path in arguments.runs}:
+        collect_grid(grid, arguments.into)
