@@ -940,7 +940,7 @@ def main(argv: list[str] | None = None) -> int:
             convert.run_command(args)
             return 0
         buffer = load(args.file, quiet=True, verify=True)
-        print("\n".join([describe(buffer), *convert.describe_checks(buffer.metadata)]))
+        print("\n".join([describe(buffer), *convert.describe_checks(buffer.metadata, buffer)]))
         if args.figure:
             from envs.buffer_figures import plot_buffer  # the reader itself needs no matplotlib
 
