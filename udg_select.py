@@ -30,10 +30,14 @@ Deviations
   D4  paper: W1 is over (s, a) in raw units; here: features of s' between buffers, in their units, and (s, a) in
       units of the pooled standard deviation against a reference, so that no unit decides.
   D5  terminals stay as they were recorded; a task that would have ended an episode where the data
-      goes on is refused.
+      goes on is refused. Not so in mazes: there they are the task's, and a robot that walks on at the
+      goal begins a new episode, which counts as data and not in (2).
+  D6  a maze's reward needs goals: data that knows none (OGBench) gets one for each trajectory, drawn
+      as the environment draws it at a reset.
 
-Files      reads buffers (docs/buffer.md, layout "env"); writes <out>/<task>/: top1.npz, ... (layout
-           "task"), scores.json, returns.png, coverage.png, distances.png; <out>/heatmap.png
+Files      reads buffers (docs/buffer.md, layout "env", or "task" where the task hides nothing);
+           writes <out>/<task>/: top1.npz, ... (layout "task"), scores.json, returns.png,
+           coverage.png, distances.png; <out>/heatmap.png
 Run        python udg_select.py --quick                                (scripted buffers, seconds)
            python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60
            python udg_select.py --buffers 'a/*.npz' --task ant-angle-0 ant-angle-60 --top 1 2 all
@@ -53,6 +57,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 import tyro
 from scipy.optimize import linear_sum_assignment
@@ -60,7 +65,7 @@ from scipy.spatial.distance import cdist
 
 import envs
 import envs.buffers
-from envs import buffer_figures, scripted
+from envs import buffer_figures, convert, maze, scripted
 
 Words = tuple[tuple[str, ...], ...]  # `--flag a b --flag c` on the command line
 
@@ -148,12 +153,44 @@ def map_buffer(path):
     buffer = envs.buffers.load(path, quiet=True, unchecked=lazy)
     for key in SCORED:
         buffer[key]
-    if buffer.metadata["layout"] != "env":
+    if buffer.metadata["layout"] != "env" and not shows_world(buffer):
         raise envs.InputError(
             f"{path}: layout: observations are those of task '{buffer.metadata['task']}', not of "
-            "the world. Remedy: use the original buffers, which wurl_sac.py wrote"
+            "the world. Remedy: use the original buffers, which this file was made from"
         )
     return buffer
+
+
+def shows_world(buffer):
+    """Whether a buffer in a task's layout, as an import is, holds all that the world shows."""
+    about = buffer.metadata
+    if about["reward_kind"] == "relabelled":  # its goals, terminals and ids are of another selection
+        return False
+    try:
+        observe = envs.task(str(about["task"]), **about["task_options"]).observe
+    except (TypeError, ValueError, ArithmeticError):  # the metadata may be a stranger's
+        return False
+    numbers = np.arange(1, 1 + buffer["observations"].shape[1], dtype=np.float32)
+    return np.array_equal(observe(numbers), numbers)
+
+
+def with_goals(buffer, seed):
+    """The buffer of a maze with a goal for every trajectory, where it has none."""
+    name = buffer.metadata["env"].partition("ant-maze-")[2]
+    if "goals" in buffer.arrays or name not in maze.MAPS:
+        return buffer
+    ids = trajectories(buffer)  # D6
+    keys = jax.random.split(jax.random.key(seed), 1 + ids[-1])
+    goals = np.asarray(jax.vmap(lambda key: maze.sample_goal(name, key))(keys))
+    print(f"{buffer.path}: no goals in the data: drawn for {len(goals)} trajectories, as at a reset", flush=True)
+    return dataclasses.replace(
+        buffer, arrays={**buffer.arrays, "goals": goals[np.repeat(ids, buffer["episode_lengths"])]}
+    )
+
+
+def trajectories(buffer):
+    """(E,) number of the trajectory of each episode: what goes on beyond a terminal is one."""
+    return np.searchsorted(convert.runs(buffer.arrays), buffer["episode_ends"])
 
 
 def gear(buffer):
@@ -161,8 +198,8 @@ def gear(buffer):
     return {k: v for k, v in buffer.metadata["task_options"].items() if k == "gear"}
 
 
-def open_sources(words):
-    """Open K buffers of one world -> list of Source."""
+def open_sources(words, seed=0):
+    """Open K buffers of one world -> list of Source. seed: of goals that are drawn."""
     paths = buffer_paths(words)
     opened = [map_buffer(path) for path in paths]
     worlds = [(b.metadata["env"], b.metadata["dt"], b.metadata["episode_length"], gear(b)) for b in opened]
@@ -175,6 +212,7 @@ def open_sources(words):
     ids = [buffer.metadata.get("policy_id") for buffer in opened]
     if len(set(ids)) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
         ids = range(len(opened))  # buffers of several runs: number them as they come
+    opened = [with_goals(buffer, seed + k) for k, buffer in enumerate(opened)]
     return [Source(*item) for item in zip(short_names(paths), opened, ids, strict=True)]
 
 
@@ -219,9 +257,10 @@ def open_task(name, options, sources):
             )
     task = envs.task(name, **{**recorded, **options})
     if task.env != metadata["env"]:
+        again = metadata["task"] is None and envs.buffers.import_command(sources[0].buffer, task.env)
         raise envs.InputError(
             f"--task {name} is a task of '{task.env}', the buffers are of '{metadata['env']}'. "
-            f"Remedy: name a task of '{metadata['env']}'"
+            f"Remedy: {again or 'name a task of ' + repr(metadata['env'])}"
         )
     if not task.has_reward:
         near = [n for n in envs.task_names() if envs.task(n).env == task.env and envs.task(n).has_reward]
@@ -247,17 +286,7 @@ def transitions(buffer, rows):
 
 def relabel(buffer, task):
     """(1) r = task.reward(s, a, s') -> (N,) float32, in blocks of rows."""
-    rewards = np.empty(len(buffer), np.float32)
-    for start in range(0, len(buffer), BLOCK):
-        rows = slice(start, start + BLOCK)
-        step = transitions(buffer, rows)
-        rewards[rows] = task.reward(step)
-        missed = int((np.asarray(task.terminal(step)) & ~buffer["terminals"][rows]).sum())
-        if missed:  # D5
-            raise envs.InputError(
-                f"{buffer.path}: terminals: '{task.name}' ends an episode in {missed} rows where "
-                "the data goes on. Remedy: collect in the task's world, or without termination"
-            )
+    rewards = in_blocks(task.reward, buffer, np.float32)
     if not np.isfinite(rewards).all():
         row = int(np.argmin(np.isfinite(rewards)))
         raise envs.InputError(
@@ -265,6 +294,40 @@ def relabel(buffer, task):
             "Remedy: find where its observations were recorded"
         )
     return rewards
+
+
+def in_blocks(function, buffer, dtype):
+    """A function of a Transition over all rows, BLOCK at a time -> (N,)."""
+    found = np.empty(len(buffer), dtype)
+    for start in range(0, len(buffer), BLOCK):
+        rows = slice(start, start + BLOCK)
+        found[rows] = function(transitions(buffer, rows))
+    return found
+
+
+def end_by_task(buffer, task):
+    """The buffer with episodes that end where the task ends: as recorded, but in mazes."""
+    reached, recorded = in_blocks(task.terminal, buffer, bool), buffer["terminals"]
+    if not (reached != recorded).any():
+        return buffer
+    broken = np.zeros(len(buffer), bool)
+    broken[convert.runs(buffer.arrays) - 1] = True  # the data does not go on: cut, or reset
+    terminals = recorded | reached
+    if "goals" in buffer.arrays:  # D5
+        terminals = reached | recorded & broken
+    elif (missed := terminals & ~recorded & ~broken).any():
+        raise envs.InputError(
+            f"{buffer.path}: terminals: '{task.name}' ends an episode in {missed.sum()} rows where "
+            "the data goes on. Remedy: collect in the task's world, or without termination"
+        )
+    ends = np.flatnonzero(terminals | broken) + 1
+    changed = {
+        "terminals": terminals,
+        "timeouts": broken & ~terminals,
+        "episode_ends": ends,
+        "episode_lengths": np.diff(ends, prepend=0).astype(np.int32),
+    }
+    return dataclasses.replace(buffer, arrays={**buffer.arrays, **changed})
 
 
 # === score ===
@@ -288,12 +351,14 @@ def score_buffer(rewards, buffer, exclude_warmup):
     episodes; None where nothing else is left), std, top_decile (mean of the best tenth of the
     episodes), per_step, episodes, returns (list of those episodes).
     An episode is complete when it terminated or reached the full length; where none did, all count.
+    All of an import count too, which may lack last rows and has no piece that a run's end cut off.
     """
     ends, lengths = buffer["episode_ends"], buffer["episode_lengths"]
     returns = np.add.reduceat(rewards.astype(np.float64), ends - lengths)
     complete = buffer["terminals"][ends - 1] | (lengths >= buffer.metadata["episode_length"])
-    if not complete.any():
+    if not complete.any() or buffer.metadata["layout"] == "task":
         complete = np.ones(len(ends), bool)
+    complete &= np.diff(trajectories(buffer), prepend=-1) > 0  # D5: not what follows on a terminal
     trained = complete & ~warmup_episodes(buffer)
     if exclude_warmup and not trained.any():
         raise envs.InputError(f"{buffer.path}: holds nothing but warm-up episodes. Remedy: omit --exclude-warmup")
@@ -567,6 +632,7 @@ def check_room(out, tasks, sources, selections, args):
 
 def select(task, sources, reference, matrix, selections, files, args):
     """Everything for one task: relabel, score, rank, write, show -> entry of the heat map (K,)."""
+    sources = [source._replace(buffer=end_by_task(source.buffer, task)) for source in sources]
     rewards = [relabel(source.buffer, task) for source in sources]
     scores = [score_buffer(r, source.buffer, args.exclude_warmup) for r, source in zip(rewards, sources, strict=True)]
     order = rank_buffers(scores)
@@ -628,7 +694,7 @@ def main(args) -> dict[str, Any]:
     names = dict.fromkeys(flatten(args.tasks))
     for name in names:
         envs.task(name)  # a wrong name is refused before anything is read
-    sources = open_sources(flatten(args.buffers))
+    sources = open_sources(flatten(args.buffers), args.seed)
     selections = parse_top(args.top, len(sources))
     tasks = [open_task(name, options, sources) for name in names]
     out = Path(args.out or "runs/udg_select")
@@ -649,8 +715,9 @@ def main(args) -> dict[str, Any]:
     values = np.array(list(table.values())).T
     buffer_figures.plot_heatmap(out / "heatmap.png", labels, list(table), values)
     first = next(iter(files.values()))
+    learner = "cped" if "goals" in sources[0].buffer.arrays else "mopo"  # MOPO refuses mazes
     print(f"{out}: figures, scores.json; {time.time() - started:.1f} s\n"
-          f"next: python mopo.py --dataset {first}", flush=True)  # fmt: skip
+          f"next: python {learner}.py --dataset {first}", flush=True)  # fmt: skip
     return table
 
 

@@ -38,6 +38,7 @@ import numpy as np
 
 from envs.errors import InputError
 from envs.tasks import task as find_task
+from envs.tasks import task_names
 
 SCHEMA = "udg-buffer"
 SCHEMA_VERSION = 1
@@ -420,20 +421,20 @@ def load_task(
     _check_fits(path, size, f"train on whole episodes drawn from it, for example --max-rows {most}")
     about = buffer.metadata
     if about["task"] is None:
-        raise _fail(
-            path, "metadata_json", "names no task", "write its name there as `task`, or relabel by udg_select.py"
-        )
+        remedy = import_command(buffer) or "write its name there as `task`, or relabel by udg_select.py"
+        raise _fail(path, "metadata_json", "names no task", remedy)
     try:
         found = find_task(about["task"], **about["task_options"])
     except (TypeError, ValueError, ArithmeticError) as error:  # the metadata may be a stranger's
-        remedy = "relabel by udg_select.py for a task that is known here"
+        remedy = import_command(buffer) or "name a task that is known here, and the options it has"
         raise _fail(path, f"{METADATA}['task']", str(error), remedy) from None
     sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
-        raise _fail(
-            path, "observations", f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes "
-            f"{found.observation_size}", f"convert: python udg_select.py --buffers {path} --task {found.name}",
-        )  # fmt: skip
+        remedy = "write the task there that these numbers belong to, or make the file again"
+        if about["layout"] == "env":
+            remedy = f"convert: {_select_command(buffer, found.name)}"
+        problem = f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes {found.observation_size}"
+        raise _fail(path, "observations", problem, remedy)
     return buffer, found
 
 
@@ -692,22 +693,50 @@ def _check_sha256(buffer: Buffer) -> None:
             raise _fail(buffer.path, key, problem, "copy or make the file again")
 
 
+def import_command(buffer: Buffer, task: str = "") -> str:
+    """How to import a file of another project once more, for a task; empty for a buffer that is no import.
+
+    task: by default what the sizes of observations and actions allow.
+    """
+    about = buffer.metadata
+    kind = about["generator"].get("script")
+    if kind not in ("d4rl", "minari", "ogbench"):
+        return ""
+    fit = ["NAME"]
+    if {"observations", "actions"} <= buffer.arrays.keys():
+        sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
+        known = [find_task(name) for name in task_names()]
+        fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == sizes]
+        if not fit:
+            return f"use other data: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
+    source = str(about["parents"][0].get("path", "")) if about["parents"] else ""  # it may be a stranger's
+    source = source if source and source.isprintable() else "FILE"
+    command = f"import it again: python -m envs.buffers from-{kind} {source} --task {task or fit[0]}"
+    return command if task or not fit[1:] else f"{command} (or {', '.join(fit[1:6])})"
+
+
+def _select_command(buffer: Buffer, task: str) -> str:
+    """How to get a file with a task's rewards: relabel the buffer, or what it was made from."""
+    about = buffer.metadata
+    imported = import_command(buffer, "" if task == "TASK" else task)
+    if imported and about["task"] is None:
+        return imported
+    names = [str(parent.get("path")) for parent in about["parents"]]
+    names = [name for name in names if name.isprintable()]  # they may be a stranger's
+    made = about["layout"] == "task" and names and not imported
+    source = f"<folder of {', '.join(names[:3])}>" if made else buffer.path
+    return f"python udg_select.py --buffers {source} --task {task}"
+
+
 def _check_task(buffer: Buffer, task: str) -> None:
     have = buffer.metadata["task"]
     if have == task and buffer.metadata["layout"] == "task":
         return
-    names = [str(parent.get("path")) for parent in buffer.metadata["parents"]]
-    names = [name for name in names if name.isprintable()]  # they may be a stranger's
-    if buffer.metadata["layout"] == "task" and names:
-        source = f"<folder of {', '.join(names[:3])}>"
-    else:
-        source = buffer.path
-    command = f"python udg_select.py --buffers {source} --task {task}"
-    raise _fail(buffer.path, "task", f"is {have!r}, not {task!r}", f"make that file: {command}")
+    raise _fail(buffer.path, "task", f"is {have!r}, not {task!r}", f"make that file: {_select_command(buffer, task)}")
 
 
 def _check_rewards(buffer: Buffer) -> None:
-    command = f"relabel first: python udg_select.py --buffers {buffer.path} --task TASK"
+    command = f"relabel first: {_select_command(buffer, 'TASK')}"
     if buffer.metadata["reward_kind"] == "none":
         raise _fail(buffer.path, "rewards", "the data is reward-free", command)
     rewards = buffer["rewards"]
@@ -911,7 +940,7 @@ def main(argv: list[str] | None = None) -> int:
             convert.run_command(args)
             return 0
         buffer = load(args.file, quiet=True, verify=True)
-        print("\n".join([describe(buffer), *convert.describe_checks(buffer.metadata)]))
+        print("\n".join([describe(buffer), *convert.describe_checks(buffer.metadata, buffer)]))
         if args.figure:
             from envs.buffer_figures import plot_buffer  # the reader itself needs no matplotlib
 

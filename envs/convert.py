@@ -33,7 +33,7 @@ from envs.errors import InputError
 from envs.tasks import Task
 from envs.tasks import task as find_task
 
-PACKAGES = {"h5py": "h5py", "minari": "minari[hdf5]"}  # import name -> what pip calls it
+PACKAGES = {"h5py": "h5py", "minari": "minari[hdf5]", "pyarrow": "pyarrow"}  # import name -> what pip calls it
 EXTRA = "udg_metadata_json"  # where files of other formats keep the metadata of a buffer
 CLIPPED_SHARE = 0.01  # more rows than this beyond [-1, 1] are another scale, not rounding
 
@@ -67,10 +67,9 @@ def require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         command = f'pip install "{PACKAGES[name]}"'
-        raise InputError(
-            f"this file format needs the package {name}, which is not installed. Remedy: {command}, or all optional "
-            'readers at once with pip install -e ".[data]".'
-        ) from None
+        every = "" if name == "pyarrow" else ', or all optional readers at once with pip install -e ".[data]"'
+        problem = f"this file format needs the package {name}, which is not installed"
+        raise InputError(f"{problem}. Remedy: {command}{every}.") from None
 
 
 @contextlib.contextmanager
@@ -130,11 +129,18 @@ def runs(arrays: dict[str, np.ndarray]) -> np.ndarray:
     An episode that ends in a terminal goes on where its next observation is exactly the next
     row's: a maze marks its goal and lets the robot walk on. A timeout always ends a stretch.
     """
-    terminals, timeouts = np.asarray(arrays["terminals"]), np.asarray(arrays["timeouts"])
-    ends = np.flatnonzero(terminals | timeouts)
-    inner = ends[:-1]
-    on = (arrays["next_observations"][inner] == arrays["observations"][inner + 1]).all(axis=1) & terminals[inner]
-    return np.append(inner[~on], ends[-1]) + 1
+    terminals = np.asarray(arrays["terminals"])
+    ends = np.flatnonzero(terminals | np.asarray(arrays["timeouts"]))
+    inner = ends[:-1][terminals[ends[:-1]]]
+    on = (arrays["next_observations"][inner] == arrays["observations"][inner + 1]).all(axis=1)
+    return np.setdiff1d(ends, inner[on]) + 1
+
+
+def step_notes(world: str, dt: float, known: float | None) -> list[str]:
+    """A note where a set's world has another step than the one that is asked for, by --task or --dt."""
+    if known is None or abs(dt - known) < 1e-9:
+        return []
+    return [f"a step of '{world}' takes {known} s, not {dt} s as asked for: its physics are others"]
 
 
 def extra_columns(buffer: buffers.Buffer) -> dict[str, np.ndarray]:

@@ -316,7 +316,7 @@ def _maze_columns(arrays, cut: _Cut, family: Family, notes: list[str]) -> tuple[
     if np.bincount(ids, weights=paid).max() == 1:
         notes.append(
             "one row of a trajectory at most is rewarded, where other AntMaze sets reward every row at the goal "
-            "(umaze-diverse): kept as it is; udg_select.py relabels it"
+            f"(umaze-diverse): kept as it is; udg_select.py --task {family.task} labels every row from the goals"
         )
     if "infos/goal" not in arrays:
         return columns, None
@@ -326,6 +326,16 @@ def _maze_columns(arrays, cut: _Cut, family: Family, notes: list[str]) -> tuple[
     columns["goals"] = arrays["infos/goal"]
     there = np.linalg.norm(after - arrays["infos/goal"], axis=1) <= GOAL_RADIUS
     return columns, float((there == paid)[cut.valid].mean())
+
+
+def _states_fit(observations: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) -> bool:
+    """Whether the states are those of their own rows: observations are qpos from x, y or z on, then clipped qvel."""
+    hidden, joints = qpos.shape[1] + qvel.shape[1] - observations.shape[1], observations.shape[1] - qvel.shape[1]
+    if not 0 <= hidden <= 2 or joints < 1:
+        return False
+    poses = convert.same_rows(qpos[:, hidden:], observations[:, :joints])
+    speeds = [np.clip(part, -CLIPPED_SPEED, CLIPPED_SPEED) for part in (qvel, observations[:, joints:])]
+    return bool((poses & convert.same_rows(*speeds)).mean() > AGREEMENT)
 
 
 # --- all together --------------------------------------------------------------------------------
@@ -346,8 +356,9 @@ def read(
     log_probs = raw.pop("infos/action_log_probs", None)
     state = raw.pop("infos/qvel", None)
     state = None if state is None or "infos/qpos" not in raw else (raw["infos/qpos"], state)
+    speeds = None  # a checked copy; the state itself stays as exact as the file
     if state is not None:
-        convert.to_float32(path, "infos/qvel", state[1])  # for its checks; the state itself stays as exact as the file
+        speeds = convert.to_float32(path, "infos/qvel", state[1])
     arrays = {}
     for key, column in raw.items():
         check = convert.to_flags if key in ("terminals", "timeouts") else convert.to_float32
@@ -375,6 +386,10 @@ def read(
         "rows_dropped": cut.rows_dropped, "reward_agreement": agreement,
         "parents": [{"path": Path(path).name, "sha256": convert.file_sha256(path), "taken": f"{len(kept)} rows"}],
     }  # fmt: skip
+    if state is not None and not _states_fit(arrays["observations"], arrays["infos/qpos"], speeds):
+        state = None
+        if family.task:
+            notes.append("infos/qpos and infos/qvel are not the states of their rows: the observations are replayed")
     if state is not None:
         state = tuple(np.asarray(part, np.float64)[kept] for part in state)
     return convert.Imported({key: column[kept] for key, column in columns.items()}, metadata, state, notes, str(path))

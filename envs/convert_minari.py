@@ -6,6 +6,7 @@ further columns in the episodes' infos, so that it comes back as it was.
 """
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -39,6 +40,8 @@ def _open(dataset_id: str):
             # Minari would import and build the environment that the file names to find a space.
             if not isinstance(raw.get(key), str):
                 raise convert.fail(dataset_id, key, "is missing in metadata.json", f"minari download {dataset_id}")
+        if raw["data_format"] in ("arrow", "parquet"):
+            convert.require("pyarrow")
         storage = MinariStorage.read(folder)
         spec = json.loads(raw["env_spec"]) if "env_spec" in raw else {}
     return storage, raw, spec if isinstance(spec, dict) else {}
@@ -170,16 +173,18 @@ def read(
         arrays |= {key: columns[key] for key in carried}
     else:
         arrays |= _root_columns(columns, rows, dt)
-    reference = [raw.get("ref_min_score"), raw.get("ref_max_score")]
+    reference = [raw.get(key) for key in ("ref_min_score", "ref_max_score")]
+    told = all(isinstance(score, (int, float)) and math.isfinite(score) for score in reference)
     metadata = {
         "dataset_name": f"minari/{dataset_id}", "env": f"minari/{spec.get('id', dataset_id)}", "task": None,
-        "layout": "env", "reward_kind": "task", "reference": None if None in reference else reference,
+        "layout": "env", "reward_kind": "task", "reference": reference if told else None,
         "generator": {"script": "minari", "flags": {"keys": keys}}, "rows_dropped": {},
         "episode_length": spec.get("max_episode_steps") or int(lengths.max()), **own, "dt": dt,
         "parents": [_parent(dataset_id, storage.data_path, len(rows))],
     }  # fmt: skip
     metadata["episode_length"] = episode_length or metadata["episode_length"]
     notes = [f"{open_ends} episodes end without a flag: taken as timeouts"] * bool(open_ends)
+    notes += convert.step_notes(world, dt, known_dt)
     return convert.Imported(arrays, metadata, None, notes, dataset_id)
 
 

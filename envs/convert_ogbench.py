@@ -110,6 +110,7 @@ def read(path: Any, dt: float | None = None, episode_length: int | None = None) 
     }  # fmt: skip
     metadata["episode_length"] = episode_length or own.get("episode_length") or int(lengths.max())
     notes = ["the last episode is open in the file: its last row is taken as the last observation"] * open_end
+    notes += convert.step_notes(name, dt, None if own else known_dt)
     return convert.Imported(columns, metadata, None, notes, str(path))
 
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import strategies as st
 
 import envs
-from envs import InputError, buffers, convert, convert_d4rl
+import udg_select
+from envs import InputError, buffers, convert, convert_d4rl, convert_physics, maze
 
 ROOT = Path(__file__).parents[1]
 HOPPER_DT = 0.008
@@ -92,8 +93,8 @@ def maze_rows(lengths=(9, 6), goal=(4.0, 0.0), near=((3, 4, 5), ()), seed=0):
         "terminals": np.concatenate(paid).astype(np.float32),
         "timeouts": timeouts,
         "infos/goal": np.tile(np.float32(goal), (sum(lengths), 1)),
-        "infos/qpos": rng.normal(size=(sum(lengths), 15)).astype(np.float32),
-        "infos/qvel": rng.normal(size=(sum(lengths), 14)).astype(np.float32),
+        "infos/qpos": np.concatenate(observations)[:, :15].astype(np.float32),
+        "infos/qvel": np.concatenate(observations)[:, 15:].astype(np.float32),
     }
 
 
@@ -285,6 +286,56 @@ def test_antmaze_leaps_end_a_trajectory(tmp_path):
     assert np.abs(buffer["root_velocities"]).max() < 5.0
 
 
+def test_policy_weights_in_the_file_are_passed_over(tmp_path):
+    layers = {f"policy/{name}/{key}": np.ones((3, 3)) for name in ("fc0", "last_fc") for key in ("weight", "bias")}
+    words = {"policy/nonlinearity": np.bytes_(b"relu"), "policy/output_distribution": np.bytes_(b"tanh_gaussian")}
+    path = write_hdf5(tmp_path / "hopper_expert-v2.hdf5", hopper_rows(), **layers, **words, algorithm=np.bytes_(b"SAC"))
+    buffer = buffers.load(convert.from_d4rl(path, tmp_path / "out.npz", replay=False), quiet=True, verify=True)
+    assert buffer.metadata["generator"]["flags"] == {"algorithm": "SAC"}
+    assert set(buffer.arrays) == {
+        *buffers.REQUIRED, *buffers.EPISODE_KEYS, "root_positions", "root_velocities", "action_log_probs",
+    }  # fmt: skip
+
+
+def test_log_probs_that_are_not_finite_are_left_out(tmp_path):
+    rows = hopper_rows()
+    rows["infos/action_log_probs"][3] = -np.inf
+    buffer = import_d4rl(tmp_path, rows)
+    assert "action_log_probs" not in buffer.arrays
+    assert any("infos/action_log_probs is not finite" in note for note in buffer.metadata["notes"])
+    np.testing.assert_array_equal(buffer["rewards"], rows["rewards"])
+
+
+def test_goals_of_another_size_are_left_out(tmp_path):
+    rows = maze_rows()
+    rows["infos/goal"] = np.concatenate([rows["infos/goal"], np.zeros((15, 1), np.float32)], axis=1)
+    buffer = import_d4rl(tmp_path, rows, "antmaze-umaze-v0")
+    assert "goals" not in buffer.arrays
+    assert any("infos/goal has 3 numbers" in note for note in buffer.metadata["notes"])
+    assert buffer.metadata["reward_agreement"] is None
+    flat = without(rows, **{"infos/goal": rows["infos/goal"][:, 0]})
+    refused(lambda: import_d4rl(tmp_path, flat, "antmaze-umaze-v0"), "infos/goal", "(15,)")
+
+
+def test_the_ant_with_contact_forces_is_data_without_a_task(tmp_path, capsys):
+    """Gymnasium's 111 numbers: it can be imported and looked at, and a learner says at once that none fits."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(3, 6, 111)).astype(np.float32)
+    before, after = states[:, :-1].reshape(15, 111), states[:, 1:].reshape(15, 111)
+    rows = without(hopper_rows((5, 5, 5)), "infos/action_log_probs", observations=before, next_observations=after)
+    rows |= {"actions": rng.uniform(-1, 1, (15, 8)).astype(np.float32)}
+    rows |= {"infos/qpos": np.zeros((15, 15), np.float32), "infos/qvel": np.zeros((15, 14), np.float32)}
+    buffer = import_d4rl(tmp_path, rows, "ant_medium-v2", replay=True)
+    about = buffer.metadata
+    assert (about["dataset_name"], about["env"], about["task"]) == ("ant-medium-v2", "d4rl-ant", None)
+    assert (about["reference"], "notes" in about, len(buffer)) == ([-325.6, 3879.7], False, 15)
+    assert buffers.main(["inspect", buffer.path]) == 0
+    assert "physics: not checked: 'd4rl-ant' is none of the MuJoCo robots here" in capsys.readouterr().out
+    refused(lambda: buffers.load_task(buffer.path, None), "names no task", "no task here has 111 observed and 8 action")
+    refused(lambda: buffers.load_task(buffer.path, None, "ant-angle-0"), "'ant-angle-0'", "no task here has 111")
+    refused(lambda: import_d4rl(tmp_path, rows, "ant_medium-v2", task="ant-angle-0"), "111 observed", "--task")
+
+
 @pytest.mark.parametrize(
     "file, name",
     [
@@ -415,12 +466,12 @@ def minari(tmp_path, monkeypatch):
     return minari
 
 
-def make_minari(minari, name, episodes, observation_space, action_space):
+def make_minari(minari, name, episodes, observation_space, action_space, **more):
     """A set by Minari's own tools; episodes: dictionaries of EpisodeBuffer's fields."""
     made = [minari.data_collector.EpisodeBuffer(**episode) for episode in episodes]
     with pytest.warns(UserWarning):
         minari.create_dataset_from_buffers(
-            name, buffer=made, observation_space=observation_space, action_space=action_space
+            name, buffer=made, observation_space=observation_space, action_space=action_space, **more
         )
     return name
 
@@ -519,6 +570,66 @@ def test_minari_parts_are_chosen_by_name(tmp_path, minari):
     refused(lambda: convert.from_minari(name, dt=0.05, keys=["image"]), "observations", "image", "--keys")
 
 
+def test_minari_reference_scores(tmp_path, minari):
+    scores = {"ref_min_score": -20.0, "ref_max_score": 3234.5, "eval_env": "CartPole-v1"}
+    name = make_minari(minari, "toy-v0", plain_episodes(), box(3), box(2, -1, 1), **scores)
+    buffer = buffers.load(convert.from_minari(name, tmp_path / "out.npz", dt=0.05), quiet=True)
+    assert buffer.metadata["reference"] == [-20.0, 3234.5]
+    episode = plain_episodes((4,), ("truncations",))[0] | {"observations": np.zeros((5, 4))}
+    name = make_minari(minari, "point-v0", [episode], box(4), box(2, -1, 1), **scores)
+    convert.from_minari(name, tmp_path / "task.npz", task="point-angle-0")  # judged in that task, by its scores
+    expected = envs.task("point-angle-0").reference
+    assert buffers.load(tmp_path / "task.npz", quiet=True).metadata["reference"] == (expected and list(expected))
+    about = tmp_path / "minari" / name / "data" / "metadata.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"ref_max_score": float("nan")}))
+    convert.from_minari(name, tmp_path / "out.npz", dt=0.1, force=True)
+    assert buffers.load(tmp_path / "out.npz", quiet=True).metadata["reference"] is None
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_minari_in_a_folder_of_files(tmp_path, minari, kind):
+    """Formats of one folder an episode, which need pyarrow: the same rows, and no sha256, as there is no one file."""
+    pytest.importorskip("pyarrow")
+    episodes = plain_episodes((4, 3, 2), ("truncations", "terminations", None))
+    plain = make_minari(minari, "plain-v0", episodes, box(3), box(2, -1, 1))
+    name = make_minari(minari, f"{kind}-v0", episodes, box(3), box(2, -1, 1), data_format=kind)
+    found = [
+        buffers.load(convert.from_minari(each, tmp_path / "out.npz", dt=0.05, force=True), quiet=True, verify=True)
+        for each in (plain, name)
+    ]
+    assert found[0].metadata["sha256"] == found[1].metadata["sha256"]
+    assert [len(each.metadata["parents"][0]["sha256"]) for each in found] == [64, 0]
+
+
+def test_minari_formats_that_need_another_package_name_it(tmp_path, minari, monkeypatch):
+    name = make_minari(minari, "toy-v0", plain_episodes(), box(3), box(2, -1, 1))
+    about = tmp_path / "minari" / name / "data" / "metadata.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"data_format": "arrow"}))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(lambda: convert.from_minari(name, tmp_path / "out.npz", dt=0.05), 'pip install "pyarrow"')
+
+
+def test_minari_without_a_task_is_told_the_flag(tmp_path, minari):
+    rng = np.random.default_rng(0)
+    episode = plain_episodes((4,), ("truncations",), actions=3)[0] | {"observations": rng.normal(size=(5, 11))}
+    name = make_minari(minari, "mujoco/hopper/medium-v0", [episode], box(11), box(3, -1, 1))
+    out = convert.from_minari(name, tmp_path / "out.npz", dt=0.008)
+    again = "python -m envs.buffers from-minari mujoco/hopper/medium-v0 --task hopper."
+    refused(lambda: buffers.load_task(out, None), "names no task", again)
+    refused(lambda: buffers.load_task(out, None, "hopper"), "task", again)
+    convert.from_minari(name, out, task="hopper", replay=False, force=True)
+    assert buffers.load_task(out, None, "hopper")[1].name == "hopper"
+
+
+def test_a_set_of_another_step_is_noted(tmp_path, minari):
+    episode = plain_episodes((4,), ("truncations",))[0] | {"observations": np.zeros((5, 4))}
+    name = make_minari(minari, "toy-v0", [episode], box(4), box(2, -1, 1))
+    about = tmp_path / "minari" / name / "data" / "metadata.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"env_spec": gymnasium.spec("Hopper-v5").to_json()}))
+    buffer = buffers.load(convert.from_minari(name, tmp_path / "out.npz", task="point-angle-0"), quiet=True)
+    assert "a step of 'Hopper' takes 0.008 s, not 0.1 s" in buffer.metadata["notes"][0]
+
+
 def test_minari_refusals(tmp_path, minari):
     from gymnasium.spaces import Box, Discrete
 
@@ -613,6 +724,16 @@ def test_ogbench_refuses_flat_files_and_other_damage(tmp_path):
     np.savez(tmp_path / "mine.npz", **rows)
     refused(lambda: convert.from_ogbench(tmp_path / "mine.npz"), "'mine'", "--dt")
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_ogbench_further_arrays_are_left_out(tmp_path):
+    rows = ogbench_rows()
+    np.savez(tmp_path / "puzzle-3x3-play-v0.npz", **rows, button_states=np.ones((9, 9), np.int64))
+    out = convert.from_ogbench(tmp_path / "puzzle-3x3-play-v0.npz", tmp_path / "out.npz")
+    assert set(buffers.load(out, quiet=True).arrays) == {*buffers.REQUIRED, *buffers.EPISODE_KEYS}
+    np.savez(tmp_path / "puzzle-3x3-play-v0.npz", **rows, button_states=np.ones((8, 9), np.int64))
+    again = lambda: convert.from_ogbench(tmp_path / "puzzle-3x3-play-v0.npz", out, force=True)
+    refused(again, "button_states", "(8, 9)", "9 rows")
 
 
 def test_ogbench_open_last_episode(tmp_path):
@@ -787,7 +908,10 @@ def test_metadata_of_strangers_is_checked(tmp_path, monkeypatch):
 
 # --- against the physics -------------------------------------------------------------------------
 
-SIMULATED = {"hopper": "hopper_random-v2", "halfcheetah": "halfcheetah_random-v2", "ant-maze-umaze": "antmaze-umaze-v2"}
+SIMULATED = {
+    "hopper": "hopper_random-v2", "halfcheetah": "halfcheetah_random-v2", "walker2d": "walker2d_random-v2",
+    "ant-maze-umaze": "antmaze-umaze-v2",
+}  # fmt: skip
 
 
 def simulate(env, num_envs=12, num_steps=40):
@@ -829,12 +953,105 @@ def test_our_own_steps_replay_and_shuffled_ones_do_not(tmp_path, recordings, rob
     agreement = buffer.metadata["replay_agreement"]
     assert (agreement["share"], agreement["rows"]) == (1.0, len(buffer))
     assert convert.replay_agreement(buffer, env)["share"] == 1.0  # states read off the observations
-    order = np.random.default_rng(0).permutation(len(rows["rewards"]))
-    path = write_hdf5(path, without(rows, **{"infos/qvel": rows["infos/qvel"][order]}))
-    assert convert.replay_agreement(path, env, rows=200)["share"] < 0.02
+    state = convert_d4rl.read(path).state
+    order = np.random.default_rng(0).permutation(len(buffer))
+    layout = buffer.metadata["layout"]
+    other = convert_physics.measure(buffer.arrays, (state[0], state[1][order]), env, layout, "other", 200)
+    assert other["share"] < convert_physics.NO_SHARE
     assert convert.replay_agreement(tmp_path / "out.npz", env, rows=50)["rows"] == 50
     if robot != "ant-maze-umaze":  # in a maze it needs infos/goal
         assert buffer.metadata["reward_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("key", ["infos/qpos", "infos/qvel"])
+def test_states_of_other_rows_are_not_replayed(tmp_path, recordings, capsys, key):
+    """As v1 files have them: the observations are the states then, and the physics is not blamed."""
+    rows = recordings["hopper"][1]
+    path = write_hdf5(tmp_path / "hopper_random-v1.hdf5", without(rows, **{key: np.roll(rows[key], 3, axis=0)}))
+    convert.from_d4rl(path, tmp_path / "out.npz")
+    out = capsys.readouterr().out
+    assert "physics: 100.0 %" in out and "warning" not in out
+    assert "infos/qpos and infos/qvel are not the states of their rows" in out
+
+
+def test_states_of_another_size(tmp_path, recordings, capsys):
+    rows = recordings["hopper"][1]
+    wide = np.concatenate([rows["infos/qpos"], rows["infos/qpos"][:, :1]], axis=1)
+    path = write_hdf5(tmp_path / "hopper_random-v2.hdf5", without(rows, **{"infos/qpos": wide}))
+    convert.from_d4rl(path, tmp_path / "out.npz")
+    assert "physics: 100.0 %" in capsys.readouterr().out
+    env, arrays = recordings["hopper"][0], buffers.load(tmp_path / "out.npz", quiet=True).arrays
+    state = wide[: len(arrays["rewards"])], rows["infos/qvel"]
+    refused(lambda: convert_physics.measure(arrays, state, env, "task", "x.hdf5"), "x.hdf5", "7 and 6", "--no-replay")
+
+
+def test_a_replay_in_blocks_is_the_same(recordings, monkeypatch):
+    env, rows = recordings["hopper"]
+    given = rows["infos/qpos"][:50], rows["infos/qvel"][:50], rows["actions"][:50]
+    whole = convert_physics._step(env, *given)
+    monkeypatch.setattr(convert_physics, "BLOCK", 7)
+    np.testing.assert_array_equal(convert_physics._step(env, *given), whole)
+
+
+def test_few_steps_that_agree_are_warned_about(recordings):
+    found = {"share": 0.97, "rows": 10, "median_error": 1e-6, "env": "hopper"}
+    assert len(convert_physics.say(found)) == 1
+    for share, word in ((0.25, "contacts"), (0.0, "hardly observations of 'hopper'")):
+        line, warning = convert_physics.say(found | {"share": share})
+        assert f"{100 * share:.1f} %" in line and warning.startswith("warning: ") and word in warning
+    assert convert_physics.say(found | {"share": None, "rows": 0})[0].startswith("physics: not checked")
+
+
+def test_a_dict_in_another_order_is_told_by_the_physics(tmp_path, recordings, minari, capsys):
+    """Minari's AntMaze has as many numbers as ours, but the goal where we have the position."""
+    from gymnasium.spaces import Dict
+
+    rows = recordings["ant-maze-umaze"][1]
+    last = np.flatnonzero(rows["timeouts"] | rows["terminals"])
+    episodes, start = [], 0
+    for end in last:
+        whole = rows["observations"][start : end + 1]
+        parts = {"observation": whole[:, 2:], "achieved_goal": whole[:, :2], "desired_goal": 0 * whole[:, :2] + 8}
+        flags = np.arange(len(whole) - 1) == len(whole) - 2
+        episodes.append({
+            "observations": {key: part.astype(np.float64) for key, part in parts.items()},
+            "actions": rows["actions"][start:end], "rewards": rows["rewards"][start:end],
+            "terminations": 0 * flags, "truncations": flags,
+        })  # fmt: skip
+        start = end + 1
+    space = Dict({"observation": box(27), "achieved_goal": box(2), "desired_goal": box(2)})
+    name = make_minari(minari, "D4RL/antmaze/umaze-v1", episodes, space, box(8, -1, 1))
+    out = tmp_path / "out.npz"
+    convert.from_minari(name, out, task="ant-maze-umaze")
+    said = capsys.readouterr().out
+    assert "warning: these are hardly observations of 'ant-maze-umaze'" in said and "--keys" in said
+    assert buffers.main(["inspect", str(out)]) == 0
+    assert "hardly observations" in capsys.readouterr().out
+    convert.from_minari(name, out, task="ant-maze-umaze", keys=["achieved_goal", "observation"], force=True)
+    said = capsys.readouterr().out
+    assert "physics: 100.0 %" in said and "warning" not in said
+
+
+def test_inspect_checks_what_no_import_has(tmp_path, recordings, capsys):
+    path = write_hdf5(tmp_path / "hopper_random-v2.hdf5", recordings["hopper"][1])
+    out = str(convert.from_d4rl(path, tmp_path / "out.npz", replay=False))
+
+    def inspect(**about):
+        if about:
+            buffer = buffers.load(out, quiet=True)
+            buffers.save(tmp_path / "other.npz", buffer.arrays, buffer.metadata | about)
+        capsys.readouterr()
+        assert buffers.main(["inspect", str(tmp_path / "other.npz") if about else out]) == 0
+        return capsys.readouterr().out
+
+    assert f"physics: 100.0 % of {min(512, len(buffers.load(out)))} replayed steps" in inspect()
+    for about, words in (
+        ({"env": "point", "task": "point-angle-0"}, "'point' is none of the MuJoCo robots"),
+        ({"backend": "mjx"}, "recorded on 'mjx'"),
+        ({"task": "nothing"}, "no environment or task is called"),
+        ({"env": "walker2d", "task": "walker2d"}, "[11, 3] observed and action numbers"),
+    ):
+        assert f"physics: not checked: {words}" in inspect(**about).replace('"', "")
 
 
 def test_velocities_that_are_clipped_are_not_replayed(recordings):
@@ -878,15 +1095,97 @@ def test_an_import_replays_by_itself_and_inspect_says_so(tmp_path, recordings, c
         assert words in out
 
 
-def test_relabelling_an_import_gives_its_own_rewards(tmp_path, recordings):
-    """The task of an imported file, on the imported columns: what udg_select.py computes."""
-    path = write_hdf5(tmp_path / "hopper_random-v2.hdf5", recordings["hopper"][1])
-    buffer = buffers.load(convert.from_d4rl(path, tmp_path / "out.npz", replay=False), quiet=True)
-    keys = ("observations", "actions", "next_observations", "root_positions", "root_velocities")
-    step = envs.Transition(*(np.asarray(buffer[key]) for key in keys))
-    task = envs.task(buffer.metadata["task"])
-    np.testing.assert_allclose(task.reward(step), buffer["rewards"], atol=1e-6)
-    np.testing.assert_array_equal(task.terminal(step), buffer["terminals"])
+# --- from a file of others to a learner ----------------------------------------------------------
+
+
+def select(path, task, folder, **flags):
+    """udg_select.py on one file -> the file it writes, as a learner opens it."""
+    args = udg_select.Args(buffers=(str(path),), tasks=(task,), out=str(folder), w1_points=0, **flags)
+    udg_select.main(args)
+    name = "all" if "all" in args.top else "top1"
+    return buffers.load_task(folder / task / f"{name}.npz", None, task)
+
+
+def test_from_umaze_diverse_to_a_learner(tmp_path):
+    """One 1 a trajectory in the file; relabelled from the goals every row there is paid and terminal."""
+    rows = maze_rows()
+    single = (np.arange(15) == 3).astype(np.float32)
+    file = "Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5"
+    path = write_hdf5(tmp_path / file, rows | {"rewards": single, "terminals": single})
+    out = convert.from_d4rl(path, tmp_path / "out.npz", replay=False)
+    notes = buffers.load(out, quiet=True).metadata["notes"]
+    assert "udg_select.py --task ant-maze-umaze labels every row" in notes[0]
+    for top in ("1", "all"):
+        buffer, task = select(out, "ant-maze-umaze", tmp_path / top, top=(top,))
+        kept = np.setdiff1d(np.arange(15), [8, 14])
+        np.testing.assert_array_equal(buffer["rewards"], rows["rewards"][kept])
+        np.testing.assert_array_equal(buffer["terminals"], rows["rewards"][kept] > 0)
+        np.testing.assert_array_equal(np.flatnonzero(buffer["timeouts"]), [7, 12])
+        np.testing.assert_array_equal(buffer["observations"], rows["observations"][kept])
+        np.testing.assert_array_equal(buffer["goals"], rows["infos/goal"][kept])
+        assert (task.name, buffer.metadata["reward_kind"]) == ("ant-maze-umaze", "relabelled")
+    (entry,) = json.loads((tmp_path / "1/ant-maze-umaze/scores.json").read_text())["buffers"].values()
+    assert (entry["episodes"], entry["score"]) == (2, 0.5)  # one of two trajectories arrives
+
+
+def maze_grid(name, episodes=3):
+    """An OGBench AntMaze file whose episodes pass all places around the goal, 0.5 m apart, and some elsewhere."""
+    rng = np.random.default_rng(0)
+    around = np.stack(np.meshgrid(*[np.arange(-0.5, 2.1, 0.5)] * 2), -1).reshape(-1, 2)
+    places = np.concatenate([np.full((5, 2), -8.0), around]) + maze.position(name, *maze.find(name, "G"))
+    rows = episodes * len(places)
+    states = rng.normal(size=(rows, 29)).astype(np.float32)
+    states[:, :2] = np.tile(places, (episodes, 1))
+    actions = rng.uniform(-1, 1, (rows, 8)).astype(np.float32)
+    ends = np.arange(rows) % len(places) == len(places) - 1
+    return {
+        "observations": states, "actions": actions, "terminals": ends, "qpos": states[:, :15], "qvel": states[:, 15:]
+    }  # fmt: skip
+
+
+def test_from_ogbench_to_a_learner(tmp_path, capsys):
+    """Each refusal names the next command, and the last file is one to learn from."""
+    path, out = tmp_path / "antmaze-medium-navigate-v0.npz", tmp_path / "out.npz"
+    np.savez_compressed(path, **maze_grid("medium"))
+    convert.from_ogbench(path, out)
+    again = f"python -m envs.buffers from-ogbench {path.name} --task ant-maze-"
+    refused(lambda: buffers.load_task(out, None), "reward-free", again)
+    refused(lambda: select(out, "ant-maze-medium", tmp_path), "'ogbench/antmaze-medium", again + "medium")
+    convert.from_ogbench(path, out, task="ant-maze-medium", replay=False, force=True)
+    refused(lambda: buffers.load_task(out, None), "reward-free", f"python udg_select.py --buffers {out} --task")
+    buffer, task = select(out, "ant-maze-medium", tmp_path)
+    assert "no goals in the data: drawn for 3 trajectories" in capsys.readouterr().out
+    ids = np.repeat(np.arange(3), len(buffer) // 3)
+    goals = buffer["goals"]
+    assert all(len(np.unique(goals[ids == i], axis=0)) == 1 for i in range(3))
+    offset = goals - maze.position("medium", *maze.find("medium", "G"))
+    assert (offset >= 0).all() and (offset <= 1.5).all()
+    there = np.linalg.norm(buffer["next_observations"][:, :2] - goals, axis=1) <= 0.5
+    np.testing.assert_array_equal(buffer["rewards"], there)
+    np.testing.assert_array_equal(buffer["terminals"], there)
+    assert all(there[ids == i].any() for i in range(3)) and not there.all()
+    assert (task.name, buffer.metadata["seed"]) == ("ant-maze-medium", 0)
+    convert.from_ogbench(path, out, task="ant-open", replay=False, force=True)  # the same ant, walls or not
+    buffer, task = select(out, "ant-open-angle-60", tmp_path)
+    assert buffer["observations"].shape[1] == 27 and not buffer["terminals"].any()
+    heading = np.array([0.5, np.sqrt(0.75)])
+    paid = buffer["root_velocities"] @ heading - 0.02 * np.square(buffer["actions"]).sum(1)
+    np.testing.assert_allclose(buffer["rewards"], paid, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("robot", ["hopper", "walker2d", "halfcheetah"])
+def test_relabelling_an_import_gives_its_own_rewards(tmp_path, recordings, robot):
+    path = write_hdf5(tmp_path / f"{SIMULATED[robot]}.hdf5", recordings[robot][1])
+    out = convert.from_d4rl(path, tmp_path / "out.npz", replay=False)
+    first, (second, _) = buffers.load(out, quiet=True), select(out, robot, tmp_path)
+    np.testing.assert_allclose(second["rewards"], first["rewards"], atol=2e-5)
+    for key in ("observations", "actions", "next_observations", "terminals", "timeouts"):
+        np.testing.assert_array_equal(second[key], first[key])
+    if robot == "halfcheetah":  # another task of its world
+        third, _ = select(out, "cheetah-run", tmp_path)
+        speed = np.minimum(first["root_velocities"][:, 0], 3.0) - 0.1 * np.square(first["actions"]).sum(1)
+        np.testing.assert_allclose(third["rewards"], speed, atol=1e-5)
+    refused(lambda: buffers.load_task(out, None, "ant-angle-0"), f"udg_select.py --buffers {out}")
 
 
 # --- labels and commands -------------------------------------------------------------------------
@@ -943,6 +1242,7 @@ def test_the_command_line_as_a_program(tmp_path):
     done = run("inspect", "out.npz", cwd=tmp_path)
     assert done.returncode == 0
     assert "rewards: 100.0 % of the checkable rows" in done.stdout
+    assert "physics: 0.0 % of 15 replayed steps" in done.stdout  # made up, and no import has looked
     done = run("from-d4rl", "none.hdf5", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "does not exist" in done.stderr

@@ -550,9 +550,109 @@ def test_missing_root_columns(folder, tmp_path, key):
     refused(folder, tmp_path, "policy_03.npz", key, "Remedy")
 
 
-def test_a_relabelled_file_is_not_relabelled_again(folder, tmp_path):
-    write(folder / "policy_03.npz", walk(0), layout="task", task="point-angle-0")
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"task": "point-angle-0", "reward_kind": "relabelled"},
+        {"task": "ant-angle-0", "env": "ant"},  # which hides x and y
+        {"task": "nothing"},
+        {"task": None},
+    ],
+)
+def test_a_file_that_is_not_of_the_world_is_refused(folder, tmp_path, about):
+    write(folder / "policy_03.npz", walk(0), layout="task", **about)
     refused(folder, tmp_path, "policy_03.npz", "original buffers")
+
+
+def test_what_a_task_that_hides_nothing_observes_is_raw(folder, tmp_path, no_figures):
+    """As an import is labelled: layout "task", with the rewards of its own task."""
+    write(folder / "policy_03.npz", walk(60, speed=0.9), layout="task", task="point-angle-0", reward_kind="task")
+    assert np.argmax(run(folder, tmp_path)["point-angle-60"]) == 3
+    assert len(saved(tmp_path)) == 60
+
+
+# --- mazes ---
+
+
+def wander(episodes=4, length=12, near=(), goal=(0.0, 8.0)):
+    """An ant in the umaze, 3 m from the goal but in the rows `near`; episodes are cut, the last also at the goal."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(episodes, length + 1, 29)).astype(np.float32)
+    states[..., :2] = np.float32(goal) + [3.0, 0.0] + rng.uniform(-0.2, 0.2, (episodes, length + 1, 2))
+    for episode, step in near:
+        states[episode, step + 1, :2] = goal
+    flat = lambda x: x.reshape(-1, 29)
+    before, after = flat(states[:, :-1]), flat(states[:, 1:])
+    rows = len(before)
+    return {
+        "observations": before, "next_observations": after,
+        "actions": rng.uniform(-1, 1, (rows, 8)).astype(np.float32), "rewards": np.zeros(rows, np.float32),
+        "root_positions": before[:, :2], "root_velocities": (after - before)[:, :2] / np.float32(0.1),
+        "terminals": np.zeros(rows, bool), "timeouts": np.arange(rows) % length == length - 1,
+        "goals": np.tile(np.float32(goal), (rows, 1)),
+    }  # fmt: skip
+
+
+MAZE = {"env": "ant-maze-umaze", "task": "ant-maze-umaze", "layout": "task", "dt": 0.1, "episode_length": 700}
+
+
+def test_terminals_of_a_maze_are_the_tasks(tmp_path, no_figures):
+    """What was marked and is not at the goal goes on; at the goal it ends, and what follows counts as data only."""
+    arrays = wander(near=[(0, 3), (0, 4), (0, 7), (1, 11), (3, 0)])
+    arrays["terminals"][[20, 30]] = True  # a mark in the middle of episode 1 and of episode 2
+    path = write(tmp_path / "m.npz", arrays, **MAZE, reward_kind="task")
+    run(path, tmp_path, tasks=("ant-maze-umaze",))
+    buffer = saved(tmp_path, "ant-maze-umaze/top1.npz")
+    paid = np.isin(np.arange(48), [3, 4, 7, 23, 36])
+    np.testing.assert_array_equal(buffer["rewards"], paid)
+    np.testing.assert_array_equal(buffer["terminals"], paid)
+    np.testing.assert_array_equal(np.flatnonzero(buffer["timeouts"]), [11, 35, 47])
+    np.testing.assert_array_equal(buffer["episode_lengths"], [4, 1, 3, 4, 12, 12, 1, 11])
+    np.testing.assert_array_equal(buffer["next_observations"], arrays["next_observations"])
+    (entry,) = json.loads((tmp_path / "out/ant-maze-umaze/scores.json").read_text())["buffers"].values()
+    assert (entry["episodes"], entry["score"]) == (4, 0.75)  # three of four trajectories arrive
+
+
+def test_a_reset_at_a_terminal_stays_one(tmp_path):
+    """Data that is reset at its goal, as ours is: terminals as recorded, also where rounding denies them."""
+    arrays = wander(near=[(0, 11), (2, 11)])
+    arrays["terminals"][[11, 35, 47]], arrays["timeouts"][[11, 35, 47]] = True, False
+    path = write(tmp_path / "m.npz", arrays, **MAZE)
+    buffer = udg_select.end_by_task(udg_select.map_buffer(path), envs.task("ant-maze-umaze"))
+    for key in ("terminals", "timeouts"):
+        np.testing.assert_array_equal(buffer[key], arrays[key])
+    np.testing.assert_array_equal(udg_select.trajectories(buffer), range(4))
+
+
+def test_a_task_may_end_what_was_cut_there_anyway(tmp_path):
+    path = make_ant(tmp_path / "a.npz")
+    raw = udg_select.map_buffer(path)
+    task = dataclasses.replace(
+        envs.task("ant-angle-0"), terminal=lambda step: step.actions[:, 0] == raw["actions"][9, 0]
+    )
+    buffer = udg_select.end_by_task(raw, task)
+    np.testing.assert_array_equal(np.flatnonzero(buffer["terminals"]), [9])
+    np.testing.assert_array_equal(np.flatnonzero(buffer["timeouts"]), [19])
+
+
+def test_goals_are_drawn_where_the_data_has_none(tmp_path, capsys):
+    arrays = wander()
+    del arrays["goals"]
+    arrays["terminals"][5] = True  # on it goes: the same trajectory, the same goal
+    path = write(tmp_path / "m.npz", arrays, **MAZE)
+    (source,) = udg_select.open_sources([str(path)], seed=3)
+    assert "no goals in the data: drawn for 4 trajectories" in capsys.readouterr().out
+    goals = source.buffer["goals"].reshape(4, 12, 2)
+    assert (goals == goals[:, :1]).all() and len(np.unique(goals[:, 0, 0])) == 4
+    assert (goals[..., 0] >= 0).all() and (goals[..., 0] <= 1.5).all()
+    assert (goals[..., 1] >= 8).all() and (goals[..., 1] <= 9.5).all()
+    (again,) = udg_select.open_sources([str(path)], seed=3)
+    np.testing.assert_array_equal(again.buffer["goals"], source.buffer["goals"])
+    (other,) = udg_select.open_sources([str(path)], seed=4)
+    assert not np.array_equal(other.buffer["goals"], source.buffer["goals"])
+
+
+# --- refusals of files ---
 
 
 def test_observations_of_another_size(tmp_path):
@@ -613,7 +713,7 @@ def test_deviations_agree_between_header_and_code():
     text = (ROOT / "udg_select.py").read_text()
     header, code = text.split('"""', 2)[1:]
     listed = {word for word in header.split() if word[0] == "D" and word[1:].isdecimal()}
-    assert listed == {f"D{i}" for i in range(1, 6)}
+    assert listed == {f"D{i}" for i in range(1, 7)}
     assert all(f"# {name}" in code for name in listed)
     page = (ROOT / "docs" / "udg_select.md").read_text()
     assert all(f"| {name} |" in page for name in listed)
