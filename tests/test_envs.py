@@ -504,6 +504,26 @@ def test_starts_are_spread_as_stated():
     np.testing.assert_allclose(np.asarray(ant.obs[:, 2]).mean(), 0.75, atol=0.01)
 
 
+@pytest.mark.parametrize("threads", [{}, {"NPROC": "2"}])
+def test_a_large_batch_of_c_mujoco_on_one_core(threads):
+    """It waits for ever in jax's only thread, more often than not: a step or one error, with a remedy that works."""
+    code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, numpy as np, envs
+env = envs.make("ant")
+qpos, rest = np.tile(env.model.qpos0, (700, 1)), np.zeros((700, 1 + env.model.nv))
+memory = np.concatenate([rest[:, :1], qpos, rest[:, 1:]], 1).view(np.uint32)
+state = envs.physics.Physics(memory, np.float32(qpos), np.float32(rest[:, 1:]), np.zeros(700, np.float32))
+step = lambda s, a: env.step(env.reset(jax.random.key(0)).replace(pipeline_state=s), a).reward
+print(jax.jit(jax.vmap(step))(state, np.zeros((700, 8), np.float32)).shape)
+"""
+    about = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, "env": {**os.environ, **threads}}
+    done = subprocess.run([sys.executable, "-c", code], **about)
+    refused = "700 environments of C MuJoCo at once on one core" in done.stderr and "Set NPROC=2" in done.stderr
+    assert "(700,)" in done.stdout or (refused and not threads), done.stderr[-2000:]
+
+
 def test_a_large_mjx_batch_is_refused_on_an_old_cpu(monkeypatch):
     assert jax.default_backend() == "cpu"
     monkeypatch.setattr(jax, "__version__", "0.10.2")
