@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+import dac
 import envs
 import udg_select
 from envs import InputError, buffers, convert, convert_d4rl, convert_physics, maze
@@ -453,6 +454,20 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf'not installed. Remedy: pip install "{package}'):
         convert.require(package)
+
+
+def test_a_d4rl_file_becomes_a_scored_policy(tmp_path, capsys):
+    """The lines that docs/data.md begins with, on a small file and with small networks."""
+    path = write_hdf5(tmp_path / "hopper_medium_replay-v2.hdf5", hopper_rows(lengths=(60,) * 6, terminal=(1,)))
+    made = convert.from_d4rl(path, tmp_path / "hopper.npz", replay=False)
+    small = "--hidden-sizes 16 16 --num-critics 3 --num-q-samples 2 --batch-size 16 --num-steps 3 --eval-episodes 2"
+    flags = f"--dataset {made} --out {tmp_path / 'run'} --chunk 20 --num-updates 40 --eval-every 20 {small}"
+    result = dac.main(dac.parse_args(flags.split(), dac.dac_preset))
+    said = capsys.readouterr().out
+    assert "as published for hopper-medium-replay-v2" in said
+    task = envs.task("hopper")
+    assert result["normalized_score"] == pytest.approx(task.normalized_score(result["score"]), rel=1e-4)
+    assert f"normalized_score {result['normalized_score']:.2f}" in said
 
 
 # --- Minari --------------------------------------------------------------------------------------
