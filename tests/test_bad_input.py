@@ -335,7 +335,7 @@ FLAGS = {  # script -> command line: a word of the error
         f"{SELECT} --top 7": "--top", f"{SELECT} --top best": "--top", f"{SELECT} --size 999999": "--size",
         f"{SELECT} --size -1": "--size", f"{SELECT} --task-options gear": "gear",
         f"{SELECT} none-*.npz": "matches no file",
-        f"{SELECT} --reference {{labelled}}": "layout", "--task point-angle-0 --buffers {empty}": "no buffers",
+        f"{SELECT} --reference {{chosen}}": "layout", "--task point-angle-0 --buffers {empty}": "no buffers",
     },
     "mopo": {
         "": "--dataset", "--quick --preset cpu": "--quick", "--dataset {raw}": "reward-free",
@@ -365,7 +365,9 @@ def data(tmp_path_factory):
     (folder / "empty").mkdir()
     raw = buffers.save(folder / "data" / "raw.npz", make_arrays(), RAW)
     labelled = buffers.save(folder / "labelled.npz", make_arrays((30, 25, 45)), LABELLED)
-    return {"{data}": folder / "data", "{raw}": raw, "{labelled}": labelled, "{empty}": folder / "empty"}
+    chosen = buffers.save(folder / "chosen.npz", make_arrays(), {**LABELLED, "reward_kind": "relabelled"})
+    files = {"data": folder / "data", "raw": raw, "labelled": labelled, "chosen": chosen, "empty": folder / "empty"}
+    return {f"{{{name}}}": path for name, path in files.items()}
 
 
 @pytest.mark.parametrize("script", FLAGS)

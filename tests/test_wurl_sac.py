@@ -419,7 +419,7 @@ def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
         return self
 
     monkeypatch.setattr(W.StopSignal, "__enter__", stopping)
-    monkeypatch.setattr(W, "show_evaluation", lambda step, m: setattr(evaluations[-1], "name", "SIGTERM"))
+    monkeypatch.setattr(W, "show_evaluation", lambda step, *_: setattr(evaluations[-1], "name", "SIGTERM"))
     args = tiny(out=str(tmp_path / "cut"))
     with pytest.raises(SystemExit, match="go on with the same command and --resume"):
         W.main(args)
@@ -456,7 +456,7 @@ def test_a_finished_run_has_nothing_to_resume(run, tmp_path, capsys, torn):
 def test_a_run_cut_in_its_last_evaluation_ends_the_same(run, tmp_path, monkeypatch):
     """Killed after the last update: the metrics of that update's chunk still reach the last record."""
 
-    def cut(step, metrics):
+    def cut(step, metrics, args):
         if step == 40:
             raise KeyboardInterrupt
 
