@@ -204,7 +204,8 @@ def draw(path, title, seeds_of, data):
     """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean."""
     lines = []
     for i, (algorithm, seeds) in enumerate(seeds_of.items()):
-        shown = {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"{algorithm} ({len(seeds)} seeds)"}
+        count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+        shown = {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"{algorithm} ({count})"}
         steps = functools.reduce(np.intersect1d, [steps for steps, _ in seeds.values()])
         values = np.stack([of_seed[np.isin(x, steps)] for x, of_seed in seeds.values()], 1)
         lines += [(steps, values, {"color": f"C{i}", "lw": 0.8, "alpha": 0.4})] * (len(seeds) > 1)

@@ -78,13 +78,13 @@ def figure(path, panels, width=6.0, height=4.5):
 def learning_curve(path, folder, task, buffer):
     """Returns over updates, per seed, mean and spread: whole evaluation episodes, and their first part.
 
-    The first part is as long as the data's episodes, whose mean and best return are drawn beside it.
+    The first part is as long as the data's episodes, whose mean and best return are drawn beside it. Where those are as
+    long as an evaluation, there is one panel.
     """
     returns, length = buffer["episode_returns"], buffer.metadata["episode_length"]
-    titles = {
-        "eval/return": f"{task.name}, {task.eval_length} steps",
-        "eval/return_data_length": f"{task.name}, first {length} steps, as long as the data's",
-    }
+    titles = {"eval/return": f"{task.name}, {task.eval_length} steps"}
+    if length != task.eval_length:
+        titles["eval/return_data_length"] = f"{task.name}, first {length} steps, as long as the data's"
     panels = []
     for key, title in titles.items():
         seeds = read(folder, key)
@@ -92,12 +92,13 @@ def learning_curve(path, folder, task, buffer):
         values = np.stack([v for _, v in seeds.values()])
         mean, std = values.mean(0), values.std(0)
         lines = [(steps, values.T, {"color": "C0", "lw": 0.8, "alpha": 0.4})]
-        lines += [(steps, mean, {"color": "C0", "marker": "o", "ms": 3, "label": f"mean ({len(seeds)} seeds)"})]
+        label = f"mean ({len(seeds)} seeds)" if len(seeds) > 1 else "one seed"
+        lines += [(steps, mean, {"color": "C0", "marker": "o", "ms": 3, "label": label})]
         if len(seeds) > 1:
             edges = np.stack([mean - std, mean + std], 1)
             lines += [(steps, edges, {"color": "C0", "ls": ":", "lw": 1, "label": "+- std over seeds"})]
         panels.append({"title": title, "xlabel": "updates", "ylabel": "return", "lines": lines})
-    panels[1]["lines"] += [
+    panels[-1]["lines"] += [
         (None, returns.mean(), {"color": "k", "ls": "--", "lw": 1, "label": "data: mean episode"}),
         (None, returns.max(), {"color": "k", "ls": ":", "lw": 1, "label": "data: best episode"}),
     ]
