@@ -1,6 +1,7 @@
 """Worlds and tasks: physics against Gymnasium's recordings, rewards against relabelling, ends."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import brax_worlds, buffers, physics, point, render, robots, tasks
+from envs import brax_worlds, buffers, curves, physics, point, render, robots, tasks
 from envs.base import MAX_MJX_ON_OLD_CPU, State
 
 ROOT = Path(__file__).parents[1]
@@ -502,6 +503,21 @@ def test_starts_are_spread_as_stated():
     assert qvel.std() == pytest.approx(0.1, rel=0.03)
     ant = jax.vmap(envs.make("ant").reset)(jax.random.split(jax.random.key(0), 500))
     np.testing.assert_allclose(np.asarray(ant.obs[:, 2]).mean(), 0.75, atol=0.01)
+
+
+@pytest.mark.parametrize("length, titles", [(100, ["point-angle-0, 100 steps"]), (50, [
+    "point-angle-0, 100 steps", "point-angle-0, first 50 steps, as long as the data's",
+])])  # fmt: skip
+def test_learning_curve_has_one_panel_for_each_length(tmp_path, monkeypatch, length, titles):
+    """The data's mean and best are in the last one, whose episodes are as long as the data's."""
+    lines = [{}, {"step": 10, "seed": 0, "eval/return": 1.0, "eval/return_data_length": 0.5}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    drawn, data = [], {"episode_returns": np.array([1.0, 3.0])}
+    monkeypatch.setattr(curves, "figure", lambda path, panels: drawn.extend(panels))
+    buffer = type("", (), {"metadata": {"episode_length": length}, "__getitem__": lambda self, key: data[key]})()
+    curves.learning_curve("x.png", tmp_path, envs.task("point-angle-0"), buffer)
+    assert [panel["title"] for panel in drawn] == titles
+    assert [y for x, y, _ in drawn[-1]["lines"] if x is None] == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("threads", [{}, {"NPROC": "2"}])

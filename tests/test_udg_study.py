@@ -468,6 +468,15 @@ def test_w1_rows_are_exact(tmp_path):
     }  # fmt: skip
 
 
+def test_pictures_of_wanted_sources_are_kept(made, monkeypatch):
+    base, results = made
+    monkeypatch.setitem(study.STUDIES, "toy", study.Study("Why?", sources=("point",)))
+    picture = study.cells_of("toy", base, "cpu")[0]["source point"].runs / "trajectories.png"
+    picture.write_bytes(b"a picture")
+    assert study.gather("toy", base, "cpu", results)
+    assert (results / "toy-point.png").read_bytes() == b"a picture"
+
+
 def test_a_learner_without_its_selection_is_left_out(made):
     base, results = made
     study.record_file(study.cells_of("toy", base, "cpu")[0]["data point"], base).unlink()
