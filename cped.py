@@ -1037,7 +1037,8 @@ def preset_name(data, known):
 
 def cped_preset(args):
     """--quick, or the values for the file's dataset with those of --preset on top -> name, {field: value}."""
-    if args.preset and args.preset not in PRESETS:
+    given = preset_name(args.preset, PRESETS)
+    if args.preset and given not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
     if args.quick and args.preset:
         raise envs.InputError("--quick is a preset of its own; leave --preset out")
@@ -1046,11 +1047,11 @@ def cped_preset(args):
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    name = preset_name(data, PRESETS)
+    name = preset_name(data, PRESETS) if given in ("", "cpu", "published") else given
     known = PRESETS.get(name, MUJOCO if args.preset == "published" else {})
     about = f"as published for {name}" if name in PRESETS else "nothing is published for it"
     origin = f"{args.preset or 'by the file'} ({data}: {about})"
-    return origin, known | PRESETS.get(args.preset, {})
+    return origin, known | PRESETS.get(given, {})
 
 
 def check_args(args, num_rows):

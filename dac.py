@@ -1010,7 +1010,8 @@ def preset_name(data, known):
 def dac_preset(args):
     """--quick, the bandit, or the published values of --preset or of the file's dataset -> name, {field: value}."""
     bandit = args.task == "bandit"
-    if args.preset and args.preset not in PRESETS:
+    given = preset_name(args.preset, PRESETS)
+    if args.preset and given not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
     if args.quick and args.preset:
         raise envs.InputError("--quick is a preset of its own; leave --preset out")
@@ -1025,7 +1026,7 @@ def dac_preset(args):
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    named = args.preset if args.preset in PUBLISHED else preset_name(data, PUBLISHED)
+    named = given if given in PUBLISHED else preset_name(data, PUBLISHED)
     preset = PUBLISHED.get(named, OWN) | (CPU if args.preset == "cpu" else {})
     about = f"as published for {named}; the data is {data}"
     about = about if named in PUBLISHED else f"nothing is published for {data}"

@@ -206,6 +206,15 @@ PUBLISHED = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original code fo
     "walker2d-medium-v2": (5, 0.5),
     "walker2d-medium-replay-v2": (1, 2.5),
     "walker2d-medium-expert-v2": (1, 2.5),
+    "halfcheetah-medium-v0": (1, 1.0),
+    "halfcheetah-medium-replay-v0": (5, 1.0),
+    "halfcheetah-medium-expert-v0": (5, 5.0),  # paper: lambda 1
+    "hopper-medium-v0": (5, 5.0),
+    "hopper-medium-replay-v0": (5, 1.0),
+    "hopper-medium-expert-v0": (5, 1.0),
+    "walker2d-medium-v0": (5, 5.0),
+    "walker2d-medium-replay-v0": (1, 1.0),
+    "walker2d-medium-expert-v0": (1, 2.0),
     "halfcheetah-random-v0": (5, 0.5),
     "hopper-random-v0": (5, 1.0),
     "walker2d-random-v0": (1, 1.0),
@@ -1177,7 +1186,8 @@ def preset_name(data, known):
 
 def mopo_preset(args):
     """--quick, or the published values of the file's dataset and --preset -> name, {field: value}."""
-    if args.preset and args.preset not in PRESETS:
+    given = preset_name(args.preset, PRESETS)
+    if args.preset and given not in PRESETS:
         raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
     if args.quick and args.preset:
         raise envs.InputError("--quick is a preset of its own; leave --preset out")
@@ -1186,7 +1196,7 @@ def mopo_preset(args):
     if not args.dataset:
         raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
     data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    named = args.preset if args.preset in PUBLISHED else preset_name(data, PUBLISHED)
+    named = given if given in PUBLISHED else preset_name(data, PUBLISHED)
     published = PRESETS.get(named, {})
     if args.preset == "cpu":  # the budget is ours, the published horizon and lambda stay
         published = {**published, **CPU, **{k: published[k] for k in ("horizon", "lam") if k in published}}

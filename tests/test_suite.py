@@ -383,7 +383,7 @@ def test_every_set_finds_its_preset(learner, monkeypatch):
         expected = name.startswith(("hopper", "walker2d", "halfcheetah")) and "medium" in name
         expected |= learner != "mopo" and name.startswith("antmaze")
         expected |= learner == "mopo" and name.endswith("random") and not name.startswith("point")
-        assert len(named) == expected, name
+        assert bool(named) == expected, name
         if expected:
             assert preset == script.PRESETS[named[0]] and named[0] in said and f"ours/{name}" in said
             if name.startswith("antmaze"):
@@ -405,7 +405,7 @@ def test_every_set_finds_its_preset(learner, monkeypatch):
     ("data", "names"),
     [
         ("hopper-medium-v2", dict.fromkeys(LEARNERS, "hopper-medium-v2")),
-        ("hopper-medium-v0", dict.fromkeys(LEARNERS, "hopper-medium-v2")),
+        ("hopper-medium-v0", dict.fromkeys(LEARNERS, "hopper-medium-v2") | {"mopo": "hopper-medium-v0"}),
         ("hopper-random-v2", {"mopo": "hopper-random-v0"}),
         ("antmaze-umaze-v0", {"cped": "antmaze-umaze-v2", "qdq": "antmaze-umaze-v0", "dac": "antmaze-umaze-v0"}),
         ("antmaze-umaze-v2", {"cped": "antmaze-umaze-v2", "qdq": "antmaze-umaze-v0", "dac": "antmaze-umaze-v0"}),
@@ -427,6 +427,116 @@ def test_presets_are_of_d4rls_names(learner, data, names, monkeypatch):
         assert preset == script.PRESETS[names[learner]] and names[learner] in said and data in said
     else:
         assert "nothing is published" in said
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_preset_of_another_version_by_name(learner, monkeypatch):
+    """--preset with D4RL's name of a set, in whatever version or none; the file, relabelled, is called otherwise."""
+    script = LEARNERS[learner]
+    choose = getattr(script, f"{learner}_preset")
+    file = types.SimpleNamespace(metadata={"dataset_name": "hopper-udg-top1"})
+    monkeypatch.setattr(envs.buffers, "load", lambda *args, **kwargs: file)
+    for given in ("hopper-medium-expert-v2", "hopper-medium-expert-v1", "hopper-medium-expert"):
+        said, preset = choose(script.Args(dataset="x.npz", preset=given))
+        assert preset == script.PRESETS["hopper-medium-expert-v2"]
+        assert "as published for hopper-medium-expert-v2" in said and "hopper-udg-top1" in said
+    if learner != "mopo":
+        known = next(name for name in script.PRESETS if name.startswith("antmaze-umaze-diverse-v"))
+        said, preset = choose(script.Args(dataset="x.npz", preset="antmaze-umaze-diverse-v2"))
+        assert preset == script.PRESETS[known] and f"as published for {known}" in said
+    with pytest.raises(envs.InputError, match="--preset hopper-easy: unknown"):
+        choose(script.Args(dataset="x.npz", preset="hopper-easy"))
+
+
+ROBOTS = ("halfcheetah", "hopper", "walker2d")
+KINDS = ("medium", "medium-replay", "medium-expert")
+MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+
+
+def every_set(robots, mazes, version):
+    """A row of values for each robot and kind, and for each maze -> {D4RL's name: values}."""
+    names = [f"{robot}-{kind}-v2" for robot in ROBOTS for kind in KINDS] + [f"antmaze-{m}-{version}" for m in MAZES]
+    return dict(zip(names, [*robots, *mazes], strict=True))
+
+
+def of_preset(script, name, *fields):
+    args = script.Args(**script.PRESETS[name])
+    return tuple(getattr(args, field) for field in fields)
+
+
+def test_mopo_has_the_published_numbers():
+    """Horizon and lambda of every set: OfflineRL-Kit's for v2, the authors' code for v0."""
+    v2 = [(5, 0.5), (5, 0.5), (5, 2.5), (5, 5), (5, 2.5), (5, 5), (5, 0.5), (1, 2.5), (1, 2.5)]
+    v0 = [(1, 1), (5, 1), (5, 5), (5, 5), (5, 1), (5, 1), (5, 5), (1, 1), (1, 2)]
+    random = [(5, 0.5), (5, 1), (1, 1)]
+    published = every_set(v2, [()] * 6, "") | {k.replace("v2", "v0"): v for k, v in every_set(v0, [()] * 6, "").items()}
+    published |= {f"{robot}-random-v0": row for robot, row in zip(ROBOTS, random, strict=True)}
+    published = {k: row for k, row in published.items() if row}
+    assert set(published) == set(mopo.PUBLISHED) and len(published) == 21
+    for name, row in published.items():
+        assert of_preset(mopo, name, "horizon", "lam") == row, name
+
+
+def test_dac_has_the_published_numbers():
+    """eta, its rate, b, rho, max_q, the critics' rate of the authors' final commands."""
+    walker, hopper, cheetah = [[(1.0, 1e-3, 1.0, rho, False, 3e-4)] * 3 for rho in (1.0, 1.5, 0.0)]
+    hopper, cheetah = (
+        [*hopper[:2], (1.0, 1e-3, 0.05, 1.5, False, 3e-4)],
+        [*cheetah[:2], (1.0, 1e-3, 0.1, 0, False, 3e-4)],
+    )
+    mazes = [(0.1, 0.0, None, 1.0, True, 3e-4)] * 4 + [(0.1, 0.0, None, rho, True, 1e-3) for rho in (1.1, 1.0)]
+    published = every_set([*cheetah, *hopper, *walker], mazes, "v0")
+    assert set(published) == set(dac.PUBLISHED)
+    for name, row in published.items():
+        found = of_preset(dac, name, "eta", "eta_lr", "bc_threshold", "rho", "max_q", "critic_lr")
+        assert found[:2] + found[3:] == row[:2] + row[3:] and row[2] in (None, found[2]), name
+        common = ("num_steps", "num_critics", "num_q_samples", "num_action_samples", "batch_size", "gamma", "tau")
+        assert of_preset(dac, name, *common, "actor_lr", "num_updates") == (
+            5, 10, 10, 10, 256, 0.99, 0.005, 3e-4, 2_000_000,
+        )  # fmt: skip
+
+
+def test_qdq_has_the_published_numbers():
+    """alpha, beta, gamma_ent, the bound of gradients, LayerNorm, the actor's loss of the authors' files."""
+    weights = (0.0, 0.1, 2.0, 0.8, 0.8, 2.0, 0.8, 0.8, 2.0)
+    robots = [(0.992, 0.9 if i < 3 else 0.8, weight, 10, False, "q") for i, weight in enumerate(weights)]
+    mazes = [
+        (0.99, 0.9, 0.0, 7, False, "awr"), (0.01, 0.9, 1.5, 7, False, "q"), (0.99, 0.9, 0.0, 7, False, "awr"),
+        (0.99, 0.9, 1.0, 7, False, "awr"), (0.99, 0.9, 0.0, 7, True, "awr"), (0.99, 0.9, 0.0, 3, True, "awr"),
+    ]  # fmt: skip
+    published = every_set(robots, mazes, "v0")
+    assert set(published) == set(qdq.PRESETS) - {"cpu"}
+    for name, row in published.items():
+        fields = ("alpha", "beta", "gamma_ent", "max_grad_norm", "layer_norm", "actor_loss")
+        assert of_preset(qdq, name, *fields) == row, name
+        width = (256,) * (3 if name.endswith("v2") else 2)
+        common = (
+            "hidden_sizes",
+            "reward_shift",
+            "batch_size",
+            "gamma",
+            "tau",
+            "policy_delay",
+            "num_samples",
+            "num_updates",
+        )
+        shift = -1.0 if name.startswith("antmaze") else 0.0
+        assert of_preset(qdq, name, *common) == (width, shift, 256, 0.99, 0.005, 2, 50, 1_000_000), name
+
+
+def test_cped_has_the_published_numbers():
+    """Updates of the flow and after it, alpha's steps by update, first updates of critic and Q term, -1 in mazes."""
+    robot = (500_000, 1_000_000, (1000, 10, 7.5, 5, 2.5, 1.5), (0, 1e5, 2e5, 3e5, 4e5, 5e5), 3e4, 5e4, 0.0)
+    maze = (300_000, 700_000, (0.25, 0.1, 0.08), (0, 2e5, 5e5), 3e4, 5e4, -1.0)
+    large = (400_000, 600_000, (0.25, 0.1, 0.08), (0, 1e5, 4e5), 3e4, 5e4, -1.0)
+    published = every_set([robot] * 9, [maze] * 4 + [large] * 2, "v2")
+    assert set(published) == set(cped.PRESETS) - {"cpu", "published"}
+    for name, row in published.items():
+        flow, updates, alphas, starts, critic, q, shift = of_preset(
+            cped, name, "flow_updates", "num_updates", "alphas", "alpha_from", "critic_from", "q_from", "reward_shift"
+        )
+        at = np.round(updates * np.array([*starts, critic, q]), 6)
+        assert (flow, updates, alphas, (*at[:-2],), *at[-2:], shift) == row, name
 
 
 def test_dac_scales_the_rewards_of_a_maze():
