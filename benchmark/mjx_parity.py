@@ -1,6 +1,6 @@
 """How far MJX drifts from C MuJoCo, and how fast both are on this machine.
 
-    python benchmark/mjx_parity.py                       parity of four robots and of D4RL's ant in its maze
+    python benchmark/mjx_parity.py                       parity of four robots and of D4RL's ant at its mazes' walls
     python benchmark/mjx_parity.py --robots ant --speed  and steps per second of both back ends
     python benchmark/mjx_parity.py --no-parity --recorded            both against transitions recorded with MuJoCo 2.2
     python benchmark/mjx_parity.py --no-parity --returns runs/suite/cpu-seed0/hopper/policy.npz --episodes 100
@@ -8,8 +8,8 @@
 
 Parity: both engines start from the same float32 states (of random play) and take the same random actions.
 Prints one table per question and writes the numbers to --out. Exits with 1 where a median after one
-or ten steps is above its tolerance: those tell a wrong model from rounding, which the contacts of a
-long run amplify on any machine.
+or ten steps is above its limit or an end differs there (those tell a wrong model from rounding, which
+the contacts of a long run amplify on any machine), and where returns differ beyond chance.
 """
 
 import argparse
@@ -32,15 +32,19 @@ import envs  # noqa: E402
 from envs import physics, tasks  # noqa: E402
 
 HORIZONS = (1, 10, 50, 100)
-# median over starts of the largest entry's error: {steps: (qpos, qvel)}; float32, about ten times
+MAZES = ("ant-maze-umaze", "ant-maze-medium", "ant-maze-large")
+CORNER = -1.1  # metres, x and y of a torso whose legs touch both walls of the first cell
+# median over starts of the largest entry's error: {steps: (qpos, qvel, reward)}; float32, about ten times
 # what was measured (docs/envs.md)
 TOLERANCES = {
-    "cheetah": {1: (1e-6, 3e-5), 10: (6e-5, 1.5e-3)},
-    "hopper": {1: (1e-6, 1e-5), 10: (2e-6, 2e-5)},
-    "walker2d": {1: (1e-6, 6e-5), 10: (1e-5, 2e-4)},
-    "ant": {1: (1e-6, 2e-5), 10: (5e-6, 6e-5)},
-    "ant-maze-umaze": {1: (1e-6, 2e-5), 10: (5e-6, 6e-5)},
+    "cheetah": {1: (1e-6, 3e-5, 1e-5), 10: (6e-5, 1.5e-3, 2e-4)},
+    "hopper": {1: (1e-6, 1e-5, 1e-5), 10: (2e-6, 2e-5, 1e-5)},
+    "walker2d": {1: (1e-6, 6e-5, 1e-5), 10: (1e-5, 2e-4, 1e-5)},
+    "ant": {1: (1e-6, 2e-5, 2e-6), 10: (5e-6, 6e-5, 1e-5)},
+    **{maze: {1: (1e-6, 2e-5, 1e-6), 10: (5e-6, 6e-5, 1e-6)} for maze in MAZES},
 }
+# of 200 single steps recorded with MuJoCo 2.2, medians on either back end; no end may differ
+OF_RECORDED = {1: (1e-6, 2e-4, 1e-5)}
 CTRL_COST = {"cheetah": 0.1, "hopper": 1e-3, "walker2d": 1e-3, "ant": 0.5}
 RECORDED = ("halfcheetah", "hopper", "walker2d", "ant")  # tests/golden: MuJoCo 2.2, as D4RL's files
 
@@ -64,7 +68,7 @@ def play(env, states, actions):
 
 
 def starts(env, num_starts, seed):
-    """States after 50 steps of random play."""
+    """States after 50 steps of random play; in a maze moved into a corner, where the legs touch its walls."""
     keys = jax.random.split(jax.random.key(seed), num_starts)
 
     def advance(states, key):
@@ -73,7 +77,19 @@ def starts(env, num_starts, seed):
 
     states = jax.vmap(env.reset)(keys)
     states = jax.jit(lambda s: jax.lax.scan(advance, s, jax.random.split(keys[0], 50))[0])(states)
-    return states.pipeline_state.qpos, states.pipeline_state.qvel
+    qpos, qvel = states.pipeline_state.qpos, states.pipeline_state.qvel
+    return qpos.at[:, :2].set(CORNER) if env.task.name in MAZES else qpos, qvel
+
+
+def at_walls(env, qpos):
+    """How many of the poses (N, nq) touch a wall, by C MuJoCo."""
+    model = env.model
+    data, count = physics.mujoco.MjData(model), 0
+    for pose in np.asarray(qpos):
+        data.qpos[:] = pose
+        physics.mujoco.mj_forward(model, data)
+        count += (model.geom_type[data.contact.geom] == physics.mujoco.mjtGeom.mjGEOM_BOX).any()
+    return int(count)
 
 
 def at(env, states, qpos, qvel):
@@ -91,7 +107,10 @@ def spread(error):
 
 
 def parity(robot, num_starts, num_steps, seed):
-    """-> {steps: {quantity: (median, max)}} of |MJX - C| over starts; ends: starts whose end is at another step."""
+    """-> {steps: {quantity: (median, max)}} of |MJX - C| over starts; ends: starts whose end is at another step.
+
+    In a maze also at_walls: starts that touch a wall.
+    """
     engines = [make_env(robot, backend) for backend in ("mujoco", "mjx")]
     qpos, qvel = starts(engines[0], num_starts, seed)
     shape = (num_steps, num_starts, engines[0].action_size)
@@ -109,6 +128,8 @@ def parity(robot, num_starts, num_steps, seed):
         }
         table[steps] = row | {"ends": int((np.minimum(first[0], steps) != np.minimum(first[1], steps)).sum())}
     returns = [run[2].sum(axis=0) for run in runs]
+    if robot in MAZES:
+        table["at_walls"] = at_walls(engines[0], qpos)
     table["return"] = {"median difference": float(np.median(np.abs(returns[0] - returns[1])))}
     return table
 
@@ -205,15 +226,18 @@ def speed(robot, backend, batch, seconds):
         length, repeats = min(200, steps), -(-steps // 200)
 
 
-def check(robot, table):
-    """-> messages of what is above its tolerance, at the horizons that were played."""
+def check(robot, table, limits_of):
+    """-> messages of medians above their limits, at the horizons that were played, and of ends that differ there."""
     failures = []
-    for steps, limits in TOLERANCES[robot].items():
-        for name, limit in zip(("qpos", "qvel"), limits, strict=True):
-            median = table[steps][name][0] if steps in table else None
-            if median is not None and not median <= limit:
-                message = f"{robot}: median {name} error after {steps} steps"
-                failures.append(f"{message}: {median:.2g} > {limit:g}")
+    for steps, limits in limits_of.items():
+        if steps not in table:
+            continue
+        for name, limit in zip(("qpos", "qvel", "reward"), limits, strict=True):
+            median = table[steps][name][0]
+            if not median <= limit:
+                failures.append(f"{robot}: median {name} error after {steps} steps: {median:.2g} > {limit:g}")
+        if table[steps]["ends"]:
+            failures.append(f"{robot}: {table[steps]['ends']} ends differ after {steps} steps")
     return failures
 
 
@@ -224,40 +248,53 @@ def cells_of(row):
 
 def print_parity(robot, table):
     for steps, row in table.items():
-        if steps != "return":
+        if steps in HORIZONS:
             print(f"| {robot} | {steps} | {' | '.join(cells_of(row))} |", flush=True)
+    if "at_walls" in table:
+        print(f"{robot}: {table['at_walls']} starts touch a wall", flush=True)
 
 
 def print_recorded(results, keep):
+    """The table; -> messages of what is above its limit."""
     head = (
         "| recorded with MuJoCo 2.2 | back end | steps | qpos median / max, or max | qvel | reward | ends that differ |"
     )
     print(f"\n{head}\n|---|---|---|---|---|---|---|")
+    failures = []
     for name in RECORDED:
         for backend in physics.BACKENDS:
             table = results[f"{name} {backend}"] = recorded(name, backend)
             for steps, row in table.items():
                 print(f"| {name} | {backend} | {steps} | {' | '.join(cells_of(row))} |", flush=True)
+            failures += check(f"{name} on {backend}", table, OF_RECORDED)
             keep()
+    return failures
 
 
 def print_returns(results, paths, episodes, seed):
-    """The same policy's returns on both back ends, other starts and noise on each, and how far apart their means are.
+    """The same policy's returns on both back ends from the same starts and noise, and on C MuJoCo from others.
 
-    With the same ones the short episodes would be nearly equal step by step, which is the parity table's matter.
+    The last row shows what luck alone does. -> messages where the Kolmogorov-Smirnov test tells the back ends apart.
     """
-    print("\n| policy | back end | episodes | return: mean, std | quartiles | length |\n|---|---|---|---|---|---|")
+    from scipy.stats import ks_2samp
+
+    print(
+        "\n| policy | back end, seed | episodes | return: mean, std | quartiles | length |\n|---|---|---|---|---|---|"
+    )
+    failures = []
     for path in paths:
         found = []
-        for i, backend in enumerate(physics.BACKENDS):
-            returns, lengths = return_distribution(path, backend, episodes, seed + i)
+        for backend, s in (("mujoco", seed), ("mjx", seed), ("mujoco", seed + 1)):
+            returns, lengths = return_distribution(path, backend, episodes, s)
             quartiles = ", ".join(f"{q:.4g}" for q in np.quantile(returns, (0.25, 0.5, 0.75)))
             told = f"{returns.mean():.5g}, {returns.std():.4g} | {quartiles} | {lengths.mean():.4g}"
-            print(f"| {path} | {backend} | {episodes} | {told} |", flush=True)
+            print(f"| {path} | {backend}, {s} | {episodes} | {told} |", flush=True)
             found.append(returns)
-            results[f"{path} {backend}"] = returns.tolist()
-        error = np.sqrt(sum(returns.var(ddof=1) / episodes for returns in found))
-        print(f"{path}: means differ by {(found[0].mean() - found[1].mean()) / error:+.2f} standard errors", flush=True)
+            results[f"{path} {backend} {s}"] = returns.tolist()
+        p = [ks_2samp(found[0], other).pvalue for other in found[1:]]
+        print(f"{path}: Kolmogorov-Smirnov p: back ends {p[0]:.2g}, seeds {p[1]:.2g}", flush=True)
+        failures += [f"{path}: returns differ, p = {p[0]:.2g}"] if p[0] < 0.001 else []
+    return failures
 
 
 def main(argv=None):
@@ -297,13 +334,13 @@ def main(argv=None):
         for robot in args.robots:
             table = parity(robot, args.num_starts, args.num_steps, args.seed)
             print_parity(robot, table)
-            failures += check(robot, table)
+            failures += check(robot, table, TOLERANCES[robot])
             results["parity"][robot] = table
             keep()
     if args.recorded:
-        print_recorded(results["recorded"], keep)
+        failures += print_recorded(results["recorded"], keep)
     if args.returns:
-        print_returns(results["returns"], args.returns, args.episodes, args.seed)
+        failures += print_returns(results["returns"], args.returns, args.episodes, args.seed)
         keep()
     if args.speed:
         print("\n| robot | back end | environments | steps per second | compile s |")
@@ -317,7 +354,7 @@ def main(argv=None):
             print(f"| {robot} | {backend} | {batch} | {rate:,.0f} | {compiled:.1f} |", flush=True)
             results["speed"][f"{robot} {backend} {batch}"] = (rate, compiled)
             keep()
-    if failures or results["parity"]:
+    if failures or not args.no_parity or args.recorded or args.returns:
         print("\n".join(failures) if failures else "\nwithin tolerances")
     return 1 if failures else 0
 

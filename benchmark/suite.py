@@ -435,6 +435,15 @@ def recorded_bits(args):
     return {name: e["sha256"] for name, e in entries.items() if e["settings"] == settings(args, name)}
 
 
+def check_there(args, known):
+    """Say which sets of `known` --out does not have; InputError where it has none of them."""
+    absent = [n for n in known if not (args.out / f"{n}.npz").exists() or of_other_settings(args, n)]
+    if len(absent) == len(known):
+        raise envs.InputError(f"{args.out}: has none of the recorded sets, by these settings; make them first")
+    if absent:
+        print(f"not compared (missing, or made with other settings): {', '.join(absent)}", flush=True)
+
+
 def check_bits(args, known):
     """Say which sets in --out are, bit for bit, those of `known` -> names of those that are not."""
     there = [name for name in known if (args.out / f"{name}.npz").exists() and not of_other_settings(args, name)]
@@ -514,6 +523,7 @@ def main(argv=None):
         known = recorded_bits(args)
         if not known:
             raise envs.InputError(f"{args.results}: no set was made yet")
+        check_there(args, known)
         return check_bits(args, known) and sys.exit(1)
     names = chosen(args.sets, args.budget)
     cells, base = cells_of(args, names), base_folder(args)

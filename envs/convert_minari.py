@@ -107,7 +107,8 @@ def _read_episodes(dataset_id: str, storage, keys: list[str] | None, carried: li
             steps = len(episode["rewards"])
             parts = {key: episode[key] for key in ("actions", "rewards", "terminations", "truncations")}
             whole = episode["observations"] if keys is not None else {"observations": episode["observations"]}
-            parts |= {f"observations/{key}": value for key, value in whole.items()}
+            vectors = {key: value for key, value in whole.items() if not isinstance(value, dict)}
+            parts |= {f"observations/{key}": value for key, value in vectors.items()}
             parts |= {key: episode["infos"][key][:steps] for key in carried}
             for key, value in parts.items():
                 rows = steps + key.startswith("observations/")

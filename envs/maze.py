@@ -11,7 +11,7 @@ CELL, WALL_HALF_HEIGHT = 4.0, 1.0  # metres
 GOAL_RADIUS = 0.5
 TIMESTEP = 0.02  # of the physics, twice Gymnasium's
 SOLREF, SOLIMP = (0.02, 1.0), (0.8, 0.8, 0.01)  # of all contacts
-CONTACTS = 12  # at once, for MJX, whose cost is set by the contacts that could be
+CONTACTS = 12  # the nearest ones count, for MJX, whose cost is set by the contacts that could be
 
 MAPS = {
     "umaze": (
@@ -96,11 +96,10 @@ def edit_spec(spec, name: str) -> None:
     for geom in spec.geoms:
         geom.solref[:2] = SOLREF
         geom.solimp[:3] = SOLIMP
-    # MJX takes these caps by their index among the numbers of the XML, not by name: no other may come before.
+    # MJX takes this cap by its index among the numbers of the XML, not by name: no other may come before.
     for number in list(spec.numerics):
         spec.delete(number)
-    for cap in ("max_contact_points", "max_geom_pairs"):
-        spec.add_numeric(name=cap, size=1, data=[CONTACTS])
+    spec.add_numeric(name="max_contact_points", size=1, data=[CONTACTS])
 
 
 @functools.cache

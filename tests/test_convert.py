@@ -585,6 +585,26 @@ def test_minari_parts_are_chosen_by_name(tmp_path, minari):
     refused(lambda: convert.from_minari(name, dt=0.05, keys=["image"]), "observations", "image", "--keys")
 
 
+def test_minari_goals_in_dicts_of_dicts_are_left_alone(tmp_path, minari):
+    """The kitchen's goals are a dictionary of things and places, beside a vector of observations."""
+    from gymnasium.spaces import Dict
+
+    goals = Dict({"kettle": box(7), "microwave": box(1)})
+    space = Dict({"observation": box(4), "achieved_goal": goals, "desired_goal": goals})
+    episodes = plain_episodes()
+    for episode in episodes:
+        rows = len(episode["rewards"]) + 1
+        things = {"kettle": np.zeros((rows, 7)), "microwave": np.zeros((rows, 1))}
+        here = np.random.default_rng(rows).normal(size=(rows, 4))
+        episode["observations"] = {"observation": here, "achieved_goal": things, "desired_goal": things}
+    name = make_minari(minari, "D4RL/kitchen/toy-v1", episodes, space, box(2, -1, 1))
+    buffer = buffers.load(convert.from_minari(name, tmp_path / "out.npz", dt=0.05), quiet=True)
+    whole = np.concatenate([episode["observations"]["observation"][:-1] for episode in episodes])
+    np.testing.assert_array_equal(buffer["observations"], whole.astype(np.float32))
+    assert not {"goals", "root_positions"} & set(buffer.arrays)
+    refused(lambda: convert.from_minari(name, dt=0.05, keys=["desired_goal"]), "observations", "desired_goal", "--keys")
+
+
 def test_minari_reference_scores(tmp_path, minari):
     scores = {"ref_min_score": -20.0, "ref_max_score": 3234.5, "eval_env": "CartPole-v1"}
     name = make_minari(minari, "toy-v0", plain_episodes(), box(3), box(2, -1, 1), **scores)

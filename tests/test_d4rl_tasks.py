@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
 
@@ -161,6 +162,58 @@ def test_the_environment_pays_what_relabelling_pays():
     np.testing.assert_array_equal(env.task.reward(step), after.reward)
     np.testing.assert_array_equal(env.task.terminal(step), after.done > 0)
     assert 0 < float(after.reward.sum()) <= 6
+
+
+@pytest.mark.parametrize("name", maze.MAPS)
+def test_mjx_meets_walls_as_mujoco_does(name):
+    """Every contact of a leg or torso with a wall, within the margin as well as inside, and no other one.
+
+    In the corner where the ant starts and around an edge that juts out, poses at random, none with a leg's axis inside.
+    """
+    from envs.base import quiet_imports
+
+    with quiet_imports():
+        from mujoco import mjx
+        from mujoco.mjx._src import collision_driver
+    model = physics.load_model("ant.xml", 30.0, 0.5, name)
+    rng, num, c_data = np.random.default_rng(0), 1000, mujoco.MjData(model)
+    grid = np.pad([[c == "#" for c in row] for row in maze.MAPS[name]], 1)
+    row, column = next(  # a wall's cell whose right side and one end are free: its corner juts out
+        (i, j) for i, j in np.argwhere(grid[1:-1, 1:-1])
+        if 0 < i < len(grid) - 3 and not grid[i + 1, j + 2] and not grid[i + 2, j + 1] and not grid[i + 2, j + 2]
+    )  # fmt: skip
+    edge = maze.position(name, row, column) + maze.CELL / 2
+    poses = np.tile(model.qpos0, (num, 1))
+    poses[:, :2] = np.where(np.arange(num)[:, None] < num // 2, [-1.1, -1.1], edge + [0.5, 0.5])
+    poses[:, :2] += rng.uniform(-0.3, 0.3, (num, 2))
+    yaw = rng.uniform(-np.pi, np.pi, num)
+    poses[:, 3:7] = np.stack([np.cos(yaw / 2), 0 * yaw, 0 * yaw, np.sin(yaw / 2)], -1)
+    joints = model.jnt_range[1:]
+    poses[:, 7:] = rng.uniform(joints[:, 0], joints[:, 1], (num, 8))
+    expected = []
+    for pose in poses:
+        c_data.qpos[:] = pose
+        mujoco.mj_forward(model, c_data)
+        at_walls = [c for c in c_data.contact if model.geom_type[c.geom].max() == mujoco.mjtGeom.mjGEOM_BOX]
+        expected.append([(*c.geom, c.dist, *c.pos, *c.frame) for c in at_walls])
+    keep = [i for i, rows in enumerate(expected) if rows and min(row[2] for row in rows) > -0.08]
+    assert len(keep) > 100 and any(len(expected[i]) > 2 for i in keep)
+
+    def contacts(pose):
+        data = template.replace(qpos=pose)
+        with physics.exact_contacts():
+            found = collision_driver.collision(on_mjx, mjx.kinematics(on_mjx, data))._impl.contact
+        return found.geom, found.dist, found.pos, found.frame.reshape(-1, 9)
+
+    on_mjx = mjx.put_model(model, impl="jax")
+    template = mjx.make_data(on_mjx, impl="jax")
+    geom, dist, pos, frame = map(np.asarray, jax.jit(jax.vmap(contacts))(jnp.float32(poses[keep])))
+    margin = 0.01  # of two geoms, halved: MuJoCo 2's
+    active = (dist < margin) & (model.geom_type[geom].max(-1) == mujoco.mjtGeom.mjGEOM_BOX)
+    for i, k in enumerate(keep):
+        found = np.column_stack([geom[i], dist[i], pos[i], frame[i]])[active[i]]
+        found, rows = (np.array(sorted(x, key=lambda row: tuple(row[:3]))) for x in (found.tolist(), expected[k]))
+        np.testing.assert_allclose(found, rows, atol=3e-5, err_msg=f"pose {k}")
 
 
 def test_mjx_sees_few_contacts_in_the_maze():

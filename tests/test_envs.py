@@ -193,7 +193,7 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
 
     def accelerate(qpos, qvel, action):
         state = engine.template.replace(qpos=qpos, qvel=qvel, ctrl=action)
-        with physics.exact_plane_capsule():
+        with physics.exact_contacts():
             return engine.mjx.forward(engine.model, state).qacc
 
     inputs = [jnp.float32(data[key]) for key in ("qpos", "qvel", "action")]
@@ -203,12 +203,14 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
 
 
 def test_mjx_is_left_as_it_was():
-    from mujoco.mjx._src import collision_driver, collision_primitive
+    from mujoco.mjx._src import collision_convex, collision_driver, collision_primitive
 
-    pair = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
-    with physics.exact_plane_capsule():
-        assert collision_driver._COLLISION_FUNC[pair] is physics._plane_capsule
-    assert collision_driver._COLLISION_FUNC[pair] is collision_primitive.plane_capsule
+    plane, capsule, box = (getattr(mujoco.mjtGeom, f"mjGEOM_{name}") for name in ("PLANE", "CAPSULE", "BOX"))
+    with physics.exact_contacts():
+        assert collision_driver._COLLISION_FUNC[plane, capsule] is physics._plane_capsule
+        assert collision_driver._COLLISION_FUNC[capsule, box] is physics._capsule_box
+    assert collision_driver._COLLISION_FUNC[plane, capsule] is collision_primitive.plane_capsule
+    assert collision_driver._COLLISION_FUNC[capsule, box] is collision_convex.capsule_convex
 
 
 @pytest.mark.filterwarnings("ignore:overflow")

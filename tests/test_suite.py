@@ -330,7 +330,14 @@ def test_command_goes_on_after_a_kill_and_skips_what_is_made(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         suite.main([*command[2:], "--check"])
     assert "0 of 1 sets" in said.getvalue() and "not point-random" in said.getvalue()
+    elsewhere = {"settings": suite.settings(suite.parse(command[2:]), "point-medium")}  # recorded, and not here
+    record.with_name("point-medium.json").write_text(json.dumps(json.loads(record.read_text()) | elsewhere))
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
+        suite.main([*command[2:], "--check"])
+    assert "not compared (missing" in said.getvalue() and "0 of 1 sets" in said.getvalue()
     cell.done.unlink()
+    with pytest.raises(envs.InputError, match="has none of the recorded sets"):
+        suite.main([*command[2:], "--check"])
     assert not udg_study.is_done(cell, base)
 
 
