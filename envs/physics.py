@@ -348,9 +348,9 @@ def double_bits(values: jax.Array) -> jax.Array:
 def exact_contacts():
     """Trace MJX with capsules' contacts as C MuJoCo has them.
 
-    With planes: MJX (3.17) drops the capsule's direction for the world's y axis where a capsule is steeper
-    than 60 degrees; C MuJoCo never does. For the ant this changes 13 % of accelerations, by up to 37 %. With boxes: MJX sees no contact
-    before they overlap, where C MuJoCo has one within the margin.
+    With planes: MJX (3.17) drops the capsule's direction for the world's y axis where a capsule is
+    steeper than 60 degrees; C MuJoCo never does. For the ant this changes 13 % of accelerations, by
+    up to 37 %. With boxes: MJX sees no contact before they overlap, C MuJoCo has one within the margin.
     """
     with quiet_imports():
         from mujoco.mjx._src import collision_driver
