@@ -143,11 +143,12 @@ def play(task, act, rows, seed, start=None, num_envs=20):
     return cut(roll(task, act, share, num_envs, seed, start, backend), share, rows)
 
 
-def roll(task, act, share, num_envs, seed, start=None, backend=None):
+def roll(task, act, share, num_envs, seed, start=None, backend=None, chunk=None):
     """Episodes one after the other in each environment, until those that begin before step `share` are over.
 
     act(key, states) -> actions [E, A], log densities [E]; start(env, key) -> State of one environment. An episode ends
-    where it terminates or after task.episode_length steps. -> columns [T, E, ..]
+    where it terminates or after task.episode_length steps. chunk: steps between two looks at who is done; None: an
+    episode's (the sets' noise depends on it). -> columns [T, E, ..]
     """
     env = envs.make(task.name, backend)
     start = start or (lambda env, key: env.reset(key))
@@ -166,7 +167,7 @@ def roll(task, act, share, num_envs, seed, start=None, backend=None):
         out = envs.transition(state, actions, after), after.reward, terminals, timeouts, log_probs
         return (jax.tree.map(pick, fresh, after), jnp.where(ends, 0, age + 1)), out
 
-    run = jax.jit(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, task.episode_length)))
+    run = jax.jit(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, chunk or task.episode_length)))
     key_start, key = jax.random.split(jax.random.key(seed))
     carry = begin(jax.random.split(key_start, num_envs)), jnp.zeros(num_envs, int)
     parts, last, began = [], np.zeros(num_envs, int), 0
