@@ -216,6 +216,37 @@ def test_mjx_meets_walls_as_mujoco_does(name):
         np.testing.assert_allclose(found, rows, atol=3e-5, err_msg=f"pose {k}")
 
 
+def test_mjx_meets_a_ball_and_a_box_as_mujoco_does():
+    """A turned box; centres outside and in, beside faces, edges and corners."""
+    from envs.base import quiet_imports
+
+    with quiet_imports():
+        from mujoco import mjx
+        from mujoco.mjx._src import collision_driver
+    box = '<geom type="box" size=".5 .3 1" pos=".1 -.2 .3" euler="20 -30 50" margin=".05"/>'
+    ball = '<body><freejoint/><geom type="sphere" size=".25" margin=".05"/></body>'
+    model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{box}{ball}</worldbody></mujoco>")
+    data, places = mujoco.MjData(model), np.random.default_rng(0).uniform(-1.2, 1.2, (400, 3))
+    on_mjx = mjx.put_model(model, impl="jax")
+    template = mjx.make_data(on_mjx, impl="jax")
+
+    def contact(place):
+        data = template.replace(qpos=template.qpos.at[:3].set(place))
+        with physics.exact_contacts():
+            found = collision_driver.collision(on_mjx, mjx.kinematics(on_mjx, data))._impl.contact
+        return jnp.concatenate([found.dist, found.pos.ravel(), found.frame.ravel()])
+
+    found, touching = np.asarray(jax.jit(jax.vmap(contact))(jnp.float32(places))), 0
+    for place, row in zip(places, found, strict=True):
+        data.qpos[:3] = place
+        mujoco.mj_forward(model, data)
+        assert (row[0] < 0.1) == data.ncon
+        for c in data.contact:
+            touching += 1
+            np.testing.assert_allclose(row, [c.dist, *c.pos, *c.frame], atol=2e-6)
+    assert 100 < touching < 300
+
+
 def test_mjx_sees_few_contacts_in_the_maze():
     """One box per wall cell would cost it 475 contact slots."""
     from envs.base import quiet_imports

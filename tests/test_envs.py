@@ -205,12 +205,14 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
 def test_mjx_is_left_as_it_was():
     from mujoco.mjx._src import collision_convex, collision_driver, collision_primitive
 
-    plane, capsule, box = (getattr(mujoco.mjtGeom, f"mjGEOM_{name}") for name in ("PLANE", "CAPSULE", "BOX"))
+    shapes = (getattr(mujoco.mjtGeom, f"mjGEOM_{name}") for name in ("PLANE", "SPHERE", "CAPSULE", "BOX"))
+    plane, sphere, capsule, box = shapes
+    now = lambda: [collision_driver._COLLISION_FUNC[pair] for pair in ((plane, capsule), (sphere, box), (capsule, box))]
     with physics.exact_contacts():
-        assert collision_driver._COLLISION_FUNC[plane, capsule] is physics._plane_capsule
-        assert collision_driver._COLLISION_FUNC[capsule, box] is physics._capsule_box
-    assert collision_driver._COLLISION_FUNC[plane, capsule] is collision_primitive.plane_capsule
-    assert collision_driver._COLLISION_FUNC[capsule, box] is collision_convex.capsule_convex
+        assert now() == [physics._plane_capsule, physics._sphere_box, physics._capsule_box]
+    assert now() == [
+        collision_primitive.plane_capsule, collision_convex.sphere_convex, collision_convex.capsule_convex,
+    ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
