@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import maze, physics, robots, tasks
+from envs import maze, mjx_contacts, physics, robots, tasks
 from tests.test_envs import state_at
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -201,7 +201,7 @@ def test_mjx_meets_walls_as_mujoco_does(name):
 
     def contacts(pose):
         data = template.replace(qpos=pose)
-        with physics.exact_contacts():
+        with mjx_contacts.exact_contacts():
             found = collision_driver.collision(on_mjx, mjx.kinematics(on_mjx, data))._impl.contact
         return found.geom, found.dist, found.pos, found.frame.reshape(-1, 9)
 
@@ -232,7 +232,7 @@ def test_mjx_meets_a_ball_and_a_box_as_mujoco_does():
 
     def contact(place):
         data = template.replace(qpos=template.qpos.at[:3].set(place))
-        with physics.exact_contacts():
+        with mjx_contacts.exact_contacts():
             found = collision_driver.collision(on_mjx, mjx.kinematics(on_mjx, data))._impl.contact
         return jnp.concatenate([found.dist, found.pos.ravel(), found.frame.ravel()])
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import brax_worlds, buffers, curves, physics, point, render, robots, tasks
+from envs import brax_worlds, buffers, curves, mjx_contacts, physics, point, render, robots, tasks
 from envs.base import MAX_MJX_ON_OLD_CPU, State
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +193,7 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
 
     def accelerate(qpos, qvel, action):
         state = engine.template.replace(qpos=qpos, qvel=qvel, ctrl=action)
-        with physics.exact_contacts():
+        with mjx_contacts.exact_contacts():
             return engine.mjx.forward(engine.model, state).qacc
 
     inputs = [jnp.float32(data[key]) for key in ("qpos", "qvel", "action")]
@@ -208,8 +208,8 @@ def test_mjx_is_left_as_it_was():
     shapes = (getattr(mujoco.mjtGeom, f"mjGEOM_{name}") for name in ("PLANE", "SPHERE", "CAPSULE", "BOX"))
     plane, sphere, capsule, box = shapes
     now = lambda: [collision_driver._COLLISION_FUNC[pair] for pair in ((plane, capsule), (sphere, box), (capsule, box))]
-    with physics.exact_contacts():
-        assert now() == [physics._plane_capsule, physics._sphere_box, physics._capsule_box]
+    with mjx_contacts.exact_contacts():
+        assert now() == [mjx_contacts._plane_capsule, mjx_contacts._sphere_box, mjx_contacts._capsule_box]
     assert now() == [
         collision_primitive.plane_capsule, collision_convex.sphere_convex, collision_convex.capsule_convex,
     ]  # fmt: skip
