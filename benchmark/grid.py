@@ -190,12 +190,12 @@ def write_table(path, names, scores, data):
     """scores {(dataset, algorithm): [of a seed]} -> Markdown, in units of the return."""
     cell = lambda x: f"{np.mean(x):.1f} +- {np.std(x):.1f} ({len(x)})" if x else "-"
     lines = [
-        f"| return, mean +- std (seeds) | data: mean; best | {' | '.join(names[1])} |",
-        "|---" * (2 + len(names[1])) + "|",
+        f"| return, mean +- std (seeds) | data: mean; best | {' | '.join(names)} |",
+        "|---" * (2 + len(names)) + "|",
     ]
-    for name in names[0]:
-        about = "{:.1f}; {:.1f}".format(*data[name])
-        lines.append(f"| {name} | {about} | {' | '.join(cell(scores.get((name, a))) for a in names[1])} |")
+    for name, about in data.items():
+        about = "{:.1f}; {:.1f}".format(*about)
+        lines.append(f"| {name} | {about} | {' | '.join(cell(scores.get((name, a))) for a in names)} |")
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 
@@ -216,29 +216,38 @@ def draw(path, title, seeds_of, data):
     curves.figure(path, [panel], width=7.5)
 
 
+def write_results(out, found, algorithms, data):
+    """table.md, table.json (a score is the mean of the last 5 evaluations) and <dataset>.png.
+
+    found {dataset: {algorithm: {seed: (steps, returns)}}}; data {dataset: return of an episode, mean and best}.
+    """
+    score = lambda seeds: [float(np.mean(values[-5:])) for _, values in seeds.values()]
+    scores = {(d, a): score(seeds) for d, of_data in found.items() for a, seeds in of_data.items()}
+    rows = [{"dataset": d, "algorithm": a, "returns": x} for (d, a), x in scores.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    table = {"algorithms": algorithms, "data": data, "scores": rows}
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_table(out / "table.md", algorithms, scores, data)
+    for name, seeds_of in found.items():
+        draw(out / f"{name}.png", name, {a: seeds_of[a] for a in algorithms if a in seeds_of}, data[name])
+
+
 def gather(runs, out):
-    """table.md, table.json (a score is the mean of the last 5 evaluations) and <dataset>.png, of what is done."""
-    found = {}  # {dataset: {algorithm: {seed: (steps, returns)}}}: a seed of two runs counts once
+    """Table and figures of what is done."""
+    found = {}  # a seed of two runs counts once
     for run in runs:
         if run.made() == run.record():
             data, algorithm, _ = run.name.split()
             seeds = found.setdefault(data, {}).setdefault(algorithm, {})
             seeds |= curves.read(Path(run.folder), "eval/return")
-    names, about = [list(dict.fromkeys(run.name.split()[i] for run in runs)) for i in (0, 1)], data_returns(runs)
-    score = lambda seeds: [float(np.mean(values[-5:])) for _, values in seeds.values()]
-    scores = {(d, a): score(seeds) for d, of_data in found.items() for a, seeds in of_data.items()}
-    rows = [{"dataset": d, "algorithm": a, "returns": x} for (d, a), x in scores.items()]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(json.dumps(rows, indent=1))
-    write_table(out / "table.md", names, scores, about)
-    for data, seeds_of in found.items():
-        draw(out / f"{data}.png", data, seeds_of, about[data])
+    write_results(out, found, list(dict.fromkeys(run.name.split()[1] for run in runs)), data_returns(runs))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", help="the list, a JSON file")
     parser.add_argument("--list", action="store_true", help="show the runs and make nothing")
+    parser.add_argument("--gather", action="store_true", help="only table and figures, of what is done")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--retries", type=int, default=2, help="how often a run that died is started again")
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where the workers are")
@@ -258,7 +267,7 @@ def main(argv=None):
             for run in runs:
                 print("done   " if run.made() == run.record() else "missing", run.name, " ".join(run.command))
             return
-        failed = run_all(runs, args, out)
+        failed = {} if args.gather else run_all(runs, args, out)
         gather(runs, out)
     except InputError as error:
         sys.exit(f"grid.py: error: {error}")

@@ -3,13 +3,15 @@
     python benchmark/udg_study.py --list                          every study with its question and size
     python benchmark/udg_study.py --run angle-point --jobs 2      makes one; what is there already is skipped
     python benchmark/udg_study.py --run angle-point --budget gpu  the published sizes, for an accelerator
+    python benchmark/udg_study.py --run bound --keep              leaves out what results/udg has, from any machine
     python results/udg_figures.py                                 figures and tables from results/udg/*.jsonl
 
 A study is a set of sources (runs of wurl_sac.py), tasks, picks (which buffers of which source
 udg_select.py takes) and learners. Its cells are the commands below runs/study/<budget>/: sources/<source>,
 data/<source>/<task>/..., learn/<task>/<pick>-<learner>. Cells that two studies share are made once. A cell is
 done when its last file was written by the same command from the same data; a run that was stopped (Ctrl-C, SIGTERM,
-kill) goes on from its state. A cell that fails takes those that need it with it, and no others.
+kill) goes on from its state. A cell that fails takes those that need it with it, and no others. With --keep, rows of
+results/udg/<study>.jsonl stand for cells that are not here, if they are of the same command and the same rows of data.
 """
 
 import argparse
@@ -74,15 +76,12 @@ SOURCES = {
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
     "ant-rho-60": f"--task ant-angle-60 {SUPERVISED} --collect rollouts",
     "cheetah": "--task cheetah",
-    "cheetah-z": "--task cheetah",  # at the budget of its variants, see CPU
-    "cheetah-pair": "--task cheetah --div-features task --feature-scales 1 10 --reward-scale 2",  # (v_x, z)
-    "cheetah-full": "--task cheetah --div-features full --reward-scale 0.5",
-    "cheetah-k2": "--task cheetah --num-policies 2",
-    "cheetah-k5": "--task cheetah --num-policies 5",
-    "cheetah-k10": "--task cheetah --num-policies 10",
-    "cheetah-k20": "--task cheetah --num-policies 20",
-    # The speed is paid as a task, the height is left to diversity; the weights are three mixing ratios.
-    **{f"cheetah-partial-{w}": f"--task cheetah-run --task-weight {w}" for w in (1, 3, 10)},
+    **{f"cheetah-k{k}": f"--task cheetah --num-policies {k}" for k in (2, 5, 10, 20)},
+    # Variants of cheetah-k5 (their number is not the question). Diversity in (v_x, z); in all 17 numbers;
+    "cheetah-pair": "--task cheetah --num-policies 5 --div-features task --feature-scales 1 10 --reward-scale 2",
+    "cheetah-full": "--task cheetah --num-policies 5 --div-features full --reward-scale 0.5",
+    # the speed paid as a task and the height left to diversity, the weights being three mixing ratios.
+    **{f"cheetah-partial-{w}": f"--task cheetah-run --num-policies 5 --task-weight {w}" for w in (1, 3, 10)},
     "cheetah-random": f"--task cheetah {ROBOT_RANDOM}",
     "humanoid": "--task humanoid",
 }
@@ -131,15 +130,9 @@ GPU = {
     "ant": "--preset paper", "cheetah": "--preset paper",
     "humanoid": "--num-envs 8 --updates-per-step 0.0625 --num-updates 1000000 --eval-every 50000",
 }  # fmt: skip
-# Many runs of the cheetah are compared with one another: less than half of the default's 36,000 updates each, and half
-# of its ten policies where their number is not the question.
 CPU = {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
-CPU |= {f"cheetah-k{k}": "--num-updates 16000" for k in (2, 5, 10, 20)}
-CPU |= {
-    name: "--num-policies 5 --num-updates 16000"
-    for name in SOURCES
-    if name.startswith(("cheetah-z", "cheetah-pair", "cheetah-full", "cheetah-partial"))
-}
+# Nine runs of the cheetah are compared with one another: less than half of the default's 36,000 updates each.
+CPU |= {name: "--num-updates 16000" for name in SOURCES if name.startswith("cheetah-")}
 GPU_ROBOT = {
     "mopo": "mopo.py --num-seeds 5",
     "mopo-fast": "mopo.py --num-seeds 5 --actor-lr 1e-3 --critic-lr 1e-3",
@@ -208,7 +201,7 @@ STUDIES = {
     "cheetah": Study(
         "Diverse against random data; diversity on z, on (v_x, z), on all 17 numbers, with a known part of the reward.",
         ("cheetah-jump", "cheetah-crawl"),
-        {"top1": "cheetah-z:1", "pair": "cheetah-pair:1", "full": "cheetah-full:1", "random": "cheetah-random:1",
+        {"top1": "cheetah-k5:1", "pair": "cheetah-pair:1", "full": "cheetah-full:1", "random": "cheetah-random:1",
          **{f"partial {w}": f"cheetah-partial-{w}:1" for w in (1, 3, 10)}},
         ("mopo-fast", "dac"),
     ),
@@ -559,8 +552,9 @@ def run_cell(cell, base, core, stopping):
     return ""
 
 
-def start_ready(waiting, done, failed, base, room, submit):
-    """One pass over what waits: skip what is done, drop what lost a need, submit what can run in `room` places."""
+def start_ready(waiting, done, failed, base, room, submit, known):
+    """One pass over what waits: skip what is done here or `known`, drop what lost a need, submit what can run in `room`
+    places."""
     for name, cell in list(waiting.items()):  # each stands after what it needs
         lost = sorted(failed & set(cell.needs))
         if lost:
@@ -568,7 +562,7 @@ def start_ready(waiting, done, failed, base, room, submit):
             failed.add(name)
         elif not done >= set(cell.needs):
             continue
-        elif is_done(cell, base):
+        elif is_done(cell, base) or (cell.reads and name in known and fingerprint(cell) == known[name].get("reads")):
             done.add(name)
         elif room > 0:
             room -= 1
@@ -578,10 +572,13 @@ def start_ready(waiting, done, failed, base, room, submit):
         del waiting[name]
 
 
-def run_cells(cells, base, jobs):
-    """Run what is not done, `jobs` at once, each on a core of its own -> names of what was not made, signal or ""."""
-    waiting, done, failed, running, began = dict(cells), set(), set(), {}, time.time()
-    count, made = sum(not is_done(cell, base) for cell in cells.values()), 0
+def run_cells(cells, base, jobs, known=None):
+    """Run what is not done, `jobs` at once, each on a core of its own -> names of what was not made, signal or "".
+
+    known: records of cells that need not be made where they are of the rows that are here.
+    """
+    waiting, done, failed, running, began, known = dict(cells), set(), set(), {}, time.time(), known or {}
+    count, made = sum(not is_done(cell, base) and name not in known for name, cell in cells.items()), 0
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
     free, lock = list(range(jobs)), threading.Lock()
 
@@ -599,7 +596,7 @@ def run_cells(cells, base, jobs):
     with Stopping() as stopping, ThreadPoolExecutor(jobs) as pool:
         submit = lambda name, cell: running.update({pool.submit(work, cell): name})
         while True:
-            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit)
+            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit, known)
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED)[0]:
@@ -614,19 +611,57 @@ def run_cells(cells, base, jobs):
     return failed | set(waiting), stopping.name
 
 
-def gather(name, base, budget, results, force=False):
+def results_file(name, budget, results):
+    return results / (f"{name}.jsonl" if budget == "cpu" else f"{name}-{budget}.jsonl")
+
+
+def read_results(path):
+    """What a results file knows -> records by name of cell, rows by name of cell."""
+    header, *lines = map(json.loads, path.read_text().splitlines()) if path.exists() else [{"cells": {}}]
+    rows = {}
+    for row in lines:
+        kind = "source" if "source" in row else "w1" if "w1" in row else "learn"
+        keys = {"source": ("source",), "w1": ("task",), "learn": ("task", "pick", "learner")}[kind]
+        rows.setdefault(" ".join([kind, *(row[key] for key in keys)]), []).append(row)
+    return header["cells"], rows
+
+
+def kept_cells(cells, finished, records):
+    """Names of cells that are not finished here, and that the results may stand for: same command, and the same rows
+    as far as there are any here."""
+    kept = []
+    for name, cell in cells.items():
+        same = name in records and records[name]["command"] == portable(cell.command)
+        if same and name not in finished and {*finished, *kept} >= set(cell.needs):
+            kept += [name] if fingerprint(cell) in ("", records[name].get("reads")) else []
+    return kept
+
+
+def unmade(cells, kept):
+    """Cells that are not kept, what they need, and kept cells whose rows are thereby made anew: they may be others."""
+    wanted = set()
+    for name in reversed(cells):  # each stands after what it needs
+        if name not in kept or name in wanted:
+            wanted |= {name, *cells[name].needs}
+    return {k: cell for k, cell in cells.items() if k in wanted or (cell.needs and wanted >= set(cell.needs))}
+
+
+def gather(name, base, budget, results, force=False, keep=False):
     """results/udg/<study>.jsonl from finished cells: a header, a line per source, per learner and seed, per W1.
 
-    A file that knows cells which are not finished here is kept (a fresh clone has none), unless `force`.
+    A file that knows cells which are not finished here stays as it is (a fresh clone has none). force: it is replaced.
+    keep: its rows stay beside those of here, if they are of the same commands and rows.
     """
     study, rows = STUDIES[name], []
     cells, learning = cells_of(name, base, budget)
     finished = {key: cell for key, cell in cells.items() if is_done(cell, base)}
-    path = results / (f"{name}.jsonl" if budget == "cpu" else f"{name}-{budget}.jsonl")
-    known = json.loads(path.read_text().partition("\n")[0])["cells"] if path.exists() else {}
-    lost = [key for key in known if key in cells and key not in finished]
+    path = results_file(name, budget, results)
+    known, known_rows = read_results(path)
+    kept = kept_cells(cells, finished, known) if keep else []
+    lost = [key for key in known if key in cells and key not in finished and key not in kept]
     if lost and not force:
-        print(f"{path.name} is kept: {len(lost)} of its cells are not made here, e.g. {lost[0]}; --force replaces it")
+        why = "are of other rows than those here" if keep else "are not made here"
+        print(f"{path.name} is kept: {len(lost)} of its cells {why}, e.g. {lost[0]}; --force replaces it")
         return False
     rows += [source_row(cell) for key, cell in finished.items() if key.startswith("source")]
     rows += [w1_row(cell) for key, cell in finished.items() if key.startswith("w1")]
@@ -635,18 +670,21 @@ def gather(name, base, budget, results, force=False):
             about = {"task": task, "label": label, "pick": pick, "learner": learner}
             about |= data_row(data_file(base, task, pick, budget))
             rows += [{**about, **row} for row in learner_rows(cell.done.parent)]
+    rows += [row for key in kept for row in known_rows.get(key, ())]
     records = {key: read_record(cell, base) | made_by(cell) for key, cell in finished.items()}
+    records = {key: {**record, "command": portable(record["command"])} for key, record in records.items()}
+    records = {key: records.get(key) or known[key] for key in cells if key in records or key in kept}
     seeds = 1 + max((row["seed"] for row in rows if "seed" in row), default=study.seeds - 1)
     header = {"study": name, "question": study.question, "budget": budget, "seeds": seeds}
     header |= {"tasks": study.tasks, "picks": study.picks or {}, "learners": study.learners if study.picks else ()}
-    header["missing"] = [key for key in cells if key not in finished]
-    header["cells"] = {key: {**record, "command": portable(record["command"])} for key, record in records.items()}
+    header |= {"missing": [key for key in cells if key not in records], "cells": records}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n".join(map(json.dumps, [header, *rows])) + "\n")
     if study.sources:  # what the policies do is their figure
         for cell in (cells[f"source {name}"] for name in study.sources if f"source {name}" in finished):
             shutil.copy(cell.runs / "trajectories.png", path.with_name(f"{path.stem}-{cell.runs.name}.png"))
-    print(f"{path.parent.name}/{path.name}: {len(rows)} rows; missing: {len(header['missing'])}", flush=True)
+    told = f"; {len(kept)} cells as they stood" if kept else ""
+    print(f"{path.parent.name}/{path.name}: {len(rows)} rows; missing: {len(header['missing'])}{told}", flush=True)
     return True
 
 
@@ -711,6 +749,7 @@ def main(argv=None):
     parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="gpu: the published sizes")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each pinned to a core")
     parser.add_argument("--force", action="store_true", help="replace results that know cells not finished here")
+    parser.add_argument("--keep", action="store_true", help="count what results/udg has from the same rows as made")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the cells")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the gathered rows")
     args = parser.parse_args(argv)
@@ -734,9 +773,11 @@ def main(argv=None):
         cells, _ = cells_of(name, base, args.budget)
         adopt(cells, base)
         if name in to_run and not stopped:
-            lost, stopped = run_cells(cells, base, args.jobs)
+            known = read_results(results_file(name, args.budget, args.results))[0] if args.keep else {}
+            kept = kept_cells(cells, {key for key, cell in cells.items() if is_done(cell, base)}, known)
+            lost, stopped = run_cells(unmade(cells, kept), base, args.jobs, {key: known[key] for key in kept})
             failed |= lost
-        gather(name, base, args.budget, args.results, args.force)
+        gather(name, base, args.budget, args.results, args.force, args.keep)
     for name in STUDIES if args.list else ():
         show(name, base, args.budget)
     if stopped:

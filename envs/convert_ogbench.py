@@ -33,7 +33,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    for key in ("timeouts", "next_observations", buffers.METADATA):
+    flat = () if convert.EXTRA in arrays else ("rewards", "masks")  # OGBench's own files are free of rewards
+    for key in ("timeouts", "next_observations", buffers.METADATA, *flat):
         if key in arrays:
             problem = "is in the file, so it is no OGBench file: those have T + 1 rows an episode"
             remedy = "a file of envs.buffers needs no conversion; give flat arrays to envs.buffers.save"

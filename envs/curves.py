@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 
-def read(folder, key):
-    """{seed: (steps [n], values [n, ..])} of one key of a run's log, in the order of the log."""
-    found = {}
-    for line in (Path(folder) / "log.jsonl").read_text().splitlines()[1:]:
+def read(run, key):
+    """{seed: (steps [n], values [n, ..])} of one key of a run, its folder or its log, in the order of the log."""
+    found, path = {}, Path(run)
+    for line in (path / "log.jsonl" if path.is_dir() else path).read_text().splitlines()[1:]:
         record = json.loads(line)
         if key in record:
             steps, values = found.setdefault(record["seed"], ([], []))
@@ -27,7 +27,7 @@ def summary(folder, buffer):
     score: mean over seeds of the mean of the last 5 evaluations, score_std its standard deviation
     over seeds; last and best evaluation beside it; the same over episodes as long as the data's;
     mean and best episode return of the data; normalized_score: the score as `Task.normalized_score`
-    has it, D4RL's way on D4RL's tasks, where the task has a reference.
+    has it, D4RL's way on D4RL's tasks, where the task has a reference, and its standard deviation over seeds.
     """
     values = np.stack([v for _, v in read(folder, "eval/return").values()])
     short = np.stack([v for _, v in read(folder, "eval/return_data_length").values()])
@@ -38,7 +38,8 @@ def summary(folder, buffer):
         "data_mean": returns.mean(), "data_best": returns.max(),
     }  # fmt: skip
     normalized = [v[-5:].mean() for _, v in read(folder, "eval/score").values()]
-    result |= {"normalized_score": np.mean(normalized)} if normalized else {}
+    if normalized:
+        result |= {"normalized_score": np.mean(normalized), "normalized_score_std": np.std(normalized)}
     print("result:", *(f"{k} {v:.2f} " for k, v in result.items()), flush=True)
     return {k: float(v) for k, v in result.items()}
 

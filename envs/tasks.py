@@ -75,6 +75,10 @@ class Task:
         random, expert = self.reference
         return 100.0 * (returns - random) / (expert - random)
 
+    def normalized_spread(self, spread):
+        """Return 100 spread / (expert - random), of a standard deviation or a difference: scaled, never shifted."""
+        return self.normalized_score(spread) - self.normalized_score(0.0)
+
 
 # --- pieces -------------------------------------------------------------------------------------
 

@@ -7,9 +7,16 @@ python results/collect.py --into results/suite/learners runs/suite-learners/*/*/
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(RESULTS.parent), str(RESULTS.parent / "benchmark")]
+
+import grid  # noqa: E402  (the line above makes these importable from a plain clone)
+
+from envs import curves  # noqa: E402
+
 FIGURES = (
     "trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "penalty.png", "training.png",
     "bandit.png", "density.png", "uncertainty.png", "distributions.png",
@@ -38,11 +45,18 @@ def collect(run, into):
     print(f"{run} -> {folder}/{name}.*")
 
 
-def collect_grid(grid, into):
-    """What benchmark/grid.py gathered above its runs."""
-    if (grid / "table.json").exists():
-        for path in [grid / "table.md", grid / "table.json", *grid.glob("*.png")]:
-            shutil.copy(path, into / path.name)
+def collect_grid(folder, into):
+    """Table and figures as benchmark/grid.py has them, of every log under `into`: of this grid and of those before."""
+    tables = [json.loads(p.read_text()) for p in (into / "table.json", folder / "table.json") if p.exists()]
+    if (folder / "table.json").exists():
+        algorithms = list(dict.fromkeys(name for table in tables for name in table["algorithms"]))
+        data = {name: returns for table in tables for name, returns in table["data"].items()}
+        found = {}
+        for path in sorted(into.glob("*/*/*.jsonl")):
+            name, algorithm = path.parts[-3:-1]
+            if name in data and algorithm in algorithms:
+                found.setdefault(name, {}).setdefault(algorithm, {}).update(curves.read(path, "eval/return"))
+        grid.write_results(into, found, algorithms, data)
 
 
 if __name__ == "__main__":
@@ -52,5 +66,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     for path in arguments.runs:
         collect(path, arguments.into)
-    for grid in {path.resolve().parents[2] for path in arguments.runs}:
-        collect_grid(grid, arguments.into)
+    for above in {path.resolve().parents[2] for path in arguments.runs}:
+        collect_grid(above, arguments.into)

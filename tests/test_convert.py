@@ -624,7 +624,6 @@ def test_minari_reference_scores(tmp_path, minari):
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
 def test_minari_in_a_folder_of_files(tmp_path, minari, kind):
     """Formats of one folder an episode, which need pyarrow: the same rows, and no sha256, as there is no one file."""
-    pytest.importorskip("pyarrow")
     episodes = plain_episodes((4, 3, 2), ("truncations", "terminations", None))
     plain = make_minari(minari, "plain-v0", episodes, box(3), box(2, -1, 1))
     name = make_minari(minari, f"{kind}-v0", episodes, box(3), box(2, -1, 1), data_format=kind)
@@ -744,6 +743,7 @@ def test_ogbench_refuses_flat_files_and_other_damage(tmp_path):
     cases = {
         ("timeouts", "no OGBench file"): rows | {"timeouts": rows["terminals"]},
         ("next_observations", "no OGBench file"): rows | {"next_observations": rows["observations"]},
+        ("rewards", "no OGBench file"): rows | {"rewards": np.zeros(len(rows["terminals"]), np.float32)},  # D4RL v0
         ("terminals", "missing"): without(rows, "terminals"),
         ("observations", "no images"): rows | {"observations": rows["observations"][:, :, None]},
         ("actions", "cut short"): rows | {"actions": rows["actions"][:-1]},

@@ -107,6 +107,22 @@ def test_walls_cover_the_map_and_nothing_else(name, goal, num_walls, most):
     np.testing.assert_array_equal(maze.cell(name, centres), (rows, columns))
 
 
+@pytest.mark.parametrize("name", maze.MAPS)
+def test_the_mazes_have_d4rls_ant(name):
+    """Its own timestep, motors, solref and solimp (not Gymnasium's), in walls 2 m high."""
+    env = envs.make(f"ant-maze-{name}")
+    model = env.model
+    assert model.opt.timestep == 0.02 and env.robot.frame_skip == 5 and env.task.dt == 0.1
+    force = model.actuator_gear[:, 0] * model.actuator_ctrlrange[:, 1]
+    np.testing.assert_array_equal(force, 30.0)
+    np.testing.assert_allclose(model.geom_solref, np.tile([0.02, 1.0], (model.ngeom, 1)))
+    np.testing.assert_allclose(model.geom_solimp[:, :3], np.tile([0.8, 0.8, 0.01], (model.ngeom, 1)))
+    boxes = model.geom_type == mujoco.mjtGeom.mjGEOM_BOX
+    assert boxes.sum() == len(maze.walls(name))
+    assert (model.geom_pos[boxes, 2] == 1).all() and (model.geom_size[boxes, 2] == 1).all()
+    np.testing.assert_allclose(model.geom_margin, 0.5 * 0.01)  # MuJoCo adds up the two of a contact
+
+
 def test_the_ant_does_not_pass_a_wall():
     """Thrown at the wall 2 m to its left it stops there; along the corridor it flies on."""
     env = envs.make("ant-maze-umaze")

@@ -434,6 +434,7 @@ def test_a_score_needs_references():
         envs.task("ant").normalized_score(1.0)
     known = dataclasses.replace(envs.task("ant-angle-0"), reference=(-10.0, 30.0))
     np.testing.assert_allclose(known.normalized_score(np.array([-10.0, 10.0, 30.0])), [0, 50, 100])
+    np.testing.assert_allclose(known.normalized_spread(np.array([0.0, 4.0])), [0, 10])  # a spread has no origin
 
 
 def test_making_a_point_robot_needs_no_engine():
@@ -507,6 +508,22 @@ def test_starts_are_spread_as_stated():
     assert qvel.std() == pytest.approx(0.1, rel=0.03)
     ant = jax.vmap(envs.make("ant").reset)(jax.random.split(jax.random.key(0), 500))
     np.testing.assert_allclose(np.asarray(ant.obs[:, 2]).mean(), 0.75, atol=0.01)
+
+
+@pytest.mark.parametrize("name, qpos_width, qvel_std", [
+    ("hopper", 0.005, 0.005 / np.sqrt(3)), ("walker2d", 0.005, 0.005 / np.sqrt(3)), ("ant-maze-umaze", 0.1, 0.1),
+])  # fmt: skip
+def test_starts_of_d4rl(name, qpos_width, qvel_std):
+    """U(-w, w) on qpos; on qvel the same for hopper and walker, 0.1 N(0, 1) for the ant."""
+    env = envs.make(name)
+    start = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), 1000)).pipeline_state
+    joints = slice(7, None) if name.startswith("ant") else slice(None)
+    noise = np.asarray(start.qpos - env.model.qpos0)[:, joints]
+    assert 0.99 * qpos_width < np.abs(noise).max() <= qpos_width * (1 + 1e-4)
+    assert noise.std() == pytest.approx(qpos_width / np.sqrt(3), rel=0.03)
+    assert np.asarray(start.qvel).std() == pytest.approx(qvel_std, rel=0.03)
+    normal = (np.asarray(start.qvel) > 1.8 * qvel_std).mean()  # 3.6 % of a normal, none of a uniform distribution
+    assert normal == pytest.approx(0.036, abs=0.008) if name.startswith("ant") else normal == 0
 
 
 @pytest.mark.parametrize("length, titles", [(100, ["point-angle-0, 100 steps"]), (50, [

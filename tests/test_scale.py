@@ -257,7 +257,7 @@ def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
     assert "| point |" in said and (folder / "policy.npz").exists()
     assert is_drawn(plt.imread(tmp_path / "grid" / "point.png"))
     table = json.loads((tmp_path / "grid" / "table.json").read_text())
-    assert [(x["dataset"], x["algorithm"], len(x["returns"])) for x in table] == [("point", "dac", 1)]
+    assert [(x["dataset"], x["algorithm"], len(x["returns"])) for x in table["scores"]] == [("point", "dac", 1)]
     said, _ = start_grid(tmp_path).communicate(timeout=300)
     assert "1 done, 0 to make" in said and "| point | " in said
     other = grid(tmp_path, algorithms={"dac": "dac.py --num-updates 20"})
@@ -284,6 +284,29 @@ def test_grid_counts_a_seed_once(tmp_path, monkeypatch, capsys):
     line = f"| point | {returns.mean():.1f}; {returns.max():.1f} | 10.0 +- 8.2 (3) |"
     assert line in capsys.readouterr().out and line in (tmp_path / "table.md").read_text()
     assert is_drawn(plt.imread(tmp_path / "point.png"))
+
+
+def test_a_grid_in_parts_is_collected_as_a_whole(tmp_path, capsys):
+    """Two partial grids, one after the other, into one folder: the table and the figures have both."""
+    sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "results")]
+    import collect
+    import grid as launcher
+
+    log = lambda value: "\n".join(
+        [json.dumps({"args": {}})] + [json.dumps({"step": s, "seed": 0, "eval/return": value}) for s in (100, 200)]
+    )
+    for part, (name, algorithm, value) in enumerate((("a", "mopo", 1.0), ("a", "dac", 2.0), ("b", "dac", 3.0))):
+        folder, part = tmp_path / "into" / name / algorithm, tmp_path / f"part{part}"
+        folder.mkdir(parents=True)
+        (folder / "seed0.jsonl").write_text(log(value))
+        found = {name: {algorithm: {0: (np.array([100]), np.array([value]))}}}
+        launcher.write_results(part, found, [algorithm], {name: (0.5, 9.0)})
+        collect.collect_grid(part, tmp_path / "into")
+    lines = (tmp_path / "into" / "table.md").read_text().splitlines()
+    assert lines[0].endswith("| mopo | dac |")
+    assert lines[2] == "| a | 0.5; 9.0 | 1.0 +- 0.0 (1) | 2.0 +- 0.0 (1) |"
+    assert lines[3] == "| b | 0.5; 9.0 | - | 3.0 +- 0.0 (1) |"
+    assert is_drawn(plt.imread(tmp_path / "into" / "a.png")) and is_drawn(plt.imread(tmp_path / "into" / "b.png"))
 
 
 def test_grid_leaves_out_what_is_not_wanted(tmp_path):

@@ -513,6 +513,58 @@ def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
     assert json.loads((results / "toy.jsonl").read_text().splitlines()[0])["missing"][0] == "source point"
 
 
+def test_results_from_elsewhere_stand_for_cells_of_the_same_rows(made, monkeypatch, capsys):
+    """--keep on a machine that has the results file only: nothing is made twice, and other rows are no substitute."""
+    base, results = made
+    monkeypatch.setattr(study, "fingerprint", lambda cell: fingerprints.get(cell.name, ""))
+    one, other = (f"learn point-angle-0 point:{top} mopo" for top in ("1", "all"))
+    cells = study.cells_of("toy", base, "cpu")[0]
+    fingerprints = {name: f"rows of {name}" for name in cells}
+    for name in ("source point", "data point", one):
+        write(study.record_file(cells[name], base),
+              {"command": cells[name].command, "reads": fingerprints[name], "seconds": 5})  # fmt: skip
+    study.gather("toy", base, "cpu", results)
+    before = (results / "toy.jsonl").read_text().splitlines()
+    known = study.read_results(results / "toy.jsonl")[0]
+
+    # Another machine has nothing: all three stand; the fourth needs the source and its data made again.
+    fingerprints, empty = {}, base / "empty"
+    cells = {k: cell._replace(done=empty / cell.done.relative_to(base)) for k, cell in cells.items()}
+    monkeypatch.setattr(study, "cells_of", lambda name, base, budget: (cells, learning))
+    learning = []
+    kept = study.kept_cells(cells, {}, known)
+    assert kept == ["source point", "data point", one]
+    assert list(study.unmade(cells, kept)) == list(cells)  # the kept one, too: its rows come anew
+    assert list(study.unmade({k: cells[k] for k in kept}, kept)) == []
+    assert study.gather("toy", empty, "cpu", results, keep=True)
+    assert "3 cells as they stood" in capsys.readouterr().out
+    assert sorted((results / "toy.jsonl").read_text().splitlines()) == sorted(before)
+
+    # The source made anew: of other rows, what was learnt from the old ones does not stand.
+    fingerprints = {"data point": "other rows"}
+    assert study.kept_cells(cells, {"source point"}, known) == []
+    assert not study.gather("toy", empty, "cpu", results, keep=True)
+    assert "of other rows than those here" in capsys.readouterr().out
+    fingerprints = {"data point": "rows of data point", one: "rows of " + one}
+    assert study.kept_cells(cells, {"source point"}, known) == ["data point", one]
+    # The other command of a cell that is known is no longer it.
+    cells[one].command.append("--more")
+    assert study.kept_cells(cells, {}, known) == ["source point", "data point"]
+    assert other not in kept
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_kept_cell_is_made_again_where_its_rows_are_others(tmp_path, same):
+    """Only once its data are here can be seen whether they are the rows that the known result is of."""
+    saved, rows, learnt = (tmp_path / name for name in ("saved.npz", "rows.npz", "learnt"))
+    np.savez(saved, metadata_json=json.dumps({"sha256": {"rewards": "1"}}))
+    data = Cell("data", ["-c", f"import shutil; shutil.copy({str(saved)!r}, {str(rows)!r})"], rows, ())
+    learner = Cell("learn", ["-c", f"open({str(learnt)!r}, 'w')"], learnt, ("data",), None, (rows,))
+    reads = study.fingerprint(learner._replace(reads=(saved,))) if same else "others"
+    failed, _ = study.run_cells({"data": data, "learn": learner}, tmp_path / "base", 1, {"learn": {"reads": reads}})
+    assert not failed and rows.exists() and learnt.exists() != same
+
+
 def test_cells_made_by_hand_count_where_their_flags_are_the_commands(tmp_path, capsys):
     base = tmp_path / "base"
     cells = {name: study.source_cell(base, name, "cpu") for name in ("point-random", "point-k2", "point")}
