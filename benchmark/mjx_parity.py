@@ -299,7 +299,7 @@ def print_returns(results, paths, episodes, seed):
     failures = []
     for path in paths:
         found = []
-        for backend, s in (("mujoco", seed), ("mjx", seed), ("mujoco", seed + 1)):
+        for backend, s in (("mujoco", seed + 1), ("mjx", seed + 1), ("mujoco", seed)):
             returns, lengths = return_distribution(path, backend, episodes, s)
             quartiles = ", ".join(f"{q:.4g}" for q in np.quantile(returns, (0.25, 0.5, 0.75)))
             told = f"{returns.mean():.5g}, {returns.std():.4g} | {quartiles} | {lengths.mean():.4g}"
