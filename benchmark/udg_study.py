@@ -3,7 +3,7 @@
     python benchmark/udg_study.py --list                          every study with its question and size
     python benchmark/udg_study.py --run angle-point --jobs 2      makes one; what is there already is skipped
     python benchmark/udg_study.py --run angle-point --budget gpu  the published sizes, for an accelerator
-    python benchmark/udg_study.py --run bound --keep              leaves out what results/udg has, from any machine
+    python benchmark/udg_study.py --run bound --keep              leaves out what results/udg/bound.jsonl has
     python results/udg_figures.py                                 figures and tables from results/udg/*.jsonl
 
 A study is a set of sources (runs of wurl_sac.py), tasks, picks (which buffers of which source
@@ -552,9 +552,8 @@ def run_cell(cell, base, core, stopping):
     return ""
 
 
-def start_ready(waiting, done, failed, base, room, submit, known):
-    """One pass over what waits: skip what is done here or `known`, drop what lost a need, submit what can run in `room`
-    places."""
+def start_ready(waiting, done, failed, base, room, submit):
+    """One pass over what waits: skip what is done, drop what lost a need, submit what can run in `room` places."""
     for name, cell in list(waiting.items()):  # each stands after what it needs
         lost = sorted(failed & set(cell.needs))
         if lost:
@@ -562,7 +561,7 @@ def start_ready(waiting, done, failed, base, room, submit, known):
             failed.add(name)
         elif not done >= set(cell.needs):
             continue
-        elif is_done(cell, base) or (cell.reads and name in known and fingerprint(cell) == known[name].get("reads")):
+        elif is_done(cell, base):
             done.add(name)
         elif room > 0:
             room -= 1
@@ -572,13 +571,10 @@ def start_ready(waiting, done, failed, base, room, submit, known):
         del waiting[name]
 
 
-def run_cells(cells, base, jobs, known=None):
-    """Run what is not done, `jobs` at once, each on a core of its own -> names of what was not made, signal or "".
-
-    known: records of cells that need not be made where they are of the rows that are here.
-    """
-    waiting, done, failed, running, began, known = dict(cells), set(), set(), {}, time.time(), known or {}
-    count, made = sum(not is_done(cell, base) and name not in known for name, cell in cells.items()), 0
+def run_cells(cells, base, jobs):
+    """Run what is not done, `jobs` at once, each on a core of its own -> names of what was not made, signal or ""."""
+    waiting, done, failed, running, began = dict(cells), set(), set(), {}, time.time()
+    count, made = sum(not is_done(cell, base) for cell in cells.values()), 0
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
     free, lock = list(range(jobs)), threading.Lock()
 
@@ -596,7 +592,7 @@ def run_cells(cells, base, jobs, known=None):
     with Stopping() as stopping, ThreadPoolExecutor(jobs) as pool:
         submit = lambda name, cell: running.update({pool.submit(work, cell): name})
         while True:
-            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit, known)
+            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit)
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED)[0]:
@@ -626,51 +622,82 @@ def read_results(path):
     return header["cells"], rows
 
 
-def kept_cells(cells, finished, records):
-    """Names of cells that are not finished here, and that the results may stand for: same command, and the same rows
-    as far as there are any here."""
+def finished_cells(cells, base):
+    """Cells that are done here with all that they need: without its selection a learner's rows cannot be written."""
+    finished = {}
+    for name, cell in cells.items():  # each stands after what it needs
+        if finished.keys() >= set(cell.needs) and is_done(cell, base):
+            finished[name] = cell
+    return finished
+
+
+def kept_cells(cells, finished, records, rows):
+    """Names of cells that are not finished here, and for which a results file may stand: same command, and the same
+    rows of data as far as there are any here."""
     kept = []
     for name, cell in cells.items():
-        same = name in records and records[name]["command"] == portable(cell.command)
-        if same and name not in finished and {*finished, *kept} >= set(cell.needs):
-            kept += [name] if fingerprint(cell) in ("", records[name].get("reads")) else []
+        if name in finished or name not in records or records[name]["command"] != portable(cell.command):
+            continue
+        reads, told = fingerprint(cell), name in rows or name.startswith("data")
+        same = reads == records[name].get("reads") or (reads == "" and not finished.keys() & set(cell.needs))
+        if same and told and {*finished, *kept} >= set(cell.needs):
+            kept.append(name)
     return kept
 
 
 def unmade(cells, kept):
-    """Cells that are not kept, what they need, and kept cells whose rows are thereby made anew: they may be others."""
+    """Cells that are not kept, and all that they need."""
     wanted = set()
     for name in reversed(cells):  # each stands after what it needs
         if name not in kept or name in wanted:
             wanted |= {name, *cells[name].needs}
-    return {k: cell for k, cell in cells.items() if k in wanted or (cell.needs and wanted >= set(cell.needs))}
+    return {name: cell for name, cell in cells.items() if name in wanted}
+
+
+def make(name, base, budget, jobs, results, keep):
+    """Run a study's cells, but for those that the results stand for (`keep`) -> what was not made, signal or ""."""
+    cells, _ = cells_of(name, base, budget)
+    known, rows = read_results(results_file(name, budget, results)) if keep else ({}, {})
+    todo = unmade(cells, kept_cells(cells, finished_cells(cells, base), known, rows))
+    while todo:
+        lost, stopped = run_cells(todo, base, jobs)
+        if lost or stopped:
+            return lost, stopped
+        # What was made may have other rows than the results are of: then more has to be made.
+        finished = finished_cells(cells, base)
+        todo = unmade(cells, kept_cells(cells, finished, known, rows))
+        todo = {} if todo.keys() <= finished.keys() else todo
+    return set(), ""
 
 
 def gather(name, base, budget, results, force=False, keep=False):
-    """results/udg/<study>.jsonl from finished cells: a header, a line per source, per learner and seed, per W1.
+    """results/udg/<study>.jsonl from finished cells: a header, a line per source, per W1, per learner and seed.
 
     A file that knows cells which are not finished here stays as it is (a fresh clone has none). force: it is replaced.
-    keep: its rows stay beside those of here, if they are of the same commands and rows.
+    keep: its rows stay beside those of here, if they are of the same commands and rows of data.
     """
-    study, rows = STUDIES[name], []
+    study = STUDIES[name]
     cells, learning = cells_of(name, base, budget)
-    finished = {key: cell for key, cell in cells.items() if is_done(cell, base)}
-    path = results_file(name, budget, results)
+    finished, path = finished_cells(cells, base), results_file(name, budget, results)
     known, known_rows = read_results(path)
-    kept = kept_cells(cells, finished, known) if keep else []
+    kept = kept_cells(cells, finished, known, known_rows) if keep else []
     lost = [key for key in known if key in cells and key not in finished and key not in kept]
     if lost and not force:
-        why = "are of other rows than those here" if keep else "are not made here"
+        why = "are of another command or other rows than those here" if keep else "are not made here"
         print(f"{path.name} is kept: {len(lost)} of its cells {why}, e.g. {lost[0]}; --force replaces it")
         return False
-    rows += [source_row(cell) for key, cell in finished.items() if key.startswith("source")]
-    rows += [w1_row(cell) for key, cell in finished.items() if key.startswith("w1")]
+    rows = {key: known_rows.get(key, []) for key in kept if not key.startswith("learn")}
+    rows |= {key: [source_row(cell)] for key, cell in finished.items() if key.startswith("source")}
+    rows |= {key: [w1_row(cell)] for key, cell in finished.items() if key.startswith("w1")}
     for task, label, pick, learner, cell in learning:
-        if cell.name in finished and finished.keys() >= set(cell.needs):
-            about = {"task": task, "label": label, "pick": pick, "learner": learner}
-            about |= data_row(data_file(base, task, pick, budget))
-            rows += [{**about, **row} for row in learner_rows(cell.done.parent)]
-    rows += [row for key in kept for row in known_rows.get(key, ())]
+        about = {"task": task, "label": label, "pick": pick, "learner": learner}
+        if cell.name in finished:
+            found = [data_row(data_file(base, task, pick, budget)) | row for row in learner_rows(cell.done.parent)]
+        else:  # of one label, where there were two for one pick
+            found = [row for row in known_rows.get(cell.name, ()) if row["label"] == known_rows[cell.name][0]["label"]]
+            found = found if cell.name in kept else []
+        rows.setdefault(cell.name, []).extend({**row, **about} for row in found)
+    rows = [row for key in cells for row in rows.get(key, ())]
     records = {key: read_record(cell, base) | made_by(cell) for key, cell in finished.items()}
     records = {key: {**record, "command": portable(record["command"])} for key, record in records.items()}
     records = {key: records.get(key) or known[key] for key in cells if key in records or key in kept}
@@ -773,9 +800,7 @@ def main(argv=None):
         cells, _ = cells_of(name, base, args.budget)
         adopt(cells, base)
         if name in to_run and not stopped:
-            known = read_results(results_file(name, args.budget, args.results))[0] if args.keep else {}
-            kept = kept_cells(cells, {key for key, cell in cells.items() if is_done(cell, base)}, known)
-            lost, stopped = run_cells(unmade(cells, kept), base, args.jobs, {key: known[key] for key in kept})
+            lost, stopped = make(name, base, args.budget, args.jobs, args.results, args.keep)
             failed |= lost
         gather(name, base, args.budget, args.results, args.force, args.keep)
     for name in STUDIES if args.list else ():

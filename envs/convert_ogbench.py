@@ -33,10 +33,11 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    flat = () if convert.EXTRA in arrays else ("rewards", "masks")  # OGBench's own files are free of rewards
+    flat = () if convert.EXTRA in arrays else ("rewards", "masks")
     for key in ("timeouts", "next_observations", buffers.METADATA, *flat):
         if key in arrays:
-            problem = "is in the file, so it is no OGBench file: those have T + 1 rows an episode"
+            why = "have no rewards" if key in flat else "have T + 1 rows an episode"
+            problem = f"is in the file, so it is no OGBench file: those {why}"
             remedy = "a file of envs.buffers needs no conversion; give flat arrays to envs.buffers.save"
             raise convert.fail(path, key, problem, remedy)
     for key, rank in {"observations": 2, "actions": 2, "terminals": 1}.items():

@@ -47,15 +47,17 @@ def collect(run, into):
 
 def collect_grid(folder, into):
     """Table and figures as benchmark/grid.py has them, of every log under `into`: of this grid and of those before."""
-    tables = [json.loads(p.read_text()) for p in (into / "table.json", folder / "table.json") if p.exists()]
     if (folder / "table.json").exists():
+        tables = [json.loads(p.read_text()) for p in (into / "table.json", folder / "table.json") if p.exists()]
         algorithms = list(dict.fromkeys(name for table in tables for name in table["algorithms"]))
         data = {name: returns for table in tables for name, returns in table["data"].items()}
         found = {}
         for path in sorted(into.glob("*/*/*.jsonl")):
             name, algorithm = path.parts[-3:-1]
             if name in data and algorithm in algorithms:
-                found.setdefault(name, {}).setdefault(algorithm, {}).update(curves.read(path, "eval/return"))
+                seeds = curves.read(path, "eval/return")
+                if seeds:
+                    found.setdefault(name, {}).setdefault(algorithm, {}).update(seeds)
         grid.write_results(into, found, algorithms, data)
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -508,61 +509,114 @@ def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
     study.record_file(study.cells_of("toy", base, "cpu")[0]["source point"], base).unlink()
     assert not study.gather("toy", base, "cpu", results)
     assert (results / "toy.jsonl").read_text() == before
-    assert "1 of its cells are not made here, e.g. source point; --force" in capsys.readouterr().out
+    assert "3 of its cells are not made here, e.g. source point; --force" in capsys.readouterr().out
     assert study.gather("toy", base, "cpu", results, force=True)
     assert json.loads((results / "toy.jsonl").read_text().splitlines()[0])["missing"][0] == "source point"
 
 
-def test_results_from_elsewhere_stand_for_cells_of_the_same_rows(made, monkeypatch, capsys):
-    """--keep on a machine that has the results file only: nothing is made twice, and other rows are no substitute."""
-    base, results = made
-    monkeypatch.setattr(study, "fingerprint", lambda cell: fingerprints.get(cell.name, ""))
-    one, other = (f"learn point-angle-0 point:{top} mopo" for top in ("1", "all"))
-    cells = study.cells_of("toy", base, "cpu")[0]
-    fingerprints = {name: f"rows of {name}" for name in cells}
-    for name in ("source point", "data point", one):
-        write(study.record_file(cells[name], base),
-              {"command": cells[name].command, "reads": fingerprints[name], "seconds": 5})  # fmt: skip
-    study.gather("toy", base, "cpu", results)
-    before = (results / "toy.jsonl").read_text().splitlines()
-    known = study.read_results(results / "toy.jsonl")[0]
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A study of two sources, two selections of the first, a W1 of both; a results file of another machine with all of
+    it but for one learner -> a function that makes it here, and what it made.
+    """
+    made, machine, content = [], [1.0], {"a": "rows of a", "b": "rows of b"}
+    base, results = tmp_path / "runs", tmp_path / "results"
+    file = lambda name: base / f"{name}.npz"
+    needs = {
+        "source a": [], "source b": [], "data 0": ["source a"], "data 1": ["source a"],
+        "w1 t": ["source a", "source b"], "learn t 0 mopo": ["data 0"], "learn t 1 mopo": ["data 1"],
+    }  # fmt: skip
 
-    # Another machine has nothing: all three stand; the fourth needs the source and its data made again.
-    fingerprints, empty = {}, base / "empty"
-    cells = {k: cell._replace(done=empty / cell.done.relative_to(base)) for k, cell in cells.items()}
-    monkeypatch.setattr(study, "cells_of", lambda name, base, budget: (cells, learning))
-    learning = []
-    kept = study.kept_cells(cells, {}, known)
-    assert kept == ["source point", "data point", one]
-    assert list(study.unmade(cells, kept)) == list(cells)  # the kept one, too: its rows come anew
-    assert list(study.unmade({k: cells[k] for k in kept}, kept)) == []
-    assert study.gather("toy", empty, "cpu", results, keep=True)
-    assert "3 cells as they stood" in capsys.readouterr().out
-    assert sorted((results / "toy.jsonl").read_text().splitlines()) == sorted(before)
+    def cell(name):
+        reads = tuple(map(file, needs[name]))
+        return Cell(name, [name], file(name), tuple(needs[name]), None, reads)
 
-    # The source made anew: of other rows, what was learnt from the old ones does not stand.
-    fingerprints = {"data point": "other rows"}
-    assert study.kept_cells(cells, {"source point"}, known) == []
-    assert not study.gather("toy", empty, "cpu", results, keep=True)
-    assert "of other rows than those here" in capsys.readouterr().out
-    fingerprints = {"data point": "rows of data point", one: "rows of " + one}
-    assert study.kept_cells(cells, {"source point"}, known) == ["data point", one]
-    # The other command of a cell that is known is no longer it.
-    cells[one].command.append("--more")
-    assert study.kept_cells(cells, {}, known) == ["source point", "data point"]
-    assert other not in kept
+    cells = {name: cell(name) for name in needs}
+    learning = [("t", f"label {pick}", pick, "mopo", cells[f"learn t {pick} mopo"]) for pick in "01"]
+
+    def run_cells(todo, base, jobs):
+        """Each has as rows what it read, or its own letter's content; a missing file is an error."""
+        for name, cell in todo.items():
+            if study.is_done(cell, base):
+                continue
+            rows = "".join(json.loads(str(np.load(path)["metadata_json"]))["sha256"]["x"] for path in cell.reads)
+            cell.done.parent.mkdir(parents=True, exist_ok=True)
+            digest = {"sha256": {"x": rows or content[name[-1]]}}
+            np.savez(cell.done, metadata_json=json.dumps(digest))
+            study.write_record(cell, base, {"seconds": 1})
+            made.append(name)
+        return set(), ""
+
+    row = lambda seed, value: {"seed": seed, "steps": [1], "returns": [value], "returns_data_length": [value]}
+    monkeypatch.setattr(study, "STUDIES", {"toy": study.Study("Why?", ("t",), {"label 0": "0", "label 1": "1"})})
+    monkeypatch.setattr(study, "cells_of", lambda *_: (cells, learning))
+    monkeypatch.setattr(study, "run_cells", run_cells)
+    monkeypatch.setattr(study, "source_row", lambda cell: {"source": cell.name.split()[1]})
+    monkeypatch.setattr(study, "w1_row", lambda cell: {"task": "t", "w1": {}})
+    monkeypatch.setattr(study, "data_row", lambda path: {})
+    monkeypatch.setattr(study, "data_file", lambda *_: Path())
+    monkeypatch.setattr(study, "learner_rows", lambda folder: [row(seed, machine[-1]) for seed in (0, 1)])
+    assert study.make("toy", base, "cpu", 1, results, False) == (set(), "") and len(made) == len(cells)
+    study.record_file(cells["learn t 1 mopo"], base).unlink()
+    assert study.gather("toy", base, "cpu", results)
+    shutil.rmtree(base)
+    made.clear()
+    machine.append(2.0)
+
+    def again(**other):
+        content.update(other)
+        assert study.make("toy", base, "cpu", 1, results, True) == (set(), "")
+        kept = study.gather("toy", base, "cpu", results, keep=True)
+        header, *rows = [json.loads(line) for line in (results / "toy.jsonl").read_text().splitlines()]
+        return kept, header["missing"], rows
+
+    again.cells, again.base = cells, base
+    return again, made
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_a_kept_cell_is_made_again_where_its_rows_are_others(tmp_path, same):
-    """Only once its data are here can be seen whether they are the rows that the known result is of."""
-    saved, rows, learnt = (tmp_path / name for name in ("saved.npz", "rows.npz", "learnt"))
-    np.savez(saved, metadata_json=json.dumps({"sha256": {"rewards": "1"}}))
-    data = Cell("data", ["-c", f"import shutil; shutil.copy({str(saved)!r}, {str(rows)!r})"], rows, ())
-    learner = Cell("learn", ["-c", f"open({str(learnt)!r}, 'w')"], learnt, ("data",), None, (rows,))
-    reads = study.fingerprint(learner._replace(reads=(saved,))) if same else "others"
-    failed, _ = study.run_cells({"data": data, "learn": learner}, tmp_path / "base", 1, {"learn": {"reads": reads}})
-    assert not failed and rows.exists() and learnt.exists() != same
+def test_what_is_known_is_not_made_again(elsewhere):
+    again, made = elsewhere
+    kept, missing, rows = again()
+    # With source a made anew, W1 to source b is of unknown rows until b is there, too.
+    assert made == ["source a", "data 1", "learn t 1 mopo", "source b", "w1 t"] and kept and not missing
+    about = [(row.get("source"), row.get("label"), row.get("returns")) for row in rows]
+    first, second = ("label 0", [1.0]), ("label 1", [2.0])
+    assert about == [("a", None, None), ("b", None, None), (None, None, None)] + [
+        (None, *learner) for learner in (first, first, second, second)
+    ]
+    made.clear()
+    assert again() == (kept, missing, rows) and not made
+
+
+def test_other_rows_are_no_substitute(elsewhere):
+    """A source that was made anew with other rows takes everything with it that the results have from the old ones."""
+    again, made = elsewhere
+    kept, missing, rows = again(a="other rows")
+    assert kept and not missing and sorted(made) == sorted(again.cells)
+    assert [row["returns"] for row in rows if "label" in row] == [[2.0]] * 4
+
+
+def test_a_learner_whose_data_are_gone_keeps_its_rows(elsewhere):
+    again, made = elsewhere
+    _, _, rows = again()
+    again.cells["data 1"].done.unlink()
+    made.clear()
+    assert again() == (True, [], rows) and not made
+
+
+def test_another_command_is_no_substitute(elsewhere):
+    again, made = elsewhere
+    again.cells["w1 t"].command.append("--more")
+    assert again()[0] and made == ["source a", "source b", "data 1", "w1 t", "learn t 1 mopo"]
+
+
+def test_results_of_another_command_are_not_overwritten(elsewhere, capsys, tmp_path):
+    again, _ = elsewhere
+    again.cells["w1 t"].command.append("--more")
+    before = (tmp_path / "results" / "toy.jsonl").read_text()
+    assert not study.gather("toy", again.base, "cpu", tmp_path / "results", keep=True)
+    assert "another command or other rows than those here, e.g. w1 t" in capsys.readouterr().out
+    assert (tmp_path / "results" / "toy.jsonl").read_text() == before
 
 
 def test_cells_made_by_hand_count_where_their_flags_are_the_commands(tmp_path, capsys):
