@@ -33,7 +33,7 @@ from envs import physics, tasks  # noqa: E402
 
 HORIZONS = (1, 10, 50, 100)
 MAZES = ("ant-maze-umaze", "ant-maze-medium", "ant-maze-large")
-CORNER = -1.1  # metres, x and y of a torso whose legs touch both walls of the first cell
+CORNER, SETTLE = -1.1, 20  # metres, x and y of a torso whose legs reach the walls; steps that push them out of these
 WARM_UP = {"hopper": 5, "walker2d": 5}  # steps before the comparison; after fifty these two have long fallen
 # median over starts of the largest entry's error: {steps: (qpos, qvel, reward)}; float32, about ten times
 # what was measured (docs/envs.md)
@@ -69,7 +69,7 @@ def play(env, states, actions):
 
 
 def starts(env, num_starts, seed):
-    """States after some steps of random play; in a maze moved into a corner, where the legs touch its walls."""
+    """Poses and velocities after some steps of random play; in a maze some more in a corner, where legs touch walls."""
     keys = jax.random.split(jax.random.key(seed), num_starts)
 
     def advance(states, key):
@@ -77,10 +77,12 @@ def starts(env, num_starts, seed):
         return jax.vmap(env.step)(states, actions), None
 
     states = jax.vmap(env.reset)(keys)
-    play_keys = jax.random.split(keys[0], WARM_UP.get(env.task.name, 50))
-    states = jax.jit(lambda s: jax.lax.scan(advance, s, play_keys)[0])(states)
+    play_on = jax.jit(lambda states, keys: jax.lax.scan(advance, states, keys)[0])
+    states = play_on(states, jax.random.split(keys[0], WARM_UP.get(env.task.name, 50)))
     qpos, qvel = states.pipeline_state.qpos, states.pipeline_state.qvel
-    return qpos.at[:, :2].set(CORNER) if env.task.name in MAZES else qpos, qvel
+    if env.task.name in MAZES:
+        states = play_on(at(env, states, qpos.at[:, :2].set(CORNER), qvel), jax.random.split(keys[1], SETTLE))
+    return states.pipeline_state.qpos, states.pipeline_state.qvel
 
 
 def at_walls(env, qpos):
