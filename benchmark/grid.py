@@ -188,7 +188,8 @@ def data_returns(runs):
 
 def write_table(path, names, scores, data):
     """scores {(dataset, algorithm): [of a seed]} -> Markdown, in units of the return."""
-    cell = lambda x: f"{np.mean(x):.1f} +- {np.std(x):.1f} ({len(x)})" if x else "-"
+    spread = lambda x: f" +- {np.std(x):.1f}" if len(x) > 1 else ""
+    cell = lambda x: f"{np.mean(x):.1f}{spread(x)} ({len(x)})" if x else "-"
     lines = [
         f"| return, mean +- std (seeds) | data: mean; best | {' | '.join(names)} |",
         "|---" * (2 + len(names)) + "|",

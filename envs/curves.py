@@ -70,7 +70,7 @@ def figure(path, panels, width=6.0, height=4.5):
             lines = axis.plot(x, y, **{k: v for k, v in style.items() if k != "label"})
             lines[0].set(**label)
         if any("label" in style for _, _, style in panel["lines"]):
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
     drawn.tight_layout()
     drawn.savefig(path, dpi=110)
     plt.close(drawn)

@@ -304,8 +304,8 @@ def test_a_grid_in_parts_is_collected_as_a_whole(tmp_path, capsys):
         collect.collect_grid(part, tmp_path / "into")
     lines = (tmp_path / "into" / "table.md").read_text().splitlines()
     assert lines[0].endswith("| mopo | dac |")
-    assert lines[2] == "| a | 0.5; 9.0 | 1.0 +- 0.0 (1) | 2.0 +- 0.0 (1) |"
-    assert lines[3] == "| b | 0.5; 9.0 | - | 3.0 +- 0.0 (1) |"
+    assert lines[2] == "| a | 0.5; 9.0 | 1.0 (1) | 2.0 (1) |"
+    assert lines[3] == "| b | 0.5; 9.0 | - | 3.0 (1) |"
     assert is_drawn(plt.imread(tmp_path / "into" / "a.png")) and is_drawn(plt.imread(tmp_path / "into" / "b.png"))
 
 
