@@ -69,8 +69,10 @@ def figure(path, panels, width=6.0, height=4.5):
             label = {k: v for k, v in style.items() if k == "label"}
             lines = axis.plot(x, y, **{k: v for k, v in style.items() if k != "label"})
             lines[0].set(**label)
-        if any("label" in style for _, _, style in panel["lines"]):
-            axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+        labels = sum("label" in style for _, _, style in panel["lines"])
+        if labels:
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if labels > 6 else {}
+            axis.legend(frameon=False, fontsize=8, **beside)
     drawn.tight_layout()
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
