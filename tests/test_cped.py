@@ -18,6 +18,7 @@ import envs
 import envs.buffers
 from envs import scripted
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
     flow_hidden_sizes=(16, 16), hidden_sizes=(16, 16), batch_size=32, flow_updates=60, num_updates=60, chunk=20,
@@ -539,7 +540,7 @@ def bandit_nll():
     return np.asarray(flow_nll(flow, data.holdout.observations, data.holdout.actions, C.Args(**BANDIT)))
 
 
-def test_flow_covers_both_modes():
+def test_flow_covers_both_modes(optimised):
     data, state, metrics = bandit_flow()
     args = C.Args(**BANDIT)
     truth = 2 * (np.log(0.1) + 0.5 * np.log(2 * np.pi * np.e)) - 0.7 * np.log(0.7) - 0.3 * np.log(0.3)
@@ -553,7 +554,7 @@ def test_flow_covers_both_modes():
 
 
 @pytest.mark.parametrize("constraint", ["schedule", "hinge", "dual"])
-def test_policy_takes_the_good_mode_and_stays_in_the_support(constraint):
+def test_policy_takes_the_good_mode_and_stays_in_the_support(constraint, optimised):
     actions, nll = bandit_policy(constraint=constraint)
     good = np.linalg.norm(actions - MODES[1], axis=1) < 0.35
     assert good.mean() > 0.95, (good.mean(), actions.mean(0))
@@ -563,12 +564,12 @@ def test_policy_takes_the_good_mode_and_stays_in_the_support(constraint):
     assert reward.mean() > behaviour + 1.0  # 0.1 against 1.5
 
 
-def test_without_the_constraint_it_leaves_the_support():
+def test_without_the_constraint_it_leaves_the_support(optimised):
     _, nll = bandit_policy(alphas=(0.0,), alpha_from=(0.0,))
     assert np.mean(nll > np.quantile(bandit_nll(), 0.99)) > 0.9
 
 
-def test_cloning_takes_a_mode_and_not_the_mean_between_them():
+def test_cloning_takes_a_mode_and_not_the_mean_between_them(optimised):
     """Most states; some stay on a ridge between the modes, where the density has no slope (docs/cped.md)."""
     actions, _ = bandit_policy(bc_only=True)
     near = np.linalg.norm(actions[:, None] - MODES, axis=-1) < 0.35
@@ -580,7 +581,7 @@ def test_cloning_takes_a_mode_and_not_the_mean_between_them():
 # --- seeds and determinism ---
 
 
-def test_a_seed_alone_is_the_seed_among_others(monkeypatch, unoptimised):
+def test_a_seed_alone_is_the_seed_among_others(monkeypatch):
     args, data = tiny(chunk=10), random_data()
     state = C.make_train(args)[0](jax.random.split(jax.random.key(3), 3), data)
     take = lambda part: jax.tree.map(lambda x: jnp.copy(x[part]), state)
@@ -596,7 +597,7 @@ def test_a_seed_alone_is_the_seed_among_others(monkeypatch, unoptimised):
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory, unoptimised):
+def whole_run(dataset, tmp_path_factory):
     """An uninterrupted run of two seeds -> args, folder, result, times that each program was compiled."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []

@@ -20,6 +20,7 @@ import envs
 import envs.buffers
 from envs import scripted
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
     hidden_sizes=(16, 16), num_critics=3, num_q_samples=2, batch_size=16, num_action_samples=4, num_steps=3,
@@ -426,7 +427,7 @@ def test_data_as_the_update_sees_it(dataset):
     np.testing.assert_array_equal(data.next_observations, buffer["next_observations"])
 
 
-def test_value_of_a_constant_reward():
+def test_value_of_a_constant_reward(optimised):
     """r = 1 for ever is worth 1 / (1 - gamma), and 1 where the step is terminal."""
     sides = jnp.where(jnp.arange(200) % 2 == 0, -1.0, 1.0)
     rows = random_rows(200, num_obs=1, num_act=1)
@@ -445,15 +446,16 @@ def test_value_of_a_constant_reward():
 
 @functools.cache
 def bandit(guidance, b=0.4):
-    """3,500 updates on the paper's two blobs -> what 1,000 samples are like, the samples."""
-    args = D.Args(**{**D.BANDIT, "num_updates": 3_500, "chunk": 3_500, "guidance": guidance, "bc_threshold": b})
+    """3,500 updates on the paper's two blobs (1,000 where it leaves them) -> what 1,000 samples are like, the samples."""
+    num = 1_000 if guidance == "denoised" else 3_500
+    args = D.Args(**{**D.BANDIT, "num_updates": num, "chunk": num, "guidance": guidance, "bc_threshold": b})
     init, chunk = D.make_train(args, 1, 2)
     state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), D.bandit_data())
     samples = D.bandit_samples(jax.tree.map(lambda x: x[0], state.actor), jax.random.key(1), args)
     return {k: float(v) for k, v in D.bandit_metrics(samples).items()}, np.asarray(samples)
 
 
-def test_cloning_covers_both_modes():
+def test_cloning_covers_both_modes(optimised):
     """An exact predictor puts 0.97 of the samples within 0.3 of a blob with these 20 steps."""
     found, samples = bandit("none")
     near = np.linalg.norm(samples[:, None] - D.BANDIT_CENTRES, axis=-1) < 0.35
@@ -461,20 +463,20 @@ def test_cloning_covers_both_modes():
     assert 0.3 < near[:, 0].mean() < 0.6 and 0.3 < near[:, 1].mean() < 0.6
 
 
-def test_soft_guidance_improves_within_the_support():
+def test_soft_guidance_improves_within_the_support(optimised):
     """Probe: at most 0.2 of the samples off the data, and the true reward above its mean by 0.2."""
     data, found = D.bandit_metrics(D.bandit_data().actions), bandit("soft")[0]
     assert found["eval/on_data"] > 0.8, found
     assert found["eval/reward"] > data["eval/reward"] + 0.2, (found, data)
 
 
-def test_hard_guidance_leaves_the_support_first():
+def test_hard_guidance_leaves_the_support_first(optimised):
     """At the same b."""
     soft, hard = bandit("soft")[0], bandit("hard")[0]
     assert hard["eval/on_data"] < soft["eval/on_data"] - 0.08, (soft, hard)
 
 
-def test_denoised_guidance_leaves_it_altogether():
+def test_denoised_guidance_leaves_it_altogether(optimised):
     """At the same b, and for less: it runs to where only the critic is good."""
     soft, denoised = bandit("soft")[0], bandit("denoised")[0]
     assert denoised["eval/on_data"] < 0.2 and denoised["eval/reward"] < soft["eval/reward"], (soft, denoised)
@@ -518,7 +520,7 @@ def test_bandit_draws_its_figure_and_resumes(tmp_path, capsys, monkeypatch):
 # --- seeds and the whole script ---
 
 
-def test_a_seed_alone_is_the_seed_among_others(unoptimised):
+def test_a_seed_alone_is_the_seed_among_others():
     data, args = random_rows(), tiny(num_steps=2)
     init, chunk = D.make_train(args, 3, 2)
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
@@ -534,7 +536,7 @@ def test_a_seed_alone_is_the_seed_among_others(unoptimised):
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory, unoptimised):
+def whole_run(dataset, tmp_path_factory):
     """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []

@@ -20,6 +20,7 @@ import mopo as M
 from envs import scripted, tasks
 from tests.oracles import mopo_oracle as oracle
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
     model_hidden_sizes=(16, 16), ensemble_size=3, num_elites=2, max_epochs=3, hidden_sizes=(16, 16), batch_size=40,
@@ -654,7 +655,7 @@ def test_elites_are_the_best_and_snapshots_come_back():
 # --- seeds and determinism ---
 
 
-def test_a_seed_alone_is_the_seed_among_others(unoptimised):
+def test_a_seed_alone_is_the_seed_among_others():
     args, task, data = tiny(num_updates=50), AbstractTask(), random_data()
     keys = jax.random.split(jax.random.key(3), 2)
 
@@ -681,7 +682,7 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory, unoptimised):
+def whole_run(dataset, tmp_path_factory):
     """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []

@@ -18,6 +18,7 @@ import envs.buffers
 import qdq as D
 from envs import scripted
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
     teacher_updates=40, student_updates=40, num_updates=80, chunk=20, eval_every=40, eval_episodes=2,
@@ -526,7 +527,7 @@ FIT = dict(
 )  # fmt: skip
 
 
-def test_student_learns_a_known_distribution():
+def test_student_learns_a_known_distribution(optimised):
     """q | c ~ N(10 c_0, (1 + 2 c_1)^2), c_1 in [0, 1]; few levels and steps make it too wide, in the right places."""
     rng = np.random.default_rng(0)
     c = rng.uniform([-1, 0, -1], [1, 1, 1], (20_000, 3))
@@ -571,7 +572,7 @@ def bandit_policy(**changes):
     return numpy_actor(jax.tree.map(lambda x: x[0], state.nets.actor.mean), s)[:, 0] - 0.3 * s[:, 0]
 
 
-def test_policy_stays_in_the_support_and_climbs():
+def test_policy_stays_in_the_support_and_climbs(optimised):
     """Where slope of Q / |Q| = 1 and the likelihood's pull, gamma_ent d / (0.03 + d^2), balance: d = 0.055."""
     above = bandit_policy(gamma_ent=0.6)
     assert np.abs(above).max() < 0.3 and 0.02 < above.mean() < 0.15, (np.abs(above).max(), above.mean())
@@ -605,7 +606,7 @@ def mapped_seeds():
     return chunk_of_all_phases(slice(0, 2))
 
 
-def test_a_seed_alone_is_the_seed_among_others(unoptimised):
+def test_a_seed_alone_is_the_seed_among_others():
     both, alone = mapped_seeds(), chunk_of_all_phases(slice(1, 2))
     for a, b in zip(*map(jax.tree.leaves, (both, alone)), strict=True):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
@@ -630,7 +631,7 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory, unoptimised):
+def whole_run(dataset, tmp_path_factory):
     """An uninterrupted run of two seeds -> args, folder, result, its phases."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
