@@ -446,7 +446,7 @@ def test_value_of_a_constant_reward(optimised):
 
 @functools.cache
 def bandit(guidance, b=0.4):
-    """3,500 updates on the paper's two blobs (1,000 where it leaves them) -> what 1,000 samples are like, the samples."""
+    """3,500 updates on the two blobs (1,000 where it leaves them) -> what 1,000 samples are like, the samples."""
     num = 1_000 if guidance == "denoised" else 3_500
     args = D.Args(**{**D.BANDIT, "num_updates": num, "chunk": num, "guidance": guidance, "bc_threshold": b})
     init, chunk = D.make_train(args, 1, 2)
