@@ -1093,10 +1093,16 @@ def flat_arrays(tree):
 
 def save_state(folder, tree, meta):
     """state.npz (newest) and state.prev.npz (the one before): the pytree as flat arrays, `meta` as JSON."""
-    new, newest = folder / "state.new.npz", folder / "state.npz"
+    new = folder / "state.new.npz"
     envs.buffers.write_npz(new, {**flat_arrays(tree), "meta_json": np.array(json.dumps(meta))})
+    name_state(new)
+
+
+def name_state(new):
+    """state.new.npz becomes state.npz, and what was that state.prev.npz."""
+    newest = new.with_name("state.npz")
     if newest.exists():
-        os.replace(newest, folder / "state.prev.npz")
+        os.replace(newest, new.with_name("state.prev.npz"))
     os.replace(new, newest)
 
 
@@ -1131,7 +1137,10 @@ def load_state(folder, like, identity):
             raise envs.InputError(f"{path}: {name} does not fit this version; start anew with another --out")
         return jnp.asarray(arrays[name])
 
-    return jax.tree_util.tree_map_with_path(restore, like), meta
+    tree = jax.tree_util.tree_map_with_path(restore, like)
+    if path.name == "state.new.npz" and jax.process_count() == 1:  # others may be reading it
+        name_state(path)
+    return tree, meta
 
 
 def run_identity(args, **data):

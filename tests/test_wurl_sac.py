@@ -486,6 +486,7 @@ def test_a_state_that_waits_for_its_name_is_the_newest(tmp_path):
     W.save_state(tmp_path, tree, meta)
     (tmp_path / "state.npz").rename(tmp_path / "state.new.npz")
     np.testing.assert_array_equal(W.load_state(tmp_path, tree, {"seed": 0})[0]["x"], [0, 1, 2])
+    assert [x.name for x in tmp_path.iterdir()] == ["state.npz"]  # a run that was at its end saves no more
     W.save_state(tmp_path, {"x": tree["x"] + 1}, meta)
     (tmp_path / "state.npz").rename(tmp_path / "state.new.npz")
     W.save_state(tmp_path / ".", {"x": tree["x"] + 2}, meta)  # and a whole save leaves none waiting
