@@ -464,7 +464,7 @@ def label_bound(row_of_axes, model, of_tasks, distances):
 
 def distances_over_time(path, header, sources):
     """Of every source over training: distance to the nearest other policy, mean and smallest; share told apart."""
-    common = all(row.get("min_w_full") for row in sources.values())
+    common = len(sources) > 1 and all(row.get("min_w_full") for row in sources.values())  # one has nothing to share
     keys = ("min_w_full", "smallest_w_full") if common else ("min_w", "smallest_w")
     space = "all observations" if common else "the space of each source's own diversity"
     drawn, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
