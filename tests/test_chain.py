@@ -20,12 +20,12 @@ def chain(tmp_path_factory):
     """-> folders of the three runs and the scores of the buffers."""
     root = tmp_path_factory.mktemp("chain")
     wurl_sac.main(wurl_sac.Args(
-        out=str(root / "wurl"), task="point", num_policies=4, num_envs=1, updates_per_step=1.0, num_updates=3_000,
-        chunk=500, eval_every=1_500, warmup_steps=500, hidden_sizes=(64, 64), batch_size=128, replay_size=2_000,
+        out=str(root / "wurl"), task="point", num_policies=4, num_envs=1, updates_per_step=1.0, num_updates=2_000,
+        chunk=500, eval_every=2_000, warmup_steps=500, hidden_sizes=(64, 64), batch_size=128, replay_size=2_000,
         eval_episodes=4, reward_scale=1.0, learning_rate=1e-3,
     ))  # fmt: skip
     udg_select.main(udg_select.Args(
-        buffers=(str(root / "wurl"),), tasks=(TASK,), top=("1", "2", "all"), size=2_400, out=str(root / "udg"),
+        buffers=(str(root / "wurl"),), tasks=(TASK,), top=("1", "2", "all"), size=1_600, out=str(root / "udg"),
     ))  # fmt: skip
     (dataset,) = (root / "udg" / TASK).glob("top1*.npz")
     result = mopo.main(mopo.Args(
@@ -53,7 +53,7 @@ def test_selection_takes_the_buffer_that_goes_there(chain):
 def test_mixtures_have_equal_size(chain):
     root, _, _ = chain
     sizes = {len(envs.buffers.load(p)) for p in (root / "udg" / TASK).glob("*.npz")}
-    assert sizes == {2_400}
+    assert sizes == {1_600}
 
 
 def test_deployed_policy_is_the_evaluated_one(chain):
