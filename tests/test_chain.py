@@ -16,7 +16,7 @@ TASK = "point-angle-60"
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
+def chain(tmp_path_factory, all_optimised):
     """-> folders of the three runs and the scores of the buffers."""
     root = tmp_path_factory.mktemp("chain")
     wurl_sac.main(wurl_sac.Args(

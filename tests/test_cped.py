@@ -18,7 +18,6 @@ import envs
 import envs.buffers
 from envs import scripted
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
     flow_hidden_sizes=(16, 16), hidden_sizes=(16, 16), batch_size=32, flow_updates=60, num_updates=60, chunk=20,
@@ -587,7 +586,7 @@ def test_a_seed_alone_is_the_seed_among_others(monkeypatch):
     take = lambda part: jax.tree.map(lambda x: jnp.copy(x[part]), state)
     train = lambda state: C.make_train(args)[2](state, data)[0].nets
     three, alone = train(take(slice(3))), train(take(slice(1, 2)))
-    leaves_equal(jax.tree.map(lambda x: x[1:2], three), alone)
+    leaves_equal(jax.tree.map(lambda x: x[1:2], three), alone, rtol=1e-5, atol=1e-7)
     assert size_of(jax.tree.map(lambda x: x[0] - x[1], three.actor)) > 0.1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # vmap instead of a loop
     leaves_equal(train(take(slice(3))), three, atol=1e-3)

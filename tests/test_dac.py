@@ -20,7 +20,6 @@ import envs
 import envs.buffers
 from envs import scripted
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
     hidden_sizes=(16, 16), num_critics=3, num_q_samples=2, batch_size=16, num_action_samples=4, num_steps=3,
@@ -427,7 +426,7 @@ def test_data_as_the_update_sees_it(dataset):
     np.testing.assert_array_equal(data.next_observations, buffer["next_observations"])
 
 
-def test_value_of_a_constant_reward(optimised):
+def test_value_of_a_constant_reward():
     """r = 1 for ever is worth 1 / (1 - gamma), and 1 where the step is terminal."""
     sides = jnp.where(jnp.arange(200) % 2 == 0, -1.0, 1.0)
     rows = random_rows(200, num_obs=1, num_act=1)
@@ -497,7 +496,7 @@ def stopped_at(where, step):
 def test_bandit_draws_its_figure_and_resumes(tmp_path, capsys, monkeypatch):
     args = D.parse_args(
         ["--task", "bandit", "--num-updates", "40", "--eval-every", "40", "--chunk", "20", "--num-steps", "2",
-         "--out", str(tmp_path / "b")], D.dac_preset,
+         "--hidden-sizes", "16", "16", "--num-critics", "2", "--out", str(tmp_path / "b")], D.dac_preset,
     )  # fmt: skip
     results = D.main(args)
     assert "bandit, hard guidance: 1 seeds x 40 updates on 800 rows" in capsys.readouterr().out

@@ -17,7 +17,6 @@ import envs
 from envs import brax_worlds, buffers, curves, mjx_contacts, physics, point, render, robots, tasks
 from envs.base import MAX_MJX_ON_OLD_CPU, State
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 HOPPING = dict(ctrl_cost=1e-3, survive_bonus=1.0, survive_on_done=False)

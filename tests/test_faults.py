@@ -29,7 +29,6 @@ RUNS = {
 def test_a_killed_run_ends_the_same(tmp_path, monkeypatch, script):
     """Killed once in the middle of its way: policy, states, buffers, log and TensorBoard are equal."""
     monkeypatch.setattr(F, "RUNS", RUNS)
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # they compile longer than they run
     F.prepare(tmp_path)
     # Moments are shares of the untouched run's processor time, which a loaded machine makes longer or shorter.
     record = F.kill_trial(tmp_path, script, number=0, most=1, moments=(0.4, 0.6))
