@@ -23,16 +23,13 @@ from envs import scripted
 from tests.test_udg_study import is_drawn
 
 ROOT = Path(__file__).resolve().parents[1]
-# What these programs compute is nothing; unoptimised they compile in half the time.
-UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-FAST = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}"}
 
 
 def start(code, *argv, **env):
     """A python process of its own that runs `code`."""
     command = [sys.executable, "-c", code, *map(str, argv)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **FAST, **env}, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, **pipes)
 
 
 def arrays_of(path):
@@ -66,8 +63,7 @@ assert busy(spread(keys)) == set(range(4)) and len(busy(spread(keys[:4]))) == 4
 
 def test_seeds_shared_by_devices_make_the_same_run(tmp_path):
     """Six seeds of dac.py on 1, 4 (where they do not divide) and 8 virtual devices: same states, bit for bit."""
-    as_users_have_it = dict(XLA_FLAGS=UNOPTIMISED, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
-    process = start(WHOLE, tmp_path, **as_users_have_it)
+    process = start(WHOLE, tmp_path, XLA_FLAGS="--xla_backend_optimization_level=0")  # with the emitter that users have
     _, said = process.communicate(timeout=900)
     assert process.returncode == 0, said[-3000:]
     read = lambda num: map(json.loads, (tmp_path / num / "log.jsonl").read_text().splitlines()[1:])
@@ -251,7 +247,7 @@ def grid(path, **changes):
 def start_grid(path, *flags):
     command = [sys.executable, "benchmark/grid.py", str(path / "grid.json"), "--poll", "0.2", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **FAST}, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
 
 
 def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
