@@ -445,8 +445,8 @@ def test_value_of_a_constant_reward():
 
 @functools.cache
 def bandit(guidance, b=0.4):
-    """3,500 updates on the two blobs (1,000 where it leaves them) -> what 1,000 samples are like, the samples."""
-    num = 1_000 if guidance == "denoised" else 3_500
+    """3,500 updates on the two blobs (300 where it leaves them) -> what 1,000 samples are like, the samples."""
+    num = 300 if guidance == "denoised" else 3_500
     args = D.Args(**{**D.BANDIT, "num_updates": num, "chunk": num, "guidance": guidance, "bc_threshold": b})
     init, chunk = D.make_train(args, 1, 2)
     state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), D.bandit_data())
@@ -498,7 +498,7 @@ def test_bandit_draws_its_figure_and_resumes(tmp_path, capsys, monkeypatch):
         ["--task", "bandit", "--num-updates", "40", "--eval-every", "40", "--chunk", "20", "--num-steps", "2",
          "--hidden-sizes", "16", "16", "--num-critics", "2", "--out", str(tmp_path / "b")], D.dac_preset,
     )  # fmt: skip
-    results = D.main(args)
+    results = D.main(dataclasses.replace(args, resume=True))  # of nothing: it begins anew
     assert "bandit, hard guidance: 1 seeds x 40 updates on 800 rows" in capsys.readouterr().out
     assert set(results) == {"data", "soft", "hard", "denoised"}
     assert (tmp_path / "b" / "bandit.png").stat().st_size > 20_000
@@ -512,8 +512,6 @@ def test_bandit_draws_its_figure_and_resumes(tmp_path, capsys, monkeypatch):
             D.main(again)
     assert D.main(dataclasses.replace(again, resume=True)) == results  # denoised has no state to go on from
     assert [x.name for x in sorted(Path(again.out).iterdir())] == ["bandit.png", "denoised", "hard", "soft"]
-    unsaved = dataclasses.replace(args, out=str(tmp_path / "none"), resume=True)
-    assert D.main(unsaved) == results  # a run that was stopped before its first state begins anew
 
 
 # --- seeds and the whole script ---
