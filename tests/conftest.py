@@ -12,18 +12,16 @@ LONGEST = ["cped", "scale", "wurl_sac", "qdq", "dac", "mopo", "faults", "envs", 
 
 # LLVM's lower level makes the same numbers as fast and compiles in half the time. The older emitter of fused loops does
 # as much again for what is not optimised at all; its last digits are others than the default's.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+QUICK_TO_COMPILE = ("--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false")
 
 
 def pytest_configure(config):
-    """Before any program is compiled, for this process and those that it starts. A flag that XLA does not know would
-    end them all: asked once, by a process of its own."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if QUICK_TO_COMPILE not in flags and not hasattr(config, "workerinput"):
-        environment = {**os.environ, "XLA_FLAGS": f"{flags} {QUICK_TO_COMPILE}".strip()}
-        first_use = [sys.executable, "-c", "import jax; jax.devices()"]
-        known = subprocess.run(first_use, env=environment, capture_output=True)
-        if known.returncode == 0:
+    """Before any program is compiled, for this process and those that it starts. A flag that this XLA does not know
+    (jaxlib 0.12 has one emitter only) would end them all: each is tried by a process of its own."""
+    first_use = [sys.executable, "-c", "import jax; jax.devices()"]
+    for flag in () if hasattr(config, "workerinput") else QUICK_TO_COMPILE:
+        environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
+        if subprocess.run(first_use, env=environment, capture_output=True).returncode == 0:
             os.environ.update(environment)
 
 
