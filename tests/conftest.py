@@ -17,7 +17,7 @@ QUICK_TO_COMPILE = ("--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_
 
 def pytest_configure(config):
     """Before any program is compiled, for this process and those that it starts. A flag that this XLA does not know
-    (jaxlib 0.12 has one emitter only) would end them all: each is tried by a process of its own."""
+    (jaxlib 0.11 has no choice of emitters) would end them all: each is tried by a process of its own."""
     first_use = [sys.executable, "-c", "import jax; jax.devices()"]
     for flag in () if hasattr(config, "workerinput") else QUICK_TO_COMPILE:
         environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
