@@ -556,14 +556,15 @@ def test_rollouts_draw_from_the_elites():
 # --- the nearest-neighbour model ---
 
 
-def test_knn_is_the_oracles():
-    args, data = tiny(model="knn", knn_rows=150, knn_scale=2.0), random_data()
+@pytest.mark.parametrize("rows", [1, 100, 150])  # fewer than a block of the search, one, one and a half
+def test_knn_is_the_oracles(rows):
+    args, data = tiny(model="knn", knn_rows=rows, knn_scale=2.0), random_data()
     model = M.knn_model(jax.random.key(0), data, args)
     obs, actions = data.observations[:30] + 0.1, data.actions[:30]
     mean, std, u = predict(model, obs, actions, args)
     x = np.asarray(M.model_inputs(model.scale, obs, actions), float)
     index, distance = oracle.nearest(np.asarray(model.net.inputs, float), x)
-    assert len(model.net.inputs) == 150
+    assert len(model.net.inputs) == rows
     close(u, 2.0 * distance, 1e-4)
     np.testing.assert_array_equal(mean[0], np.asarray(model.net.targets)[index])
     assert not std.any() and list(model.elites) == [0]
