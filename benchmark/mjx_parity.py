@@ -291,7 +291,7 @@ def print_recorded(results, keep):
 def print_returns(results, paths, episodes, seed):
     """The same policy's returns on both back ends from the same starts and noise, and on C MuJoCo from others.
 
-    The last row shows what luck alone does. -> messages where the Kolmogorov-Smirnov test tells the back ends apart.
+    The last p shows what luck alone does. -> messages where the Kolmogorov-Smirnov test tells the back ends apart.
     """
     from scipy.stats import ks_2samp
 
@@ -308,9 +308,11 @@ def print_returns(results, paths, episodes, seed):
             print(f"| {path} | {backend}, {s} | {episodes} | {told} |", flush=True)
             found.append(returns)
             results[f"{path} {backend} {s}"] = returns.tolist()
-        p = [ks_2samp(found[0], other).pvalue for other in found[1:]]
-        print(f"{path}: Kolmogorov-Smirnov p: back ends {p[0]:.2g}, seeds {p[1]:.2g}", flush=True)
-        failures += [f"{path}: returns differ, p = {p[0]:.2g}"] if p[0] < 0.001 else []
+        c, mjx, other_seed = found
+        p = [ks_2samp(*pair).pvalue for pair in ((c, mjx), (mjx, other_seed), (c, other_seed))]
+        told = "back ends {:.2g}, back ends with other seeds {:.2g}, seeds alone {:.2g}".format(*p)
+        print(f"{path}: Kolmogorov-Smirnov p: {told}", flush=True)
+        failures += [f"{path}: returns differ, p = {min(p[:2]):.2g}"] if min(p[:2]) < 0.001 else []
     return failures
 
 

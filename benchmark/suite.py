@@ -533,7 +533,7 @@ def main(argv=None):
     refuse_others(args, names)
     left = [name for name, cell in cells.items() if not udg_study.is_done(cell, base)]
     made = len(cells) - len(left)
-    print(f"{made} of {len(cells)} cells are made; what one at work says stands in {base / 'logs'}", flush=True)
+    print(f"{made} of {len(cells)} cells are made; all that they say stands in {base / 'logs'}", flush=True)
     known = {name: bits for name, bits in recorded_bits(args).items() if set_cell(args, name).name in left}
     failed, stopped = udg_study.run_cells(cells, base, args.jobs)
     check_bits(args, known)

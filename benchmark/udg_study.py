@@ -151,6 +151,7 @@ GPU_LEARNERS = {
 GPU_LEARNERS["point-goal"] = GPU_LEARNERS["point"]
 SIZE = {"cpu": {"point": 20_000, "ant": 50_000, "cheetah": 50_000}}
 SIZE["gpu"] = {"point": 20_000, "ant": 150_000, "cheetah": 150_000}
+HEARD_EVERY = 60.0  # seconds between what the cells at work say, where none has ended
 
 
 @dataclass(frozen=True)
@@ -557,6 +558,15 @@ def run_cell(cell, base, core, stopping):
     return ""
 
 
+def tell_at_work(cells, base):
+    """The newest line of each cell that is running: its own steps, rate and ETA."""
+    for cell in cells:
+        log = record_file(cell, base).with_suffix(".log")
+        said = log.read_text(errors="replace").split("\n") if log.exists() else []
+        newest = next((line.strip() for line in reversed(said) if line.strip()), "nothing yet")
+        print(f"  at work: {cell.name}: {newest[:120]}", flush=True)
+
+
 def start_ready(waiting, done, failed, base, room, submit):
     """One pass over what waits: skip what is done, drop what lost a need, submit what can run in `room` places."""
     for name, cell in list(waiting.items()):  # each stands after what it needs
@@ -600,7 +610,10 @@ def run_cells(cells, base, jobs):
             start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit)
             if not running:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+            ended = wait(running, timeout=HEARD_EVERY, return_when=FIRST_COMPLETED)[0]
+            if not ended:
+                tell_at_work([cells[name] for name in running.values()], base)
+            for future in ended:
                 name, wrong, made = running.pop(future), future.result(), made + 1
                 (failed if wrong else done).add(name)
                 if wrong:

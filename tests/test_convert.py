@@ -457,7 +457,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, package):
 
 
 def test_a_d4rl_file_becomes_a_scored_policy(tmp_path, capsys):
-    """The lines that docs/data.md begins with, on a small file and with small networks."""
+    """What docs/data.md begins with, import and learner, on a small file and with small networks."""
     path = write_hdf5(tmp_path / "hopper_medium_replay-v2.hdf5", hopper_rows(lengths=(60,) * 6, terminal=(1,)))
     made = convert.from_d4rl(path, tmp_path / "hopper.npz", replay=False)
     small = "--hidden-sizes 16 16 --num-critics 3 --num-q-samples 2 --batch-size 16 --num-steps 3 --eval-episodes 2"

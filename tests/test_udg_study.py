@@ -269,6 +269,24 @@ def test_jobs_run_at_once(tmp_path):
     assert [cell.done.read_text() for cell in cells] == ["2", "2"]
 
 
+def test_a_cell_at_work_is_heard(tmp_path, monkeypatch, capsys):
+    """It waits until its own second line was told."""
+    monkeypatch.setattr(study, "HEARD_EVERY", 0.05)
+    told, code = tmp_path / "told", "import time; end = time.time() + 60\n"
+    code += "print('update 1/2', flush=True)\nprint('update 2/2', flush=True)\n"
+    code += f"while not pathlib.Path({str(told)!r}).exists() and time.time() < end: time.sleep(0.02)\n"
+    code += f"out.write_text(str(pathlib.Path({str(told)!r}).exists()))"
+    cell, say = tiny(tmp_path, "slow", code=code), study.tell_at_work
+
+    def listen(cells, base):
+        say(cells, base)
+        if "at work: slow: update 2/2" in capsys.readouterr().out:
+            told.touch()
+
+    monkeypatch.setattr(study, "tell_at_work", listen)
+    assert run([cell], tmp_path) == (set(), "") and cell.done.read_text() == "True"
+
+
 def test_cells_share_what_they_compile(tmp_path, monkeypatch):
     """jax itself says where it keeps its programs: beside the cells, or where its user wants them."""
     code = "import jax; c = jax.config; "
