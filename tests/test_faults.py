@@ -18,7 +18,7 @@ SPEC = importlib.util.spec_from_file_location("fault_harness", ROOT / "benchmark
 F = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(F)
 RUNS = {
-    "wurl_sac": "--task point --num-policies 2 --num-updates 1200 --chunk 100 --eval-every 600 --warmup-steps 200 "
+    "wurl_sac": "--task point --num-policies 2 --num-updates 800 --chunk 100 --eval-every 400 --warmup-steps 200 "
     "--replay-size 500 --eval-episodes 2 --hidden-sizes 32 32 --num-directions 2",
     "dac": "--dataset {work}/data/point-angle-0.npz --quick --num-updates 600 --chunk 50 --eval-every 100 "
     "--hidden-sizes 32 32 --num-critics 2 --num-steps 3 --eval-episodes 2",
