@@ -416,7 +416,7 @@ def bound(path, header, learners, distances):
     handles["two samples of the expert's own"] = Line2D([], [], color="0.5", ls=":")
     if any("expert" in row for row in distances.values()):
         handles["the expert's return"] = Line2D([], [], color="0.5", lw=0.8)
-    drawn.legend(handles.values(), handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    drawn.legend(handles.values(), handles, frameon=False, ncols=-(-len(handles) // 2), loc="outside lower center")
     save(drawn, path)
     head = ["model", "predictor", "rank correlation, mean over tasks", "lowest", "picks another than the best"]
     print_table([*head, "return lost, mean", "return lost, worst task"], lines)
