@@ -176,6 +176,15 @@ def test_wasserstein_of_a_shift_is_the_shift():
     assert udg_select.wasserstein(x, x[::-1]) == 0.0
 
 
+def test_long_distances_are_not_silent(monkeypatch, capsys):
+    clock = itertools.count(0, 3)  # a look at it every three seconds
+    monkeypatch.setattr(udg_select.time, "time", lambda: next(clock))
+    assert list(udg_select.told([7, 8, 9], "W1")) == [7, 8, 9]
+    assert capsys.readouterr().out == "W1: 2/3  ETA 00:00:04\n"
+    monkeypatch.setattr(udg_select.time, "time", lambda: 0.0)
+    assert list(udg_select.told([7, 8, 9], "W1")) == [7, 8, 9] and not capsys.readouterr().out
+
+
 def test_pairwise_distances_and_their_floor(folder):
     sources = udg_select.open_sources([str(folder)])
     matrix = udg_select.pairwise_wasserstein(sources, envs.task("point"), Args(w1_points=30))
