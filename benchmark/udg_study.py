@@ -779,10 +779,12 @@ def portable(command):
 
 
 def show(name, base, budget):
-    """A line of --list."""
+    """A line of --list: cells made on this machine, and cells that results/udg knows, whichever machine made them."""
     cells, _ = cells_of(name, base, budget)
     made = sum(is_done(cell, base) for cell in cells.values())
-    print(f"{name:17} {made:3} of {len(cells):3} cells made  {STUDIES[name].question}")
+    known, _ = read_results(results_file(name, budget, RESULTS))
+    told = len(set(known) & set(cells))
+    print(f"{name:17} {made:3} of {len(cells):3} cells made here, {told:3} in results  {STUDIES[name].question}")
 
 
 def main(argv=None):

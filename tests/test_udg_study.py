@@ -375,7 +375,7 @@ def test_main_tells_what_failed(tmp_path, monkeypatch, capsys):
     (line,) = (tmp_path / "results" / "lost.jsonl").read_text().splitlines()
     assert json.loads(line)["missing"] == ["source lost"]
     study.main(["--list", *where])
-    assert re.search(r"lost +0 of +1 cells made  Where\?", capsys.readouterr().out)
+    assert re.search(r"lost +0 of +1 cells made here, +0 in results  Where\?", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("words", [["--run", "angels"], ["--commands", "angels"], ["--run", "goal", "--jobs", "0"], []])
