@@ -183,7 +183,7 @@ STUDIES = {
         POINT_TASKS, tops("point", supervised="point-expert-0:1", random="point-random:1"), seeds=3,
     ),
     "angle-ant": Study(
-        "The same on the ant, at 0, 60 and 180 degrees.",
+        "The ant at 0, 60 and 180 degrees: which buffer serves which direction?",
         ("ant-angle-0", "ant-angle-60", "ant-angle-180"),
         tops("ant", supervised="ant-expert-0:1", random="ant-random:1"),
     ),
@@ -192,23 +192,23 @@ STUDIES = {
         ("point-angle-60", "point-angle-180"), tops("point", random="point-random:1"), ALL_LEARNERS, seeds=3,
     ),
     "learners-ant": Study(
-        "The same on the ant.",
+        "Five learners on the same buffers of the ant.",
         ("ant-angle-60",), {"top1": "ant:1", "all": "ant:all", "random": "ant-random:1"}, ALL_LEARNERS,
     ),
     "learners-cheetah": Study(
-        "The same on the cheetah.",
+        "Five learners on the same buffers of the cheetah.",
         ("cheetah-jump",), {"top1": "cheetah:1", "all": "cheetah:all", "random": "cheetah-random:1"}, ALL_LEARNERS,
     ),
     "cheetah": Study(
         "Diverse against random data; diversity on z, on (v_x, z), on all 17 numbers.",
         ("cheetah-jump", "cheetah-crawl"),
-        {"top1": "cheetah-k5:1", "pair": "cheetah-pair:1", "full": "cheetah-full:1", "random": "cheetah-random:1"},
+        {"z": "cheetah-k5:1", "(v_x, z)": "cheetah-pair:1", "all 17": "cheetah-full:1", "random": "cheetah-random:1"},
         ("mopo-fast",),
     ),
     "cheetah-partial": Study(
         "A part of the reward is known, the speed: pay it as a task, leave the height to diversity, in three ratios.",
         ("cheetah-jump",),
-        {"none": "cheetah-k5:1", **{f"weight {w}": f"cheetah-partial-{w}:1" for w in (1, 3, 10)}},
+        {"weight 0": "cheetah-k5:1", **{f"weight {w}": f"cheetah-partial-{w}:1" for w in (1, 3, 10)}},
         ("mopo-fast",),
     ),
     "how-many": Study(
@@ -227,7 +227,7 @@ STUDIES = {
         reference="point",
     ),
     "bound-ant": Study(
-        "The same on the ant, at 60 degrees, with the neural model.",
+        "On the ant, at 60 degrees: does distance, or the relabelled return, predict what MOPO gets?",
         ("ant-angle-60",), {f"policy {k}": f"ant/policy_{k:02d}:1" for k in range(10)}, reference="ant",
     ),
     "objectives": Study(
@@ -241,7 +241,7 @@ STUDIES = {
         tuple(f"point-goal-{a}" for a in ANGLES), tops("point", random="point-random:1"), seeds=3,
     ),
     "maze": Study(
-        "Walls: the reward is the distance to a dead end as the crow flies, which points the wrong way in places.",
+        "Walls: nearer to a dead end as the crow flies is better, which is the wrong way in places.",
         MAZE_TASKS, tops("maze", random="maze-random:1"), seeds=3,
     ),
     "collapse": Study(

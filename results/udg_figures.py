@@ -26,17 +26,40 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 FOLDER = Path(__file__).resolve().parent / "udg"
+REFERENCES = Path(__file__).resolve().parents[1] / "envs" / "reference_scores.json"
 LAST = 5
 RESAMPLES, MIN_SEEDS = 2000, 3
+SPACE_FLAGS = ("--div-features", "--feature-scales")  # of wurl_sac.py: what its distances are measured in
 COLLAPSE = 0.25  # smallest distance under this share of the mean nearest: wurl_sac.py's warning
 # Okabe and Ito's colours, told apart by the colour-blind; a marker of its own for each
 STYLES = tuple(
     zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX", strict=True)
 )
 
+# A selection looks the same in every study; what is not here (K, objectives, weights) takes its place in the list.
+LOOKS = {"top1": 0, "top2": 1, "all": 2, "supervised": 4, "random": 3}
+NAMES = {
+    "top1": "top 1", "top2": "top 2 mixed", "all": "all mixed", "supervised": "supervised for 0 degrees",
+    "mopo": "MOPO", "mopo-fast": "MOPO", "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
+    "dac": "DAC", "bc": "cloning", "apwd": "APWD", "pwd": "PWD", "diayn": "DIAYN-I", "dads": "DADS-I",
+    "mopo-lam0": "MOPO, lambda 0", "mopo-lam0.1": "MOPO, lambda 0.1", "mopo-lam1": "MOPO, lambda 1",
+}  # fmt: skip
 
-def style(i):
-    return STYLES[i % len(STYLES)]
+
+def style(i, label=None):
+    return STYLES[LOOKS.get(label, i) % len(STYLES)]
+
+
+def called(label):
+    return NAMES.get(label, label)
+
+
+def expert_return(task):
+    """A SAC expert's return in an episode as long as the data's (envs/reference_scores.json); None if not known."""
+    known = json.loads(REFERENCES.read_text())["tasks"]
+    found = known.get(task)
+    found = known[found] if isinstance(found, str) else found  # a mirror image has the same
+    return found and found["expert_data_length"]
 
 
 def load(path):
@@ -56,13 +79,6 @@ def by_learner(header, learners):
     names = [*header.get("learners", ()), *(row["learner"] for row in learners)]
     found = {name: [row for row in learners if row["learner"] == name] for name in dict.fromkeys(names)}
     return {name: rows for name, rows in found.items() if rows}
-
-
-def side_by_side(header, learners):
-    """The study as if "task, learner" were a task, for one figure of several learners."""
-    names = by_learner(header, learners)
-    tasks = [f"{task}, {name}" for task in planned(header, learners)[0] for name in names]
-    return {**header, "tasks": tasks}, [{**row, "task": f"{row['task']}, {row['learner']}"} for row in learners]
 
 
 def scores(learners, what="score"):
@@ -178,7 +194,8 @@ def judge(x, gain):
 
 
 def judge_seeds(gain):
-    """The same of what a seed's own best says of the others': what no predictor can beat by more than luck."""
+    """The same of what one seed says of the mean of the others: how well the learner predicts itself (no ceiling: a
+    predictor without noise can do better)."""
     seeds = gain.shape[1]
     others = [np.delete(gain, s, 1).mean(1) for s in range(seeds)]
     rank = np.mean([rank_correlation(gain[:, s], other) for s, other in enumerate(others)])
@@ -312,39 +329,84 @@ def save(drawn, path):
     plt.close(drawn)
 
 
+def panels(header, learners):
+    """What `dots` draws: title -> {group: rows}; several learners: a panel per task, a group per learner."""
+    tasks, groups = planned(header, learners)[0], by_learner(header, learners)
+    if len(groups) < 2:
+        return {"": {task: [row for row in learners if row["task"] == task] for task in tasks}}
+    of = lambda rows, task: [row for row in rows if row["task"] == task]
+    return {task: {called(name): of(rows, task) for name, rows in groups.items()} for task in tasks}
+
+
 def dots(path, header, learners):
-    """Per task a group of columns, one per pick: mean over seeds, a dot per seed, a dash for the data's mean."""
-    table, (tasks, labels) = scores(learners), planned(header, learners)
-    data = {(row["task"], row["label"]): row["data_mean"] for row in learners}
-    drawn, axis = plt.subplots(figsize=(max(7.5, 1.8 * len(tasks)), 4.8), layout="constrained")
-    width = 0.8 / len(labels)
-    for (j, task), (i, label) in itertools.product(enumerate(tasks), enumerate(labels)):
-        x, (color, marker) = j + (i - (len(labels) - 1) / 2) * width, style(i)
-        values = table.get(task, {}).get(label)
-        if values is None:
+    """Per task (or learner) a group of columns, one per pick: mean over seeds, dots for seeds, a dash for the data.
+
+    Where the data's means lie so far apart that the learners' differences could not be seen, they have their own axis.
+    """
+    plan, labels = panels(header, learners), planned(header, learners)[1]
+    span = lambda key: np.ptp([row[key] for row in learners])
+    apart = span("score") < span("data_mean") / 3
+    width = max(7.5, 1.8 * max(map(len, plan.values())))
+    heights = [height for _ in plan for height in ((3.4, 1.6) if apart else (4.2,))]
+    drawn, axes = plt.subplots(len(heights), 1, figsize=(width, sum(heights) + 0.9), squeeze=False,
+                               layout="constrained", height_ratios=heights)  # fmt: skip
+    axes, expert = list(axes[:, 0]), False
+    for title, groups in plan.items():
+        axis = axes.pop(0)
+        below = axes.pop(0) if apart else axis
+        expert |= draw_groups(axis, below, title, groups, labels)
+        axis.set_ylabel("return of the learner" if apart else "return of an episode\nas long as the data's")
+        below.set_xticks(range(len(groups)), groups)
+        if apart:
+            axis.set_xticks([])
+            below.set_ylabel("mean episode\nof the data")
+        below.set_xlabel(title)
+    one = "" if header["seeds"] > 1 else " (one seed of the learner)"
+    titled(drawn.axes[0], f"{header['study']}: {header['question']}{one}", 11 * width)
+    mark = lambda i, label: Line2D([], [], ls="", marker=style(i, label)[1], color=style(i, label)[0], ms=8)
+    handles = {called(label): mark(i, label) for i, label in enumerate(labels)}
+    if header["seeds"] > 1:
+        handles["one seed of the learner"] = Line2D([], [], ls="", marker=".", color="k")
+    handles["mean episode of its data"] = Line2D([], [], color="0.35", lw=1.8)
+    if expert:
+        handles["SAC expert"] = Line2D([], [], color="0.5", ls=":", lw=1.2)
+    rows = -(-len(handles) // 6)
+    drawn.legend(handles.values(), handles, frameon=False, fontsize=8, ncols=-(-len(handles) // rows),
+                 loc="outside lower center")  # fmt: skip
+    save(drawn, path)
+
+
+def draw_groups(axis, below, title, groups, labels):
+    """One panel of `dots`, the data's means on `below` -> whether an expert's return is in it."""
+    width, expert = 0.8 / len(labels), False
+    for (j, rows), (i, label) in itertools.product(enumerate(groups.values()), enumerate(labels)):
+        x, (color, marker) = j + (i - (len(labels) - 1) / 2) * width, style(i, label)
+        values = [row["score"] for row in rows if row["label"] == label]
+        if not values:
             where = axis.get_xaxis_transform()
             axis.text(x, 0.02, "missing", rotation=90, color="0.5", size=7, ha="center", transform=where)
             continue
-        axis.plot([x - 0.42 * width, x + 0.42 * width], [data[task, label]] * 2, "-", color="0.35", lw=1.8)
+        data = next(row["data_mean"] for row in rows if row["label"] == label)
+        below.plot(
+            [x - 0.42 * width, x + 0.42 * width], [data] * 2, "-", color="0.35" if axis is below else color, lw=1.8
+        )
         if len(values) > 1:
             axis.plot([x, x], [min(values), max(values)], "-", color=color, lw=1.2)
-            axis.plot([x] * len(values), values, ".", color="k", ms=3.5, zorder=3)
+            axis.plot(x + width * np.linspace(-0.18, 0.18, len(values)), values, ".", color="k", ms=3.5, zorder=3)
         axis.plot([x], [np.mean(values)], marker, color=color, ms=8, mec="white", mew=0.6)
-    for j in range(1, len(tasks)):
-        axis.axvline(j - 0.5, color="0.9", lw=1)
-    axis.set_xlim(-0.5, len(tasks) - 0.5)
-    axis.set_xticks(range(len(tasks)), tasks, rotation=15 if len(tasks) > 3 else 0)
-    axis.set_ylabel("return of an episode as long as the data's")
     low, high = axis.get_ylim()
-    if low < 0 < high:
-        axis.axhline(0, color="0.7", lw=0.8, zorder=0)
-    titled(axis, f"{header['study']}: {header['question']}", 11 * drawn.get_figwidth())
-    handles = [Line2D([], [], ls="", marker=style(i)[1], color=style(i)[0], ms=8) for i in range(len(labels))]
-    handles += [Line2D([], [], color="0.35", lw=1.8), Line2D([], [], ls="", marker=".", color="k")]
-    names = [*labels, "mean episode of its data", *(["one seed of the learner"] if header["seeds"] > 1 else [])]
-    handles = handles[: len(names)]
-    drawn.legend(handles, names, frameon=False, fontsize=8, ncols=min(len(names), 5), loc="outside lower center")
-    save(drawn, path)
+    for j, group in enumerate(groups):
+        known = expert_return(title or group)
+        if known is not None and known < high + (high - low):  # farther than that, it would flatten all else
+            axis.plot([j - 0.45, j + 0.45], [known] * 2, ":", color="0.5", lw=1.2, zorder=0)
+            expert = True
+    for one in dict.fromkeys((axis, below)):
+        one.set_xlim(-0.5, len(groups) - 0.5)
+        for j in range(1, len(groups)):
+            one.axvline(j - 0.5, color="0.9", lw=1)
+        if np.prod(one.get_ylim()) < 0:
+            one.axhline(0, color="0.7", lw=0.8, zorder=0)
+    return expert
 
 
 def against_number(path, header, learners):
@@ -354,7 +416,9 @@ def against_number(path, header, learners):
     drawn, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     numbers = {label: int(label.removeprefix("K=")) for label in labels}
     for label, values in itertools.chain.from_iterable(found.items() for found in table.values()):
-        left.plot(numbers[label], np.mean(values), ".", color="0.6", ms=5)
+        left.plot(numbers[label], np.mean(values), ".", color="0.6", ms=5, zorder=3)
+    if len(tasks) > 1:
+        left.plot([], [], ".", color="0.6", ms=5, label="one task")
     kinds = (("mean over tasks", np.mean), ("worst task", np.min)) if len(tasks) > 1 else ((tasks[0], np.mean),)
     for i, (name, function) in enumerate(kinds):
         cells = {label: [table[task][label] for task in tasks] for label in made}
@@ -375,6 +439,9 @@ def against_number(path, header, learners):
     clock = "cpu_seconds" if known else "seconds"  # the latter of a machine that was shared
     timed = [x for x in timed if clock in cells[x]]
     right.plot([numbers[x] for x in timed], [cells[x][clock] / 60 for x in timed], "s-", color="0.3")
+    for label in set(labels) - set(timed):
+        where = right.get_xaxis_transform()
+        right.text(numbers[label], 0.02, "not timed", rotation=90, color="0.5", size=8, ha="center", transform=where)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(numbers.values()), map(str, numbers.values()))
@@ -382,10 +449,11 @@ def against_number(path, header, learners):
     left.set_ylabel("return of the learner on the top 1")
     left.legend(frameon=False, fontsize=8)
     gaps = "" if len(made) == len(labels) else "; some cells are missing"
-    titled(left, f"{header['study']}: what K buys (grey: tasks; bars: 95 % over seeds{gaps})", 66)
+    bars = "bars: 95 % over seeds" if header["seeds"] >= MIN_SEEDS else f"seeds of the learner: {header['seeds']}"
+    titled(left, f"{header['study']}: what K buys ({bars}{gaps})", 66)
     of = "processor's minutes" if clock == "cpu_seconds" else "minutes on a machine in use,"
     right.set(ylabel=f"{of} of wurl_sac.py", ylim=(0, None))
-    titled(right, "what K costs (runs of one piece whose time is known)", 66)
+    titled(right, "what K costs", 66)
     save(drawn, path)
 
 
@@ -393,7 +461,7 @@ def bound(path, header, learners, distances):
     """A learner's return on every buffer against the buffer's W1 to the expert, and against its relabelled return."""
     models, tasks = list(dict.fromkeys(row["learner"] for row in learners)), list(distances)
     drawn, axes = plt.subplots(len(models), 3, figsize=(14, 3.9 * len(models)), squeeze=False, layout="constrained",
-                               sharey="row", sharex="col")  # fmt: skip
+                               sharey=True, sharex="col")  # fmt: skip
     lines, handles = [], {}
     for model, row_of_axes in zip(models, axes, strict=True):
         of_tasks = {}  # {task: (predictors, returns)}
@@ -407,12 +475,17 @@ def bound(path, header, learners, distances):
                 color, marker = style(j)
                 shown = -x if name.startswith("W1") else x
                 look = {"color": color, "alpha": 0.85, "mec": "white", "mew": 0.4}
+                if gain.shape[1] > 1:
+                    axis.vlines(shown, gain.min(1), gain.max(1), color=color, lw=0.7, alpha=0.5)
                 handles[task] = axis.plot(shown, gain.mean(1), marker, ms=5, **look)[0]
                 if "expert" in distances[task]:
-                    axis.axhline(distances[task]["expert"], color=color, lw=0.8, alpha=0.6)
+                    axis.axhline(distances[task]["expert"], color="0.5", lw=0.8, alpha=0.6, zorder=0)
         lines += bound_rows(model, of_tasks)
         label_bound(row_of_axes, model, of_tasks, distances)
-    drawn.suptitle(f"{header['study']}: a point is a buffer; what a learner makes of it, against what could predict it")
+    of = "seeds' mean and range" if header["seeds"] > 1 else "one seed"
+    drawn.suptitle(
+        f"{header['study']}: a point is a buffer; what a learner makes of it ({of}), against what could predict it"
+    )
     handles["two samples of the expert's own"] = Line2D([], [], color="0.5", ls=":")
     if any("expert" in row for row in distances.values()):
         handles["the expert's return"] = Line2D([], [], color="0.5", lw=0.8)
@@ -449,45 +522,70 @@ def label_bound(row_of_axes, model, of_tasks, distances):
     names = list(next(iter(of_tasks.values()))[0]) if of_tasks else []
     for i, (axis, name) in enumerate(zip(row_of_axes, names, strict=False)):
         ranks = [rank_correlation(found[name], gain.mean(1)) for found, gain in of_tasks.values()]
-        known, of = [rank for rank in ranks if not np.isnan(rank)], "" if i == len(names) - 1 else " with -W1"
-        axis.set_title(
-            f"{model}: rank correlation{of} {np.mean(known):.2f}" if known else model, loc="left", fontsize=10
-        )
+        known = [rank for rank in ranks if not np.isnan(rank)]
+        what = "return" if i == len(names) - 1 else "nearness"
+        told = f": rank correlation of {what} {np.mean(known):.2f}" if known else ""
+        axis.set_title(called(model) + told, loc="left", fontsize=10)
         space = name.removeprefix("W1 to the expert, ")
-        units = {"features": " (of s', in their units)", "(s, a), standardised": " (no unit)"}
-        axis.set_xlabel(f"{name} of the buffer" if i == len(names) - 1 else name + units.get(space, ""))
+        units = {"features": "xy of the next state (m)", "(s, a), standardised": f"{space} (no unit)"}
+        axis.set_xlabel(
+            f"{name} of the buffer" if i == len(names) - 1 else f"W1 to the expert, {units.get(space, space)}"
+        )
         floors = [row["floor"][space] for row in distances.values() if space in row.get("floor", {})]
         if floors:
             axis.axvline(np.mean(floors), color="0.5", ls=":", lw=1)
     row_of_axes[0].set_ylabel("return of the learner")
 
 
+def measured_in(header, sources):
+    """The flags of each source that say what its diversity is measured in; () where its command is not known."""
+    known = {}
+    for name in sources:
+        words = header["cells"].get(f"source {name}", {}).get("command", "").split()
+        known[name] = [word for flag in SPACE_FLAGS if flag in words for word in value_of(flag, words)]
+    return known
+
+
+def value_of(flag, words):
+    """A flag and the words up to the next one."""
+    rest = words[words.index(flag) + 1 :]
+    return [flag, *itertools.takewhile(lambda word: not word.startswith("--"), rest)]
+
+
 def distances_over_time(path, header, sources):
-    """Of every source over training: distance to the nearest other policy, mean and smallest; share told apart."""
-    common = len(sources) > 1 and all(row.get("min_w_full") for row in sources.values())  # one has nothing to share
+    """Of every source over training: distance to the nearest other policy, mean and smallest; share told apart.
+
+    In the space of their own diversity where it is the same, else in that of all observations.
+    """
+    spaces = list(measured_in(header, sources).values())
+    common = any(space != spaces[0] for space in spaces) and all(row.get("min_w_full") for row in sources.values())
     keys = ("min_w_full", "smallest_w_full") if common else ("min_w", "smallest_w")
-    space = "all observations" if common else "the space of each source's own diversity"
+    space = "all observations (raw units)" if common else "what diversity is measured in"
+    picked = {pick.split(":")[0]: label for label, pick in header.get("picks", {}).items()}
+    many = len({len(row["each"]["eval/travel"]) for row in sources.values()}) > 1
     drawn, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     axes[1].sharey(axes[0])
     for i, (name, row) in enumerate(sources.items()):
+        steps, number, K = told_apart(row)
+        label = f"K={K}" if many else picked.get(name, name) if len(picked) == len(header.get("picks", {})) else name
         color, marker = style(i)
         line = {"color": color, "marker": marker, "ms": 4, "ls": "-" if i < len(STYLES) else "--"}
         for axis, key in zip(axes, keys, strict=False):
-            axis.plot(*np.transpose(row[key]), **line, label=name if axis is axes[0] else None)
-        steps, number, K = told_apart(row)
+            axis.plot(*np.transpose(row[key]), **line, label=called(label) if axis is axes[0] else None)
         axes[2].plot(steps, number / K, **line)
         axes[2].axhline((K + 1) / 2 / K, color=color, ls=":", lw=0.8)
-    axes[0].set_ylabel(f"distance to the nearest other policy,\n{space} (raw units)")
+    axes[0].set_ylabel(f"distance to the nearest other policy,\n{space}")
     axes[2].set(ylabel="accuracy of a classifier on held-out episodes", ylim=(0, 1.02))
     titles = (
         "mean over policies",
         "smallest: near 0, two policies coincide",
-        "share told apart; dotted: too few below",
+        "share told apart (wurl_sac.py warns below the dots)",
     )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="updates per policy", ylim=(0, None))
         titled(axis, f"{header['study']}: {title}", 60)
-    drawn.legend(frameon=False, fontsize=8, ncols=min(len(sources), 5), loc="outside lower center")
+    if len(sources) > 1:
+        drawn.legend(frameon=False, fontsize=8, ncols=min(len(sources), 5), loc="outside lower center")
     save(drawn, path)
 
 
@@ -515,10 +613,7 @@ def draw(path):
             print(f"### {name}\n\n" * (len(groups) > 1), end="")
             score_tables(header, rows)
         counted = all(re.fullmatch(r"K=\d+", label) for label in planned(header, learners)[1])
-        if len(groups) > 1:
-            dots(picture, *side_by_side(header, learners))
-        else:
-            (against_number if counted else dots)(picture, header, learners)
+        (against_number if counted and len(groups) < 2 else dots)(picture, header, learners)
     diverse = {name: row for name, row in sources.items() if row["min_w"]}
     if len(diverse) > 1 or (diverse and not learners):
         distances_over_time(path.with_name(f"{path.stem}-diversity.png"), header, diverse)

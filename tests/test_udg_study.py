@@ -894,9 +894,80 @@ def test_cost_is_processor_time_where_it_is_known(tmp_path, monkeypatch, cells, 
     monkeypatch.setattr(udg_figures, "save", lambda drawn, path: lines.extend(drawn.axes[1].lines))
     rows = [row("t1", f"K={k}", 1.0, seed) | {"score": 1.0} for k in cells for seed in range(3)]
     cells = {f"source K={k}": {"resumed": False, **v} for k, v in cells.items()}
-    header = {"study": "toy", "tasks": ("t1",), "picks": {}, "cells": cells}
+    header = {"study": "toy", "seeds": 3, "tasks": ("t1",), "picks": {}, "cells": cells}
     udg_figures.against_number(tmp_path / "x.png", header, rows)
     assert (list(lines[0].get_xdata()), list(lines[0].get_ydata())) == drawn
+
+
+@pytest.fixture
+def kept_figures(monkeypatch):
+    """Figures that would have been written, by name of file."""
+    kept = {}
+    monkeypatch.setattr(udg_figures, "save", lambda drawn, path: kept.update({path.name: drawn}))
+    yield kept
+    plt.close("all")
+
+
+def test_a_selection_has_one_look_in_every_study(tmp_path, kept_figures):
+    """The colour of `random` is the same beside two other picks and beside four."""
+    looks = []
+    for labels in (("top1", "random"), ("top1", "top2", "all", "supervised", "random")):
+        rows = [row("t1", label, float(i)) for i, label in enumerate(labels)]
+        udg_figures.dots(tmp_path / "x.png", {"study": "toy", "question": "Why?", "seeds": 1}, scored(rows))
+        legend = kept_figures["x.png"].legends[0]
+        marks = [(handle.get_color(), handle.get_marker()) for handle in legend.legend_handles]
+        looks.append(dict(zip((text.get_text() for text in legend.get_texts()), marks, strict=True)))
+    assert looks[0]["random"] == looks[1]["random"] and looks[0]["top 1"] == looks[1]["top 1"]
+    assert len(set(looks[1].values())) == len(looks[1]) == 6, "five picks and the mean episode of the data"
+
+
+def scored(rows):
+    return [{**row, "score": float(np.mean(row["returns_data_length"][-5:]))} for row in rows]
+
+
+def test_learners_have_groups_and_tasks_have_panels(tmp_path, kept_figures):
+    rows = [row(task, "top1", 1.0, learner=name) for task in ("t1", "t2") for name in ("mopo", "bc")]
+    header = {"study": "toy", "question": "Why?", "seeds": 1, "learners": ("mopo", "bc")}
+    udg_figures.dots(tmp_path / "x.png", header, scored(rows))
+    axes = kept_figures["x.png"].axes
+    assert [axis.get_xlabel() for axis in axes] == ["t1", "t2"]
+    assert [[text.get_text() for text in axis.get_xticklabels()] for axis in axes] == [["MOPO", "cloning"]] * 2
+
+
+def test_far_means_of_the_data_have_their_own_axis(tmp_path, kept_figures):
+    """Learners one apart and data a hundred apart on one axis would be a flat line."""
+    for far, panels in ((1.0, 1), (100.0, 2)):
+        rows = [row("t1", "top1", 10.0), row("t1", "all", 11.0, data_mean=1.0 + far)]
+        udg_figures.dots(tmp_path / "x.png", {"study": "toy", "question": "Why?", "seeds": 1}, scored(rows))
+        axes = kept_figures["x.png"].axes
+        assert len(axes) == panels
+        heights = [float(line.get_ydata()[0]) for line in axes[-1].lines if len(line.get_xdata()) == 2]
+        assert {1.0, 1.0 + far} <= set(heights)
+        low, high = axes[0].get_ylim()
+        assert high - low < 15
+
+
+def test_an_expert_is_drawn_where_it_is_known(tmp_path, kept_figures):
+    reference = json.loads((ROOT / "envs" / "reference_scores.json").read_text())["tasks"]
+    for task, near in (("point-angle-300", 90.0), ("ant-angle-60", 200.0), ("t1", 5.0)):
+        rows = [row(task, "top1", near), row(task, "random", near / 2)]
+        udg_figures.dots(tmp_path / "x.png", {"study": "toy", "question": "Why?", "seeds": 1}, scored(rows))
+        lines = [line for line in kept_figures["x.png"].axes[0].lines if line.get_linestyle() == ":"]
+        mirrored = reference.get(task)
+        found = reference[mirrored] if isinstance(mirrored, str) else mirrored
+        assert [line.get_ydata()[0] for line in lines] == ([found["expert_data_length"]] if found else [])
+    assert udg_figures.expert_return("t1") is None
+
+
+@pytest.mark.parametrize("scales, drawn", [(("1 1", "1 1"), 3.0), (("1 1", "1 10"), 7.0)])
+def test_distances_are_drawn_in_a_space_that_sources_share(tmp_path, kept_figures, scales, drawn):
+    rows = {name: source(name, (3.0,) * 3, (3.0,) * 3) for name in "ab"}
+    rows = {k: row | {"min_w_full": [[1, 7.0]], "smallest_w_full": [[1, 7.0]]} for k, row in rows.items()}
+    cells = {f"source {name}": {"command": f"python wurl_sac.py --feature-scales {scale} --task point"}
+             for name, scale in zip("ab", scales, strict=True)}  # fmt: skip
+    udg_figures.distances_over_time(tmp_path / "x.png", {"study": "toy", "cells": cells}, rows)
+    lines = kept_figures["x.png"].axes[0].lines
+    assert [line.get_ydata()[0] for line in lines] == [drawn] * 2
 
 
 def source(name, mean, smallest, accuracy=(0.9, 0.9, 0.9), K=10):
