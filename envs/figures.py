@@ -4,6 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from envs import maze
+from envs.point import TREE_BLOCKS
+
 
 def _axes(num, width=6.4, height=5.6):
     """A figure with `num` panels that needs no display, and its axes."""
@@ -23,6 +26,8 @@ def plot_paths(path, task, paths, features, alive, episodes=10):
     on_plane = tuple(task.feature_names[:2]) == ("x", "y")
     figure, axes = _axes(1 if on_plane else 2)
     colours = [f"C{k}" for k in range(10)] if len(paths) <= 10 else _spectrum(len(paths))
+    for x0, y0, x1, y1 in walls(task.env):
+        axes[0].fill([x0, x1, x1, x0], [y0, y0, y1, y1], color="0.88", lw=0, zorder=0)
     for k in range(len(paths)):
         for e in range(min(episodes, paths.shape[1])):
             label = f"policy {k}" if e == 0 else None
@@ -44,6 +49,16 @@ def plot_paths(path, task, paths, features, alive, episodes=10):
     axes[0].set_title(f"{task.name}: {len(paths)} policies, up to {episodes} episodes each")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=4)
     figure.savefig(Path(path), dpi=110)
+
+
+def walls(env):
+    """Rectangles [N, 4] that stand in the way in a world, as x0, y0, x1, y1 in metres; most worlds have none."""
+    if env == "tree-maze":
+        return TREE_BLOCKS
+    if not env.startswith("ant-maze-"):
+        return np.empty((0, 4))
+    centre, half = np.split(np.array(maze.walls(env.removeprefix("ant-maze-"))), 2, axis=1)
+    return np.concatenate([centre - half, centre + half], 1)
 
 
 def _spectrum(num):
