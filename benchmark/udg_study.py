@@ -90,7 +90,7 @@ SMALL = "--hidden-sizes 64 64 --num-updates 6000 --eval-every 1000"
 POINT_MOPO = (
     f"mopo.py --preset cpu {SMALL} --chunk 1000 --model-hidden-sizes 64 64 --max-epochs 10 --rollout-batch 4000"
 )
-# A step reward comes back through some fifty steps of bootstrapping: at 6000 updates most learners still stand at 0.
+# A step reward comes back through some fifty steps of bootstrapping: at 6000 updates a third still stand at 0.
 GOAL_MOPO = POINT_MOPO.replace("--num-updates 6000 --eval-every 1000", "--num-updates 20000 --eval-every 2000")
 FAST = "--hidden-sizes 64 64 --actor-lr 1e-3 --critic-lr 1e-3"
 POINT_CPED = (

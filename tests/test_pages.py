@@ -1,0 +1,62 @@
+"""The pages (README.md, docs/): links lead somewhere, figures are there, commands name files and studies that exist."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import udg_study  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page):
+    """What a heading is called in a link: lower case, no punctuation, hyphens for spaces."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page):
+    """Relative links of a page that lead nowhere."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http", "mailto:")):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert not dead_links(page)
+
+
+def test_a_dead_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One (`two`), three\n[a](#one-two-three) [b](#four) [c](none.md) [d](page.md#one-two-three) ![e](no.png)\n"
+    )
+    assert dead_links(page) == ["#four", "none.md", "no.png"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_files_that_exist(page):
+    commands = re.findall(r"\bpython (?!-)([\w/]+\.py)", page.read_text())
+    assert not [name for name in commands if not (ROOT / name).exists()]
+
+
+def test_every_study_has_its_section():
+    """Each study of --list is named on docs/udg.md, and each that has a results file has its figures there."""
+    text = (ROOT / "docs" / "udg.md").read_text()
+    assert not [name for name in udg_study.STUDIES if f"`{name}`" not in text]
+    drawn = {path.name for path in (ROOT / "results" / "udg").glob("*.png")}
+    shown = set(re.findall(r"results/udg/([\w-]+\.png)", text))
+    assert shown <= drawn
+    assert {name for name in drawn if not name.endswith("-diversity.png")} <= shown
