@@ -17,10 +17,10 @@ Algorithm  (1) split:     hold out min(20 %, 1000) rows; standardise inputs (s, 
                           with the new critics, alpha, Polyak target; then (4) again
 
 Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets: (s' - s, r) [.., D]
-           of the model, D = S + 1, and of the critics [B] | x standardised (s, a) | q [2, B]
+           of the model, D = S + 1, and of the critics [B] | x standardised (s, a) | q [C, B]
            mean, std [E, B, D] of the members | u penalty [B] | lam its weight (paper: lambda)
-           E ensemble_size | M num_elites | N rows | B batch | h horizon | b rollout_batch
-           S also num_seeds, as a leading axis | alpha entropy weight | gamma discount
+           E ensemble_size | M num_elites | N rows | B batch | C num_critics | h horizon
+           b rollout_batch | S also num_seeds, as a leading axis | alpha entropy weight | gamma discount
 
 Deviations
   D1  paper: norm of the covariance; all codes: norm of the std vector; here: the codes'.
@@ -40,6 +40,8 @@ Deviations
       order, line (7), and the whole.
   D10 codes divide by any input std above 1e-12; here: above 1e-6 of the mean, what float32 leaves of a
       constant.
+  D11 all: 2 critics; here: --num-critics. Next states of a rollout's last step are never trained on, and
+      two critics may overrate them without end (docs/mopo.md, "When Q climbs").
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, three figures
@@ -170,6 +172,8 @@ class Args:
     # --- SAC ---
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
+    num_critics: int = 2
+    """Q networks, the least of which counts (both: 2); 10 where Q climbs while model/reward does not (ours, D11)"""
     batch_size: int = 256
     """B: rows per update, real and model together (both: 256)"""
     actor_lr: float = 1e-4
@@ -424,7 +428,7 @@ def mopo_critic_loss(critic, target, actor, alpha, batch, key, args):
     """sum_e mean_B (Q_e(s, a) - y)^2,  a' ~ pi(. | s') with the actor before its step -> scalar, metrics."""
     mean, log_std = policy_net(args, batch.actions.shape[-1]).apply(actor, batch.next_observations)
     next_actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
-    critics = Critics(args.hidden_sizes)
+    critics = Critics(args.hidden_sizes, args.num_critics)
     next_q = critics.apply(target, batch.next_observations, next_actions).min(0)
     y = sac_target(batch, next_q, log_probs, alpha, args.gamma)
     q = critics.apply(critic, batch.observations, batch.actions)
@@ -437,7 +441,7 @@ def mopo_actor_loss(actor, critic, alpha, batch, key, args):
     """mean_B (alpha log pi(a|s) - min_e Q_e(s, a)),  a ~ pi(. | s), critics after their step."""
     mean, log_std = policy_net(args, batch.actions.shape[-1]).apply(actor, batch.observations)
     actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
-    q = Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
+    q = Critics(args.hidden_sizes, args.num_critics).apply(critic, batch.observations, actions).min(0)
     loss = jnp.mean(alpha * log_probs - q)
     return loss, {"train/actor_loss": loss, "train/entropy": -log_probs.mean()}
 
@@ -947,7 +951,7 @@ def make_train(args, task):
         key, key_actor, key_critic = jax.random.split(key, 3)
         obs, actions, zero = jnp.zeros(task.observation_size), jnp.zeros(task.action_size), jnp.zeros(())
         actor = policy_net(args, task.action_size).init(key_actor, obs)
-        critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
+        critic = Critics(args.hidden_sizes, args.num_critics).init(key_critic, obs, actions)
         opts = [opt.init(p) for opt, p in zip(optimisers(args), (actor, critic, zero), strict=True)]
         agent = Agent(actor, critic, jax.tree.map(jnp.copy, critic), zero, *opts)
         row = Rows(obs, actions, zero, obs, zero, zero)
@@ -1234,7 +1238,7 @@ def check_args(args, task, num_rows):
     """Refuse what cannot work, before any long work starts."""
     chunk, real = max(args.chunk, 1), int(args.real_ratio * args.batch_size)
     positive = ("horizon", "retain", "num_seeds", "eval_episodes", "max_epochs", "rollout_freq", "chunk", "knn_rows",
-                "num_updates", "eval_every", "model_batch_size", "patience", "batch_size")  # fmt: skip
+                "num_updates", "eval_every", "model_batch_size", "patience", "batch_size", "num_critics")  # fmt: skip
     rules = {
         f"--{', --'.join(positive)} must be positive": min(getattr(args, k) for k in positive) > 0,
         f"--reward known: what {task.name} observes does not tell its reward; use learned":

@@ -40,7 +40,8 @@ STYLES = tuple(
 LOOKS = {"top1": 0, "top2": 1, "all": 2, "supervised": 4, "random": 3}
 NAMES = {
     "top1": "top 1", "top2": "top 2 mixed", "all": "all mixed", "supervised": "supervised for 0 degrees",
-    "mopo": "MOPO", "mopo-fast": "MOPO", "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
+    "mopo": "MOPO", "mopo-fast": "MOPO", "mopo-critics": "MOPO, 10 critics",
+    "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
     "dac": "DAC", "bc": "cloning", "apwd": "APWD", "pwd": "PWD", "diayn": "DIAYN-I", "dads": "DADS-I",
     "mopo-lam0": "MOPO, lambda 0", "mopo-lam0.1": "MOPO, lambda 0.1", "mopo-lam1": "MOPO, lambda 1",
 }  # fmt: skip

@@ -277,6 +277,27 @@ def test_critic_loss_is_the_oracles():
     close(metrics["train/target"], y.mean(), 1e-4)
 
 
+def test_of_many_critics_the_least_counts_in_target_and_actor():
+    """Four critics that say c, c + 1, .. of everything: the target has the least target's, the loss all four."""
+    args, agent, batch, _, key = sac_inputs()
+    args, batch = dataclasses.replace(args, num_critics=4), batch._replace(outside=jnp.zeros(40))
+    empty = M.Critics(args.hidden_sizes, 4).init(key, batch.observations, batch.actions)
+    assert jax.tree.leaves(empty)[0].shape == jax.tree.leaves(agent.critic)[0].shape and len(empty["params"]) == 4
+
+    def says(values):
+        params = jax.tree.map(jnp.zeros_like, empty)["params"]
+        for net, value in zip(params.values(), values, strict=True):
+            net[max(net)]["bias"] = jnp.array([float(value)])
+        return {"params": params}
+
+    critic, target = says([2, 3, 1, 4]), says([7, 5, 8, 6])
+    loss, metrics = critic_loss(critic, target, agent.actor, jnp.float32(0.0), batch, key, args)
+    y = np.asarray(batch.rewards + args.gamma * (1 - batch.terminals) * 5.0)
+    close(loss, sum(((q - y) ** 2).mean() for q in (1, 2, 3, 4)), 1e-5)
+    close(metrics["train/target"], y.mean(), 1e-5)
+    close(actor_loss(agent.actor, critic, jnp.float32(0.0), batch, key, args)[0], -1.0, 1e-6)
+
+
 def test_actor_loss_is_the_oracles():
     args, agent, batch, alpha, key = sac_inputs()
     loss, metrics = actor_loss(agent.actor, agent.critic, alpha, batch, key, args)
