@@ -771,10 +771,13 @@ def data_row(data):
 
 
 def learner_rows(folder):
-    """The curves of a learner's run, one row for each seed."""
-    short = curves.read(folder, "eval/return_data_length")
+    """The curves of a learner's run, one row for each seed; q: the mean Q of a batch, where the learner logs it."""
+    short, q = (curves.read(folder, key) for key in ("eval/return_data_length", "train/q"))
     for seed, (steps, values) in curves.read(folder, "eval/return").items():
         curve = {"returns": values.tolist(), "returns_data_length": short[seed][1].tolist()}
+        at = dict(zip(*q.get(seed, ((), ())), strict=True))
+        if at.keys() >= set(steps):
+            curve["q"] = [float(at[step]) for step in steps]
         yield {"seed": seed, "steps": steps.tolist(), **curve}
 
 

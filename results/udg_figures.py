@@ -30,6 +30,7 @@ REFERENCES = Path(__file__).resolve().parents[1] / "envs" / "reference_scores.js
 LAST = 5
 RESAMPLES, MIN_SEEDS = 2000, 3
 SPACE_FLAGS = ("--div-features", "--feature-scales")  # of wurl_sac.py: what its distances are measured in
+CLIMBS = {"cheetah": "cheetah-jump"}  # where Q climbs with two critics (docs/mopo.md)
 COLLAPSE = 0.25  # smallest distance under this share of the mean nearest: wurl_sac.py's warning
 # Okabe and Ito's colours, told apart by the colour-blind; a marker of its own for each
 STYLES = tuple(
@@ -411,17 +412,23 @@ def draw_groups(axis, below, title, groups, labels):
 
 
 def against_number(path, header, learners):
-    """Mean over tasks and worst task against K, with every task as a dot; beside it what K policies cost."""
-    table, (tasks, labels) = scores(learners), planned(header, learners)
-    made = [label for label in labels if all(label in table.get(task, {}) for task in tasks)]  # on every task
+    """Returns against K, with every task as a dot; beside it what K policies cost.
+
+    One learner: the mean over tasks, and the worst task. Several: the mean over tasks of each, and of the data.
+    """
+    groups, (tasks, labels) = by_learner(header, learners), planned(header, learners)
     drawn, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     numbers = {label: int(label.removeprefix("K=")) for label in labels}
-    for label, values in itertools.chain.from_iterable(found.items() for found in table.values()):
-        left.plot(numbers[label], np.mean(values), ".", color="0.6", ms=5, zorder=3)
-    if len(tasks) > 1:
-        left.plot([], [], ".", color="0.6", ms=5, label="one task")
-    kinds = (("mean over tasks", np.mean), ("worst task", np.min)) if len(tasks) > 1 else ((tasks[0], np.mean),)
-    for i, (name, function) in enumerate(kinds):
+    kinds = [("mean over tasks", np.mean, learners), ("worst task", np.min, learners)]
+    if len(groups) > 1:
+        kinds = [(called(name), np.mean, rows) for name, rows in groups.items()]
+    elif len(tasks) == 1:
+        kinds = [(tasks[0], np.mean, learners)]
+    gaps = ""
+    for i, (name, function, rows) in enumerate(kinds):
+        table, color, marker = scores(rows), *style(i)
+        made = [label for label in labels if all(label in table.get(task, {}) for task in tasks)]  # on every task
+        gaps = gaps if len(made) == len(labels) else "; some cells are missing"
         cells = {label: [table[task][label] for task in tasks] for label in made}
         values = np.array([function([np.mean(c) for c in cells[label]]) for label in made])
         samples = [resampled_means(cells[label]) for label in made]
@@ -431,8 +438,15 @@ def against_number(path, header, learners):
         ]
         low, high = np.reshape(ends, (-1, 2)).T
         reach = np.clip([values - low, high - values], 0, None)
-        color, marker = style(i)
         left.errorbar([numbers[x] for x in made], values, reach, color=color, marker=marker, capsize=3, label=name)
+    if len(groups) > 1:
+        data = scores(learners, "data_mean")
+        means = [np.mean([np.mean(data[task][label]) for task in tasks if label in data[task]]) for label in labels]
+        left.plot(list(numbers.values()), means, "--", color="0.35", label="mean episode of its data")
+    elif len(tasks) > 1:
+        for label, values in itertools.chain.from_iterable(found.items() for found in scores(learners).values()):
+            left.plot(numbers[label], np.mean(values), ".", color="0.6", ms=5, zorder=3)
+        left.plot([], [], ".", color="0.6", ms=5, label="one task")
     picks = {row["label"]: row["pick"] for row in learners} | header.get("picks", {})
     cells = {label: header["cells"].get(f"source {picks[label].split(':')[0]}", {}) for label in labels}
     timed = [x for x in labels if cells[x].get("seconds") is not None and not cells[x].get("resumed")]
@@ -449,12 +463,31 @@ def against_number(path, header, learners):
         axis.set_xlabel("K, policies of the source")
     left.set_ylabel("return of the learner on the top 1")
     left.legend(frameon=False, fontsize=8)
-    gaps = "" if len(made) == len(labels) else "; some cells are missing"
     bars = "bars: 95 % over seeds" if header["seeds"] >= MIN_SEEDS else f"seeds of the learner: {header['seeds']}"
     titled(left, f"{header['study']}: what K buys ({bars}{gaps})", 66)
     of = "processor's minutes" if clock == "cpu_seconds" else "minutes on a machine in use,"
     right.set(ylabel=f"{of} of wurl_sac.py", ylim=(0, None))
     titled(right, "what K costs", 66)
+    save(drawn, path)
+
+
+def values_over_time(path, header, learners, names):
+    """Mean Q of a batch over training, and below it the return, a column for each of these learners."""
+    groups, labels = by_learner(header, learners), planned(header, learners)[1]
+    drawn, axes = plt.subplots(2, len(names), figsize=(5.2 * len(names), 6), sharey="row", layout="constrained")
+    for (q, back), name in zip(axes.T, names, strict=True):
+        for row in groups[name]:
+            color, marker = style(labels.index(row["label"]), row["label"])
+            line = {"color": color, "marker": marker, "ms": 4, "lw": 1.2}
+            first = {"label": called(row["label"])} if row["seed"] == groups[name][0]["seed"] else {}
+            q.plot(row["steps"], row["q"], **line, **(first if name == names[0] else {}))
+            back.plot(row["steps"], row["returns_data_length"], **line)
+        titled(q, f"{called(name)}: mean Q of a batch", 50)
+        titled(back, "return of an episode as long as the data's", 50)
+        back.set_xlabel("updates")
+        for axis in (q, back):
+            axis.axhline(0, color="0.7", lw=0.8, zorder=0)
+    drawn.legend(frameon=False, fontsize=8, ncols=len(labels), loc="outside lower center")
     save(drawn, path)
 
 
@@ -614,7 +647,10 @@ def draw(path):
             print(f"### {name}\n\n" * (len(groups) > 1), end="")
             score_tables(header, rows)
         counted = all(re.fullmatch(r"K=\d+", label) for label in planned(header, learners)[1])
-        (against_number if counted and len(groups) < 2 else dots)(picture, header, learners)
+        (against_number if counted else dots)(picture, header, learners)
+        if path.stem in CLIMBS:
+            rows = [row for row in learners if row["task"] == CLIMBS[path.stem] and "q" in row]
+            values_over_time(path.with_name(f"{path.stem}-q.png"), header, rows, ("mopo-fast", "mopo-critics"))
     diverse = {name: row for name, row in sources.items() if row["min_w"]}
     if len(diverse) > 1 or (diverse and not learners):
         distances_over_time(path.with_name(f"{path.stem}-diversity.png"), header, diverse)

@@ -440,6 +440,7 @@ def made(tmp_path, monkeypatch):
         for step in (100, 200)
         for seed in (0, 1)
     ]
+    evaluations += [{"step": step, "seed": 1, "train/q": 0.1 * step} for step in (50, 100, 200)]  # seed 0 has none
     write(learner.runs / "log.jsonl", {"args": {}}, {"step": 1, "seed": 0, "model/idle": 0}, *evaluations)
     for cell in (source, data, learner):
         write(study.record_file(cell, base), {"command": cell.command, "seconds": 5})
@@ -471,7 +472,7 @@ def test_gathered_rows_are_exact(made):
             "disc_accuracy_held_out": [[10, 0.9], [20, 0.9]],
         },
         {**about, "seed": 0, "returns": [1000.0, 2000.0], "returns_data_length": [100.0, 200.0]},
-        {**about, "seed": 1, "returns": [1001.0, 2001.0], "returns_data_length": [101.0, 201.0]},
+        {**about, "seed": 1, "returns": [1001.0, 2001.0], "returns_data_length": [101.0, 201.0], "q": [10.0, 20.0]},
     ]
 
 
@@ -919,6 +920,29 @@ def test_a_selection_has_one_look_in_every_study(tmp_path, kept_figures):
         looks.append(dict(zip((text.get_text() for text in legend.get_texts()), marks, strict=True)))
     assert looks[0]["random"] == looks[1]["random"] and looks[0]["top 1"] == looks[1]["top 1"]
     assert len(set(looks[1].values())) == len(looks[1]) == 6, "five picks and the mean episode of the data"
+
+
+def test_several_learners_have_a_line_each_against_the_number(tmp_path, kept_figures):
+    """MOPO rises with K, CPED falls; the data's mean is the broken line; a learner without K=5 is drawn at K=2."""
+    of = lambda learner, k, value: row("t1", f"K={k}", value, learner=learner, data_mean=float(k))
+    rows = scored([of("mopo", 2, 10.0), of("mopo", 5, 20.0), of("cped", 2, 9.0), of("cped", 5, 8.0), of("bc", 2, 1.0)])
+    cells = {f"source K={k}": {"seconds": 60 * k, "resumed": False} for k in (2, 5)}
+    header = {"study": "toy", "seeds": 1, "tasks": ("t1",), "picks": {}, "cells": cells}
+    udg_figures.against_number(tmp_path / "x.png", header, rows)
+    axis = kept_figures["x.png"].axes[0]
+    drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
+    assert drawn == {"MOPO": [[2, 10], [5, 20]], "CPED": [[2, 9], [5, 8]], "cloning": [[2, 1]]}
+    assert [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "--"] == [[2.0, 5.0]]
+    assert "missing" in axis.get_title(loc="left")
+
+
+def test_values_over_time_stand_over_the_returns(tmp_path, kept_figures):
+    q = {"mopo-fast": [1.0, 50.0], "mopo-critics": [1.0, -3.0]}
+    rows = [row("t1", "z", 0.0, learner=name) | {"steps": [1, 2], "returns_data_length": [5.0, 6.0], "q": values}
+            for name, values in q.items()]  # fmt: skip
+    udg_figures.values_over_time(tmp_path / "x.png", {"study": "toy"}, rows, tuple(q))
+    found = [list(axis.lines[0].get_ydata()) for axis in kept_figures["x.png"].axes]
+    assert found == [[1.0, 50.0], [1.0, -3.0], [5.0, 6.0], [5.0, 6.0]]
 
 
 def scored(rows):
