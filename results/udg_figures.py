@@ -482,7 +482,7 @@ def values_over_time(path, header, learners, names):
             first = {"label": called(row["label"])} if row["seed"] == groups[name][0]["seed"] else {}
             q.plot(row["steps"], row["q"], **line, **(first if name == names[0] else {}))
             back.plot(row["steps"], row["returns_data_length"], **line)
-        titled(q, f"{called(name)}: mean Q of a batch", 50)
+        titled(q, f"{called(name)} on {groups[name][0]['task']}: mean Q of a batch", 60)
         titled(back, "return of an episode as long as the data's", 50)
         back.set_xlabel("updates")
         for axis in (q, back):
