@@ -30,7 +30,7 @@ REFERENCES = Path(__file__).resolve().parents[1] / "envs" / "reference_scores.js
 LAST = 5
 RESAMPLES, MIN_SEEDS = 2000, 3
 SPACE_FLAGS = ("--div-features", "--feature-scales")  # of wurl_sac.py: what its distances are measured in
-CLIMBS = {"cheetah": "cheetah-jump"}  # where Q climbs with two critics (docs/mopo.md)
+CLIMBS = {"cheetah": ("cheetah-jump", ("mopo-fast", "mopo-critics"))}  # whose Q is drawn (docs/mopo.md)
 COLLAPSE = 0.25  # smallest distance under this share of the mean nearest: wurl_sac.py's warning
 # Okabe and Ito's colours, told apart by the colour-blind; a marker of its own for each
 STYLES = tuple(
@@ -412,9 +412,10 @@ def draw_groups(axis, below, title, groups, labels):
 
 
 def against_number(path, header, learners):
-    """Returns against K, with every task as a dot; beside it what K policies cost.
+    """Returns against K; beside it what K policies cost.
 
-    One learner: the mean over tasks, and the worst task. Several: the mean over tasks of each, and of the data.
+    One learner: the mean over tasks, the worst task, and a dot for every task. Several: the mean over tasks of each
+    learner, and of the data.
     """
     groups, (tasks, labels) = by_learner(header, learners), planned(header, learners)
     drawn, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
@@ -441,8 +442,9 @@ def against_number(path, header, learners):
         left.errorbar([numbers[x] for x in made], values, reach, color=color, marker=marker, capsize=3, label=name)
     if len(groups) > 1:
         data = scores(learners, "data_mean")
-        means = [np.mean([np.mean(data[task][label]) for task in tasks if label in data[task]]) for label in labels]
-        left.plot(list(numbers.values()), means, "--", color="0.35", label="mean episode of its data")
+        whole = [label for label in labels if all(label in data.get(task, {}) for task in tasks)]
+        means = [np.mean([np.mean(data[task][label]) for task in tasks]) for label in whole]
+        left.plot([numbers[x] for x in whole], means, "--", color="0.35", label="mean episode of its data")
     elif len(tasks) > 1:
         for label, values in itertools.chain.from_iterable(found.items() for found in scores(learners).values()):
             left.plot(numbers[label], np.mean(values), ".", color="0.6", ms=5, zorder=3)
@@ -471,23 +473,24 @@ def against_number(path, header, learners):
     save(drawn, path)
 
 
-def values_over_time(path, header, learners, names):
-    """Mean Q of a batch over training, and below it the return, a column for each of these learners."""
+def values_over_time(path, header, learners):
+    """Mean Q of a batch over training, and below it the return, a column for each learner that these rows are of."""
     groups, labels = by_learner(header, learners), planned(header, learners)[1]
-    drawn, axes = plt.subplots(2, len(names), figsize=(5.2 * len(names), 6), sharey="row", layout="constrained")
-    for (q, back), name in zip(axes.T, names, strict=True):
-        for row in groups[name]:
+    drawn, axes = plt.subplots(2, len(groups), figsize=(5.2 * len(groups), 6), squeeze=False, sharex="all",
+                               sharey="row", layout="constrained")  # fmt: skip
+    handles = {}
+    for (q, back), (name, rows) in zip(axes.T, groups.items(), strict=True):
+        for row in rows:
             color, marker = style(labels.index(row["label"]), row["label"])
             line = {"color": color, "marker": marker, "ms": 4, "lw": 1.2}
-            first = {"label": called(row["label"])} if row["seed"] == groups[name][0]["seed"] else {}
-            q.plot(row["steps"], row["q"], **line, **(first if name == names[0] else {}))
+            (handles[called(row["label"])],) = q.plot(row["steps"], row["q"], **line)
             back.plot(row["steps"], row["returns_data_length"], **line)
-        titled(q, f"{called(name)} on {groups[name][0]['task']}: mean Q of a batch", 60)
+        titled(q, f"{called(name)} on {rows[0]['task']}: mean Q of a batch", 60)
         titled(back, "return of an episode as long as the data's", 50)
         back.set_xlabel("updates")
         for axis in (q, back):
             axis.axhline(0, color="0.7", lw=0.8, zorder=0)
-    drawn.legend(frameon=False, fontsize=8, ncols=len(labels), loc="outside lower center")
+    drawn.legend(handles.values(), handles, frameon=False, fontsize=8, ncols=len(handles), loc="outside lower center")
     save(drawn, path)
 
 
@@ -648,9 +651,10 @@ def draw(path):
             score_tables(header, rows)
         counted = all(re.fullmatch(r"K=\d+", label) for label in planned(header, learners)[1])
         (against_number if counted else dots)(picture, header, learners)
-        if path.stem in CLIMBS:
-            rows = [row for row in learners if row["task"] == CLIMBS[path.stem] and "q" in row]
-            values_over_time(path.with_name(f"{path.stem}-q.png"), header, rows, ("mopo-fast", "mopo-critics"))
+        task, names = CLIMBS.get(path.stem, ("", ()))
+        rows = [row for row in learners if row["task"] == task and row["learner"] in names and "q" in row]
+        if rows:
+            values_over_time(path.with_name(f"{path.stem}-q.png"), header, rows)
     diverse = {name: row for name, row in sources.items() if row["min_w"]}
     if len(diverse) > 1 or (diverse and not learners):
         distances_over_time(path.with_name(f"{path.stem}-diversity.png"), header, diverse)

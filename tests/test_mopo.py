@@ -278,24 +278,25 @@ def test_critic_loss_is_the_oracles():
 
 
 def test_of_many_critics_the_least_counts_in_target_and_actor():
-    """Four critics that say c, c + 1, .. of everything: the target has the least target's, the loss all four."""
-    args, agent, batch, _, key = sac_inputs()
-    args, batch = dataclasses.replace(args, num_critics=4), batch._replace(outside=jnp.zeros(40))
-    empty = M.Critics(args.hidden_sizes, 4).init(key, batch.observations, batch.actions)
-    assert jax.tree.leaves(empty)[0].shape == jax.tree.leaves(agent.critic)[0].shape and len(empty["params"]) == 4
+    """Four critics with one value each, whatever s and a: the least is not among the first two, which are the default.
+
+    A loss that asked for two would find them among the four, and be silent.
+    """
+    args, _, data, _, agent, _ = small_world(num_critics=4)
+    batch, key = jax.tree.map(lambda x: x[:40], data), jax.random.key(5)
 
     def says(values):
-        params = jax.tree.map(jnp.zeros_like, empty)["params"]
-        for net, value in zip(params.values(), values, strict=True):
+        params = jax.tree.map(jnp.zeros_like, agent.critic)["params"]
+        for net, value in zip(params.values(), values, strict=True):  # strict: make_train made four
             net[max(net)]["bias"] = jnp.array([float(value)])
         return {"params": params}
 
-    critic, target = says([2, 3, 1, 4]), says([7, 5, 8, 6])
-    loss, metrics = critic_loss(critic, target, agent.actor, jnp.float32(0.0), batch, key, args)
+    critic, target, alpha = says([2, 3, 1, 4]), says([7, 8, 5, 6]), jnp.float32(0.0)
+    loss, metrics = critic_loss(critic, target, agent.actor, alpha, batch, key, args)
     y = np.asarray(batch.rewards + args.gamma * (1 - batch.terminals) * 5.0)
     close(loss, sum(((q - y) ** 2).mean() for q in (1, 2, 3, 4)), 1e-5)
     close(metrics["train/target"], y.mean(), 1e-5)
-    close(actor_loss(agent.actor, critic, jnp.float32(0.0), batch, key, args)[0], -1.0, 1e-6)
+    close(actor_loss(agent.actor, critic, alpha, batch, key, args)[0], -1.0, 1e-6)
 
 
 def test_actor_loss_is_the_oracles():
@@ -853,6 +854,7 @@ def test_knn_runs_and_resumes(dataset, tmp_path):
         (dict(eval_every=0), "must be positive"),
         (dict(num_updates=0), "must be positive"),
         (dict(model_batch_size=0), "must be positive"),
+        (dict(num_critics=0), "must be positive"),
         (dict(holdout_rows=0), "--holdout-rows"),
         (dict(holdout_share=1.0), "--holdout-share"),
         (dict(rollout_batch=8_000_000, retain=50), "lower --rollout-batch"),

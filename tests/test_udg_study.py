@@ -923,26 +923,47 @@ def test_a_selection_has_one_look_in_every_study(tmp_path, kept_figures):
 
 
 def test_several_learners_have_a_line_each_against_the_number(tmp_path, kept_figures):
-    """MOPO rises with K, CPED falls; the data's mean is the broken line; a learner without K=5 is drawn at K=2."""
-    of = lambda learner, k, value: row("t1", f"K={k}", value, learner=learner, data_mean=float(k))
-    rows = scored([of("mopo", 2, 10.0), of("mopo", 5, 20.0), of("cped", 2, 9.0), of("cped", 5, 8.0), of("bc", 2, 1.0)])
+    """Means over two tasks that lie 2 apart; the data's is the broken line; cloning, without K=5, is drawn at K=2."""
+
+    def of(learner, k, value):
+        tasks = (("t1", -1.0), ("t2", 1.0))
+        return [row(t, f"K={k}", value + d, learner=learner, data_mean=k + 3 * d) for t, d in tasks]
+
+    rows = [("mopo", 2, 10.0), ("mopo", 5, 20.0), ("cped", 2, 9.0), ("cped", 5, 8.0), ("bc", 2, 1.0)]
+    rows = scored(itertools.chain.from_iterable(of(*x) for x in rows))
     cells = {f"source K={k}": {"seconds": 60 * k, "resumed": False} for k in (2, 5)}
-    header = {"study": "toy", "seeds": 1, "tasks": ("t1",), "picks": {}, "cells": cells}
+    header = {"study": "toy", "seeds": 1, "tasks": ("t1", "t2"), "picks": {}, "cells": cells}
     udg_figures.against_number(tmp_path / "x.png", header, rows)
     axis = kept_figures["x.png"].axes[0]
     drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
     assert drawn == {"MOPO": [[2, 10], [5, 20]], "CPED": [[2, 9], [5, 8]], "cloning": [[2, 1]]}
-    assert [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "--"] == [[2.0, 5.0]]
-    assert "missing" in axis.get_title(loc="left")
+    broken = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == "--"]
+    assert broken == [[[2, 2], [5, 5]]] and "missing" in axis.get_title(loc="left")
+    # A task that has no rows yet: there is no mean over tasks to draw.
+    udg_figures.against_number(tmp_path / "x.png", header | {"tasks": ("t1", "t2", "t3")}, rows)
+    axis = kept_figures["x.png"].axes[0]
+    assert not any(len(bars.lines[0].get_xdata()) for bars in axis.containers)
 
 
-def test_values_over_time_stand_over_the_returns(tmp_path, kept_figures):
-    q = {"mopo-fast": [1.0, 50.0], "mopo-critics": [1.0, -3.0]}
-    rows = [row("t1", "z", 0.0, learner=name) | {"steps": [1, 2], "returns_data_length": [5.0, 6.0], "q": values}
-            for name, values in q.items()]  # fmt: skip
-    udg_figures.values_over_time(tmp_path / "x.png", {"study": "toy"}, rows, tuple(q))
-    found = [list(axis.lines[0].get_ydata()) for axis in kept_figures["x.png"].axes]
-    assert found == [[1.0, 50.0], [1.0, -3.0], [5.0, 6.0], [5.0, 6.0]]
+@pytest.mark.parametrize("learners, columns", [
+    (("mopo-fast", "mopo-critics", "cped"), 2), (("mopo-fast", "cped"), 1), (("cped",), 0),
+])  # fmt: skip
+def test_values_over_time_stand_over_the_returns(tmp_path, kept_figures, capsys, learners, columns):
+    """Of the study cheetah, MOPO's learners only, on the jump, and only those that were gathered with their Q."""
+    q = {"mopo-fast": [1.0, 50.0], "mopo-critics": [1.0, -3.0], "cped": [7.0, 8.0]}
+    curve = {"steps": [1, 2], "returns_data_length": [5.0, 6.0]}
+    rows = [row(task, "z", 0.0, learner=name) | curve | {"q": q[name]}
+            for task in ("cheetah-jump", "cheetah-crawl") for name in learners]  # fmt: skip
+    rows.append(row("cheetah-jump", "random", 0.0, learner=learners[0]) | curve)  # from before Q was kept
+    header = {"study": "cheetah", "question": "Why?", "seeds": 1, "missing": [], "cells": {}, "learners": learners}
+    (tmp_path / "cheetah.jsonl").write_text("\n".join(map(json.dumps, [header, *rows])))
+    udg_figures.draw(tmp_path / "cheetah.jsonl")
+    assert ("cheetah-q.png" in kept_figures) == (columns > 0) and "cheetah.png" in kept_figures
+    if columns:
+        found = [list(axis.lines[0].get_ydata()) for axis in kept_figures["cheetah-q.png"].axes]
+        assert found == [[1.0, 50.0], [1.0, -3.0]][:columns] + [[5.0, 6.0]] * columns
+        (legend,) = kept_figures["cheetah-q.png"].legends
+        assert [text.get_text() for text in legend.get_texts()] == ["z"]
 
 
 def scored(rows):
