@@ -41,7 +41,7 @@ Deviations
   D10 codes divide by any input std above 1e-12; here: above 1e-6 of the mean, what float32 leaves of a
       constant.
   D11 all: 2 critics; here: --num-critics. Next states of a rollout's last step are never trained on, and
-      two critics may overrate them without end (docs/mopo.md, "When Q climbs").
+      two critics may overrate them far and for long (docs/mopo.md, "When Q climbs").
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, three figures
@@ -173,7 +173,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
     num_critics: int = 2
-    """Q networks, the least of which counts (both: 2); 10 where Q climbs while model/reward does not (ours, D11)"""
+    """Q networks, the least of which counts (both: 2); try 10 where Q climbs (docs/mopo.md; ours, D11)"""
     batch_size: int = 256
     """B: rows per update, real and model together (both: 256)"""
     actor_lr: float = 1e-4

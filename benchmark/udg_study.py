@@ -108,7 +108,7 @@ POINT_DAC = (
 ROBOT = {
     "mopo": "mopo.py --preset cpu",
     "mopo-fast": "mopo.py --preset cpu --actor-lr 1e-3 --critic-lr 1e-3",  # what the cheetah needs (docs/mopo.md)
-    # Ten critics do not overrate the cheetah (docs/mopo.md, "When Q climbs"), at half the updates for their price.
+    # Ten critics overrate the cheetah's jump much less (docs/mopo.md, "When Q climbs"); half the updates for the price.
     "mopo-critics": "mopo.py --preset cpu --actor-lr 1e-3 --critic-lr 1e-3 --num-critics 10 --num-updates 10000 "
     "--eval-every 1000",
     **{f"mopo-lam{lam}": f"mopo.py --preset cpu --lam {lam}" for lam in (0, 0.1, 1)},  # the preset's is 0.3
