@@ -1070,7 +1070,7 @@ def check_args(args, num_rows):
     chunk, starts = max(args.chunk, 1), args.alpha_from
     ordered = starts[:1] == (0.0,) and sorted(starts) == list(starts) and starts[-1] < 1
     rules = {
-        f"--{', --'.join(positive)} must be positive".replace("_", "-"): min(getattr(args, k) for k in positive) > 0,
+        **{f"--{name.replace('_', '-')} must be positive": getattr(args, name) > 0 for name in positive},
         "--chunk must be a multiple of --disc-ratio and of --policy-delay":
             chunk % max(args.disc_ratio, 1) == chunk % max(args.policy_delay, 1) == 0,
         "--chunk must divide --eval-every, --flow-updates and --num-updates":

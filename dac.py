@@ -1048,7 +1048,7 @@ def check_args(args, num_rows):
     positive = ("num_seeds", "num_updates", "eval_every", "chunk", "eval_episodes", "num_steps", "ema_every")
     positive += ("num_action_samples", "num_critics", "num_q_samples", "batch_size", "return_range", "clip_norm")
     rules = {
-        f"--{', --'.join(positive)} must be positive": min(getattr(args, k) for k in positive) > 0,
+        **{f"--{name.replace('_', '-')} must be positive": getattr(args, name) > 0 for name in positive},
         "--chunk must divide --eval-every and --num-updates":
             args.eval_every % chunk == args.num_updates % chunk == 0,
         "--eta-min, --eta and --eta-max must be positive and in this order":

@@ -1240,7 +1240,7 @@ def check_args(args, task, num_rows):
     positive = ("horizon", "retain", "num_seeds", "eval_episodes", "max_epochs", "rollout_freq", "chunk", "knn_rows",
                 "num_updates", "eval_every", "model_batch_size", "patience", "batch_size", "num_critics")  # fmt: skip
     rules = {
-        f"--{', --'.join(positive)} must be positive": min(getattr(args, k) for k in positive) > 0,
+        **{f"--{name.replace('_', '-')} must be positive": getattr(args, name) > 0 for name in positive},
         f"--reward known: what {task.name} observes does not tell its reward; use learned":
             args.reward == "learned" or task.model_reward is not None,
         "--chunk must be a multiple of --rollout-freq": chunk % max(args.rollout_freq, 1) == 0,

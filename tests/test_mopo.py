@@ -854,7 +854,7 @@ def test_knn_runs_and_resumes(dataset, tmp_path):
         (dict(eval_every=0), "must be positive"),
         (dict(num_updates=0), "must be positive"),
         (dict(model_batch_size=0), "must be positive"),
-        (dict(num_critics=0), "must be positive"),
+        (dict(num_critics=0), r"^--num-critics must be positive$"),
         (dict(holdout_rows=0), "--holdout-rows"),
         (dict(holdout_share=1.0), "--holdout-share"),
         (dict(rollout_batch=8_000_000, retain=50), "lower --rollout-batch"),
