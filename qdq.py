@@ -82,7 +82,8 @@ import tyro
 
 import envs
 import envs.buffers
-from envs import curves, scripted
+from envs import scripted
+from runner import plots as curves
 
 
 @dataclass(frozen=True)

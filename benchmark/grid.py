@@ -32,7 +32,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from envs import InputError, buffers, curves  # noqa: E402  (the line above makes it importable from a plain clone)
+from envs import InputError, buffers  # noqa: E402  (the line above makes these importable from a plain clone)
+from runner import plots  # noqa: E402
 
 ALGORITHMS = ("mopo.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
@@ -214,7 +215,7 @@ def draw(path, title, seeds_of, data):
     for value, style, name in zip(data, ("--", ":"), ("mean", "best"), strict=True):
         lines += [(None, value, {"color": "k", "ls": style, "lw": 1, "label": f"data: {name} episode"})]
     panel = {"title": title, "xlabel": "updates of the policy", "ylabel": "return", "lines": lines}
-    curves.figure(path, [panel], width=7.5)
+    plots.figure(path, [panel], width=7.5)
 
 
 def write_results(out, found, algorithms, data):
@@ -240,7 +241,7 @@ def gather(runs, out):
         if run.made() == run.record():
             data, algorithm, _ = run.name.split()
             seeds = found.setdefault(data, {}).setdefault(algorithm, {})
-            seeds |= curves.read(Path(run.folder), "eval/return")
+            seeds |= plots.read(Path(run.folder), "eval/return")
     write_results(out, found, list(dict.fromkeys(run.name.split()[1] for run in runs)), data_returns(runs))
 
 

@@ -42,7 +42,8 @@ RESULTS = ROOT / "results" / "udg"
 sys.path.insert(0, str(ROOT))
 
 import udg_select  # noqa: E402
-from envs import InputError, buffers, curves  # noqa: E402  (the line above makes these importable from a plain clone)
+from envs import InputError, buffers  # noqa: E402  (the line above makes these importable from a plain clone)
+from runner import plots  # noqa: E402
 from envs import task as make_task  # noqa: E402
 
 ANGLES = (0, 60, 120, 180, 240, 300)
@@ -772,8 +773,8 @@ def data_row(data):
 
 def learner_rows(folder):
     """The curves of a learner's run, one row for each seed; q: the mean Q of a batch, where the learner logs it."""
-    short, q = (curves.read(folder, key) for key in ("eval/return_data_length", "train/q"))
-    for seed, (steps, values) in curves.read(folder, "eval/return").items():
+    short, q = (plots.read(folder, key) for key in ("eval/return_data_length", "train/q"))
+    for seed, (steps, values) in plots.read(folder, "eval/return").items():
         curve = {"returns": values.tolist(), "returns_data_length": short[seed][1].tolist()}
         at = dict(zip(*q.get(seed, ((), ())), strict=True))
         if at.keys() >= set(steps):

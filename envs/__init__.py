@@ -19,8 +19,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-def make(name: str, backend: str | None = None, **options) -> Env:
-    """Make the environment of a world or task name.
+def make(name: str | Task, backend: str | None = None, **options) -> Env:
+    """Make the environment of a world or task name, or of a Task with the options that it has.
 
     backend: "mujoco" (C MuJoCo, the default on a CPU) or "mjx" (the default elsewhere) for the
         MuJoCo robots, one of brax's for brax/<name>, None or "jax" for the point robots.
@@ -28,6 +28,10 @@ def make(name: str, backend: str | None = None, **options) -> Env:
         `envs.physics.MujocoEnv`: xml, gear, margin_scale, contact_cost, num_threads.
     Unknown names, back ends and options raise InputError.
     """
+    if isinstance(name, Task):
+        options = {k: v for k, v in name.options.items() if k in task_options(name.name)} | options
+        name = name.name
+    backend = None if backend == "auto" else backend
     if name.startswith("brax/"):
         from envs.brax_worlds import BraxEnv
 

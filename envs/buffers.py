@@ -685,6 +685,25 @@ def sha256(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def digests(buffer: Buffer, keys: Iterable[str]) -> list[str]:
+    """sha256 of these columns, from the metadata where it is known: not where rows were drawn or shards joined."""
+    return [buffer.metadata["sha256"].get(key) or sha256(buffer[key]) for key in keys]
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a file, or of the first one of a glob; no array is read."""
+    path = find(path)[0]
+    check_is_file(path)
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        members = _read_members(path, archive)
+        _check_dialect(path, members)
+        metadata = _parse_metadata(path, str(_unpack_member(archive, members.pop(METADATA))))
+        _check_schema(metadata, path)
+        _check_shapes({k: (m.shape, m.dtype) for k, m in members.items()}, path)
+    _check_metadata(metadata, path)
+    return metadata
+
+
 def _check_sha256(buffer: Buffer) -> None:
     for key, array in buffer.arrays.items():
         known = buffer.metadata["sha256"].get(key)

@@ -15,7 +15,7 @@ sys.path[:0] = [str(RESULTS.parent), str(RESULTS.parent / "benchmark")]
 
 import grid  # noqa: E402  (the line above makes these importable from a plain clone)
 
-from envs import curves  # noqa: E402
+from runner import plots  # noqa: E402
 
 FIGURES = (
     "trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "penalty.png", "training.png",
@@ -55,7 +55,7 @@ def collect_grid(folder, into):
         for path in sorted(into.glob("*/*/*.jsonl")):
             name, algorithm = path.parts[-3:-1]
             if name in data and algorithm in algorithms:
-                seeds = curves.read(path, "eval/return")
+                seeds = plots.read(path, "eval/return")
                 if seeds:
                     found.setdefault(name, {}).setdefault(algorithm, {}).update(seeds)
         grid.write_results(into, found, algorithms, data)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import envs
-from envs import brax_worlds, buffers, curves, mjx_contacts, physics, point, render, robots, tasks
+from envs import brax_worlds, buffers, mjx_contacts, physics, point, render, robots, tasks
 from envs.base import MAX_MJX_ON_OLD_CPU, State
+from runner import plots
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -534,9 +535,9 @@ def test_learning_curve_has_one_panel_for_each_length(tmp_path, monkeypatch, len
     lines = [{}, {"step": 10, "seed": 0, "eval/return": 1.0, "eval/return_data_length": 0.5}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     drawn, data = [], {"episode_returns": np.array([1.0, 3.0])}
-    monkeypatch.setattr(curves, "figure", lambda path, panels: drawn.extend(panels))
+    monkeypatch.setattr(plots, "figure", lambda path, panels: drawn.extend(panels))
     buffer = type("", (), {"metadata": {"episode_length": length}, "__getitem__": lambda self, key: data[key]})()
-    curves.learning_curve("x.png", tmp_path, envs.task("point-angle-0"), buffer)
+    plots.learning_curve("x.png", tmp_path, envs.task("point-angle-0"), buffer)
     assert [panel["title"] for panel in drawn] == titles
     assert [y for x, y, _ in drawn[-1]["lines"] if x is None] == [2.0, 3.0]
 

@@ -285,7 +285,7 @@ def test_grid_counts_a_seed_once(tmp_path, monkeypatch, capsys):
     found = lambda folder, key: {
         s: (np.arange(6) * 100, np.full(6, 10.0 * s)) for s in (int(folder.name), int(folder.name) + 1)
     }
-    monkeypatch.setattr(launcher.curves, "read", found)
+    monkeypatch.setattr(launcher.plots, "read", found)
     launcher.gather([run(0), run(1)], tmp_path)
     line = f"| point | {returns.mean():.1f}; {returns.max():.1f} | 10.0 +- 8.2 (3) |"
     assert line in capsys.readouterr().out and line in (tmp_path / "table.md").read_text()

@@ -1,7 +1,4 @@
-"""What a learner's run left in log.jsonl: curves, the headline score, and figures of them.
-
-Nothing here learns: it reads the log of a finished run.
-"""
+"""Curves, the headline score and figures of a run, from its log.jsonl."""
 
 import json
 from pathlib import Path
@@ -106,3 +103,26 @@ def learning_curve(path, folder, task, buffer):
         (None, returns.max(), {"color": "k", "ls": ":", "lw": 1, "label": "data: best episode"}),
     ]
     figure(path, panels)
+
+
+def training(path, folder, panels):
+    """Curves of the log side by side, one a seed.
+
+    panels: (key or {key: label}, title, unit, scale), scale as in `figure`. Several keys in one panel: each the mean
+    over seeds, with its label. A panel whose keys the log lacks is left out.
+    """
+    drawn = []
+    for keys, title, unit, scale in panels:
+        lines = []
+        if isinstance(keys, str):
+            seeds = read(folder, keys).items()
+            lines = [(x, y, {"lw": 1, "marker": ".", "label": f"seed {seed}"}) for seed, (x, y) in seeds]
+        for key, label in keys.items() if isinstance(keys, dict) else ():
+            seeds = list(read(folder, key).values())
+            if seeds:
+                mean = np.mean([values for _, values in seeds], 0)
+                lines += [(seeds[0][0], mean, {"lw": 1, "marker": ".", "label": label})]
+        if lines:
+            drawn += [{"title": title, "xlabel": "updates", "ylabel": unit, "scale": scale, "lines": lines}]
+    if drawn:
+        figure(path, drawn, width=5.0)

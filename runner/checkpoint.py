@@ -1,0 +1,93 @@
+"""Checkpoints: any pytree as one flat .npz, written whole or not at all, read back exactly.
+
+Our own and not a library's (orbax): one file that numpy reads without pickle, the state before it kept as
+state.prev.npz, and a resumed run that equals an uninterrupted one bit for bit.
+"""
+
+import json
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import envs
+import envs.buffers
+
+
+def flat_arrays(tree):
+    """Pytree -> {slash/path: numpy array}; typed keys as their bits."""
+
+    def array(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): array(x) for p, x in leaves}
+
+
+def fill(like, arrays, path):
+    """{slash/path: array} -> pytree in the structure of `like` (arrays or shapes); InputError where it does not fit."""
+
+    def leaf(place, x):
+        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        if name in arrays and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))
+        if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
+            raise envs.InputError(
+                f"{path}: {name} does not fit: another version of this script wrote the file; start anew with "
+                "another --out"
+            )
+        return jnp.asarray(arrays[name])
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def save_state(folder, tree, meta):
+    """state.npz (newest) and state.prev.npz (the one before): the pytree as flat arrays, `meta` as JSON."""
+    new = folder / "state.new.npz"
+    envs.buffers.write_npz(new, {**flat_arrays(tree), "meta_json": np.array(json.dumps(meta))})
+    name_state(new)
+
+
+def name_state(new):
+    """state.new.npz becomes state.npz, and the state before it state.prev.npz."""
+    newest = new.with_name("state.npz")
+    if newest.exists():
+        os.replace(newest, new.with_name("state.prev.npz"))
+    os.replace(new, newest)
+
+
+def read_npz(path, about="meta_json"):
+    """A file of arrays -> {key: array}, what its JSON member `about` says; raises whatever is wrong with the file."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    return arrays, json.loads(str(arrays.pop(about)))
+
+
+def read_state(folder, identity):
+    """The newest readable state of the folder -> arrays, meta, path.
+
+    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
+    """
+    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
+        if path.name == "state.new.npz" and not path.exists():  # whole, but a kill came before it had its name
+            continue
+        try:
+            arrays, meta = read_npz(path)
+            break
+        except Exception as error:  # missing, torn or corrupt: the one before may be whole
+            print(f"cannot read {path}: {error}", file=sys.stderr)
+    else:
+        raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
+    check_identity(path, meta["identity"], json.loads(json.dumps(identity)))
+    return arrays, meta, path
+
+
+def check_identity(path, old, new):
+    """InputError where flags, data or versions are not those that the file was written with."""
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")

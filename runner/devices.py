@@ -1,0 +1,106 @@
+"""Seeds and policies over devices and processes: a leading axis, shared out."""
+
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+import envs
+
+
+def seed_keys(args, num=1):
+    """A key for each seed [S], or `num` tuples of such keys; a seed has the same ones alone or among others."""
+    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+    return keys if num == 1 else jax.vmap(lambda key: jax.random.split(key, num), out_axes=1)(keys)
+
+
+def device_mesh(count, args):
+    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
+    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
+    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
+
+
+def over_devices(f, args):
+    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
+
+    If the count is not a multiple of the devices, the spare places repeat the first seeds, and their results are
+    discarded.
+    """
+
+    def shared(*trees):
+        count = len(jax.tree.leaves(trees)[0])
+        mesh, even = device_mesh(count, args)
+        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
+        if mesh.size == 1 or even:
+            return (f if mesh.size == 1 else split)(*trees)
+        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
+        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
+
+    return shared
+
+
+def map_seeds(function, xs, args):
+    """function over the seeds [S] of a device: one after another on a CPU, which one seed fills; else at once."""
+    on_cpu = jax.default_backend() == "cpu"
+    each = lambda xs: jax.lax.map(function, xs) if on_cpu else jax.vmap(function)(xs)
+    return over_devices(each, args)(xs)
+
+
+def placed(count, args, *axes):
+    """Where an array lies whose axis "share" has `count` policies; on all devices if the count does not divide."""
+    mesh, even = device_mesh(count, args)
+    return jax.NamedSharding(mesh, jax.P(*axes) if even else jax.P())
+
+
+def memory():
+    """Bytes that a device has; of a CPU, the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def whole(tree, count, args):
+    """The tree with all `count` policies on every process, so that the first one can write it."""
+    if jax.process_count() == 1:
+        return tree
+    gathered = jax.jit(lambda x: x, out_shardings=placed(count, args))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+
+
+def agreed(stop, due):
+    """Decisions that all processes must share: the signal to stop by, and whether any of them finds it time to save."""
+    if jax.process_count() == 1:
+        return stop, due
+    told, due = multihost_utils.process_allgather(np.array([bool(stop), due])).any(0)
+    return stop or "a signal to another process" * bool(told), due
+
+
+def join_processes():
+    """Become one of several processes, which jax.distributed finds; only the first one prints."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    try:
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=60, shutdown_timeout_seconds=60,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        remedy = "start it by srun, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        raise envs.InputError(f"--distributed: {error}; {remedy}") from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave(message):
+    """End with a message; at once where other processes are, which see that connection close and end as well."""
+    print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(1)  # an orderly end would wait for the others
+    sys.exit(1)

@@ -1,0 +1,182 @@
+"""Flags: those that every script has, what a flag's type allows, presets, and the command line."""
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import tyro
+
+import envs
+import envs.buffers
+from runner import devices
+from runner.help import help_text
+from runner.signals import listen
+
+
+class Within(NamedTuple):
+    """The limits of a number: low <= x <= high, or low < x where it is `open`."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def refusal(self, x):
+        """What x must be where it is outside, or ""."""
+        if not (self.low < x if self.open else self.low <= x):
+            return f"{'above' if self.open else 'at least'} {self.low:g}"
+        return "" if x <= self.high else f"at most {self.high:.10g}"
+
+
+MOST = 2**31 - 1
+Natural = Annotated[int, Within(0, MOST)]  # 0 is allowed: a seed, or "all"
+Count = Annotated[int, Within(1, MOST)]  # how many, at least one
+Share = Annotated[float, Within(0, 1)]
+Rate = Annotated[float, Within(0)]  # not negative
+Size = Annotated[float, Within(0, open=True)]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Flags of a script that learns from one buffer, some seeds at once."""
+
+    # --- data ---
+    dataset: str = ""
+    """buffer file with task rewards, or a quoted glob of shards (docs/buffer.md)"""
+    max_rows: Natural = 0
+    """rows to train on; of a larger file whole episodes are drawn at random, and only these are held; 0: all"""
+    num_seeds: Count = 1
+    """S: independent runs at once, a leading axis of all arrays; a seed gives the same run alone or among others"""
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Flags of every script that trains."""
+
+    # --- run ---
+    task: str = ""
+    """task to evaluate in; empty: the file's, and no other is accepted"""
+    preset: str = ""
+    """a setting by name, see the list above; empty: by the file's dataset_name"""
+    seed: Natural = 0
+    """first seed"""
+    out: str = ""
+    """run folder; empty: runs/<script>/<task>/seed<seed>"""
+    resume: bool = False
+    """go on from the folder's state.npz, exactly"""
+    quick: bool = False
+    """a small run on the point robot, under 2 minutes; its data are made on the spot"""
+    track: bool = False
+    """mirror the log to Weights & Biases (needs `pip install wandb`)"""
+    backend: Literal["auto", "mujoco", "mjx"] = "auto"
+    """physics: C MuJoCo (auto on a CPU) or MJX (auto elsewhere); the point worlds have their own"""
+    num_devices: Natural = 0
+    """devices that share seeds or policies; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
+    # --- budget ---
+    num_updates: Count = 1_000_000
+    """gradient steps per seed"""
+    chunk: Count = 1_000
+    """gradient steps in one jitted call, seconds of work; a divisor of eval_every and num_updates"""
+    eval_every: Count = 10_000
+    """gradient steps between two evaluations"""
+    eval_episodes: Count = 10
+    """episodes of an evaluation"""
+    q_bound: Rate = 1e6
+    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite"""
+
+
+@dataclass(frozen=True)
+class Flags(RunFlags, Data):
+    """Flags that every learner has; its own `Args` adds those of the algorithm."""
+
+
+def refuse(rules):
+    """InputError with the first message of {message: whether it holds} that does not hold."""
+    for message, holds in rules.items():
+        if not holds:
+            raise envs.InputError(message)
+
+
+def bounds_of(kind):
+    """A flag's type -> (limits of its numbers, whether it takes several)."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # None may stand in its place
+        kind = next(x for x in typing.get_args(kind) if x is not types.NoneType)
+    many = typing.get_origin(kind) is tuple
+    kind = typing.get_args(kind)[0] if many else kind
+    return [x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Within)], many
+
+
+def check(args):
+    """InputError where a flag is outside of the limits of its type, or no script could do anything with it."""
+    for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        bounds, many = bounds_of(kind)
+        refuse({f"{flag} needs at least one number": bool(value) or not (many and bounds)})
+        for x in value if isinstance(value, tuple) else (value,):
+            refuse({f"{flag} {x}: must be finite": not isinstance(x, float) or math.isfinite(x)})
+            for wanted in (b.refusal(x) for b in bounds if x is not None):
+                refuse({f"{flag} {x}: must be {wanted}": not wanted})
+
+
+def check_run(args):
+    """`check`, and what a training loop asks of its flags."""
+    check(args)
+    there = jax.local_device_count()
+    refuse({
+        "--chunk must divide --eval-every and --num-updates":
+            args.eval_every % args.chunk == args.num_updates % args.chunk == 0,
+        f"--num-devices {args.num_devices}: 0 to {there}, the devices there are": args.num_devices <= there,
+    })  # fmt: skip
+
+
+def given_flags(argv, fields):
+    """The fields that a command line names, as --flag value, --flag=value, --flag or --no-flag."""
+    words = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    return {word if word in fields else word.removeprefix("no_") for word in words} & set(fields)
+
+
+def parse(Args, argv, preset_of=None, names=(), doc=""):
+    """Command line -> Args: defaults, then the values that `preset_of(args)` gives, then the flags.
+
+    preset_of(args) -> (name, {field: value}); names: of the presets, for --help; doc: the script's header. Prints what
+    differs from the defaults.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(Args, names, doc))
+        sys.exit(0)
+    args = tyro.cli(Args, args=argv, prog=Path(sys.argv[0]).name)
+    if preset_of is not None:
+        name, values = preset_of(args)
+        given = given_flags(argv, [field.name for field in dataclasses.fields(Args)])
+        args = dataclasses.replace(args, **{k: v for k, v in values.items() if k not in given})
+        print(f"preset {name}")
+    check(args)
+    plain = Args()
+    changed = {k: v for k, v in dataclasses.asdict(args).items() if v != getattr(plain, k)}
+    print("not the defaults:", *(f"{k}={v}" for k, v in changed.items()), flush=True)
+    return args
+
+
+def launch(main, Args, preset_of=None, names=(), doc=""):
+    """The whole command: whatever a user can mend ends in one line, a signal in one more."""
+    script = Path(sys.argv[0]).name
+    listen()
+    try:
+        args = parse(Args, sys.argv[1:], preset_of, names, doc)
+        if getattr(args, "num_devices", 0) > 1:  # of the CPU; accelerators are what they are
+            jax.config.update("jax_num_cpu_devices", args.num_devices)
+        if getattr(args, "distributed", False):
+            devices.join_processes()
+        main(args)
+    except (envs.InputError, OSError) as error:
+        devices.leave(f"{script}: error: {error}")
+    except (ValueError, RuntimeError) as error:  # of a collective operation: another process may be gone
+        if not jax.distributed.is_initialized():
+            raise
+        lost = f"another process ended, or this one failed ({error})"
+        devices.leave(f"{script}: error: {lost}; go on with the same command and --resume")

@@ -1,0 +1,226 @@
+"""One run: its folder, log, checkpoints, progress, figures and score."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+
+import jax
+import numpy as np
+
+import envs
+import envs.buffers
+from runner import devices, plots
+from runner.checkpoint import fill, flat_arrays, name_state, read_state, save_state
+from runner.folder import folder_of
+from runner.log import Logger, Progress
+from runner.signals import StopSignal
+
+FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound")  # flags that may change at a resume
+SAVE_EVERY = 60.0  # seconds between two checkpoints
+DIGESTED = ("observations", "actions", "rewards")  # the columns that tell one data set from another
+
+
+def amount(size):
+    """Bytes in words: 1.2 MB, 84.3 GB."""
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+
+
+class Run:
+    """A folder that a script writes into, and that --resume goes on from. The phases of a run, such as the fit of a
+    model, have folders inside."""
+
+    def __init__(self, script, args, task, buffer=None, gather=None, **identity):
+        """Make or reopen the folder.
+
+        gather(state) -> the state on the host of every process, where several share it; identity: what else must be
+        the same when the run is resumed. Raises InputError where the folder holds another run, cannot be written, or
+        where its states cannot be read or belong to other flags, data or versions; nothing is changed then.
+        """
+        self.began, self.args, self.task, self.buffer = time.time(), args, task, buffer
+        self.script, self.gather = script, gather or (lambda state: state)
+        self.folder, there = folder_of(args, script, task.name)
+        self.is_first = jax.process_index() == 0  # the process that writes
+        flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
+        if buffer is not None:
+            identity["data"] = envs.buffers.digests(buffer, DIGESTED)
+        self.identity = {**flags, **identity, **envs.buffers.versions()}
+        self.states, self.meta, self.phase, self.stopped = {}, {}, "", ""
+        self._logger = self.shown = None
+        if args.resume and not there:
+            print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
+        elif args.resume:
+            self.read_states()
+        self.make_folder()
+
+    def make_folder(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.is_first:
+                return
+            for torn in self.folder.glob("**/.*.npz.*.tmp"):  # a kill left it while a file was being written
+                torn.unlink(missing_ok=True)
+            if not self.states:
+                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+        except OSError as error:
+            raise envs.InputError(f"{self.folder}: cannot be written ({error}); choose another --out") from None
+
+    def read_states(self):
+        """The states of all phases that the run has reached, and what the newest one says beside them (`meta`)."""
+        places = {path.parent for path in self.folder.glob("**/state*.npz")} or {self.folder}
+        for place in places:
+            arrays, meta, path = read_state(place, self.identity)
+            self.states[str(place.relative_to(self.folder))] = arrays, path
+            self.meta = max(self.meta, meta, key=lambda x: x.get("log", -1))
+
+    @property
+    def logger(self):
+        if self._logger is None:
+            self._logger = Logger(self.folder, self.args, self.meta.get("log", 0))
+        return self._logger
+
+    def compile(self, chunk, state, *inputs):
+        """The program chunk(state, *inputs), compiled for these arrays or shapes. Prints the memory and the disk that
+        it needs, and refuses a run that does not fit."""
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        have, disk = devices.memory(), 3 * size + size // 4  # newest state, the one before, the one being written
+        free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in self.folder.glob("**/state*.npz"))
+        print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
+        if size > have or disk > free:
+            print()
+            raise self.too_large(size, have, disk, free)
+        program = chunk.lower(state, *inputs).compile()
+        m = program.memory_analysis()
+        need = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+        print(f", {amount(need)} of {amount(have)} memory on each device", flush=True)
+        if need > have:
+            raise self.too_large(need, have, disk, free)
+        leading = len(jax.tree.leaves(state)[0])
+        return program if devices.device_mesh(leading, self.args)[0].size == 1 else chunk
+
+    def too_large(self, need, have, disk, free):
+        return envs.InputError(
+            f"{self.folder}: the run needs {amount(need)} of {amount(have)} memory, {amount(disk)} of {amount(free)} "
+            "disk; lower the seeds, policies, widths or rows, or choose another --out"
+        )
+
+    def restore(self, init, *inputs, phase=""):
+        """The state of a phase: exactly where a resumed run was, else init(*inputs), which is saved at once."""
+        self.leave_if_stopped()
+        self.phase = phase
+        saved = self.states.pop(phase or ".", None)
+        if saved is None:
+            state = init(*inputs)
+            self.write(state)
+            return state
+        arrays, path = saved
+        state = fill(jax.eval_shape(init, *inputs), arrays, path)
+        if path.name == "state.new.npz" and jax.process_count() == 1:  # others may be reading it
+            name_state(path)
+        return state
+
+    def write(self, state, **meta):
+        """Save the state of the present phase; meta: numbers and lists to find in `run.meta` when it is resumed."""
+        self.meta = {**self.meta, **meta}
+        state = self.gather(state)
+        if self.is_first:
+            where = self.folder / self.phase
+            where.mkdir(exist_ok=True)
+            save_state(where, state, {**self.meta, "identity": self.identity, "log": self.logger.file.tell()})
+
+    def chunks(self, label, total, done, size=None):
+        """Count updates after each chunk of `size` (--chunk), from `done` on to `total`.
+
+        A signal ends the process at the next `save`, once the state is on disk.
+        """
+        self.leave_if_stopped()
+        start = self.first = self.step = int(np.max(done))
+        self.label, self.total, self.since, self.saved = label, total, time.time(), time.time()
+        if start >= total:
+            return
+        self.shown = Progress(label, total, start)
+        try:
+            with StopSignal() as self.signal:
+                while self.step < total and not self.stopped:
+                    self.step += size or self.args.chunk
+                    yield self.step
+                    if self.first == start:  # the first chunk compiled: the pace is that of those after it
+                        self.first, self.since = self.step, time.time()
+        finally:
+            self.shown.close()
+            if self.signal.name and not self.stopped:  # the script left the loop before it ended
+                self.stopped = self.signal.name
+        self.leave_if_stopped()
+
+    def leave_if_stopped(self):
+        if self.stopped:
+            said = f"stopped by {self.stopped} at {self.label} {self.step}; go on with the same command and --resume"
+            if jax.process_count() > 1:
+                devices.leave(said)
+            sys.exit(said)
+
+    def due(self, step):
+        """Whether an evaluation is due: every --eval-every updates and at the end."""
+        return step % self.args.eval_every == 0 or step == self.total
+
+    def rate(self):
+        """Updates per second, without the first chunk."""
+        return (self.step - self.first) / (time.time() - self.since)
+
+    def progress(self, step, metrics, names, last=False):
+        """Show the count, rate, ETA and the metrics of these names; InputError where a metric diverged (--q-bound)."""
+        for name, values in metrics.items() if self.args.q_bound else ():
+            largest = np.abs(values).max()
+            if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
+                raise envs.InputError(
+                    f"{self.label} {step}: {name} is {largest:.3g}; what was saved before is kept: lower the learning "
+                    "rates and start anew, or go on all the same with --resume --q-bound 0"
+                )
+        shown = {name: np.mean(metrics[name]) for name in names if name in metrics}
+        self.shown.show(step, self.rate(), shown, last or step >= self.total or bool(self.signal.name))
+
+    def record(self, step, metrics, **labels):
+        """One record of the log: numbers and lists by name; labels such as seed=0."""
+        if self.is_first:
+            self.logger.log(int(step), metrics, **labels)
+
+    def log(self, step, metrics, seeds=None):
+        """A record for each seed (or those of these places), the leading axis of every metric; prints the returns."""
+        metrics = {k: np.asarray(v) for k, v in metrics.items()}
+        for s in range(self.args.num_seeds) if seeds is None else seeds:
+            metrics_of = {k: v[s] for k, v in metrics.items()} | {"time/updates_per_s": self.rate()}
+            self.record(step, metrics_of, seed=self.args.seed + int(s))
+        if "eval/return" in metrics:
+            print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
+
+    def save(self, state, last=False, **meta):
+        """A checkpoint where one is due: each minute, at the end of a phase (`last`: it ends here), before a signal."""
+        self.stopped, due = devices.agreed(self.signal.name, time.time() - self.saved > SAVE_EVERY)
+        if last or self.step >= self.total or self.stopped or due:
+            self.write(state, **meta)
+            self.saved = time.time()
+
+    def write_policy(self, kind, params, name="policy.npz", **about):
+        """policy.npz (docs/policy.md): for deployment, flat slash/paths, leading seed or policy axis."""
+        self.leave_if_stopped()
+        about = {"task": self.task.name, "observations": "task", "versions": envs.buffers.versions(), **about}
+        head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(about))}
+        envs.buffers.write_npz(self.folder / name, {**head, **flat_arrays(params)})
+
+    def finish(self, panels=()):
+        """learning_curve.png, training.png of the panels (plots.training), and the score -> {name: number}."""
+        plots.learning_curve(self.folder / "learning_curve.png", self.folder, self.task, self.buffer)
+        plots.training(self.folder / "training.png", self.folder, panels)
+        result = plots.summary(self.folder, self.buffer)
+        print(f"{self.folder}: policy.npz, figures; {time.time() - self.began:.0f} s", flush=True)
+        return result
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.shown:
+            self.shown.close()
+        if self._logger:
+            self._logger.file.close()
