@@ -43,8 +43,8 @@ sys.path.insert(0, str(ROOT))
 
 import udg_select  # noqa: E402
 from envs import InputError, buffers  # noqa: E402  (the line above makes these importable from a plain clone)
-from runner import plots  # noqa: E402
 from envs import task as make_task  # noqa: E402
+from runner import plots  # noqa: E402
 
 ANGLES = (0, 60, 120, 180, 240, 300)
 SUPERVISED = "--num-policies 1 --objective none --diversity-weight 0 --task-weight 1 --auto-alpha --lr-decay 0"
