@@ -11,12 +11,15 @@ import importlib
 
 from envs.base import Env, State, check_batch, transition
 from envs.errors import InputError
+from envs.neighbours import check_runner
 from envs.tasks import Task, Transition, check_options, task, task_names, task_options
 
 __all__ = [
     "Env", "InputError", "State", "Task", "Transition", "buffers", "check_batch", "make", "task",
     "task_names", "transition",
 ]  # fmt: skip
+
+check_runner()
 
 
 def make(name: str | Task, backend: str | None = None, **options) -> Env:

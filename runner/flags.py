@@ -50,7 +50,7 @@ class Data:
     """buffer file with task rewards, or a quoted glob of shards (docs/buffer.md)"""
     max_rows: Natural = 0
     """rows to train on; of a larger file whole episodes are drawn at random, and only these are held; 0: all"""
-    num_seeds: Count = 1
+    num_seeds: Annotated[int, Within(1, 100_000)] = 1
     """S: independent runs at once, a leading axis of all arrays; a seed gives the same run alone or among others"""
 
 

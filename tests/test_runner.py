@@ -1,0 +1,680 @@
+"""runner/ on a small learner of two phases: flags, folder, log, checkpoints, signals, progress, evaluation."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+import envs
+import envs.buffers
+import runner
+from envs import scripted
+from runner import checkpoint, devices, log, plots, presets, run, signals
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = ("observations", "actions", "rewards")
+
+
+# --- a learner of two phases: a fit that ends early, then a policy ---
+
+
+@dataclass(frozen=True)
+class Args(runner.Flags):
+    # --- the fit ---
+    fit_updates: runner.Count = 60
+    """updates of the fit at most"""
+    rate: runner.Rate = 0.5
+    """how fast the state moves"""
+    gamma: runner.Share = 0.9
+    """a share"""
+    width: runner.Size = 1.0
+    """above 0"""
+    sizes: tuple[runner.Count, ...] = (4, 4)
+    """several"""
+    shift: float | None = None
+    """a number or none"""
+    kind: Literal["a", "b"] = "a"
+    """a choice"""
+    fast: bool = True
+    """a switch"""
+
+
+class State(NamedTuple):
+    key: jax.Array
+    num_updates: jax.Array
+    x: jax.Array
+
+
+def make_train(args):
+    def init(key):
+        return State(key, jnp.int32(0), jax.random.normal(key, (2,)))
+
+    def chunk(state, data):
+        key, noise = jax.random.split(state.key)
+        x = state.x + args.rate * (jax.random.normal(noise, (2,)) - state.x) + data.mean()
+        return State(key, state.num_updates + args.chunk, x), {"train/q": x.mean(), "train/loss": x.std()}
+
+    over = lambda state, data: runner.map_seeds(lambda s: chunk(s, data), state, args)
+    return jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(over, donate_argnums=0)
+
+
+def learn(args):
+    buffer, task = runner.open_task("toy", args, KEYS)
+    data, keys = jnp.asarray(buffer["rewards"]), runner.seed_keys(args)
+    init, chunk = make_train(args)
+    act = lambda state, observations, key: jnp.tile(jnp.tanh(state.x), (len(observations), 1))
+    evaluate = runner.each_seed(runner.returns_of(act, envs.make(task), task, buffer, args), args)
+    with runner.Run("toy", args, task, buffer) as r:
+        program = r.compile(chunk, jax.eval_shape(init, keys), data)
+        fit = r.restore(init, keys, phase="fit")
+        for step in r.chunks("fit step", args.fit_updates, fit.num_updates):
+            if fit.num_updates.max() >= 40:  # enough, also where a resumed run begins
+                break
+            fit, metrics = program(fit, data)
+            r.progress(step, metrics, ("train/loss",), last=step >= 40)
+            r.log(step, {"fit/loss": metrics["train/loss"]})
+            r.save(fit, last=step >= 40)
+        state = r.restore(lambda keys: init(keys)._replace(x=fit.x), keys)
+        for step in r.chunks("update", args.num_updates, state.num_updates):
+            state, metrics = program(state, data)
+            r.progress(step, metrics, ("train/q",))
+            if r.due(step):
+                r.log(step, metrics | evaluate(state, runner.evaluation_keys(args)))
+            r.save(state, note=step)
+        r.write_policy("toy", {"x": state.x})
+        return r.finish(
+            [("train/q", "values", "Q", "linear"), ({"train/q": "q", "train/loss": "l"}, "two", "", "linear")]
+        )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return str(scripted.dataset(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture
+def args(dataset, tmp_path):
+    return Args(
+        dataset=dataset, out=str(tmp_path / "run"), num_seeds=2, chunk=10, num_updates=40, eval_every=20,
+        eval_episodes=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, learn(Args(dataset=dataset, out=str(folder), num_seeds=2, chunk=10, num_updates=40, eval_every=20,
+                              eval_episodes=2))  # fmt: skip
+
+
+def arrays_of(path):
+    return checkpoint.read_npz(path, "metadata_json" if path.name == "policy.npz" else "meta_json")[0]
+
+
+def records_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines[1:]]
+
+
+def assert_same_run(one, other):
+    """Equal policies and states of all phases, number by number, and equal logs."""
+    names = [path.relative_to(one) for path in one.rglob("*.npz") if path.name != "state.prev.npz"]
+    assert names
+    for name in names:
+        wanted, found = arrays_of(one / name), arrays_of(other / name)
+        assert wanted.keys() == found.keys()
+        for key in wanted:
+            np.testing.assert_array_equal(found[key], wanted[key], err_msg=f"{name}: {key}")
+    assert records_of(one) == records_of(other)
+
+
+def strike(monkeypatch, label, count, number=signal.SIGTERM):
+    """A signal while the progress of `label` at `count` is shown."""
+    show = log.Progress.show
+
+    def strike_once(self, step, *rest, **more):
+        show(self, step, *rest, **more)
+        if (self.label, step) == (label, count):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(log.Progress, "show", strike_once)
+
+
+# --- a run and its resumption ---
+
+
+def test_a_run_leaves_its_files(whole):
+    folder, result = whole
+    names = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    figures = {"learning_curve.png", "training.png"}
+    assert names == {"args.json", "fit", "log.jsonl", "policy.npz", "state.npz", "state.prev.npz", *figures}
+    assert all((folder / name).stat().st_size > 5_000 for name in figures)
+    assert json.loads((folder / "args.json").read_text())["num_seeds"] == 2
+    steps = [(r["step"], r["seed"], "eval/return" in r) for r in records_of(folder)]
+    fit = [(step, seed, False) for step in (10, 20, 30, 40) for seed in (0, 1)]
+    assert steps == [*fit, *((step, seed, True) for step in (20, 40) for seed in (0, 1))]
+    returns = [r["eval/return"] for r in records_of(folder) if "eval/return" in r]
+    np.testing.assert_allclose(result["score"], np.mean(returns), rtol=1e-5)
+    assert checkpoint.read_npz(folder / "state.npz")[1]["note"] == 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [("fit step", 20), ("fit step", 40), ("update", 10), ("update", 40)])
+def test_interrupted_run_equals_the_whole_one(whole, args, monkeypatch, at, number):
+    """Also where the signal comes at the end of a phase: the next one waits for --resume."""
+    with monkeypatch.context() as patched:
+        strike(patched, *at, number)
+        with pytest.raises(SystemExit, match=f"stopped by {number.name} at {at[0]} {at[1]}; go on .* --resume"):
+            learn(args)
+    assert signal.getsignal(number) is signal.getsignal(signal.SIGTERM) or number == signal.SIGINT
+    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
+    assert_same_run(whole[0], Path(args.out))
+
+
+@pytest.mark.parametrize("place", [".", "fit"])
+def test_a_torn_state_falls_back_and_the_log_with_it(whole, args, monkeypatch, place):
+    """The state before is whole; the log is cut back to it, though the torn one belongs to more."""
+    monkeypatch.setattr(run, "SAVE_EVERY", -1.0)
+    with monkeypatch.context() as patched:
+        strike(patched, *{".": ("update", 30), "fit": ("fit step", 30)}[place])
+        with pytest.raises(SystemExit):
+            learn(args)
+    newest = Path(args.out) / place / "state.npz"
+    newest.write_bytes(newest.read_bytes()[:300])
+    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
+    assert_same_run(whole[0], Path(args.out))
+
+
+def test_torn_states_are_refused_and_nothing_is_changed(whole, args):
+    folder = Path(args.out)
+    shutil.copytree(whole[0], folder)
+    for path in folder.glob("state*.npz"):  # those of the fit are whole
+        path.write_bytes(path.read_bytes()[:300])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(envs.InputError, match="no state to resume from; start anew"):
+        learn(dataclasses.replace(args, resume=True))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_state_that_waits_for_its_name_is_the_newest(whole, args):
+    """A kill came between writing state.new.npz and renaming it."""
+    folder = Path(args.out)
+    shutil.copytree(whole[0], folder)
+    (folder / "state.npz").rename(folder / "state.new.npz")
+    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
+    assert (folder / "state.npz").exists() and not (folder / "state.new.npz").exists()
+    assert_same_run(whole[0], folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(resume=False), "already holds a run: go on with --resume or choose another --out"),
+        (dict(rate=0.25), r"state.npz: rate was 0\.5 and is now 0\.25; resume with the old one, or start anew"),
+        (dict(task="point-angle-60"), r"udg_select\.py --buffers .* --task point-angle-60"),
+    ],
+)
+def test_another_run_is_refused(whole, args, changes, message):
+    with pytest.raises(envs.InputError, match=message):
+        learn(dataclasses.replace(args, **{"out": str(whole[0]), "resume": True, **changes}))
+
+
+def test_other_data_and_older_versions_are_refused(whole, args, tmp_path, monkeypatch):
+    other = dataclasses.replace(args, out=str(whole[0]), resume=True)
+    parts = scripted.point_buffers(tmp_path, seed=5, num=1, episodes=80, warmup=0)
+    buffer = envs.buffers.load(parts[0], quiet=True)
+    about = {**buffer.metadata, "task": "point-angle-0", "layout": "task", "reward_kind": "task"}
+    arrays = {**buffer.arrays, "rewards": buffer["observations"][:, 2]}
+    path = envs.buffers.save(tmp_path / "other.npz", arrays, about)
+    with pytest.raises(envs.InputError, match=r"data was .* and is now"):
+        learn(dataclasses.replace(other, dataset=str(path)))
+    old = {**envs.buffers.versions(), "udg-jax": "0.1.0"}
+    monkeypatch.setattr(envs.buffers, "versions", lambda: old)
+    with pytest.raises(envs.InputError, match=r"udg-jax was .* and is now '0.1.0'"):
+        learn(other)
+    with pytest.raises(envs.InputError, match="x does not fit: another version"):
+        runner.fill({"x": jnp.zeros(3)}, {"x": np.zeros(4, np.float32)}, "state.npz")
+
+
+def test_resuming_nothing_begins_anew(whole, args, capsys):
+    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
+    assert "nothing was saved here yet; starting from the beginning" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_named(args, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(envs.InputError, match=r"file/run: cannot be written .*; choose another --out"):
+        learn(dataclasses.replace(args, out=str(tmp_path / "file" / "run")))
+
+
+def test_quick_asks_for_a_run_before_it_writes_its_data(whole, args):
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        learn(dataclasses.replace(args, dataset="", quick=True, out=str(whole[0])))
+    assert not (whole[0] / "point-angle-0.npz").exists()
+
+
+def test_a_kills_leftovers_are_removed(args):
+    torn = Path(args.out) / "fit" / ".state.new.npz.7.tmp"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"")
+    learn(args)
+    assert not torn.exists()
+
+
+def test_a_seed_alone_is_the_seed_among_others(whole, args):
+    learn(dataclasses.replace(args, seed=1, num_seeds=1))
+    assert records_of(Path(args.out)) == [r for r in records_of(whole[0]) if r["seed"] == 1]
+
+
+# --- memory and disk ---
+
+
+def test_what_does_not_fit_is_refused(args, monkeypatch, capsys):
+    for bytes_there in (39, 32_000):  # less than the state; less than the program, whose rows are 32 kB
+        with monkeypatch.context() as patched, pytest.raises(envs.InputError, match=r"needs .* memory, .* lower the"):
+            patched.setattr(devices, "memory", lambda size=bytes_there: size)
+            learn(args)
+    state = 2 * (8 + 4 + 8)  # two seeds: a key, a count, two numbers
+    free = lambda size: lambda path: shutil._ntuple_diskusage(10**12, 0, size)
+    monkeypatch.setattr(shutil, "disk_usage", free(3 * state + state // 4 - 1))
+    with pytest.raises(envs.InputError, match="choose another --out"):
+        learn(args)
+    monkeypatch.setattr(shutil, "disk_usage", free(3 * state + state // 4))
+    learn(args)
+    monkeypatch.setattr(shutil, "disk_usage", free(0))  # states that are written over count as free
+    capsys.readouterr()
+    learn(dataclasses.replace(args, resume=True))
+    rows = 4 * len(np.load(args.dataset)["rewards"])
+    (need,) = re.findall(r", ([\d.]+) MB of .* memory on each device", capsys.readouterr().out)
+    np.testing.assert_allclose(float(need), (rows + 2 * state) / 1e6, atol=0.06)
+
+
+# --- progress and divergence ---
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1e9
+
+    def time(self):
+        return self.now
+
+    strftime, gmtime = staticmethod(__import__("time").strftime), staticmethod(__import__("time").gmtime)
+
+
+def test_a_file_gets_a_line_a_minute_and_the_last(args, dataset, monkeypatch, capsys):
+    """The pace leaves out the first chunk, which compiles: 100 s for it, then 25 s for each."""
+    clock = Clock()
+    for module in (run, log):
+        monkeypatch.setattr(module, "time", clock)
+    buffer, task = runner.open_task("toy", args, KEYS)
+    args = dataclasses.replace(args, num_updates=80)
+    with runner.Run("toy", args, task, buffer) as r:
+        capsys.readouterr()
+        for step in r.chunks("update", 80, 0):
+            clock.now += 25.0 if step > 10 else 100.0
+            r.progress(step, {"train/q": np.array([1.0, 2.0])}, ("train/q",))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "update 10/80 (12%)  0.1/s  ETA 00:11:40  q 1.5",
+        "update 40/80 (50%)  0.4/s  ETA 00:01:40  q 1.5",
+        "update 70/80 (88%)  0.4/s  ETA 00:00:25  q 1.5",
+        "update 80/80 (100%)  0.4/s  ETA 00:00:00  q 1.5",
+    ]
+
+
+def test_a_terminal_gets_one_live_line(tmp_path):
+    """A process that believes in its terminal: escape codes that rewrite the line, prints above it, a cursor again."""
+    code = """
+import sys
+sys.stdout.isatty = lambda: True
+from runner.log import Progress
+shown = Progress("update", 20, 0)
+shown.show(10, 5.0, {"train/q": 1.5})
+print("  return at 10: 3.00")
+shown.show(20, 5.0, {"train/q": 2.5}, last=True)
+shown.close()
+"""
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", done.stdout)
+    assert "10/20 (50%)  5/s  ETA 00:00:02  q 1.5" in plain and "20/20 (100%)" in plain
+    assert "return at 10: 3.00" in plain and done.stdout.rstrip().endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_metric_that_is_not_finite_is_named(args, value):
+    """Of any seed; with --q-bound 0 nothing is refused."""
+    buffer, task = runner.open_task("toy", args, KEYS)
+    for bound in (1e6, 0.0):
+        given = dataclasses.replace(args, q_bound=bound, out=f"{args.out}{bound}")
+        with runner.Run("toy", given, task, buffer) as r:
+            for step in r.chunks("update", 10, 0):
+                r.progress(step, {"train/q": np.array([1e6, -1e6])}, ())
+                metrics = {"train/q": np.zeros(2), "train/nll": np.array([1e9, value])}
+                if not bound:
+                    r.progress(step, metrics, ())
+                    continue
+                with pytest.raises(envs.InputError, match=r"update 10: train/nll is (nan|inf).*--resume --q-bound 0"):
+                    r.progress(step, metrics, ())
+                with pytest.raises(envs.InputError, match=r"update 10: train/q is 1.01e\+06"):
+                    r.progress(step, {"train/q": np.array([0.0, -1.01e6])}, ())
+
+
+def test_divergence_keeps_the_state_and_can_go_on(whole, args):
+    """A bound that any Q is beyond stands for a Q that diverges; with --q-bound 0 the run is as if never stopped."""
+    with pytest.raises(envs.InputError, match=r"fit step \d+: train/q is .*--resume --q-bound 0"):
+        learn(dataclasses.replace(args, q_bound=1e-9))
+    assert learn(dataclasses.replace(args, resume=True, q_bound=0.0)) == whole[1]
+    assert_same_run(whole[0], Path(args.out))
+
+
+def test_a_second_signal_ends_at_once():
+    said = []
+    old = signal.signal(signal.SIGTERM, lambda *_: said.append("ended"))
+    try:
+        with signals.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.name == "SIGTERM" and not said
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert said == ["ended"]
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+# --- the log ---
+
+
+def events_of(folder):
+    """[(name, step)] of all scalars in the folder's event files, in order."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            found += [(value.tag, event.step) for value in event.summary.value]
+            at += 16 + size
+    return found
+
+
+def test_tensorboard_after_a_kill_in_the_second_phase(tmp_path):
+    """Steps begin anew in a second phase: what the first one showed stays, what was cut off is shown once."""
+    logger = log.Logger(tmp_path, Args())
+    for step in (100, 200):
+        logger.log(step, {"flow/nll": 1.0}, seed=3)
+    logger.log(10, {"train/q": 1.23456789, "train/each": [1.0, 2.0]})
+    position = logger.file.tell()
+    logger.log(20, {"train/q": 2.0})
+    logger.file.close()
+    again = log.Logger(tmp_path, Args(), position)
+    again.log(20, {"train/q": 2.5})
+    again.file.close()
+    again.board.close()
+    assert events_of(tmp_path) == [("flow/nll/seed3", 100), ("flow/nll/seed3", 200), ("train/q", 10), ("train/q", 20)]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"args", "versions", "commit", "device"} <= lines[0].keys()
+    assert [x["step"] for x in lines[1:]] == [100, 200, 10, 20]
+    assert (lines[-2]["train/q"], lines[-1]["train/q"]) == (1.23457, 2.5)
+
+
+class TrackedRun:
+    """Stands where wandb.init's run stands and keeps what it is told."""
+
+    def __init__(self, **about):
+        self.about, self.rows, self.axis = about, [], {}
+
+    def define_metric(self, name, step_metric):
+        self.axis[name] = step_metric
+
+    def log(self, row):
+        self.rows.append(row)
+
+
+def test_a_resumed_run_is_a_whole_one_for_wandb(tmp_path, monkeypatch):
+    """Each process is a run there; the one that goes on shows what the log kept, then what is new, each once."""
+    runs = []
+    fake = types.SimpleNamespace(init=lambda **about: runs.append(TrackedRun(**about)) or runs[-1], Error=KeyError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    logger = log.Logger(tmp_path, Args(track=True))
+    logger.log(100, {"flow/nll": 1.0, "flow/each": [1.0, 2.0]}, seed=3)
+    position = logger.file.tell()
+    logger.log(10, {"train/q": 2.0})
+    logger.file.close()
+    again = log.Logger(tmp_path, Args(track=True), position)
+    again.log(10, {"train/q": 2.5})
+    again.file.close()
+    rows = [{"flow/nll/seed3": 1.0, "step": 100}, {"train/q": 2.0, "step": 10}]
+    assert [tracked.rows for tracked in runs] == [rows, [rows[0], {"train/q": 2.5, "step": 10}]]
+    assert all(tracked.axis == {"*": "step"} and tracked.about["dir"] == str(tmp_path) for tracked in runs)
+
+
+def test_wandb_without_an_account_is_one_line(tmp_path, monkeypatch):
+    def refuse(**about):
+        raise KeyError("No API key configured.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, Error=KeyError))
+    with pytest.raises(envs.InputError, match=r"--track: .*No API key.*WANDB_MODE=offline needs no account"):
+        log.Logger(tmp_path, Args(track=True))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(envs.InputError, match="wandb is not installed"):
+        log.Logger(tmp_path, Args(track=True))
+    assert not list(tmp_path.iterdir())
+
+
+# --- flags and presets ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_seeds=0), "--num-seeds 0: must be at least 1"),
+        (dict(num_seeds=10_000_000), "--num-seeds 10000000: must be at most 100000"),
+        (dict(seed=-1), "--seed -1: must be at least 0"),
+        (dict(seed=2**31), "--seed 2147483648: must be at most 2147483647"),
+        (dict(rate=-0.1), "--rate -0.1: must be at least 0"),
+        (dict(rate=np.nan), "--rate nan: must be finite"),
+        (dict(shift=np.inf), "--shift inf: must be finite"),
+        (dict(gamma=1.5), "--gamma 1.5: must be at most 1"),
+        (dict(width=0.0), "--width 0.0: must be above 0"),
+        (dict(sizes=()), "--sizes needs at least one number"),
+        (dict(sizes=(4, 0)), "--sizes 0: must be at least 1"),
+        (dict(eval_every=25), "--chunk must divide --eval-every and --num-updates"),
+        (dict(num_devices=99), "--num-devices 99: 0 to "),
+    ],
+)
+def test_limits_stand_in_the_types(args, changes, message):
+    with pytest.raises(envs.InputError, match=re.escape(message)):
+        runner.open_task("toy", dataclasses.replace(args, **changes), KEYS)
+    runner.check(dataclasses.replace(args, shift=None, rate=0.0, gamma=1.0))
+
+
+def test_flags_win_over_presets(capsys):
+    values = dict(rate=0.1, fast=False, num_updates=5, sizes=(9,))
+    parse = lambda words: runner.parse(Args, words.split(), lambda args: ("named", values))
+    args = parse("--rate=0.7 --fast --num-updates 40")
+    assert (args.rate, args.fast, args.num_updates, args.sizes) == (0.7, True, 40, (9,))
+    said = capsys.readouterr().out
+    assert "preset named\n" in said and "not the defaults: num_updates=40 rate=0.7 sizes=(9,)\n" in said
+    assert parse("--no-fast --num_updates 6").num_updates == 6
+    assert parse("--rate 0.5").rate == 0.5  # given, though it is the default
+    with pytest.raises(envs.InputError, match=r"--rate -1.0: must be at least 0"):
+        parse("--rate -1")
+
+
+def test_help_is_in_the_groups_of_the_source(capsys):
+    doc = "toy: learns\nnothing.\n\nPaper   none"
+    with pytest.raises(SystemExit) as ended:
+        runner.parse(Args, ["--help"], None, ("cpu", "hopper"), doc)
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "toy: learns nothing." in said and "Paper" not in said
+    assert "presets (--preset): cpu, hopper" in said
+    assert re.findall(r"^(\S.*):$", said, re.M) == ["data", "run", "budget", "the fit"]
+    found = " ".join(said[said.index("the fit:") :].split())
+    for words in (
+        "--fit-updates N [60] updates of the fit at most", "--rate X [0.5]", "--sizes N ... [4 4]",
+        "--shift X a number", "--kind {a,b} [a] a choice", "--fast, --no-fast a switch",
+    ):  # fmt: skip
+        assert words in found, words
+
+
+PUBLISHED = {"hopper-medium-v2": {"rate": 2.0}, "walker2d-medium-v0": {"rate": 3.0, "kind": "b"}}
+
+
+@pytest.mark.parametrize(
+    "flags, named, values",
+    [
+        (dict(quick=True), "quick", {"rate": 9.0}),
+        (dict(), "by the file (nothing is published for point-angle-0-scripted)", {"rate": 1.0}),
+        (dict(preset="cpu"), "cpu (nothing is published for", {"rate": 1.0, "chunk": 7}),
+        (
+            dict(preset="hopper-medium-v2"),
+            "hopper-medium-v2 (as published for hopper-medium-v2; the data",
+            {"rate": 2.0},
+        ),
+        (dict(preset="walker2d-medium-v9"), "walker2d-medium-v9 (as published", {"rate": 3.0, "kind": "b"}),
+    ],
+)
+def test_presets(dataset, flags, named, values):
+    """By the file, by name (also of another version), with a budget on top; nothing of two sets is mixed."""
+    args = Args(dataset=dataset, **flags)
+    name, found = runner.preset(args, PUBLISHED, {"cpu": {"chunk": 7}}, {"rate": 9.0}, own={"rate": 1.0})
+    assert name.startswith(named) and found == values
+
+
+def test_a_files_own_preset_is_chosen_without_reading_its_arrays(dataset, monkeypatch):
+    monkeypatch.setattr(envs.buffers, "load", None)
+    known = {"point-angle-0-scripted": {"rate": 4.0}}
+    name, found = runner.preset(Args(dataset=dataset, preset="cpu"), known, {"cpu": {"chunk": 7}}, {})
+    assert "as published for point-angle-0-scripted" in name and found == {"rate": 4.0, "chunk": 7}
+    assert presets.preset_name("ours/hopper-medium", PUBLISHED) == "hopper-medium-v2"
+    assert presets.preset_name("hopper", PUBLISHED) == "hopper"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(preset="gpu", quick=True), "--preset gpu: unknown; one of cpu, hopper-medium-v2"),
+        (dict(preset="cpu", quick=True), "leave --preset out"),
+        (dict(), "--dataset: name a file that udg_select.py wrote, or try --quick"),
+        (dict(dataset="none.npz"), "none.npz: .* does not exist"),
+    ],
+)
+def test_presets_refuse(flags, message):
+    with pytest.raises(envs.InputError, match=message):
+        runner.preset(Args(**flags), PUBLISHED, {"cpu": {}}, {})
+
+
+# --- evaluation ---
+
+
+def test_returns_are_the_worlds(dataset):
+    """One action for ever on the point robot: rewards by numpy; the first half of an episode beside the whole."""
+    buffer, task = envs.buffers.load_task(dataset, KEYS)
+    buffer.metadata["episode_length"] = 50
+    args = Args(num_seeds=2, eval_episodes=3)
+    act = lambda x, observations, key: jnp.tile(x, (len(observations), 1))
+    evaluate = runner.each_seed(runner.returns_of(act, envs.make(task), task, buffer, args), args)
+    found = evaluate(jnp.array([[1.0, 0.0], [-0.5, 0.0]]), runner.evaluation_keys(args))
+    velocity, total = np.zeros(2), []
+    for _ in range(100):
+        velocity = np.clip(0.98 * velocity + 0.1 * np.array([1.0, -0.5]), -1, 1)
+        total.append(velocity)
+    np.testing.assert_allclose(found["eval/return"], np.sum(total, 0), rtol=1e-4)
+    np.testing.assert_allclose(found["eval/return_data_length"], np.sum(total[:50], 0), rtol=1e-4)
+    np.testing.assert_allclose(found["eval/return_std"], 0, atol=1e-5)
+    np.testing.assert_allclose(found["eval/score"], task.normalized_score(np.sum(total, 0)), rtol=1e-4)
+
+
+def test_a_return_is_constant_once_an_episode_ended():
+    class World:
+        """Pays 1 a step and ends after three."""
+
+        reset = staticmethod(lambda key: envs.State(None, jnp.zeros(1), jnp.float32(0), jnp.float32(0), {}, {}))
+
+        @staticmethod
+        def step(state, action):
+            obs = state.obs + 1
+            return state.replace(obs=obs, reward=jnp.float32(1), done=jnp.float32(obs[0] >= 3))
+
+    act = lambda params, observations, key: observations
+    totals = runner.play(
+        World, act, None, jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.key(1), 5)
+    )
+    np.testing.assert_array_equal(totals, [[1, 2, 3, 3, 3]] * 2)
+
+
+def test_evaluation_keys_are_a_seeds_own():
+    """Seed 1 has the same key alone and among others, and no split of its training key ever gives it."""
+    bits = jax.random.key_data(runner.evaluation_keys(Args(seed=1)))
+    np.testing.assert_array_equal(bits[0], jax.random.key_data(runner.evaluation_keys(Args(num_seeds=3)))[1])
+    for num in range(2, 9):
+        assert not (jax.random.key_data(jax.random.split(jax.random.key(1), num)) == bits).all(-1).any()
+
+
+def test_seed_keys_are_split_within_a_seed():
+    first, second = runner.seed_keys(Args(seed=4, num_seeds=2), 2)
+    wanted = jax.random.split(jax.random.key(5), 2)
+    np.testing.assert_array_equal(jax.random.key_data(first[1]), jax.random.key_data(wanted[0]))
+    np.testing.assert_array_equal(jax.random.key_data(second[1]), jax.random.key_data(wanted[1]))
+
+
+# --- figures and neighbours ---
+
+
+@pytest.mark.parametrize("length, titles", [(100, ["point-angle-0, 100 steps"]), (50, [
+    "point-angle-0, 100 steps", "point-angle-0, first 50 steps, as long as the data's",
+])])  # fmt: skip
+def test_learning_curve_has_one_panel_for_each_length(tmp_path, monkeypatch, length, titles):
+    """The data's mean and best are in the last one, whose episodes are as long as the data's."""
+    lines = [{}, {"step": 10, "seed": 0, "eval/return": 1.0, "eval/return_data_length": 0.5}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    drawn, data = [], {"episode_returns": np.array([1.0, 3.0])}
+    monkeypatch.setattr(plots, "figure", lambda path, panels: drawn.extend(panels))
+    buffer = type("", (), {"metadata": {"episode_length": length}, "__getitem__": lambda self, key: data[key]})()
+    plots.learning_curve("x.png", tmp_path, envs.task("point-angle-0"), buffer)
+    assert [panel["title"] for panel in drawn] == titles
+    assert [y for x, y, _ in drawn[-1]["lines"] if x is None] == [2.0, 3.0]
+
+
+def test_training_draws_what_the_log_has(whole, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "figure", lambda path, panels, width: drawn.extend(panels))
+    panels = [
+        ("train/q", "a", "Q", "linear"),
+        ("none", "b", "", "linear"),
+        ({"train/q": "q", "none": "n"}, "c", "", "semilogy"),
+    ]
+    plots.training(tmp_path / "x.png", whole[0], panels)
+    assert [(panel["title"], len(panel["lines"])) for panel in drawn] == [("a", 2), ("c", 1)]
+    q = plots.read(whole[0], "train/q")
+    np.testing.assert_allclose(drawn[1]["lines"][0][1], (q[0][1] + q[1][1]) / 2)
+
+
+@pytest.mark.parametrize("name", ["envs", "runner"])
+@pytest.mark.parametrize("package", [True, False])
+def test_a_folder_that_hides_a_package_is_named(tmp_path, name, package):
+    (tmp_path / name).mkdir()
+    if package:
+        (tmp_path / name / "__init__.py").write_text("")
+    shutil.copy(ROOT / "dac.py", tmp_path / "mine.py")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # as after `pip install -e .`
+    done = subprocess.run([sys.executable, "mine.py", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and f"`{name}` is hidden by {tmp_path / name}" in line and "rename that folder" in line
