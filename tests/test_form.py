@@ -17,11 +17,11 @@ ALL = ("wurl_sac", "udg_select", "mopo", "cped", "qdq", "dac")
 SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 LEARNERS = [name for name in SCRIPTS if name != "udg_select"]
 BANNERS = ("data", "networks", "losses", "update", "evaluation", "training", "run")
-PACKAGES = {"jax", "flax", "optax", "chex", "tyro", "numpy", "scipy", "matplotlib", "tensorboardX", "wandb", "envs"}
-# Names that are a script's own by nature: each has its own flags to refuse, memory to count, things to measure, figures
-# to draw and networks to train, so that equal code would only be the frame around what differs.
-OWN = {"Args", "main", "make_train", "make_evaluation", "check_args", "announce", "finish", "plot_run"}
+PACKAGES = {"jax", "flax", "optax", "chex", "tyro", "numpy", "scipy", "envs", "runner"}
+# Names that are a script's own by nature: its flags, networks, rules between flags, measurements and figures.
+OWN = {"Args", "main", "make_train", "make_evaluation", "check_args", "preset", "write_policy", "plot_run"}
 MAX_FUNCTION, MAX_NESTING = 60, 3
+LINES = {"dac": 580, "udg_select": 600, "cped": 720, "mopo": 850, "qdq": 850, "wurl_sac": 850}  # in one sitting
 
 
 @functools.cache
@@ -152,8 +152,72 @@ def test_functions_are_short_and_flat(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_works(name):
+    """The header's first paragraph and every flag; nothing of the header's tables."""
     done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--seed" in done.stdout, done.stderr[-500:]
+    assert done.returncode == 0, done.stderr[-500:]
+    fields = [x.target.id for x in blocks(name)["Args"].body if isinstance(x, ast.AnnAssign)]
+    flags = re.findall(r"^  --([\w-]+)", done.stdout, re.M)
+    wanted = {"tasks": "task"} if name == "udg_select" else {}
+    assert {wanted.get(field, field).replace("_", "-") for field in fields} | {"seed"} <= set(flags)
+    first = " ".join(ast.get_docstring(tree(name)).split("\n\n")[0].split())
+    assert first in " ".join(done.stdout.split()) and "Deviations" not in done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_read_in_one_sitting(name):
+    assert source(name).count("\n") <= 1.1 * LINES[name]
+
+
+# --- the packages ---
+
+
+def imports_of(path):
+    """Modules of ours that a file imports when it is loaded, as dotted names."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("envs", "runner", *SCRIPTS)}
+
+
+def modules():
+    """Dotted name -> file, of both packages."""
+    files = [path for package in ("envs", "runner") for path in (ROOT / package).rglob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def test_layers():
+    """scripts -> runner -> envs; a package imports no script."""
+    for name, path in modules().items():
+        above = (*SCRIPTS, "runner") if name.startswith("envs") else SCRIPTS
+        assert not [x for x in imports_of(path) if x.split(".")[0] in above], name
+
+
+def test_no_circles():
+    """No module of a package imports another one that imports it; a package's __init__ stands above its modules."""
+    known = modules()
+    edges = {name: imports_of(path) & known.keys() - {name} for name, path in known.items()}
+    packages = {name for name, path in known.items() if path.name == "__init__.py"}
+    for name in known:  # `from envs import buffers` names the package, which is not what is needed of it
+        edges[name] = {x for x in edges[name] if not (x in packages and name.startswith(f"{x}."))}
+    left = dict(edges)
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, left
+
+
+def test_a_module_of_the_runner_is_short():
+    long = {name: n for name, path in modules().items() if (n := path.read_text().count("\n")) > 250}
+    assert not [name for name in long if name.startswith("runner.") and not name.startswith("runner.report")], long
+
+
+@pytest.mark.parametrize("words", ["check", "format --check"])
+def test_ruff(words):
+    done = subprocess.run([sys.executable, "-m", "ruff", *words.split(), "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-500:]
 
 
 def fix():

@@ -1,0 +1,224 @@
+"""The contract of all learners, on runs of seconds: files, resumption, seeds, policies, refusals, presets.
+
+runner's own promises are in test_runner.py; here every learner goes through its own phases.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+import envs.buffers
+import runner
+from envs import scripted
+from runner import checkpoint, log
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNERS = ("mopo", "cped", "qdq", "dac")
+PHASES = {  # label of the progress line -> the folder of its states
+    "mopo": {"model step": "model", "update": "."},
+    "cped": {"flow iteration": "flow", "update": "."},
+    "qdq": {"teacher step": "teacher", "student step": "student", "update": "."},
+    "dac": {"update": "."},
+}
+EACH_PHASE = [(name, label) for name, phases in PHASES.items() for label in phases]
+
+
+def module(name):
+    return importlib.import_module(name)
+
+
+def tiny(name, **changes):
+    """A run of seconds through all phases: the `TINY` of the learner's own tests."""
+    return module(name).Args(**{**importlib.import_module(f"tests.test_{name}").TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return str(scripted.dataset(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """name -> args, result of an uninterrupted run of two seeds, made once."""
+
+    @functools.cache
+    def run(name):
+        args = tiny(name, dataset=dataset, num_seeds=2, out=str(tmp_path_factory.mktemp(name) / "run"))
+        return args, module(name).main(args)
+
+    return run
+
+
+def states_of(folder):
+    """Every array of the newest states and of policy.npz: {file: {key: array}}."""
+    files = [folder / "policy.npz", *folder.rglob("state.npz")]
+    about = lambda path: "metadata_json" if path.name == "policy.npz" else "meta_json"
+    return {str(path.relative_to(folder)): checkpoint.read_npz(path, about(path))[0] for path in files}
+
+
+def records_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines[1:]]
+
+
+def assert_same_run(one, other):
+    wanted, found = states_of(one), states_of(other)
+    assert wanted.keys() == found.keys()
+    for file, arrays in wanted.items():
+        assert arrays.keys() == found[file].keys()
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(found[file][key], array, err_msg=f"{file}: {key}")
+    assert records_of(one) == records_of(other)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_run_leaves_its_files(name, whole):
+    """Policy, states of every phase, log and figures; all metrics finite; the score is that of the log."""
+    args, result = whole(name)
+    folder = Path(args.out)
+    assert {"args.json", "log.jsonl", "policy.npz", "learning_curve.png"} <= {path.name for path in folder.iterdir()}
+    assert all((folder / place / "state.npz").exists() for place in PHASES[name].values())
+    assert all(path.stat().st_size > 5_000 for path in folder.glob("*.png")) and len(list(folder.glob("*.png"))) >= 2
+    records = records_of(folder)
+    assert all(np.isfinite(v).all() for r in records for k, v in r.items() if k != "seed")
+    evaluations = [r for r in records if "eval/return" in r]
+    steps = range(args.eval_every, args.num_updates + 1, args.eval_every)
+    assert [(r["step"], r["seed"]) for r in evaluations] == [(step, seed) for step in steps for seed in (0, 1)]
+    assert {"train/q", "eval/return_data_length", "eval/return_std", "eval/score"} <= evaluations[0].keys()
+    last = [[r["eval/return"] for r in evaluations if r["seed"] == seed][-5:] for seed in (0, 1)]
+    np.testing.assert_allclose(result["score"], np.mean(last), rtol=1e-4)
+    about = json.loads(str(np.load(folder / "policy.npz")["metadata_json"]))
+    assert about["task"] == "point-angle-0" and about["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("name, label", EACH_PHASE)
+def test_interrupted_run_equals_the_whole_one(name, label, whole, tmp_path, monkeypatch):
+    """SIGTERM in the middle of each phase, then --resume: states, policy and log are equal, number by number."""
+    args, result = whole(name)
+    args, struck = dataclasses.replace(args, out=str(tmp_path / "run")), []
+    show = log.Progress.show
+
+    def strike(self, step, *rest, **more):
+        show(self, step, *rest, **more)
+        if self.label == label and not struck:
+            struck.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log.Progress, "show", strike)
+        with pytest.raises(SystemExit, match=f"stopped by SIGTERM at {label} .*--resume"):
+            module(name).main(args)
+    assert module(name).main(dataclasses.replace(args, resume=True)) == result
+    assert_same_run(Path(whole(name)[0].out), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_seed_alone_is_the_seed_among_others(name, whole, tmp_path):
+    args, _ = whole(name)
+    module(name).main(dataclasses.replace(args, seed=1, num_seeds=1, out=str(tmp_path / "run")))
+    among = [r for r in records_of(Path(args.out)) if r["seed"] == 1]
+    for wanted, found in zip(among, records_of(tmp_path / "run"), strict=True):
+        assert wanted.keys() == found.keys()
+        for key in wanted:  # another program, whose sums may differ in the last digits
+            np.testing.assert_allclose(found[key], wanted[key], rtol=2e-3, atol=2e-3, err_msg=key)
+
+
+def readme_policy(path, index):
+    """The README's loader: numpy alone."""
+    scope = {}
+    exec((ROOT / "README.md").read_text().split("```python")[1].split("```")[0], scope)
+    return scope["load_policy"](path, index)
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "dac"])  # dac samples: tests/test_dac.py
+def test_the_policy_file_is_the_policy_that_was_evaluated(name, whole):
+    """Played from the evaluation's starts by the README's loader, it earns what the log says of the last evaluation."""
+    args, _ = whole(name)
+    env, keys = envs.make("point-angle-0"), runner.evaluation_keys(args)
+    for seed in (0, 1):
+        policy = readme_policy(Path(args.out) / "policy.npz", seed)
+        key = jax.random.split(keys[seed])[0] if name == "mopo" else keys[seed]  # mopo's other half measures its model
+        state = jax.vmap(env.reset)(jax.random.split(key, args.eval_episodes))
+        step, total = jax.jit(jax.vmap(env.step)), 0.0
+        for _ in range(env.episode_length):
+            state = step(state, jnp.asarray(policy(np.asarray(state.obs)), jnp.float32))
+            total = total + state.reward
+        logged = [r["eval/return"] for r in records_of(Path(args.out)) if r["seed"] == seed and "eval/return" in r]
+        np.testing.assert_allclose(np.mean(total), logged[-1], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_another_run_is_refused(name, whole):
+    args, _ = whole(name)
+    with pytest.raises(envs.InputError, match=r"gamma was 0\.99 and is now 0\.9; resume with the old one"):
+        module(name).main(dataclasses.replace(args, gamma=0.9, resume=True))
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        module(name).main(args)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_data_that_cannot_be_learnt_from_are_refused(name, dataset, tmp_path):
+    """Reward-free rows, another task's file, too few rows; nothing is written."""
+    out = tmp_path / "run"
+    raw = scripted.point_buffers(tmp_path / "raw", seed=0, num=1, episodes=2)[0]
+    with pytest.raises(envs.InputError, match="udg_select"):
+        module(name).main(tiny(name, dataset=str(raw), out=str(out)))
+    with pytest.raises(envs.InputError, match=r"udg_select\.py --buffers .* --task point-angle-60"):
+        module(name).main(tiny(name, dataset=dataset, task="point-angle-60", out=str(out)))
+    buffer = envs.buffers.load(dataset, quiet=True)
+    few = {key: buffer[key][:15] for key in envs.buffers.COLUMNS if key in buffer.arrays}
+    few["timeouts"] = np.arange(15) == 14
+    path = envs.buffers.save(tmp_path / "few.npz", few, {**buffer.metadata, "warmup_transitions": 0})
+    with pytest.raises(envs.InputError, match="15 rows are too few"):
+        module(name).main(tiny(name, dataset=str(path), out=str(out)))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_preset_runs(name, dataset):
+    """--quick, the budget and every published set give flags that pass all checks of their types."""
+    script = module(name)
+    for words in (["--quick"], ["--dataset", dataset], ["--dataset", dataset, "--preset", "cpu"]):
+        args = runner.parse(script.Args, words, script.preset)
+        runner.check_run(args)
+    assert args.num_updates == 20_000
+    assert len(script.PUBLISHED) >= 15
+    for published in script.PUBLISHED:
+        args = runner.parse(script.Args, ["--dataset", dataset, "--preset", published], script.preset)
+        runner.check_run(args)
+        assert {k: getattr(args, k) for k in script.PUBLISHED[published]} == script.PUBLISHED[published]
+
+
+SMOKE = {  # --quick, shortened
+    "wurl_sac": "--num-policies 2 --num-updates 500 --eval-every 500",
+    "udg_select": "--w1-points 50",
+    "mopo": "--num-updates 500 --max-epochs 2",
+    "cped": "--flow-updates 500 --num-updates 500 --eval-every 500",
+    "qdq": "--teacher-updates 500 --student-updates 500 --num-updates 500 --eval-every 500",
+    "dac": "--num-updates 250",
+}
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_a_script_copied_out_runs(name, tmp_path):
+    """In an empty folder, with the package installed and the repository not on the path."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "mine.py", "--quick", *SMOKE[name].split(), "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = {path.suffix for path in (tmp_path / "out").rglob("*")}
+    assert {".npz", ".png"} <= made, made
