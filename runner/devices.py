@@ -74,6 +74,29 @@ def whole(tree, count, args):
     return jax.tree.map(lambda x: x.addressable_data(0), gathered)
 
 
+def own_policies(count):
+    """The policies out of `count` that lie on this process's devices, whose rows it keeps."""
+    num = jax.process_count()
+    return [k for k in range(count) if k * num // count == jax.process_index()]
+
+
+def own_part(x, count):
+    """Of an array [R, K, ..] the policies of this process, on the host."""
+    shards = {shard.index[1].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
+    x = np.concatenate([shards[k] for k in sorted(shards)], 1)
+    return x if x.shape[1] < count else x[:, own_policies(count)]
+
+
+def added_up(numbers):
+    """An array of numbers of every process -> their sum over the processes, on all of them."""
+    return multihost_utils.process_allgather(np.asarray(numbers)).sum(0)
+
+
+def wait_for_all(point):
+    """Go on once every process has come to this point."""
+    multihost_utils.sync_global_devices(point)
+
+
 def agreed(stop, due):
     """Decisions that all processes must share: the signal to stop by, and whether any of them finds it time to save."""
     if jax.process_count() == 1:

@@ -150,6 +150,7 @@ def parse(Args, argv, preset_of=None, names=(), doc=""):
         print(help_text(Args, names, doc))
         sys.exit(0)
     args = tyro.cli(Args, args=argv, prog=Path(sys.argv[0]).name)
+    check(args)
     if preset_of is not None:
         name, values = preset_of(args)
         given = given_flags(argv, [field.name for field in dataclasses.fields(Args)])

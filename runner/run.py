@@ -80,11 +80,16 @@ class Run:
             self._logger = Logger(self.folder, self.args, self.meta.get("log", 0))
         return self._logger
 
-    def compile(self, chunk, state, *inputs):
+    def compile(self, chunk, state, *inputs, placed=False, disk=0):
         """The program chunk(state, *inputs), compiled for these arrays or shapes. Prints the memory and the disk that
-        it needs, and refuses a run that does not fit."""
+        it needs, and refuses a run that does not fit.
+
+        placed: chunk itself says on which devices its arrays lie, else the first axis of the state tells; disk: bytes
+        that the run writes beside its states.
+        """
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        have, disk = devices.memory(), 3 * size + size // 4  # newest state, the one before, the one being written
+        have = devices.memory()
+        disk += 3 * size + size // 4  # newest state, the one before, the one being written
         free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in self.folder.glob("**/state*.npz"))
         print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
         if size > have or disk > free:
@@ -96,8 +101,8 @@ class Run:
         print(f", {amount(need)} of {amount(have)} memory on each device", flush=True)
         if need > have:
             raise self.too_large(need, have, disk, free)
-        leading = len(jax.tree.leaves(state)[0])
-        return program if devices.device_mesh(leading, self.args)[0].size == 1 else chunk
+        alone = placed or devices.device_mesh(len(jax.tree.leaves(state)[0]), self.args)[0].size == 1
+        return program if alone else chunk
 
     def too_large(self, need, have, disk, free):
         return envs.InputError(
