@@ -50,17 +50,12 @@ Expect     ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 
            point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 import shutil
-import signal
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -69,50 +64,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
-from jax.experimental import multihost_utils
 
 import envs
+import runner
+from envs.distances import pairwise_apwd, unit_directions
+from envs.episodes import EpisodeFiles
+from runner import devices
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(runner.RunFlags):
+    # beside the flags that every script has: out, resume, track, backend, num_devices, ... (runner/flags.py)
     # --- run ---
     task: str = "ant"
     """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; a task's reward is recorded, and
     learnt from with task_weight"""
     preset: str = ""
-    """a name in PRESETS; empty: the one of the world (ours); 'paper': the published budget of ant and cheetah"""
-    seed: int = 0
+    """a setting by name, see the list above; empty: the one of the world (ours); paper: the published budget of ant and
+    cheetah"""
+    seed: runner.Natural = 0
     """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
-    out: str = ""
-    """run folder; empty: runs/wurl_sac/<task>/seed<seed>"""
-    resume: bool = False
-    """go on from the folder's state.npz, exactly"""
     quick: bool = False
     """the point robot with 4 policies, under 2 minutes on 2 cores"""
-    track: bool = False
-    """mirror the log to Weights & Biases (needs `pip install wandb`)"""
-    backend: Literal["auto", "mujoco", "mjx"] = "auto"
-    """physics: C MuJoCo (auto on a CPU) or MJX (auto elsewhere); ignored by the point worlds"""
+    distributed: bool = False
+    """one of several processes that share the policies, each with num_devices; started by Slurm, Kubernetes, a TPU
+    pod or Open MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (docs/scale.md)"""
     # --- budget ---
-    num_policies: int = 10
+    num_policies: runner.Count = 10
     """K: number of policies (paper: 10)"""
-    num_updates: int = 36_000
+    num_updates: runner.Count = 36_000
     """gradient steps per policy; environment steps per policy = num_updates / updates_per_step"""
-    updates_per_step: float = 0.25
+    updates_per_step: runner.Rate = 0.25
     """U: gradient steps per environment step of a policy (reference code: 1; ours on a CPU: 0.25)"""
-    num_envs: int = 2
+    num_envs: runner.Count = 2
     """N: episodes per policy and round (reference code: 1)"""
-    episode_length: int = 0
+    episode_length: runner.Natural = 0
     """L: steps of an episode; 0: the task's own (ant, cheetah 200; point 100)"""
-    warmup_steps: int = 2_000
+    warmup_steps: runner.Count = 2_000
     """environment steps per policy with uniform random actions at the start (reference code: 20,000 over all)"""
-    chunk: int = 100
+    chunk: runner.Count = 100
     """gradient steps per policy in one jitted call; a multiple of a round's, a divisor of eval_every"""
-    eval_every: int = 4_000
+    eval_every: runner.Count = 4_000
     """gradient steps per policy between two evaluations"""
-    eval_episodes: int = 10
+    eval_episodes: runner.Count = 10
     """stochastic episodes per policy in an evaluation; the last evaluation takes 50 (authors' protocol)"""
     # --- diversity ---
     objective: Literal["apwd", "pwd", "diayn", "dads", "none"] = "apwd"
@@ -123,7 +117,7 @@ class Args:
     """w_task: weight of the task reward (UDG's partial reward; WURL: 0)"""
     reward_scale: float = 8.0
     """scale: multiplies the cost per step (published 50 for ant is not what the checkpoints had; see D7)"""
-    num_directions: int = 8
+    num_directions: runner.Count = 8
     """M: projections per round (reference code: 5)"""
     orthogonal_directions: bool = False
     """orthogonal directions in blocks of d (reference: OPWD), lower variance"""
@@ -136,26 +130,24 @@ class Args:
     """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 10"""
     warmup_zero_reward: bool = False
     """reward 0 for warm-up steps, as the reference code (D6)"""
-    discriminator_lr: float = 2e-3
+    discriminator_lr: runner.Rate = 2e-3
     """Adam rate of the discriminator (diayn; reference 2e-3) or predictor (dads; reference 3e-4)"""
     # --- SAC ---
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (reference: 256, 256; point worlds 64, 64; Humanoid 1024, 1024)"""
-    batch_size: int = 128
+    batch_size: runner.Count = 128
     """B: transitions per update (reference: 128; point worlds 200)"""
-    replay_size: int = 10_000
+    replay_size: runner.Count = 10_000
     """R: newest transitions per policy that are learnt from (D5)"""
-    learning_rate: float = 6e-4
+    learning_rate: runner.Rate = 6e-4
     """Adam rate of actor, critics and alpha (reference: 3e-4; ours, for a sixth of its updates: 6e-4)"""
-    lr_decay: float = 0.4
+    lr_decay: runner.Share = 0.4
     """share of the run, at its end, over which the learning rate falls linearly to 0 (D10); 0: never"""
-    gamma: float = 0.99
+    gamma: runner.Share = 0.99
     """discount (reference: 0.99)"""
-    tau: float = 0.005
+    tau: runner.Share = 0.005
     """Polyak rate of the target critics, every update (reference: 0.005)"""
-    q_bound: float = 1e6
-    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite (ours)"""
-    alpha: float = 0.2
+    alpha: runner.Rate = 0.2
     """entropy weight, its start with auto_alpha (reference: 0.2)"""
     auto_alpha: bool = False
     """learn alpha towards entropy -A (SAC); for supervised data, where a fixed 0.2 makes no expert"""
@@ -163,17 +155,12 @@ class Args:
     """lower clip of the actor's log standard deviation (reference: -20)"""
     log_std_max: float = 2.0
     """upper clip of the actor's log standard deviation (reference: 2)"""
-    policies_at_once: int = 0
+    policies_at_once: runner.Natural = 0
     """policies updated in one batched call; 0: all on an accelerator or for narrow nets, 1 on a CPU"""
-    num_devices: int = 0
-    """devices that share the policies; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
-    distributed: bool = False
-    """one of several processes that share the policies, each with num_devices; started by Slurm, Kubernetes, a TPU
-    pod or Open MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (docs/scale.md)"""
     # --- data ---
     collect: Literal["replay", "rollouts"] = "replay"
     """buffers hold the whole training data (replay) or fresh episodes of the final policies (rollouts)"""
-    rollout_episodes: int = 250
+    rollout_episodes: runner.Count = 250
     """episodes per policy with --collect rollouts"""
     keep_policies: bool = False
     """keep the policies of every evaluation: policies/update_<n>.npz, with their return and the rows behind them"""
@@ -202,6 +189,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_every=1_500)
+SHOWN = ("train/min_w", "train/reward", "train/q", "train/entropy")  # in the progress line
 
 
 # === data ===
@@ -314,74 +302,6 @@ def polyak(target, online, tau):
 # === pseudo-reward ===
 
 
-def unit_directions(key, num, dim, orthogonal=False):
-    """[M, d] directions of length 1, uniform on the sphere; `orthogonal`: mutually so in blocks of d."""
-    if orthogonal:
-        blocks = jax.random.normal(key, (-(-num // dim), dim, dim))
-        v = jnp.linalg.qr(blocks)[0].mT.reshape(-1, dim)[:num]
-    else:
-        v = jax.random.normal(key, (num, dim))
-    return v / jnp.linalg.norm(v, axis=-1, keepdims=True)
-
-
-def sort_along(points, mask, v):
-    """Sort points [n, d] by their projection on v [d], those with mask [n] False last -> points, order [n].
-
-    The product-sum is written out: a float32 matmul may run in TF32 on a GPU and change the order.
-    """
-    order = jnp.argsort(jnp.where(mask, jnp.sum(points * v, -1), jnp.inf), stable=True)
-    return points[order], order
-
-
-def coupled_cost(a, b, num_a, num_b):
-    """Cost per source RANK [D] of the rank-to-rank plan between sorted a [D, d] and b [T, d].
-
-    The first num_a and num_b rows are points, the rest padding. In units of 1 / (num_a num_b) the plan is the
-    overlap of [i num_b, (i+1) num_b] with [j num_a, (j+1) num_a]: sort all borders, each gap between two
-    neighbours belongs to one (i, j). The costs of a row are averaged with its row weights (they sum to 1).
-    """
-    ends_a = jnp.minimum(jnp.arange(1, len(a) + 1), num_a) * num_b
-    ends_b = jnp.minimum(jnp.arange(1, len(b) + 1), num_b) * num_a
-    ends = jnp.sort(jnp.concatenate([ends_a, ends_b]))
-    lengths = jnp.diff(ends, prepend=0)
-    i = jnp.clip((ends - 1) // jnp.maximum(num_b, 1), 0, jnp.maximum(num_a - 1, 0))
-    j = jnp.clip((ends - 1) // jnp.maximum(num_a, 1), 0, jnp.maximum(num_b - 1, 0))
-    distance = jnp.linalg.norm(a[i] - b[j], axis=-1) * lengths / jnp.maximum(num_b, 1)
-    return jax.ops.segment_sum(distance, i, len(a), indices_are_sorted=True)
-
-
-def pairwise_apwd(source, source_mask, target, target_mask, directions):
-    """c_kl(t) [K, J, n] of every source step against every target set, directions [M, d] shared by all.    # D1
-
-    source [K, n, d], target [J, m, d], masks [K, n], [J, m] (True: a point). The mean of c_kl over the points
-    of k is an upper bound of W1(k, l), equal to it for d = 1. Every set is sorted once per direction. Where all
-    points are valid and n = m (episodes of fixed length) the plan is the identity: a subtraction.
-    """
-    num_source, num_target = source_mask.sum(-1), target_mask.sum(-1)
-
-    def identity_plan(a, b):  # the sum over features written out, so that it runs over whole rows of numbers
-        b = b.transpose(1, 2, 0)
-        return jnp.sqrt(sum((a[:, :, i, None] - b[:, i]) ** 2 for i in range(a.shape[-1])))
-
-    def general_plan(a, b):
-        to_all = jax.vmap(coupled_cost, (None, 0, None, 0), out_axes=1)
-        return jax.lax.map(lambda x: to_all(x[0], b, x[1], num_target), (a, num_source))
-
-    def along(total, v):
-        a, order = jax.vmap(sort_along, (0, 0, None))(source, source_mask, v)
-        b, _ = jax.vmap(sort_along, (0, 0, None))(target, target_mask, v)
-        if source.shape[1] == target.shape[1]:
-            equal = jnp.all(source_mask) & jnp.all(target_mask)
-            cost = jax.lax.cond(equal, identity_plan, general_plan, a, b)
-        else:
-            cost = general_plan(a, b)  # [K, n, J], by rank of the source point; the order gives it back its time
-        return total.at[jnp.arange(len(source))[:, None], order].add(cost, unique_indices=True), None
-
-    total = jnp.zeros((*source.shape[:2], len(target)))
-    total, _ = jax.lax.scan(along, total, directions)
-    return jnp.where(source_mask[:, None], total.mT / len(directions), 0.0)
-
-
 def apwd_reward(source, alive, target, target_alive, directions, args):
     """Pseudo-reward [K, N, L] and pair distances [K, K] (header, lines 2 to 5).
 
@@ -393,7 +313,7 @@ def apwd_reward(source, alive, target, target_alive, directions, args):
     own = flat(source), flat(alive)
     shared = target is source and target_alive is alive  # then sorted once: half of the time
     others = own if shared else (flat(target), flat(target_alive))
-    cost = pairwise_apwd(*own, *others, directions)
+    cost = pairwise_apwd(*own, *others, directions)  # D1
     distances = cost.sum(-1) / jnp.maximum(alive.sum((1, 2)), 1)[:, None]
     cost = cost.reshape(K, K, N, L)
     sums = jnp.where(jnp.eye(K, dtype=bool)[:, :, None], jnp.inf, cost.sum(-1))
@@ -639,8 +559,10 @@ def feature_function(args, task):
 
 
 def distance_metrics(distances, prefix, suffix=""):
-    """Of a [K, K] matrix: distance to the nearest other policy (mean: the authors' WD), mean over pairs."""
+    """Of a [K, K] matrix: distance to the nearest other policy (mean: the authors' WD), mean over pairs; {} of one."""
     K = len(distances)
+    if K == 1:
+        return {}
     others = jnp.where(jnp.eye(K, dtype=bool), jnp.inf, distances)
     nearest = others.min(1)
     is_nearest = jnp.zeros(K, bool).at[others.argmin(1)].set(True)
@@ -678,7 +600,7 @@ def discriminator_success(x, train, test, key, args, num_steps=1_000, batch_size
 
 
 def make_evaluation(args, task, rollouts):
-    """-> evaluation(actor [K], key, E) -> metrics (numbers and [K] lists), arrays for the figures."""
+    """-> evaluation(actor [K], key, E) -> metrics (numbers and arrays [K]), arrays for the figures, on the host."""
     features_of = feature_function(args, task)
 
     def pair_distances(points, mask, num_directions):
@@ -691,7 +613,7 @@ def make_evaluation(args, task, rollouts):
         cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), num_directions, d))
         return cost.sum(-1) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
 
-    @functools.partial(jax.jit, static_argnums=2, out_shardings=placed(args))
+    @functools.partial(jax.jit, static_argnums=2, out_shardings=devices.placed(args.num_policies, args))
     def evaluation(actor, key, num_episodes):
         key_rollout, key_all, key_half = jax.random.split(key, 3)
         keys = jax.random.split(key_rollout, args.num_policies)
@@ -722,7 +644,7 @@ def make_evaluation(args, task, rollouts):
             metrics["eval/task_return"] = jnp.where(alive, task.reward(t), 0.0).sum(-1).mean(1)
         return metrics, {"paths": path, "features": features, "alive": alive, "matrix": distances}
 
-    return evaluation
+    return lambda *inputs: jax.tree.map(np.asarray, evaluation(*inputs))
 
 
 # === training ===
@@ -788,55 +710,10 @@ def round_sizes(args, episode_length):
     return -(-args.warmup_steps // steps), updates, -(-args.num_updates // updates)
 
 
-def device_mesh(count, args):
-    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
-    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
-    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
-
-
-def over_devices(f, args):
-    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
-
-    Where they do not divide, the last places do the first ones once more, and that is dropped.
-    """
-
-    def shared(*trees):
-        count = len(jax.tree.leaves(trees)[0])
-        mesh, even = device_mesh(count, args)
-        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
-        if mesh.size == 1 or even:
-            return (f if mesh.size == 1 else split)(*trees)
-        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
-        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
-
-    return shared
-
-
-def placed(args, *axes):
-    """Where an array lies whose axis "share" is the policies'; on all devices where they do not divide."""
-    mesh, even = device_mesh(args.num_policies, args)
-    return jax.NamedSharding(mesh, jax.P(*axes) if even else jax.P())
-
-
 def state_sharding(args):
     """Where a WurlState lies: agents and replays on the device of their policy, the rest on all."""
-    split = placed(args, "share")
-    return WurlState(placed(args), placed(args), split, split, placed(args), placed(args))
-
-
-def own_policies(args):
-    """The policies whose buffers this process writes, those of its devices."""
-    num = jax.process_count()
-    return [k for k in range(args.num_policies) if k * num // args.num_policies == jax.process_index()]
-
-
-def own_part(x, args):
-    """Of an array [R, K, ..] the policies of this process, on the host."""
-    shards = {shard.index[1].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
-    x = np.concatenate([shards[k] for k in sorted(shards)], 1)
-    return x if x.shape[1] < args.num_policies else x[:, own_policies(args)]
+    split, all_devices = (devices.placed(args.num_policies, args, *axes) for axes in (("share",), ()))
+    return WurlState(all_devices, all_devices, split, split, all_devices, all_devices)
 
 
 def make_train(args, env, task, observe, episode_length):
@@ -855,7 +732,7 @@ def make_train(args, env, task, observe, episode_length):
         one = lambda actor, key: rollout(
             actor, key, env, args, observe, num_envs, episode_length, random or args.random, restart
         )
-        return over_devices(jax.vmap(one), args)(actor, keys)
+        return runner.over_devices(jax.vmap(one), args)(actor, keys)
 
     def train_policy(agent, replay, key):
         """Line (7): `updates_per_round` updates of one policy."""
@@ -882,7 +759,7 @@ def make_train(args, env, task, observe, episode_length):
         if not (warmup or args.random):
             keys = jax.random.split(key_update, K)
             train = lambda *x: jax.lax.map(lambda x: train_policy(*x), x, batch_size=at_once)
-            agent, metrics = over_devices(train, args)(agent, replay, keys)
+            agent, metrics = runner.over_devices(train, args)(agent, replay, keys)
         if not warmup:
             count = count + updates_per_round
         metrics["train/pseudo_reward"] = reward.mean((1, 2))
@@ -891,8 +768,8 @@ def make_train(args, env, task, observe, episode_length):
 
     def rounds(num, warmup):
         scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
-        split = placed(args, None, "share")
-        out = sharding, (placed(args), placed(args), split, split)
+        split = devices.placed(args.num_policies, args, None, "share")
+        out = sharding, (sharding.key, sharding.key, split, split)
         return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
     init = jax.jit(lambda key: init_state(key, args, env, task, observe), out_shardings=sharding)
@@ -901,229 +778,6 @@ def make_train(args, env, task, observe, episode_length):
 
 
 # === run ===
-
-
-def start_wandb(folder, config):
-    """A new run of Weights & Biases; InputError where the package or the account is missing."""
-    try:
-        import wandb
-
-        run = wandb.init(project="udg-jax", dir=str(folder), config=config)
-    except ImportError:
-        raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
-    except wandb.Error as error:
-        raise envs.InputError(f"--track: {error} (WANDB_MODE=offline needs no account)") from None
-    run.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
-    return run
-
-
-class Logger:
-    """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
-
-    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows what is left anew, to TensorBoard
-    and as a new run of W&B, so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
-    """
-
-    def __init__(self, folder, args, position=0):
-        from tensorboardX.event_file_writer import EventsWriter
-
-        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
-        header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
-        self.wandb = start_wandb(folder, header["args"]) if args.track else None
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
-        self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
-        for line in self.file.read(position).splitlines()[1:] if position else ():
-            self.show(json.loads(line))
-        self.file.truncate(position)
-        if not position:
-            self.write(header)
-
-    def write(self, record):
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
-
-    def show(self, record):
-        """A record's numbers, named with its labels, to TensorBoard and W&B."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
-        scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
-        for name, value in scalars.items():
-            event = Event(wall_time=time.time(), step=record["step"], summary=scalar(name, value))
-            self.board.write_event(event)
-        self.board.flush()
-        if self.wandb:
-            self.wandb.log({**scalars, "step": record["step"]})
-
-    def log(self, step, metrics, **labels):
-        """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
-        six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
-        metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
-        record = {"step": step, **labels, **metrics}
-        self.write(record)
-        self.show(record)
-
-
-def end_at_once(number, frame):
-    """Handler of SIGTERM and Ctrl-C outside the loops: says so and ends, with what was saved.
-
-    No exception: one that is raised in a callback of jax's is lost, and an orderly end crashes while XLA compiles.
-    """
-    said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
-    with contextlib.suppress(RuntimeError):  # in the middle of a print
-        sys.stdout.flush()
-    os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
-    os._exit(1)
-
-
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into `name`, so that the loop can save first; a second one is obeyed."""
-
-    def __enter__(self):
-        self.name = ""
-        self.old = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.old[number])
-
-    def __exit__(self, *exc):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-def flat_arrays(tree):
-    """Pytree -> {slash/path: numpy array}; typed keys as their bits."""
-
-    def array(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
-
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): array(x) for p, x in leaves}
-
-
-def save_state(folder, tree, meta):
-    """state.npz (newest) and state.prev.npz (the one before): the pytree as flat arrays, `meta` as JSON."""
-    new = folder / "state.new.npz"
-    envs.buffers.write_npz(new, {**flat_arrays(tree), "meta_json": np.array(json.dumps(meta))})
-    name_state(new)
-
-
-def name_state(new):
-    """state.new.npz becomes state.npz, and what was that state.prev.npz."""
-    newest = new.with_name("state.npz")
-    if newest.exists():
-        os.replace(newest, new.with_name("state.prev.npz"))
-    os.replace(new, newest)
-
-
-def load_state(folder, like, identity):
-    """The newest readable state of the folder, in the structure of `like` (arrays or shapes) -> tree, meta.
-
-    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
-    """
-    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
-        if path.name == "state.new.npz" and not path.exists():  # it is whole, and waits for its name, after a kill
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            meta = json.loads(str(arrays["meta_json"]))
-            break
-        except Exception as error:  # missing, torn or corrupt: the one before may be whole
-            print(f"cannot read {path}: {error}", file=sys.stderr)
-    else:
-        raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
-    old, new = meta["identity"], json.loads(json.dumps(identity))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")
-
-    def restore(place, x):
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))
-        if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
-            raise envs.InputError(f"{path}: {name} does not fit this version; start anew with another --out")
-        return jnp.asarray(arrays[name])
-
-    tree = jax.tree_util.tree_map_with_path(restore, like)
-    if path.name == "state.new.npz" and jax.process_count() == 1:  # others may be reading it
-        name_state(path)
-    return tree, meta
-
-
-def run_identity(args, **data):
-    """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
-    return {**flags, **data, **envs.buffers.versions()}
-
-
-def run_folder(args, script, task):
-    """The run's folder, made if need be -> args, folder; refuses to write over another run.
-
-    --resume where nothing was saved yet begins anew: args.resume is False then.
-    """
-    folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
-    if args.resume and not any(folder.glob("**/state*.npz")) and not (folder / "policy.npz").exists():
-        print(f"{folder}: nothing was saved here yet; starting from the beginning", flush=True)
-        args = dataclasses.replace(args, resume=False)
-    if not args.resume and (any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()):
-        raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink(missing_ok=True)
-        if not args.resume:
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
-    except OSError as error:
-        raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
-    return args, folder
-
-
-def progress_line(label, count, total, rate, metrics):
-    """`label count/total  rate  ETA  metrics`, rate in counts per second."""
-    eta = time.strftime("%H:%M:%S", time.gmtime((total - count) / max(rate, 1e-9)))
-    numbers = "  ".join(f"{k.split('/')[-1]} {float(v):.4g}" for k, v in metrics.items())
-    print(f"{label} {count}/{total} ({count / total:.0%})  {rate:.4g}/s  ETA {eta}  {numbers}", flush=True)
-
-
-def check_numbers(args):
-    """Refuse what no flag can mean: numbers that are not finite, below 0 or beyond 31 bits where whole, no widths."""
-    for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
-        if any(isinstance(x, float) and not np.isfinite(x) for x in numbers):
-            raise envs.InputError(f"{flag}: must be finite")
-        if any(isinstance(x, int) and not 0 <= x < 2**31 for x in numbers):
-            raise envs.InputError(f"{flag}: must be at least 0 and below {2**31}")
-        if name.endswith("hidden_sizes") and (not value or min(value) < 1):
-            raise envs.InputError(f"{flag}: give one width or more, each at least 1")
-        if name in ("gamma", "tau") and not 0 <= value <= 1:
-            raise envs.InputError(f"{flag}: must lie between 0 and 1")
-
-
-def parse_args(argv, preset_of):
-    """Command line -> Args: defaults, then what `preset_of(args)` gives, then the flags; printed in full."""
-    name, preset = preset_of(tyro.cli(Args, args=argv, description=__doc__))
-    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
-    check_numbers(args)
-    print(f"preset {name}:", *(f"{k}={v}" for k, v in preset.items()))
-    print("arguments:", *(f"{k}={v}" for k, v in dataclasses.asdict(args).items()))
-    return args
-
-
-def write_policy(path, kind, params, metadata):
-    """policy.npz (docs/policy.md): what a user deploys, flat slash/paths, leading policy or seed axis."""
-    head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(metadata))}
-    envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
 
 
 def whole_rounds(preset, args, episode_length):
@@ -1140,86 +794,87 @@ def whole_rounds(preset, args, episode_length):
     return preset | dict(chunk=chunk, eval_every=eval_every, num_updates=num_updates)
 
 
-def wurl_preset(args):
+def preset(args):
     """The published budget, --quick, or what suits the world -> name, {field: value}."""
+    runner.refuse({f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}": args.preset in ("", *PRESETS)})
     quick = QUICK if args.quick else {}
     task = envs.task(quick.get("task", args.task))
-    world = task.env
-    if args.preset and args.preset not in PRESETS:
-        raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
-    preset = PRESETS.get(world, {}) | PRESETS.get(args.preset, {}) | quick
-    preset = whole_rounds(preset, args, args.episode_length or task.episode_length)
-    if args.div_features not in ("task", preset.get("div_features")):  # the scales are those of other features
-        preset = {k: v for k, v in preset.items() if k != "feature_scales"}
-    return args.preset or ("quick" if args.quick else world), preset
-
-
-def replay_bytes(args, task):
-    """What the replays take, and what the device has."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 4 * args.num_policies * args.replay_size * (2 * task.env_observation_size + task.action_size + 2), memory
+    values = PRESETS.get(task.env, {}) | PRESETS.get(args.preset, {}) | quick
+    values = whole_rounds(values, args, args.episode_length or task.episode_length)
+    if args.div_features not in ("task", values.get("div_features")):  # the scales are those of other features
+        values = {k: v for k, v in values.items() if k != "feature_scales"}
+    return args.preset or ("quick" if args.quick else task.env), values
 
 
 def check_args(args, task, episode_length):
     """Refuse what cannot work, before any long work starts."""
-    positive = ("num_envs", "num_directions", "rollout_episodes", "chunk", "eval_every", "num_updates", "batch_size")
-    for name in positive:
-        if getattr(args, name) < 1:
-            raise envs.InputError(f"--{name.replace('_', '-')} must be at least 1")
+    runner.check_run(args)
     _, updates, _ = round_sizes(args, episode_length)
-    steps = args.num_envs * episode_length
-    replays, memory = replay_bytes(args, task)
+    steps, num_obs = args.num_envs * episode_length, task.env_observation_size
     index = args.div_features.split(",")
-    num_features = {"task": len(task.feature_names), "full": task.env_observation_size}.get(
-        args.div_features, len(index)
-    )
-    rules = {
-        f"--div-features: task, full or indices below {task.env_observation_size}, such as 0,1":
-            args.div_features in ("task", "full")
-            or all(i.isdigit() and int(i) < task.env_observation_size for i in index),
+    num_features = {"task": len(task.feature_names), "full": num_obs}.get(args.div_features, len(index))
+    runner.refuse({
+        f"--div-features: task, full or indices below {num_obs}, such as 0,1":
+            args.div_features in ("task", "full") or all(i.isdigit() and int(i) < num_obs for i in index),
         f"--feature-scales: none, or {num_features} positive numbers, one for each feature":
             len(args.feature_scales) in (0, num_features) and min(args.feature_scales, default=1) > 0,
         "--eval-episodes must be at least 2: half of them are held out": args.eval_episodes >= 2,
-        "--num-policies must be at least 1": args.num_policies >= 1,
         "one policy has no neighbour: add --diversity-weight 0 --task-weight 1":
             args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
         f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":
             args.task_weight == 0 or task.has_reward,
         f"--replay-size must hold a round ({steps} steps) and a batch":
             args.replay_size >= max(steps, args.batch_size),
-        f"--replay-size: the replays need {replays / 1e9:.1f} GB of {memory / 1e9:.1f} GB memory": replays < memory,
-        "--warmup-steps must be positive: the first batch needs data": args.warmup_steps > 0,
-        f"--chunk must be a multiple of a round's updates ({updates})":
-            args.chunk % updates == 0,
-        "--chunk must divide --eval-every and --num-updates":
-            args.eval_every % args.chunk == args.num_updates % args.chunk == 0,
-        "--lr-decay is a share: 0 to 1": 0 <= args.lr_decay <= 1,
-        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
-            0 <= args.num_devices <= jax.local_device_count(),
+        f"--chunk must be a multiple of a round's updates ({updates})": args.chunk % updates == 0,
         f"--num-policies must be at least {jax.process_count()}: one for each process":
             args.num_policies >= jax.process_count(),
         "--num-envs times the episode length must stay under 46341": steps < 46341,
-    }  # fmt: skip
-    for message, holds in rules.items():
-        if not holds:
-            raise envs.InputError(message)
+    })  # fmt: skip
 
 
-def announce(folder, args, task, env, episode_length, files):
-    """Print what will run and what it needs; refuse where the disk cannot hold it."""
+def open_world(args):
+    """Refuse bad flags -> task, env, steps of an episode."""
+    task = envs.task(args.task)
+    if task.env.startswith("brax/"):  # brax's rewards are not functions of a recorded transition
+        task = dataclasses.replace(task, has_reward=False, reward=lambda t: np.zeros_like(t.root_positions[..., 0]))
+    env = envs.make(task.env, args.backend)
+    episode_length = args.episode_length or task.episode_length
+    check_args(args, task, episode_length)
+    env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50))
+    return task, env, episode_length
+
+
+def announce(args, task, env, episode_length):
+    """Print the size of a run -> bytes of disk that its rows take, first as row files, then as buffers."""
     num_warmup, updates, num_rounds = round_sizes(args, episode_length)
     steps = (num_warmup + num_rounds) * args.num_envs * episode_length
-    need, free = 2 * steps * args.num_policies * files.dtype.itemsize, shutil.disk_usage(folder).free
-    replays, memory = replay_bytes(args, task)
     print(
         f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
-        f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each\n"
-        f"{folder}: needs {need / 1e6:.0f} MB (rows, then npz) of {free / 1e9:.1f} GB free; "
-        f"replays take {replays / 1e9:.2f} of {memory / 1e9:.1f} GB memory", flush=True,
+        f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each", flush=True,
     )  # fmt: skip
-    if need > free:
-        raise envs.InputError(f"{folder}: the disk is too small for {need / 1e9:.1f} GB; choose another --out")
+    row = 4 * (2 * env.observation_size + env.action_size + 9) + 2  # all columns of envs.episodes
+    return 2 * args.num_policies * steps * row
+
+
+def row_files(folder, args, env, counts=None):
+    """The growing files of this process's policies, cut back to `counts` rows."""
+    own, goals = devices.own_policies(args.num_policies), "goal" in jax.eval_shape(env.reset, jax.random.key(0)).info
+    return EpisodeFiles(folder, own, env.observation_size, env.action_size, counts, goals)
+
+
+def record(files, args, task, steps, pseudo_rewards):
+    """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
+    steps, pseudo_rewards = jax.tree.map(lambda x: devices.own_part(x, args.num_policies), (steps, pseudo_rewards))
+    rewards = np.asarray(task.reward(steps.transition), np.float32)
+    columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
+    files.append(steps.transition, steps.terminals, steps.alive, **columns)
+
+
+def all_counts(files, args):
+    """Rows of every policy [K], whichever process writes them."""
+    counts = np.zeros(args.num_policies, np.int32)
+    counts[files.policies] = files.counts
+    return devices.added_up(counts).tolist()
 
 
 def collapse(metrics, step, args):
@@ -1249,120 +904,28 @@ def show_evaluation(step, metrics, args):
         print(f"  warning: {warning}", flush=True)
 
 
-def record(files, args, task, steps, pseudo_rewards):
-    """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
-    steps, pseudo_rewards = jax.tree.map(lambda x: own_part(x, args), (steps, pseudo_rewards))
-    rewards = np.asarray(task.reward(steps.transition), np.float32)
-    columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
-    files.append(steps.transition, steps.terminals, steps.alive, **columns)
+def log_evaluation(run, step, train, metrics, actor, files):
+    """The record of an evaluation, its lines on the screen, and with --keep-policies what was judged."""
+    run.record(step, train | metrics)
+    show_evaluation(step, metrics, run.args)
+    if run.args.keep_policies:
+        told = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
+        told |= {"update": step, "rows": all_counts(files, run.args)}
+        write_policy(run, actor, f"policies/update_{step:07d}.npz", **told)
 
 
-def check_finite(where, metrics, args):
-    """Raise InputError where a metric is not finite or |Q| beyond --q-bound: no later update would mend it."""
-    for name, values in metrics.items() if args.q_bound else ():
-        largest = np.abs(values).max()
-        if not largest <= (args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan compares False
-            raise envs.InputError(
-                f"{where}: {name} is {largest:.3g}; what was saved before is kept: lower the learning rates and start "
-                "anew, or go on all the same with --resume --q-bound 0"
-            )
+def write_policy(run, actor, name="policy.npz", **about):
+    """The policies in the layout of docs/policy.md; called by all processes."""
+    about |= {"observations": "env" if is_diverse(run.args) else "task"}
+    about |= {"log_std_min": run.args.log_std_min, "log_std_max": run.args.log_std_max}
+    actor = run.gather(actor)
+    if run.is_first:
+        run.write_policy("tanh_gaussian", {"actor": actor}, name, **about)
 
 
-def agreed(stop, due):
-    """What all processes must decide alike: by which signal to stop, and whether any finds that it is time to save."""
-    told, due = multihost_utils.process_allgather(np.array([bool(stop), due])).any(0)
-    return stop or "a signal to another process" * bool(told), due
-
-
-def train_policies(state, train, train_chunk, evaluation, eval_key, args, task, files, logger, save, keep):
-    """Chunk after chunk, with evaluations and saved states -> final state, metrics and figures' arrays.
-
-    train: metrics of the last chunk before a resume; save(state, train) writes them with the state; keep(actor,
-    step, metrics): after every evaluation.
-    """
-    step = start = first = int(state.num_updates)
-    began = saved = time.time()
-
-    def evaluate_now(num_episodes):
-        metrics, snapshot = jax.tree.map(np.asarray, evaluation(state.agent.actor, eval_key, num_episodes))
-        if logger:
-            logger.log(step, {**train, **metrics})
-        show_evaluation(step, metrics, args)
-        keep(state.agent.actor, step, metrics)
-        return metrics, snapshot
-
-    with StopSignal() as stop:
-        stopped = ""
-        while step < args.num_updates and not stopped:
-            state, (train, distances, steps, pseudo_rewards) = train_chunk(state)
-            step = int(state.num_updates)
-            train, distances = jax.tree.map(np.asarray, (train, distances))
-            check_finite(f"update {step}", train, args)
-            record(files, args, task, steps, pseudo_rewards)
-            rate = (step - first) / (time.time() - began)
-            train |= distance_metrics(distances[-1], "train") if args.num_policies > 1 else {}
-            train = {k: float(np.mean(v)) for k, v in train.items()} | {"time/updates_per_s": rate}
-            names = ("train/min_w", "train/reward", "train/q", "train/entropy")
-            progress_line("update", step, args.num_updates, rate, {k: train[k] for k in names if k in train})
-            if step % args.eval_every == 0 and step < args.num_updates:
-                evaluate_now(args.eval_episodes)
-            stopped, due = agreed(stop.name, time.time() - saved > 60)
-            if step >= args.num_updates or stopped or due:
-                save(state, train)
-                saved = time.time()
-            if first == start:  # the first call compiled: the pace is that of those after it
-                first, began = step, time.time()
-    if stopped:
-        sys.exit(f"stopped by {stopped} at update {step}; go on with the same command and --resume")
-    return state, *evaluate_now(50)  # the authors' protocol
-
-
-def whole(tree, args):
-    """The tree with all policies on every process, so that one of them can write it."""
-    if jax.process_count() == 1:
-        return tree
-    gathered = jax.jit(lambda x: x, out_shardings=placed(args))(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
-
-
-def all_counts(files, args):
-    """Rows of every policy [K], whichever process writes them."""
-    counts = np.zeros(args.num_policies, np.int32)
-    counts[files.policies] = files.counts
-    return multihost_utils.process_allgather(counts).sum(0).tolist()
-
-
-def make_save(folder, args, meta, files, logger):
-    """-> save(state, train), called by all processes: the first one writes the state of all policies."""
-
-    def save(state, train):
-        state, rows = whole(state, args), all_counts(files, args)
-        if logger:
-            save_state(folder, state, {**meta, "log": logger.file.tell(), "rows": rows, "train": train})
-
-    return save
-
-
-def write_actor(path, args, task, observe, actor, **more):
-    """The policies in the layout of docs/policy.md."""
-    about = {"task": task.name, "observations": "task" if observe is task.observe else "env"}
-    about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
-    about |= {"versions": envs.buffers.versions(), **more}
-    write_policy(path, "tanh_gaussian", {"actor": actor}, about)
-
-
-def keep_policies(folder, args, task, observe, files, actor, step, metrics):
-    """--keep-policies: what an evaluation judged, with its returns and the rows in each buffer by then."""
-    if args.keep_policies:
-        actor, told = whole(actor, args), {"update": step, "rows": all_counts(files, args)}
-        told |= {k: np.asarray(v).tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
-        if jax.process_index() == 0:
-            write_actor(folder / "policies" / f"update_{step:07d}.npz", args, task, observe, actor, **told)
-
-
-def write_outputs(folder, args, task, actor, snapshot, observe):
-    """policy.npz and the figures."""
-    write_actor(folder / "policy.npz", args, task, observe, actor)
+def write_figures(run, snapshot):
+    """trajectories.png and, of several policies, distances.png."""
+    args, task = run.args, run.task
     names = task.feature_names
     if args.div_features != "task":
         every = ",".join(map(str, range(task.env_observation_size)))
@@ -1371,152 +934,108 @@ def write_outputs(folder, args, task, actor, snapshot, observe):
         names = [f"{scale:g} x {name}" for scale, name in zip(args.feature_scales, names, strict=True)]
     task = dataclasses.replace(task, feature_names=tuple(names))
     paths = [snapshot[k] for k in ("paths", "features", "alive")]
-    envs.figures.plot_paths(folder / "trajectories.png", task, *paths)
+    envs.figures.plot_paths(run.folder / "trajectories.png", task, *paths)
     if args.num_policies > 1:
-        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
-        names = ("pair_mean_w", "min_w", "smallest_w")
-        labels = ("mean over pairs", "nearest other, mean over policies", "nearest other, smallest")
-        curves = {label: [r[f"eval/{n}"] for r in records] for label, n in zip(labels, names, strict=True)}
+        records = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()[1:]]
+        labels = {
+            "pair_mean_w": "mean over pairs", "min_w": "nearest other, mean over policies",
+            "smallest_w": "nearest other, smallest",
+        }  # fmt: skip
+        curves = {label: [r[f"eval/{name}"] for r in records] for name, label in labels.items()}
         steps = [r["step"] for r in records]
-        envs.figures.plot_distances(folder / "distances.png", task, steps, curves, snapshot["matrix"])
+        envs.figures.plot_distances(run.folder / "distances.png", task, steps, curves, snapshot["matrix"])
 
 
-def fresh_rollouts(args, task, env, rollouts, actor, key, goals, folder):
-    """--collect rollouts: new episodes of the final policies -> their row files in `folder`."""
-    files = envs.episodes.EpisodeFiles(folder, own_policies(args), env.observation_size, env.action_size, None, goals)
+def fresh_rollouts(run, env, rollouts, actor, key):
+    """--collect rollouts: new episodes of the final policies -> their row files."""
+    args, files = run.args, row_files(run.folder / "rollouts", run.args, env)
 
-    @functools.partial(jax.jit, out_shardings=placed(args, None, "share"))
+    @functools.partial(jax.jit, out_shardings=devices.placed(args.num_policies, args, None, "share"))
     def collect(actor, keys):
         steps = jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
         return steps, jnp.zeros_like(steps.log_probs)
 
-    record(files, args, task, *collect(actor, jax.random.split(key, args.num_policies)))
+    record(files, args, run.task, *collect(actor, jax.random.split(key, args.num_policies)))
     return files
 
 
-def write_buffers(folder, args, task, env, files, warmup, fresh, episode_length):
+def write_buffers(run, env, episode_length, files, fresh):
     """The last act of a run: buffers/policy_XX.npz, whole, then the row files go."""
+    args, task = run.args, run.task
     metadata = {
         "dataset_name": f"{task.name}-wurl-seed{args.seed}", "env": task.env, "layout": "env",
         "task": task.name, "reward_kind": "task" if task.has_reward else "none", "task_options": task.options,
         "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
         "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
     }  # fmt: skip
-    rows = [files]
-    if args.collect == "replay":  # the policies moved on: a density is worth keeping of fresh rollouts only
-        files.finish(folder / "buffers", metadata, warmup, drop=("action_log_probs",))
-    else:
-        rows += [fresh(folder / "rollouts")]
-        rows[1].finish(folder / "buffers", metadata, [0] * args.num_policies, drop=("pseudo_rewards",))
-    multihost_utils.sync_global_devices("all buffers are written")
-    for each in rows:
+    if fresh:
+        fresh.finish(run.folder / "buffers", metadata, [0] * args.num_policies, drop=("pseudo_rewards",))
+    else:  # the policies moved on: a density is worth keeping of fresh rollouts only
+        files.finish(run.folder / "buffers", metadata, run.meta["warmup"], drop=("action_log_probs",))
+    devices.wait_for_all("all buffers are written")
+    for each in (files, fresh) if fresh else (files,):
         each.remove()
 
 
-def is_finished(folder, args):
-    """Whether all buffers are whole and the row files have begun to go, which is the last thing that happens."""
-    names = [f"policy_{k:02d}" for k in range(args.num_policies)]
-    whole = all((folder / "buffers" / f"{name}.npz").exists() for name in names)
-    return whole and not all((folder / "rows" / f"{name}.rows").exists() for name in names)
+def is_finished(run):
+    """Whether a resumed run has all its buffers and began to remove its row files, its last act; removes the rest."""
+    names = [f"policy_{k:02d}" for k in range(run.args.num_policies)]
+    whole = run.states and all((run.folder / "buffers" / f"{name}.npz").exists() for name in names)
+    if not whole or all((run.folder / "rows" / f"{name}.rows").exists() for name in names):
+        return False
+    for left in ("rows", "rollouts"):
+        shutil.rmtree(run.folder / left, ignore_errors=True)
+    print(f"{run.folder}: this run is finished: its buffers are whole")
+    return True
 
 
 def main(args):
     """Train K policies and write their buffers -> metrics of the last evaluation; {} if a resumed run is finished."""
-    started = time.time()
-    task = envs.task(args.task)
-    if task.env.startswith("brax/"):  # brax's rewards are not functions of a recorded transition
-        task = dataclasses.replace(task, has_reward=False, reward=lambda t: np.zeros_like(t.root_positions[..., 0]))
-    env = envs.make(task.env, None if args.backend == "auto" else args.backend)
-    episode_length = args.episode_length or task.episode_length
-    check_args(args, task, episode_length)
-    env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50))
+    task, env, episode_length = open_world(args)
     observe = (lambda x: x) if is_diverse(args) else task.observe  # a diverse policy must see where it is
-    args, folder = run_folder(args, "wurl_sac", task.name)
-
     init, warmup, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
     evaluation = make_evaluation(args, task, rollouts)
     key_train, key_eval, key_collect = jax.random.split(jax.random.key(args.seed), 3)
-    meta = {"identity": run_identity(args), "log": 0, "rows": None, "train": {}}
-    if args.resume:
-        state, meta = load_state(folder, jax.eval_shape(init, key_train), meta["identity"])
-        if is_finished(folder, args):
-            for left in ("rows", "rollouts"):
-                shutil.rmtree(folder / left, ignore_errors=True)
-            print(f"{folder}: this run is finished: its buffers are whole")
+
+    with runner.Run("wurl_sac", args, task, gather=lambda x: devices.whole(x, args.num_policies, args)) as run:
+        if is_finished(run):
             return {}
-        state = jax.jit(lambda state: state, out_shardings=state_sharding(args))(state)
-    else:
-        state = init(key_train)
-    sizes = (own_policies(args), env.observation_size, env.action_size)
-    goals = "goal" in jax.eval_shape(env.reset, key_eval).info
-    files = envs.episodes.EpisodeFiles(folder / "rows", *sizes, meta["rows"], goals)
-    logger = Logger(folder, args, meta["log"]) if jax.process_index() == 0 else None
-    save = make_save(folder, args, meta, files, logger)
-    keep = functools.partial(keep_policies, folder, args, task, observe, files)
-    announce(folder, args, task, env, episode_length, files)
-    if not args.resume:
-        state, (_, _, steps, pseudo_rewards) = warmup(state)
-        record(files, args, task, steps, pseudo_rewards)
-        meta["warmup"] = all_counts(files, args)
-        save(state, {})
-        print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - started:.0f} s after start", flush=True)
+        disk = announce(args, task, env, episode_length)
+        train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_train), placed=True, disk=disk)
+        files = row_files(run.folder / "rows", args, env, run.meta.get("rows"))
+        state = jax.jit(lambda state: state, out_shardings=state_sharding(args))(run.restore(init, key_train))
+        if "warmup" not in run.meta:
+            state, (_, _, *data) = warmup(state)
+            record(files, args, task, *data)
+            run.write(state, rows=all_counts(files, args), warmup=all_counts(files, args), train={})
+            taken = f"{files.counts[0]} steps per policy, {time.time() - run.began:.0f} s after start"
+            print(f"warm-up: {taken}", flush=True)
 
-    state, metrics, snapshot = train_policies(
-        state, meta["train"], train_chunk, evaluation, key_eval, args, task, files, logger, save, keep
-    )
-    actor = state.agent.actor
-    shown = whole(actor, args)
-    if logger:
-        write_outputs(folder, args, task, shown, snapshot, observe)
-    fresh = functools.partial(fresh_rollouts, args, task, env, rollouts, actor, key_collect, goals)
-    write_buffers(folder, args, task, env, files, meta["warmup"], fresh, episode_length)
-    print(f"{folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - started:.0f} s")
-    print(f"next: python udg_select.py --buffers {folder}/buffers --task ...", flush=True)
-    return {k: np.asarray(v) for k, v in metrics.items()}
+        train = run.meta["train"]
+        for step in run.chunks("update", args.num_updates, state.num_updates):
+            state, (metrics, distances, *data) = train_chunk(state)
+            metrics, distances = jax.tree.map(np.asarray, (metrics, distances))
+            metrics |= distance_metrics(distances[-1], "train")
+            run.progress(step, metrics, SHOWN)
+            record(files, args, task, *data)
+            train = {k: float(np.mean(v)) for k, v in metrics.items()} | {"time/updates_per_s": run.rate()}
+            if run.due(step) and step < args.num_updates:
+                metrics, _ = evaluation(state.agent.actor, key_eval, args.eval_episodes)
+                log_evaluation(run, step, train, metrics, state.agent.actor, files)
+            run.save(state, rows=all_counts(files, args), train=train)
 
-
-def join_processes():
-    """Become one of several processes, which jax.distributed finds; only the first one prints."""
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    number = lambda name: int(os.environ[name]) if name in os.environ else None
-    try:
-        jax.distributed.initialize(
-            num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=60, shutdown_timeout_seconds=60,
-        )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
-        remedy = "start it by srun, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        raise envs.InputError(f"--distributed: {error}; {remedy}") from None
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def leave(message):
-    """End with a message; at once where other processes are, which see that connection close and end as well."""
-    print(f"wurl_sac.py: {message}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        os._exit(1)  # an orderly end would wait for the others
-    sys.exit(1)
-
-
-def command_line(argv):
-    """The whole run; whatever a user can mend, and the loss of another process, ends in one line."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end_at_once)
-    try:
-        args = parse_args(argv, wurl_preset)
-        if args.num_devices > 1:  # of the CPU; accelerators are what they are
-            jax.config.update("jax_num_cpu_devices", args.num_devices)
-        if args.distributed:
-            join_processes()
-        main(args)
-    except (envs.InputError, OSError) as error:
-        leave(f"error: {error}")
-    except (ValueError, RuntimeError) as error:  # of a collective operation: another process may be gone
-        if not jax.distributed.is_initialized():
-            raise
-        leave(f"error: another process ended, or this one failed ({error}); go on with the same command and --resume")
+        actor = state.agent.actor
+        metrics, snapshot = evaluation(actor, key_eval, 50)  # the authors' protocol
+        log_evaluation(run, args.num_updates, train, metrics, actor, files)
+        write_policy(run, actor)
+        if run.is_first:
+            write_figures(run, snapshot)
+        fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
+        write_buffers(run, env, episode_length, files, fresh)
+        print(f"{run.folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - run.began:.0f} s")
+        print(f"next: python udg_select.py --buffers {run.folder}/buffers --task ...", flush=True)
+        return metrics
 
 
 if __name__ == "__main__":
-    command_line(sys.argv[1:])
+    runner.launch(main, Args, preset, PRESETS, __doc__)
