@@ -43,7 +43,7 @@ Deviations
   D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and flow layers.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/cped/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, density.png
+           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png, density.png
 Run        python cped.py --quick                         (point robot, under 2 minutes on 2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
@@ -52,16 +52,7 @@ Expect     --quick: return 95 (data: mean -0.2, best 93.9), 55 s; --preset cpu o
            shared; more in docs/cped.md
 """
 
-import contextlib
-import dataclasses
-import json
-import os
-import shutil
-import signal
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -70,126 +61,94 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import envs
-import envs.buffers
-from envs import scripted
-from runner import plots as curves
+import runner
+from runner import plots
 
 
 @dataclass(frozen=True)
-class Args:
-    # --- run ---
-    dataset: str = ""
-    """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
-    task: str = ""
-    """task to evaluate in; empty: the file's; another than the file's is refused"""
-    max_rows: int = 0
-    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
-    preset: str = ""
-    """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
-    seed: int = 0
-    """first seed; a seed gives the same run alone or among others"""
-    num_seeds: int = 1
-    """S: independent runs (flow and policy) at once, a leading axis of all arrays"""
-    num_devices: int = 0
-    """devices that share the seeds; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
-    out: str = ""
-    """run folder; empty: runs/cped/<task>/seed<seed>"""
-    resume: bool = False
-    """go on from the folder's state.npz, exactly"""
-    quick: bool = False
-    """a small run on a scripted point-angle-0 buffer made on the spot, under 2 minutes"""
-    track: bool = False
-    """mirror the log to Weights & Biases (needs `pip install wandb`)"""
-    backend: Literal["auto", "mujoco", "mjx"] = "auto"
-    """physics of the evaluation: C MuJoCo (auto on a CPU) or MJX; ignored by the point worlds"""
+class Args(runner.Flags):
+    # beside the flags that every learner has: dataset, task, seed, num_seeds, ... (runner/flags.py)
     # --- budget ---
-    flow_updates: int = 500_000
+    flow_updates: runner.Count = 500_000
     """T0: iterations of the flow's training; the flow itself steps in every disc_ratio-th (C24: 500k)"""
-    num_updates: int = 1_000_000
+    num_updates: runner.Count = 1_000_000
     """critic steps per seed; the actor steps in every policy_delay-th (C24: 1M)"""
-    chunk: int = 1_000
+    chunk: runner.Count = 1_000
     """iterations in one jitted call; a multiple of disc_ratio and policy_delay, a divisor of eval_every"""
-    eval_every: int = 10_000
-    """iterations between two evaluations (C24: 1,000)"""
-    eval_episodes: int = 10
-    """episodes of an evaluation (C24: 5,000 steps)"""
     # --- flow ---
     flow: Literal["cond", "nice"] = "cond"
     """cond: density of a given s, affine couplings; nice: of (s, a), additive couplings (codes; D1)"""
-    flow_layers: int = 4
+    flow_layers: runner.Count = 4
     """L: coupling layers (C24: 4, C23: 2)"""
-    flow_hidden_sizes: tuple[int, ...] = (256, 256)
+    flow_hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths inside a coupling layer (codes: 750, 750 for nice)"""
     prior: Literal["logistic", "gaussian"] = "logistic"
     """density of z, per coordinate (codes: logistic)"""
-    log_scale_cap: float = 2.0
+    log_scale_cap: runner.Size = 2.0
     """bound of a coupling's log scales (ours, D1); the whitening's own are bounded by action_noise alone"""
-    action_noise: float = 0.05
+    action_noise: runner.Rate = 0.05
     """std of the noise on the actions whose likelihood is raised (ours, D5; codes: 0)"""
-    nll_weight: float = 1.0
+    nll_weight: runner.Rate = 1.0
     """weight of the likelihood in the flow's loss; 0: adversarial only (codes: 1)"""
-    adv_weight: float = 1.0
+    adv_weight: runner.Rate = 1.0
     """weight of the discriminator in it; 0: maximum likelihood only, no discriminator (codes: 1)"""
-    gp_weight: float = 0.5
+    gp_weight: runner.Rate = 0.5
     """weight of the gradient penalty (codes: 0.5, usual: 10)"""
-    disc_ratio: int = 5
+    disc_ratio: runner.Count = 5
     """discriminator steps per flow step (C24: 5)"""
-    flow_lr: float = 1e-4
+    flow_lr: runner.Rate = 1e-4
     """Adam rate of the flow (codes: 1e-4)"""
-    disc_lr: float = 1e-4
+    disc_lr: runner.Rate = 1e-4
     """Adam rate of the discriminator (C24: 1e-4, C23: 1e-5)"""
-    max_grad_norm: float = 10.0
+    max_grad_norm: runner.Size = 10.0
     """the flow's gradient is scaled down to this norm (ours, D6)"""
     flow_in_rl: bool = False
     """let the flow learn on, one pass of (1), (2) after each actor step (paper, D9)"""
     # --- constraint ---
     constraint: Literal["schedule", "hinge", "dual"] = "schedule"
     """schedule: alpha * nll; hinge: alpha * max(nll - eps, 0); dual: alpha grows while nll > eps (D8)"""
-    alphas: tuple[float, ...] = (0.1, 0.03, 0.01)
+    alphas: tuple[runner.Rate, ...] = (0.1, 0.03, 0.01)
     """alpha from each share of the run in alpha_from on; dual starts at the first (ours; D4RL: C24's)"""
-    alpha_from: tuple[float, ...] = (0.0, 0.1, 0.3)
+    alpha_from: tuple[runner.Share, ...] = (0.0, 0.1, 0.3)
     """shares of num_updates at which the alphas begin, the first 0"""
-    eps_quantile: float = 0.9
+    eps_quantile: runner.Share = 0.9
     """eps: this quantile of the data's nll, for hinge and dual (ours)"""
-    alpha_lr: float = 1e-3
+    alpha_lr: runner.Rate = 1e-3
     """Adam rate of log alpha in the dual form, which stays within +-7 (ours)"""
     q_norm: bool = True
     """divide Q by its mean magnitude in the actor's loss (ours, D10; codes: raw)"""
-    critic_from: float = 0.0
+    critic_from: runner.Share = 0.0
     """share of num_updates during which the critics stay as they are (C24: 0.03)"""
-    q_from: float = 0.0
+    q_from: runner.Share = 0.0
     """share of num_updates during which the actor only clones, without Q (C24: 0.05)"""
     bc_only: bool = False
     """the baseline: the actor climbs the density alone for the whole run, no critics"""
     # --- actor-critic ---
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D4)"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (codes: 256, 256)"""
-    batch_size: int = 256
+    batch_size: runner.Count = 256
     """B: rows per update, of flow, discriminator, actor and critics (codes: 256)"""
-    actor_lr: float = 1e-4
+    actor_lr: runner.Rate = 1e-4
     """Adam rate of the actor (codes: 1e-4, AntMaze 3e-4)"""
-    critic_lr: float = 3e-4
+    critic_lr: runner.Rate = 3e-4
     """Adam rate of the critics (codes: 3e-4)"""
-    gamma: float = 0.99
+    gamma: runner.Share = 0.99
     """discount (codes: 0.99)"""
-    tau: float = 0.005
+    tau: runner.Share = 0.005
     """Polyak rate of actor and critics, once per actor step (codes: 0.005)"""
-    q_bound: float = 1e6
-    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite (ours)"""
-    policy_delay: int = 2
+    policy_delay: runner.Count = 2
     """critic steps per actor step (codes: 2)"""
-    target_noise: float = 0.2
+    target_noise: runner.Rate = 0.2
     """std of the noise on the target's action (codes: 0.2)"""
-    target_noise_clip: float = 0.5
+    target_noise_clip: runner.Rate = 0.5
     """its bound (codes: 0.5)"""
     reward_shift: float = 0.0
     """added to every reward (C24: -1 for AntMaze)"""
-    holdout_rows: int = 1_000
+    holdout_rows: runner.Count = 1_000
     """rows, at most a tenth, kept from all training to judge the density on (ours)"""
 
 
@@ -201,7 +160,7 @@ ANTMAZE = {  # C24: T0 = 300k, 700k updates after it
     "alphas": (0.25, 0.1, 0.08), "alpha_from": (0.0, 2 / 7, 5 / 7), "critic_from": 3 / 70, "q_from": 5 / 70,
     "q_norm": False, "actor_lr": 3e-4, "reward_shift": -1.0, "flow_updates": 300_000, "num_updates": 700_000,
 }  # fmt: skip
-PUBLISHED = {  # what else the released code does, for any data
+CODE = {  # --preset published: what else the released code does, for any data
     "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False,
 }  # fmt: skip
 CPU = {
@@ -214,14 +173,23 @@ ANTMAZE_LARGE = ANTMAZE | {  # C24 for the large mazes: T0 = 400k (or 500k), 600
 }  # fmt: skip
 KINDS = ("medium", "medium-replay", "medium-expert")
 MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse")
-PRESETS = {"cpu": CPU, "published": PUBLISHED}
-PRESETS |= {f"{robot}-{kind}-v2": MUJOCO for robot in ("halfcheetah", "hopper", "walker2d") for kind in KINDS}
-PRESETS |= {f"antmaze-{maze}-v2": ANTMAZE for maze in MAZES}
-PRESETS |= {f"antmaze-large-{kind}-v2": ANTMAZE_LARGE for kind in ("play", "diverse")}
+PUBLISHED = {
+    **{f"{robot}-{kind}-v2": MUJOCO for robot in ("halfcheetah", "hopper", "walker2d") for kind in KINDS},
+    **{f"antmaze-{maze}-v2": ANTMAZE for maze in MAZES},
+    **{f"antmaze-large-{kind}-v2": ANTMAZE_LARGE for kind in ("play", "diverse")},
+}
+BUDGETS = {"cpu": CPU, "published": CODE}
 QUICK = {
     "flow_updates": 5_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000, "flow_hidden_sizes": (64, 64),
     "hidden_sizes": (64, 64), "flow_lr": 1e-3, "disc_lr": 1e-3, "actor_lr": 1e-3, "critic_lr": 1e-3,
 }  # fmt: skip
+SHOWN = ("train/actor_loss", "train/nll_pi", "train/nll_data")  # in the progress line
+TRAINING = (  # panels of training.png
+    ({"train/nll_pi": "policy", "train/nll_data": "data, mean", "train/nll_data_p95": "data, 95 %"},
+     "policy against data, mean over seeds", "-log p", "linear"),
+    ("train/alpha", "weight of the constraint", "alpha", "semilogy"),
+    ("train/q", "critics on the data", "mean Q", "linear"),
+)  # fmt: skip
 
 
 # === data ===
@@ -650,24 +618,6 @@ def cped_update(nets, rows, eps, step, key, args):
 # === evaluation ===
 
 
-def evaluate(env, act, params, key, num_episodes, length):
-    """Undiscounted return of the episodes after every step: [num_episodes, length]; constant once ended.
-
-    act(params, observations [.., S]) -> actions [.., A], deterministic. `key` alone sets the starts.
-    """
-
-    def step(carry, _):
-        state, alive, total = carry
-        after = jax.vmap(env.step)(state, act(params, state.obs))
-        total = total + jnp.where(alive, after.reward, 0.0)
-        return (after, alive & (after.done < 0.5), total), total
-
-    start = jax.vmap(env.reset)(jax.random.split(key, num_episodes))
-    carry = (start, jnp.ones(num_episodes, bool), jnp.zeros(num_episodes))
-    _, totals = jax.lax.scan(step, carry, length=length)
-    return totals.T
-
-
 def density_metrics(flow, data, args):
     """How well the flow fits: nll on 4096 training rows and on the held-out ones, without noise, and its round trip.
 
@@ -686,34 +636,6 @@ def density_metrics(flow, data, args):
     return metrics, log_p
 
 
-def evaluation_keys(args):
-    """A key for each seed [S] that no split of the seed's key ever gives: the same starts at every evaluation."""
-    seeds = args.seed + jnp.arange(args.num_seeds)
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31))(seeds)
-
-
-def make_evaluation(args, env, task, data_length, scale):
-    """-> densities(state, data) -> metrics [S], held-out log p [S, H]; evaluation(state, key) -> metrics [S].
-
-    scale: mean and std that the networks' observations were standardised with.
-    """
-    length = max(task.eval_length, data_length)
-
-    def one(actor, key):
-        policy = lambda actor, obs: act(actor, (obs - scale[0]) / scale[1], args, task.action_size)
-        totals = evaluate(env, policy, actor, key, args.eval_episodes, length)
-        returns = totals[:, task.eval_length - 1]
-        metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std()}
-        metrics |= {"eval/return_data_length": totals[:, data_length - 1].mean()}
-        if task.reference:
-            metrics["eval/score"] = task.normalized_score(returns.mean())
-        return metrics
-
-    densities = lambda state, data: map_seeds(lambda flow: density_metrics(flow, data, args), state.nets.flow, args)
-    evaluation = lambda state, keys: over_devices(jax.vmap(one), args)(state.nets.actor, keys)
-    return jax.jit(densities), jax.jit(evaluation)
-
-
 # === training ===
 
 
@@ -723,39 +645,6 @@ class CpedState(NamedTuple):
     key: jax.Array
     num_updates: jax.Array  # iterations of the present phase
     nets: CpedNets
-
-
-def device_mesh(count, args):
-    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
-    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
-    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
-
-
-def over_devices(f, args):
-    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
-
-    Where they do not divide, the last places do the first ones once more, and that is dropped.
-    """
-
-    def shared(*trees):
-        count = len(jax.tree.leaves(trees)[0])
-        mesh, even = device_mesh(count, args)
-        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
-        if mesh.size == 1 or even:
-            return (f if mesh.size == 1 else split)(*trees)
-        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
-        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
-
-    return shared
-
-
-def map_seeds(function, xs, args):
-    """function over the seeds [S] of a device: in turn on a CPU, which one seed fills; else at once."""
-    on_cpu = jax.default_backend() == "cpu"
-    each = lambda xs: jax.lax.map(function, xs) if on_cpu else jax.vmap(function)(xs)
-    return over_devices(each, args)(xs)
 
 
 def cped_init(key, data, args):
@@ -804,457 +693,93 @@ def make_train(args):
         metrics["train/nll_data_p95"] = jnp.quantile(nll, 0.95)
         return CpedState(key, state.num_updates + args.chunk, nets), metrics
 
-    init = lambda keys, data: map_seeds(lambda key: cped_init(key, data, args), keys, args)
-    flow_chunk = lambda state, data: map_seeds(lambda state: one_flow_chunk(state, data), state, args)
-    train_chunk = lambda state, data: map_seeds(lambda state: one_train_chunk(state, data), state, args)
-    return jax.jit(init), jax.jit(flow_chunk, donate_argnums=0), jax.jit(train_chunk, donate_argnums=0)
+    over_seeds = lambda one: lambda state, data: runner.map_seeds(lambda state: one(state, data), state, args)
+    init = jax.jit(over_seeds(lambda key, data: cped_init(key, data, args)))
+    flow_chunk, train_chunk = (jax.jit(over_seeds(one), donate_argnums=0) for one in (one_flow_chunk, one_train_chunk))
+    return init, flow_chunk, train_chunk
 
 
 # === run ===
 
 
-def start_wandb(folder, config):
-    """A new run of Weights & Biases; InputError where the package or the account is missing."""
-    try:
-        import wandb
-
-        run = wandb.init(project="udg-jax", dir=str(folder), config=config)
-    except ImportError:
-        raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
-    except wandb.Error as error:
-        raise envs.InputError(f"--track: {error} (WANDB_MODE=offline needs no account)") from None
-    run.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
-    return run
-
-
-class Logger:
-    """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
-
-    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows what is left anew, to TensorBoard
-    and as a new run of W&B, so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
-    """
-
-    def __init__(self, folder, args, position=0):
-        from tensorboardX.event_file_writer import EventsWriter
-
-        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
-        header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
-        self.wandb = start_wandb(folder, header["args"]) if args.track else None
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
-        self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
-        for line in self.file.read(position).splitlines()[1:] if position else ():
-            self.show(json.loads(line))
-        self.file.truncate(position)
-        if not position:
-            self.write(header)
-
-    def write(self, record):
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
-
-    def show(self, record):
-        """A record's numbers, named with its labels, to TensorBoard and W&B."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
-        scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
-        for name, value in scalars.items():
-            event = Event(wall_time=time.time(), step=record["step"], summary=scalar(name, value))
-            self.board.write_event(event)
-        self.board.flush()
-        if self.wandb:
-            self.wandb.log({**scalars, "step": record["step"]})
-
-    def log(self, step, metrics, **labels):
-        """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
-        six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
-        metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
-        record = {"step": step, **labels, **metrics}
-        self.write(record)
-        self.show(record)
-
-
-def end_at_once(number, frame):
-    """Handler of SIGTERM and Ctrl-C outside the loops: says so and ends, with what was saved.
-
-    No exception: one that is raised in a callback of jax's is lost, and an orderly end crashes while XLA compiles.
-    """
-    said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
-    with contextlib.suppress(RuntimeError):  # in the middle of a print
-        sys.stdout.flush()
-    os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
-    os._exit(1)
-
-
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into `name`, so that the loop can save first; a second one is obeyed."""
-
-    def __enter__(self):
-        self.name = ""
-        self.old = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.old[number])
-
-    def __exit__(self, *exc):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-def flat_arrays(tree):
-    """Pytree -> {slash/path: numpy array}; typed keys as their bits."""
-
-    def array(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
-
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): array(x) for p, x in leaves}
-
-
-def save_state(folder, tree, meta):
-    """state.npz (newest) and state.prev.npz (the one before): the pytree as flat arrays, `meta` as JSON."""
-    new = folder / "state.new.npz"
-    envs.buffers.write_npz(new, {**flat_arrays(tree), "meta_json": np.array(json.dumps(meta))})
-    name_state(new)
-
-
-def name_state(new):
-    """state.new.npz becomes state.npz, and what was that state.prev.npz."""
-    newest = new.with_name("state.npz")
-    if newest.exists():
-        os.replace(newest, new.with_name("state.prev.npz"))
-    os.replace(new, newest)
-
-
-def load_state(folder, like, identity):
-    """The newest readable state of the folder, in the structure of `like` (arrays or shapes) -> tree, meta.
-
-    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
-    """
-    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
-        if path.name == "state.new.npz" and not path.exists():  # it is whole, and waits for its name, after a kill
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            meta = json.loads(str(arrays["meta_json"]))
-            break
-        except Exception as error:  # missing, torn or corrupt: the one before may be whole
-            print(f"cannot read {path}: {error}", file=sys.stderr)
-    else:
-        raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
-    old, new = meta["identity"], json.loads(json.dumps(identity))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")
-
-    def restore(place, x):
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))
-        if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
-            raise envs.InputError(f"{path}: {name} does not fit this version; start anew with another --out")
-        return jnp.asarray(arrays[name])
-
-    tree = jax.tree_util.tree_map_with_path(restore, like)
-    if path.name == "state.new.npz" and jax.process_count() == 1:  # others may be reading it
-        name_state(path)
-    return tree, meta
-
-
-def run_identity(args, **data):
-    """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
-    return {**flags, **data, **envs.buffers.versions()}
-
-
-def run_folder(args, script, task):
-    """The run's folder, made if need be -> args, folder; refuses to write over another run.
-
-    --resume where nothing was saved yet begins anew: args.resume is False then.
-    """
-    folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
-    if args.resume and not any(folder.glob("**/state*.npz")) and not (folder / "policy.npz").exists():
-        print(f"{folder}: nothing was saved here yet; starting from the beginning", flush=True)
-        args = dataclasses.replace(args, resume=False)
-    if not args.resume and (any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()):
-        raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink(missing_ok=True)
-        if not args.resume:
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
-    except OSError as error:
-        raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
-    return args, folder
-
-
-def progress_line(label, count, total, rate, metrics):
-    """`label count/total  rate  ETA  metrics`, rate in counts per second."""
-    eta = time.strftime("%H:%M:%S", time.gmtime((total - count) / max(rate, 1e-9)))
-    numbers = "  ".join(f"{k.split('/')[-1]} {float(v):.4g}" for k, v in metrics.items())
-    print(f"{label} {count}/{total} ({count / total:.0%})  {rate:.4g}/s  ETA {eta}  {numbers}", flush=True)
-
-
-def check_numbers(args):
-    """Refuse what no flag can mean: numbers that are not finite, below 0 or beyond 31 bits where whole, no widths."""
-    for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
-        if any(isinstance(x, float) and not np.isfinite(x) for x in numbers):
-            raise envs.InputError(f"{flag}: must be finite")
-        if any(isinstance(x, int) and not 0 <= x < 2**31 for x in numbers):
-            raise envs.InputError(f"{flag}: must be at least 0 and below {2**31}")
-        if name.endswith("hidden_sizes") and (not value or min(value) < 1):
-            raise envs.InputError(f"{flag}: give one width or more, each at least 1")
-        if name in ("gamma", "tau") and not 0 <= value <= 1:
-            raise envs.InputError(f"{flag}: must lie between 0 and 1")
-
-
-def parse_args(argv, preset_of):
-    """Command line -> Args: defaults, then what `preset_of(args)` gives, then the flags; printed in full."""
-    name, preset = preset_of(tyro.cli(Args, args=argv, description=__doc__))
-    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
-    check_numbers(args)
-    print(f"preset {name}:", *(f"{k}={v}" for k, v in preset.items()))
-    print("arguments:", *(f"{k}={v}" for k, v in dataclasses.asdict(args).items()))
-    return args
-
-
-def write_policy(path, kind, params, metadata):
-    """policy.npz (docs/policy.md): what a user deploys, flat slash/paths, leading policy or seed axis."""
-    head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(metadata))}
-    envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
-
-
-def preset_name(data, known):
-    """The name of `known` for a dataset: its own, else that of the same set in another version.
-
-    `ours/x` (benchmark/suite.py) is D4RL's x without a version.
-    """
-    same = lambda name: name.removeprefix("ours/").rstrip("0123456789").removesuffix("-v")
-    return data if data in known else next((name for name in known if same(name) == same(data)), data)
-
-
-def cped_preset(args):
+def preset(args):
     """--quick, or the values for the file's dataset with those of --preset on top -> name, {field: value}."""
-    given = preset_name(args.preset, PRESETS)
-    if args.preset and given not in PRESETS:
-        raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
-    if args.quick and args.preset:
-        raise envs.InputError("--quick is a preset of its own; leave --preset out")
-    if args.quick:
-        return "quick", QUICK
-    if not args.dataset:
-        raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
-    data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    name = preset_name(data, PRESETS) if given in ("", "cpu", "published") else given
-    known = PRESETS.get(name, MUJOCO if args.preset == "published" else {})
-    about = f"as published for {name}" if name in PRESETS else "nothing is published for it"
-    origin = f"{args.preset or 'by the file'} ({data}: {about})"
-    return origin, known | PRESETS.get(given, {})
+    own = MUJOCO if args.preset == "published" else {}
+    return runner.preset(args, PUBLISHED, BUDGETS, QUICK, own)
 
 
-def check_args(args, num_rows):
-    """Refuse what cannot work, before any long work starts."""
-    positive = ("num_seeds", "chunk", "flow_updates", "num_updates", "eval_every", "eval_episodes", "batch_size")
-    positive += ("disc_ratio", "policy_delay")
-    chunk, starts = max(args.chunk, 1), args.alpha_from
-    ordered = starts[:1] == (0.0,) and sorted(starts) == list(starts) and starts[-1] < 1
-    rules = {
-        **{f"--{name.replace('_', '-')} must be positive": getattr(args, name) > 0 for name in positive},
+def check_args(args):
+    """Refuse flags that do not fit one another."""
+    runner.check_run(args)
+    starts, totals = args.alpha_from, (args.eval_every, args.flow_updates, args.num_updates)
+    runner.refuse({
         "--chunk must be a multiple of --disc-ratio and of --policy-delay":
-            chunk % max(args.disc_ratio, 1) == chunk % max(args.policy_delay, 1) == 0,
+            args.chunk % args.disc_ratio == args.chunk % args.policy_delay == 0,
         "--chunk must divide --eval-every, --flow-updates and --num-updates":
-            args.eval_every % chunk == args.flow_updates % chunk == args.num_updates % chunk == 0,
+            all(total % args.chunk == 0 for total in totals),
         "--alphas and --alpha-from must be as many, the shares rising from 0 to less than 1":
-            len(args.alphas) == len(starts) and ordered,
-        "--alphas must not be negative, and the first is positive with --constraint dual":
-            min(args.alphas, default=0) >= 0 and (args.constraint != "dual" or args.alphas[0] > 0),
-        "--nll-weight, --adv-weight: none may be negative, one must be positive":
-            min(args.nll_weight, args.adv_weight) >= 0 and max(args.nll_weight, args.adv_weight) > 0,
-        "--eps-quantile must lie between 0 and 1": 0 < args.eps_quantile < 1,
-        "--critic-from, --q-from, --gamma and --tau must be within 0 and 1":
-            all(0 <= x <= 1 for x in (args.critic_from, args.q_from, args.gamma, args.tau)),
-        "--log-scale-cap and --max-grad-norm must be positive": min(args.log_scale_cap, args.max_grad_norm) > 0,
+            len(args.alphas) == len(starts) and starts[0] == 0 and sorted(starts) == list(starts) and starts[-1] < 1,
+        "--alphas: the first must be positive with --constraint dual": args.constraint != "dual" or args.alphas[0] > 0,
+        "--nll-weight, --adv-weight: one of them must be positive": max(args.nll_weight, args.adv_weight) > 0,
+        "--eps-quantile must be above 0 and below 1": 0 < args.eps_quantile < 1,
         "--flow-layers must be 2 or more, so that every coordinate is moved": args.flow_layers >= 2,
-        "--holdout-rows must be positive": args.holdout_rows > 0,
-        f"--dataset: {num_rows} rows are too few to hold any out": num_rows >= 20,
-        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
-            0 <= args.num_devices <= jax.local_device_count(),
-    }  # fmt: skip
-    for message, holds in rules.items():
-        if not holds:
-            raise envs.InputError(message)
+    })  # fmt: skip
 
 
-def announce(folder, args, task, env, num_rows, init, keys):
-    """Print what will run and what it needs, before the rows are read; refuse where it does not fit."""
-    sizes = (task.observation_size,), (task.action_size,), (), (task.observation_size,), ()
-    rows = Transitions(*(jax.ShapeDtypeStruct((num_rows, *size), jnp.float32) for size in sizes))
-    num_bytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    state = num_bytes(jax.eval_shape(init, keys, CpedData(rows, rows, None)).nets)
-    need = 1e9 + 3 * state + 2 * num_bytes(rows)  # the process; old, new, gradient; rows and their copy
-    files = 5 * state  # two of the first phase; state.npz, the one before, and the one being written
-    disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
-    stats = jax.local_devices()[0].memory_stats() or {}
-    have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    print(
-        f"{task.name} on {env.backend}: {args.num_seeds} seeds x ({args.flow_updates} iterations of the {args.flow} "
-        f"flow, {args.num_updates} updates)\n{folder}: memory {need / 1e9:.2f} of {have / 1e9:.1f} GB, disk "
-        f"{files / 1e9:.2f} of {disk / 1e9:.1f} GB free", flush=True,
-    )  # fmt: skip
-    if need > have or files > disk:
-        raise envs.InputError(f"{folder}: memory or disk cannot hold the run; lower --num-seeds or the rows")
-
-
-def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
-    """One record for each of `seeds`, positions on the leading axis of every metric; prints the returns."""
-    for s in seeds:
-        record = {k: v[s] for k, v in metrics.items()} | ({"time/updates_per_s": rate} if rate else {})
-        logger.log(int(step), record, seed=first_seed + int(s))
-    if "eval/return" in metrics:
-        print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
-
-
-def check_finite(where, metrics, args):
-    """Raise InputError where a metric is not finite or |Q| beyond --q-bound: no later update would mend it."""
-    for name, values in metrics.items() if args.q_bound else ():
-        largest = np.abs(values).max()
-        if not largest <= (args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan compares False
-            raise envs.InputError(
-                f"{where}: {name} is {largest:.3g}; what was saved before is kept: lower the learning rates and start "
-                "anew, or go on all the same with --resume --q-bound 0"
-            )
-
-
-def train_phase(label, total, state, train_chunk, evaluation, shown, args, logger, save):
-    """Run train_chunk: state -> state, metrics [S] until state.num_updates is `total` -> state.
-
-    Every eval_every updates and at the end the metrics and those of evaluation(state) are logged; the
-    names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
-    signal, which then ends the process. Raises InputError where a metric diverges.
-    """
-    step = start = first = int(state.num_updates[0])
-    began = saved = time.time()
-    with StopSignal() as stop:
-        while step < total and not stop.name:
-            state, train = train_chunk(state)
-            step = int(state.num_updates[0])
-            train = {k: np.asarray(v) for k, v in train.items()}
-            check_finite(f"{label} {step}", train, args)
-            rate = (step - first) / (time.time() - began)
-            progress_line(label, step, total, rate, {k: train[k].mean() for k in shown})
-            if step % args.eval_every == 0 or step == total:
-                metrics = {**train, **{k: np.asarray(v) for k, v in evaluation(state).items()}}
-                log_seeds(logger, step, metrics, range(args.num_seeds), args.seed, rate)
-            if step == total or stop.name or time.time() - saved > 60:
-                save(state)
-                saved = time.time()
-            if first == start:  # the first call compiled: the pace is that of those after it
-                first, began = step, time.time()
-    if stop.name:  # at the end of a phase, too: the next one comes with --resume
-        sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
-    return state
-
-
-def plot_density(path, folder, data, log_p):
-    """density.png: the flow's fit, its density beside the true one where known, the policy's nll over the run."""
-    lines, fits = [], curves.read(folder, "flow/nll_holdout")
-    for i, (seed, (steps, values)) in enumerate(fits.items()):
-        lines += [(steps, values, {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"held-out rows, seed {seed}"})]
-    if data.log_probs is not None:
-        style = {"color": "k", "ls": "--", "lw": 1, "label": "true density"}
-        lines += [(None, -float(data.log_probs.mean()), style)]
+def plot_density(run, data, log_p):
+    """density.png: the fit of the flow, and its density beside the true one where the buffer has that."""
+    fits = plots.read(run.folder, "flow/nll_holdout")
+    lines = [(*fits[seed], {"marker": "o", "ms": 3, "label": f"held-out rows, seed {seed}"}) for seed in fits]
     panels = [{"title": "fit of the flow", "xlabel": "iterations", "ylabel": "mean -log p", "lines": lines}]
     if data.log_probs is not None:
         true, log_p = np.asarray(data.log_probs), np.asarray(log_p[0])
+        lines += [(None, -float(true.mean()), {"color": "k", "ls": "--", "lw": 1, "label": "true density"})]
         ends = np.array([true.min(), true.max()])
         kl, correlation = np.mean(true - log_p), np.corrcoef(true, log_p)[0, 1]
         title = f"held-out (s, a), seed {min(fits)}: KL {kl:.2f} nats, correlation {correlation:.2f}"
         dots = (true, log_p, {"marker": ".", "ls": "", "ms": 3, "alpha": 0.4, "label": "a held-out row"})
         equal = (ends, ends, {"color": "k", "ls": "--", "lw": 1, "label": "equal"})
         panels += [{"title": title, "xlabel": "true log p", "ylabel": "learnt log p", "lines": [dots, equal]}]
-    lines = []
-    for name, color, label in (
-        ("nll_pi", "C0", "policy"), ("nll_data", "k", "data, mean"), ("nll_data_p95", "C7", "data, 95 %"),
-    ):  # fmt: skip
-        seeds = list(curves.read(folder, f"train/{name}").values())
-        values = np.stack([values for _, values in seeds], 1)
-        lines += [(seeds[0][0], values, {"color": color, "label": label, "marker": "o", "ms": 3})]
-    panels += [{"title": "policy against data", "xlabel": "updates", "ylabel": "-log p", "lines": lines}]
-    curves.figure(path, panels)
+    plots.figure(run.folder / "density.png", panels)
 
 
 def main(args):
-    """Train the flow, then the policy, write policy and figures -> envs.curves.summary."""
-    started = time.time()
-    path = args.dataset or scripted.dataset(Path(args.out or f"runs/cped/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, None, args.task, args.max_rows)
-    options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
-    env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
-    check_args(args, len(buffer))
-    env.check_batch(args.num_seeds * args.eval_episodes)
-    args, folder = run_folder(args, "cped", task.name)
+    """Train the flow, then the policy, write policy and figures -> scores."""
+    check_args(args)
+    buffer, task = runner.open_task("cped", args, None)
+    data, mean, std = cped_data(buffer, args)
     init, flow_chunk, train_chunk = make_train(args)
-    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-    announce(folder, args, task, env, len(buffer), init, keys)
-    data, *scale = cped_data(buffer, args)
-    densities, evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"], scale)
-    eval_keys = evaluation_keys(args)
+    keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
+    densities = jax.jit(lambda state, data: runner.map_seeds(lambda f: density_metrics(f, data, args), state, args))
+    policy = lambda actor, observations, key: act(actor, (observations - mean) / std, args, task.action_size)
+    env = envs.make(task, args.backend)
+    evaluate = runner.each_seed(runner.returns_of(policy, env, task, buffer, args), args)
 
-    digests = [envs.buffers.sha256(buffer[k]) for k in ("observations", "actions", "rewards")]
-    meta = {"identity": run_identity(args, data=digests), "log": 0}
-    state, in_flow = None, not (args.resume and any(folder.glob("state*.npz")))
-    if args.resume:
+    with runner.Run("cped", args, task, buffer) as run:
         like = jax.eval_shape(init, keys, data)
-        state, meta = load_state(folder / "flow" if in_flow else folder, like, meta["identity"])
-    logger = Logger(folder, args, meta["log"])
-    save = lambda where, tree: save_state(where, tree, {**meta, "log": logger.file.tell()})
-    if state is None:
-        state = init(keys, data)
-        save(folder / "flow", state)
-    if in_flow:
-        state = train_phase(
-            "flow iteration", args.flow_updates, state, lambda state: flow_chunk(state, data),
-            lambda state: densities(state, data)[0], ("flow/nll" if args.nll_weight else "flow/adversarial",),
-            args, logger, lambda state: save(folder / "flow", state),
-        )  # fmt: skip
-        state = state._replace(num_updates=jnp.zeros_like(state.num_updates))
-        save(folder, state)
-    state = train_phase(
-        "update", args.num_updates, state, lambda state: train_chunk(state, data),
-        lambda state: evaluation(state, eval_keys), ("train/actor_loss", "train/nll_pi", "train/nll_data"),
-        args, logger, lambda state: save(folder, state),
-    )  # fmt: skip
+        flow_chunk, train_chunk = run.compile(flow_chunk, like, data), run.compile(train_chunk, like, data)
+        state = run.restore(init, keys, data, phase="flow")
+        for step in run.chunks("flow iteration", args.flow_updates, state.num_updates):
+            state, metrics = flow_chunk(state, data)
+            run.progress(step, metrics, ("flow/nll" if args.nll_weight else "flow/adversarial",))
+            if run.due(step):
+                run.log(step, metrics | densities(state.nets.flow, data)[0])
+            run.save(state)
 
-    about = {"task": task.name, "observations": "task", "versions": envs.buffers.versions()}
-    rows = {"mean": scale[0], "std": scale[1]}
-    rows = {f"observation_{k}": jnp.tile(v, (args.num_seeds, 1)) for k, v in rows.items()}
-    write_policy(folder / "policy.npz", "tanh_deterministic", {"actor": state.nets.actor, **rows}, about)
-    curves.learning_curve(folder / "learning_curve.png", folder, task, buffer)
-    plot_density(folder / "density.png", folder, data, densities(state, data)[1])
-    result = curves.summary(folder, buffer)
-    print(f"{folder}: policy.npz, learning_curve.png, density.png; {time.time() - started:.0f} s")
-    return result
+        state = run.restore(lambda flow: flow._replace(num_updates=jnp.zeros_like(flow.num_updates)), state)
+        for step in run.chunks("update", args.num_updates, state.num_updates):
+            state, metrics = train_chunk(state, data)
+            run.progress(step, metrics, SHOWN)
+            if run.due(step):
+                run.log(step, metrics | evaluate(state.nets.actor, eval_keys))
+            run.save(state)
+
+        scale = {"observation_mean": mean, "observation_std": std}
+        scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
+        run.write_policy("tanh_deterministic", {"actor": state.nets.actor, **scale})
+        plot_density(run, data, densities(state.nets.flow, data)[1])
+        return run.finish(TRAINING)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end_at_once)
-    try:
-        arguments = parse_args(sys.argv[1:], cped_preset)
-        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
-            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
-        main(arguments)
-    except (envs.InputError, OSError) as error:
-        sys.exit(f"cped.py: error: {error}")
+    runner.launch(main, Args, preset, (*BUDGETS, *PUBLISHED), __doc__)
