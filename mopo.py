@@ -51,16 +51,7 @@ Run        python mopo.py --quick                         (point robot, under 2 
 Expect     see docs/mopo.md and results/mopo/
 """
 
-import contextlib
-import dataclasses
-import json
-import os
-import shutil
-import signal
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -69,87 +60,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import envs
-import envs.buffers
-from envs import scripted
-from runner import plots as curves
+import runner
+from runner import plots
 
 
 @dataclass(frozen=True)
-class Args:
-    # --- run ---
-    dataset: str = ""
-    """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
-    task: str = ""
-    """task to evaluate in; empty: the file's; another than the file's is refused"""
-    max_rows: int = 0
-    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
-    preset: str = ""
-    """a name in PRESETS in place of the one for the file's dataset_name; cpu: a budget for 2 cores"""
-    seed: int = 0
-    """first seed; a seed gives the same run alone or among others"""
-    num_seeds: int = 1
-    """S: independent runs (model and policy) at once, a leading axis of all arrays"""
-    num_devices: int = 0
-    """devices that share the seeds; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
-    out: str = ""
-    """run folder; empty: runs/mopo/<task>/seed<seed>"""
-    resume: bool = False
-    """go on from the folder's state.npz, exactly"""
-    quick: bool = False
-    """a small run, under 2 minutes, on a scripted point-angle-0 buffer unless --dataset names one"""
-    track: bool = False
-    """mirror the log to Weights & Biases (needs `pip install wandb`)"""
-    backend: Literal["auto", "mujoco", "mjx"] = "auto"
-    """physics of the evaluation: C MuJoCo (auto on a CPU) or MJX; the point worlds have their own"""
+class Args(runner.Flags):
+    # beside the flags that every learner has: dataset, task, seed, num_seeds, ... (runner/flags.py)
     # --- budget ---
-    num_updates: int = 1_000_000
+    num_updates: runner.Count = 1_000_000
     """SAC gradient steps per seed (orig: 1M, ORLKit: 3M)"""
-    chunk: int = 1_000
+    chunk: runner.Count = 1_000
     """gradient steps in one jitted call; a multiple of rollout_freq, a divisor of eval_every and num_updates"""
-    eval_every: int = 10_000
-    """gradient steps between two evaluations (both: 1,000)"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, deterministic action (both: 10)"""
     # --- model ---
     model: Literal["ensemble", "knn"] = "ensemble"
     """ensemble (MOPO) or knn: what the nearest data row did, the model of UDG's theory"""
-    ensemble_size: int = 7
+    ensemble_size: runner.Count = 7
     """E: members (paper: 7)"""
-    num_elites: int = 5
+    num_elites: runner.Count = 5
     """M: members of least hold-out error that roll out (paper: 5)"""
-    model_hidden_sizes: tuple[int, ...] = (200, 200, 200, 200)
+    model_hidden_sizes: tuple[runner.Count, ...] = (200, 200, 200, 200)
     """widths of a member (paper: 4 x 200)"""
-    model_decays: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    model_decays: tuple[runner.Rate, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
     """c_l: L2 weight per layer, the last one the output's (orig)"""
-    model_lr: float = 1e-3
+    model_lr: runner.Rate = 1e-3
     """Adam rate of the model (paper: 1e-3)"""
-    model_batch_size: int = 256
+    model_batch_size: runner.Count = 256
     """rows per member and step (paper: 256)"""
-    logvar_coef: float = 0.01
+    logvar_coef: runner.Rate = 0.01
     """weight of the log-variance bounds in the loss (orig: 0.01)"""
-    holdout_share: float = 0.2
+    holdout_share: runner.Share = 0.2
     """largest share of the rows held out (ORLKit: 0.2)"""
-    holdout_rows: int = 1_000
+    holdout_rows: runner.Count = 1_000
     """largest number of rows held out (paper: 1,000)"""
-    patience: int = 5
+    patience: runner.Count = 5
     """epochs without any member's gain that end the fit (ORLKit: 5, D4)"""
-    min_gain: float = 0.01
+    min_gain: runner.Rate = 0.01
     """relative gain on the hold-out that counts (both: 0.01)"""
-    max_epochs: int = 200
+    max_epochs: runner.Count = 200
     """cap on the epochs of the fit (ours, D4)"""
     exact_epochs: bool = False
     """visit every bootstrap row once an epoch, at the price of a sort (both; D5)"""
-    knn_rows: int = 20_000
+    knn_rows: runner.Count = 20_000
     """data rows that the knn model keeps; its cost grows with them (ours)"""
-    knn_scale: float = 1.0
+    knn_scale: runner.Rate = 1.0
     """L: the knn model's u = L * distance to the nearest row in x (ours)"""
     # --- rollouts ---
-    horizon: int = 5
+    horizon: runner.Count = 5
     """h: steps of a model rollout (paper: 1 or 5 by dataset)"""
-    lam: float = 1.0
+    lam: runner.Rate = 1.0
     """lambda: weight of the penalty (paper: 0.5 to 5 by dataset)"""
     penalty: Literal[
         "max_aleatoric", "max_aleatoric_elites", "max_dist_to_mean", "max_pairwise",
@@ -158,42 +119,40 @@ class Args:
     """u: max_aleatoric (MOPO) or a variant (docs/mopo.md); each needs its own lambda"""
     reward: Literal["learned", "known"] = "learned"
     """reward of model steps: learned (MOPO), or known: the task's, where observations tell it"""
-    rollout_batch: int = 50_000
+    rollout_batch: runner.Count = 50_000
     """b: start states per refresh (both: 50,000)"""
-    rollout_freq: int = 1_000
+    rollout_freq: runner.Count = 1_000
     """gradient steps between two refreshes (both: 1,000)"""
-    retain: int = 5
+    retain: runner.Count = 5
     """refreshes that the ring of model rows holds (both: 5)"""
-    real_ratio: float = 0.05
+    real_ratio: runner.Share = 0.05
     """share of real rows in a batch (both: 0.05)"""
-    range_margin: float = 0.5
+    range_margin: runner.Rate = 0.5
     """rollouts end outside the data's range by this share of it, at least of 1 (ours, D6)"""
     range_value: Literal["worst", "bootstrap", "zero"] = "worst"
     """value of a state out of range: the critics' V, zero, or the lesser of the two (ours, D6)"""
     # --- SAC ---
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
-    num_critics: int = 2
+    num_critics: runner.Count = 2
     """Q networks, the least of which counts (both: 2); try 10 where Q climbs (docs/mopo.md; ours, D11)"""
-    batch_size: int = 256
+    batch_size: runner.Count = 256
     """B: rows per update, real and model together (both: 256)"""
-    actor_lr: float = 1e-4
+    actor_lr: runner.Rate = 1e-4
     """Adam rate of the actor (ORLKit: 1e-4, orig: 3e-4)"""
-    critic_lr: float = 3e-4
+    critic_lr: runner.Rate = 3e-4
     """Adam rate of the critics (both: 3e-4)"""
-    alpha_lr: float = 1e-4
+    alpha_lr: runner.Rate = 1e-4
     """Adam rate of log alpha (ORLKit: 1e-4, orig: 3e-4)"""
     actor_cosine: bool = True
     """let the actor's rate fall to 0 over the run by a cosine (ORLKit; orig: constant)"""
-    gamma: float = 0.99
+    gamma: runner.Share = 0.99
     """discount (both: 0.99)"""
-    tau: float = 0.005
+    tau: runner.Share = 0.005
     """Polyak rate of the target critics, every update (both: 0.005)"""
-    q_bound: float = 1e6
-    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite (ours)"""
     target_entropy: float | None = None
     """entropy that alpha aims at; None: -A (ORLKit; orig: -3)"""
-    alpha_max: float = 1.0
+    alpha_max: runner.Rate = 1.0
     """alpha is clipped here where it is used (ORLKit: 1)"""
     log_std_min: float = -5.0
     """lower clip of the actor's log standard deviation (ORLKit: -5, orig: -20)"""
@@ -201,7 +160,7 @@ class Args:
     """upper clip of the actor's log standard deviation (both: 2)"""
 
 
-PUBLISHED = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original code for v0
+HORIZON_AND_LAM = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original code for v0
     "halfcheetah-medium-v2": (5, 0.5),
     "halfcheetah-medium-replay-v2": (5, 0.5),
     "halfcheetah-medium-expert-v2": (5, 2.5),
@@ -226,17 +185,18 @@ PUBLISHED = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original code fo
 }
 CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what each is for)
     "max_epochs": 20, "num_updates": 20_000, "eval_every": 2_000, "rollout_batch": 10_000,
-    "real_ratio": 0.5, "lam": 0.3, "actor_lr": 3e-4, "alpha_lr": 3e-3,
+    "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
-PRESETS = {"cpu": CPU} | {
+PUBLISHED = {
     name: {"horizon": h, "lam": lam, "num_updates": 3_000_000 if name.endswith("v2") else 1_000_000}
-    for name, (h, lam) in PUBLISHED.items()
+    for name, (h, lam) in HORIZON_AND_LAM.items()
 }
 QUICK = {
     "max_epochs": 20, "model_hidden_sizes": (64, 64), "num_updates": 3_000, "chunk": 500,
     "rollout_freq": 500, "eval_every": 500, "rollout_batch": 2_000, "hidden_sizes": (64, 64),
     "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3,
 }  # fmt: skip
+SHOWN = ("train/q", "train/entropy", "model/reward", "model/penalty_share")  # in the progress line
 
 
 # === data ===
@@ -802,24 +762,6 @@ def refresh(agent, ring, model, data, key, args, task):
 # === evaluation ===
 
 
-def evaluate(env, act, params, key, num_episodes, length):
-    """Undiscounted return of the episodes after every step: [num_episodes, length]; constant once ended.
-
-    act(params, observations [.., S]) -> actions [.., A], deterministic. `key` alone sets the starts.
-    """
-
-    def step(carry, _):
-        state, alive, total = carry
-        after = jax.vmap(env.step)(state, act(params, state.obs))
-        total = total + jnp.where(alive, after.reward, 0.0)
-        return (after, alive & (after.done < 0.5), total), total
-
-    start = jax.vmap(env.reset)(jax.random.split(key, num_episodes))
-    carry = (start, jnp.ones(num_episodes, bool), jnp.zeros(num_episodes))
-    _, totals = jax.lax.scan(step, carry, length=length)
-    return totals.T
-
-
 def real_rows(env, actor, key, args, length):
     """Steps of the current, stochastic policy in the world -> Rows [L, E], alive [L, E]."""
     key_reset, key_steps = jax.random.split(key)
@@ -861,30 +803,19 @@ def calibration(model, rows, alive, args):
     return metrics, jnp.where(alive, jnp.stack([u, error]), jnp.nan)
 
 
-def evaluation_keys(args):
-    """A key for each seed [S] that no split of the seed's key ever gives: the same starts at every evaluation."""
-    seeds = args.seed + jnp.arange(args.num_seeds)
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31))(seeds)
-
-
-def make_evaluation(args, env, task, data_length):
+def make_evaluation(args, env, task, buffer):
     """-> evaluation(actor [S], model [S], keys [S]) -> metrics, each [S], and calibration's points [S]."""
-    act = lambda actor, obs: jnp.tanh(policy_net(args, task.action_size).apply(actor, obs)[0])
-    length = max(task.eval_length, data_length)
+    act = lambda actor, observations, key: jnp.tanh(policy_net(args, task.action_size).apply(actor, observations)[0])
+    returns = runner.returns_of(act, env, task, buffer, args)
+    length = min(buffer.metadata["episode_length"], 200)
 
     def one(actor, model, key):
         key_eval, key_model = jax.random.split(key)
-        totals = evaluate(env, act, actor, key_eval, args.eval_episodes, length)
-        rows, alive = real_rows(env, actor, key_model, args, min(data_length, 200))
+        rows, alive = real_rows(env, actor, key_model, args, length)
         metrics, points = calibration(model, rows, alive, args)
-        returns = totals[:, task.eval_length - 1]
-        metrics |= {"eval/return": returns.mean(), "eval/return_std": returns.std()}
-        metrics |= {"eval/return_data_length": totals[:, data_length - 1].mean()}
-        if task.reference:
-            metrics["eval/score"] = task.normalized_score(returns.mean())
-        return metrics, points
+        return metrics | returns(actor, key_eval), points
 
-    return jax.jit(over_devices(jax.vmap(one), args))
+    return runner.each_seed(one, args)
 
 
 # === training ===
@@ -899,49 +830,16 @@ class MopoState(NamedTuple):
     ring: Ring  # of Rows of the model
 
 
-def device_mesh(count, args):
-    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
-    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
-    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
-
-
-def over_devices(f, args):
-    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
-
-    Where they do not divide, the last places do the first ones once more, and that is dropped.
-    """
-
-    def shared(*trees):
-        count = len(jax.tree.leaves(trees)[0])
-        mesh, even = device_mesh(count, args)
-        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
-        if mesh.size == 1 or even:
-            return (f if mesh.size == 1 else split)(*trees)
-        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
-        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
-
-    return shared
-
-
-def map_seeds(function, xs, args):
-    """function over the seeds [S] of a device: in turn on a CPU, which one seed fills; else at once."""
-    on_cpu = jax.default_backend() == "cpu"
-    each = lambda xs: jax.lax.map(function, xs) if on_cpu else jax.vmap(function)(xs)
-    return over_devices(each, args)(xs)
-
-
 def make_fit(args):
     """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds."""
 
     def chunk(fit, data):
         go_on = lambda fit: fit_chunk(fit, data, args)
         one = lambda fit: jax.lax.cond(fitting(fit, args), go_on, lambda fit: fit, fit)
-        return map_seeds(one, fit, args)
+        return runner.map_seeds(one, fit, args)
 
-    init = lambda keys, data: map_seeds(lambda key: fit_init(key, data, args), keys, args)
-    model = lambda fit, data: map_seeds(lambda fit: fitted_model(fit, data, args), fit, args)
+    init = lambda keys, data: runner.map_seeds(lambda key: fit_init(key, data, args), keys, args)
+    model = lambda fit, data: runner.map_seeds(lambda fit: fitted_model(fit, data, args), fit, args)
     return jax.jit(init), jax.jit(chunk, donate_argnums=0), jax.jit(model)
 
 
@@ -974,489 +872,118 @@ def make_train(args, task):
         return state, jax.tree.map(jnp.mean, metrics)
 
     def chunk(state, model, data):
-        return map_seeds(lambda x: one_chunk(*x, data), (state, model), args)
+        return runner.map_seeds(lambda x: one_chunk(*x, data), (state, model), args)
 
-    return jax.jit(over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)
+    return jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)
 
 
 # === run ===
 
 
-def start_wandb(folder, config):
-    """A new run of Weights & Biases; InputError where the package or the account is missing."""
-    try:
-        import wandb
-
-        run = wandb.init(project="udg-jax", dir=str(folder), config=config)
-    except ImportError:
-        raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
-    except wandb.Error as error:
-        raise envs.InputError(f"--track: {error} (WANDB_MODE=offline needs no account)") from None
-    run.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
-    return run
+def preset(args):
+    """--quick, or the published values of the file's dataset or of --preset, and --preset cpu on top."""
+    own = {"lam": 0.3} if args.preset == "cpu" else {}  # published horizon and lambda stay under the budget
+    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own)
 
 
-class Logger:
-    """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
-
-    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows what is left anew, to TensorBoard
-    and as a new run of W&B, so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
-    """
-
-    def __init__(self, folder, args, position=0):
-        from tensorboardX.event_file_writer import EventsWriter
-
-        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
-        header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
-        self.wandb = start_wandb(folder, header["args"]) if args.track else None
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
-        self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
-        for line in self.file.read(position).splitlines()[1:] if position else ():
-            self.show(json.loads(line))
-        self.file.truncate(position)
-        if not position:
-            self.write(header)
-
-    def write(self, record):
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
-
-    def show(self, record):
-        """A record's numbers, named with its labels, to TensorBoard and W&B."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
-        scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
-        for name, value in scalars.items():
-            event = Event(wall_time=time.time(), step=record["step"], summary=scalar(name, value))
-            self.board.write_event(event)
-        self.board.flush()
-        if self.wandb:
-            self.wandb.log({**scalars, "step": record["step"]})
-
-    def log(self, step, metrics, **labels):
-        """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
-        six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
-        metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
-        record = {"step": step, **labels, **metrics}
-        self.write(record)
-        self.show(record)
-
-
-def end_at_once(number, frame):
-    """Handler of SIGTERM and Ctrl-C outside the loops: says so and ends, with what was saved.
-
-    No exception: one that is raised in a callback of jax's is lost, and an orderly end crashes while XLA compiles.
-    """
-    said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
-    with contextlib.suppress(RuntimeError):  # in the middle of a print
-        sys.stdout.flush()
-    os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
-    os._exit(1)
-
-
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into `name`, so that the loop can save first; a second one is obeyed."""
-
-    def __enter__(self):
-        self.name = ""
-        self.old = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.old[number])
-
-    def __exit__(self, *exc):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-def flat_arrays(tree):
-    """Pytree -> {slash/path: numpy array}; typed keys as their bits."""
-
-    def array(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
-
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): array(x) for p, x in leaves}
-
-
-def save_state(folder, tree, meta):
-    """state.npz (newest) and state.prev.npz (the one before): the pytree as flat arrays, `meta` as JSON."""
-    new = folder / "state.new.npz"
-    envs.buffers.write_npz(new, {**flat_arrays(tree), "meta_json": np.array(json.dumps(meta))})
-    name_state(new)
-
-
-def name_state(new):
-    """state.new.npz becomes state.npz, and what was that state.prev.npz."""
-    newest = new.with_name("state.npz")
-    if newest.exists():
-        os.replace(newest, new.with_name("state.prev.npz"))
-    os.replace(new, newest)
-
-
-def load_state(folder, like, identity):
-    """The newest readable state of the folder, in the structure of `like` (arrays or shapes) -> tree, meta.
-
-    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
-    """
-    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
-        if path.name == "state.new.npz" and not path.exists():  # it is whole, and waits for its name, after a kill
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            meta = json.loads(str(arrays["meta_json"]))
-            break
-        except Exception as error:  # missing, torn or corrupt: the one before may be whole
-            print(f"cannot read {path}: {error}", file=sys.stderr)
-    else:
-        raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
-    old, new = meta["identity"], json.loads(json.dumps(identity))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")
-
-    def restore(place, x):
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))
-        if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
-            raise envs.InputError(f"{path}: {name} does not fit this version; start anew with another --out")
-        return jnp.asarray(arrays[name])
-
-    tree = jax.tree_util.tree_map_with_path(restore, like)
-    if path.name == "state.new.npz" and jax.process_count() == 1:  # others may be reading it
-        name_state(path)
-    return tree, meta
-
-
-def run_identity(args, **data):
-    """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
-    return {**flags, **data, **envs.buffers.versions()}
-
-
-def run_folder(args, script, task):
-    """The run's folder, made if need be -> args, folder; refuses to write over another run.
-
-    --resume where nothing was saved yet begins anew: args.resume is False then.
-    """
-    folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
-    if args.resume and not any(folder.glob("**/state*.npz")) and not (folder / "policy.npz").exists():
-        print(f"{folder}: nothing was saved here yet; starting from the beginning", flush=True)
-        args = dataclasses.replace(args, resume=False)
-    if not args.resume and (any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()):
-        raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink(missing_ok=True)
-        if not args.resume:
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
-    except OSError as error:
-        raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
-    return args, folder
-
-
-def progress_line(label, count, total, rate, metrics):
-    """`label count/total  rate  ETA  metrics`, rate in counts per second."""
-    eta = time.strftime("%H:%M:%S", time.gmtime((total - count) / max(rate, 1e-9)))
-    numbers = "  ".join(f"{k.split('/')[-1]} {float(v):.4g}" for k, v in metrics.items())
-    print(f"{label} {count}/{total} ({count / total:.0%})  {rate:.4g}/s  ETA {eta}  {numbers}", flush=True)
-
-
-def check_numbers(args):
-    """Refuse what no flag can mean: numbers that are not finite, below 0 or beyond 31 bits where whole, no widths."""
-    for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
-        if any(isinstance(x, float) and not np.isfinite(x) for x in numbers):
-            raise envs.InputError(f"{flag}: must be finite")
-        if any(isinstance(x, int) and not 0 <= x < 2**31 for x in numbers):
-            raise envs.InputError(f"{flag}: must be at least 0 and below {2**31}")
-        if name.endswith("hidden_sizes") and (not value or min(value) < 1):
-            raise envs.InputError(f"{flag}: give one width or more, each at least 1")
-        if name in ("gamma", "tau") and not 0 <= value <= 1:
-            raise envs.InputError(f"{flag}: must lie between 0 and 1")
-
-
-def parse_args(argv, preset_of):
-    """Command line -> Args: defaults, then what `preset_of(args)` gives, then the flags; printed in full."""
-    name, preset = preset_of(tyro.cli(Args, args=argv, description=__doc__))
-    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
-    check_numbers(args)
-    print(f"preset {name}:", *(f"{k}={v}" for k, v in preset.items()))
-    print("arguments:", *(f"{k}={v}" for k, v in dataclasses.asdict(args).items()))
-    return args
-
-
-def write_policy(path, kind, params, metadata):
-    """policy.npz (docs/policy.md): what a user deploys, flat slash/paths, leading policy or seed axis."""
-    head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(metadata))}
-    envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
-
-
-def preset_name(data, known):
-    """The name of `known` for a dataset: its own, else that of the same set in another version.
-
-    `ours/x` (benchmark/suite.py) is D4RL's x without a version.
-    """
-    same = lambda name: name.removeprefix("ours/").rstrip("0123456789").removesuffix("-v")
-    return data if data in known else next((name for name in known if same(name) == same(data)), data)
-
-
-def mopo_preset(args):
-    """--quick, or the published values of the file's dataset and --preset -> name, {field: value}."""
-    given = preset_name(args.preset, PRESETS)
-    if args.preset and given not in PRESETS:
-        raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
-    if args.quick and args.preset:
-        raise envs.InputError("--quick is a preset of its own; leave --preset out")
-    if args.quick:
-        return "quick", QUICK
-    if not args.dataset:
-        raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
-    data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    named = given if given in PUBLISHED else preset_name(data, PUBLISHED)
-    published = PRESETS.get(named, {})
-    if args.preset == "cpu":  # the budget is ours, the published horizon and lambda stay
-        published = {**published, **CPU, **{k: published[k] for k in ("horizon", "lam") if k in published}}
-    if named in PUBLISHED:
-        return f"{args.preset or 'by the file'} (as published for {named}; the data is {data})", published
-    return f"{args.preset or 'none'} (nothing is published for {data})", published
-
-
-def check_args(args, task, num_rows):
-    """Refuse what cannot work, before any long work starts."""
-    chunk, real = max(args.chunk, 1), int(args.real_ratio * args.batch_size)
-    positive = ("horizon", "retain", "num_seeds", "eval_episodes", "max_epochs", "rollout_freq", "chunk", "knn_rows",
-                "num_updates", "eval_every", "model_batch_size", "patience", "batch_size", "num_critics")  # fmt: skip
-    rules = {
-        **{f"--{name.replace('_', '-')} must be positive": getattr(args, name) > 0 for name in positive},
-        f"--reward known: what {task.name} observes does not tell its reward; use learned":
+def check_args(args, task):
+    """Refuse flags that do not fit one another or the task."""
+    runner.check_run(args)
+    runner.refuse({
+        f"--reward known: the observations of {task.name} do not tell its reward; use learned":
             args.reward == "learned" or task.model_reward is not None,
-        "--chunk must be a multiple of --rollout-freq": chunk % max(args.rollout_freq, 1) == 0,
-        "--chunk must divide --eval-every and --num-updates":
-            args.eval_every % chunk == args.num_updates % chunk == 0,
-        "--num-elites must be 1 to --ensemble-size": 1 <= args.num_elites <= args.ensemble_size,
+        "--chunk must be a multiple of --rollout-freq": args.chunk % args.rollout_freq == 0,
+        "--num-elites must be at most --ensemble-size": args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
-        "--holdout-rows must be positive and --holdout-share between 0 and 1":
-            args.model == "knn" or (args.holdout_rows > 0 and 0 < args.holdout_share < 1),
-        "--real-ratio: a batch needs a model row": 0 <= real < args.batch_size,
+        "--holdout-share must be above 0 and below 1": args.model == "knn" or 0 < args.holdout_share < 1,
+        "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
-            args.rollout_batch > 0 and rows_at_once(args) >= min(args.rollout_batch, 256),
-        f"--dataset: {num_rows} rows are too few to hold any out": num_rows >= 20,
-        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
-            0 <= args.num_devices <= jax.local_device_count(),
-    }  # fmt: skip
-    for message, holds in rules.items():
-        if not holds:
-            raise envs.InputError(message)
+            rows_at_once(args) >= min(args.rollout_batch, 256),
+    })  # fmt: skip
     # A task whose end its observations do not tell says so here, and not after the fit.
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
 
-def announce(folder, args, task, env, num_rows):
-    """Print what will run and what it needs; refuse where memory or disk cannot hold it."""
-    row = 4 * (2 * task.observation_size + task.action_size + 3)
-    ring = args.num_seeds * args.rollout_batch * args.horizon * args.retain * row
-    need = 2 * ring + num_rows * row  # a copy while it is fed
-    disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
-    stats = jax.local_devices()[0].memory_stats() or {}
-    have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    print(
-        f"{task.name} on {env.backend}: {args.num_seeds} seeds x {args.num_updates} updates, model "
-        f"rollouts {args.rollout_batch} x {args.horizon} every {args.rollout_freq}\n{folder}: "
-        f"memory {need / 1e9:.2f} of {have / 1e9:.1f} GB, disk {3 * ring / 1e9:.2f} of "
-        f"{disk / 1e9:.1f} GB free", flush=True,
-    )  # fmt: skip
-    if need > have or 3 * ring > disk:  # state.npz, the one before, and the one being written
-        remedy = "lower --rollout-batch, --retain or --num-seeds"
-        raise envs.InputError(f"{folder}: memory or disk cannot hold the model rows; {remedy}")
-
-
-def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
-    """One record for each of `seeds`, positions on the leading axis of every metric; prints the returns."""
-    for s in seeds:
-        record = {k: v[s] for k, v in metrics.items()} | ({"time/updates_per_s": rate} if rate else {})
-        logger.log(int(step), record, seed=first_seed + int(s))
-    if "eval/return" in metrics:
-        print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
-
-
-def train_model(args, data, fit, folder, logger, save):
-    """Lines (1) to (3): fit the ensembles of all seeds -> Model [S]."""
-    _, fit_some, model = make_fit(args)
-    _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
-    start = first = int(fit.step.max())
-    began = saved = time.time()
-    with StopSignal() as stop:
-        while fitting(fit, args).any() and not stop.name:
-            before = np.asarray(fit.step)
-            fit = fit_some(fit, data)
-            after, now = np.asarray(fit.step), fit.holdout_mse.mean()
-            ended = np.flatnonzero((after > before) & (after % (steps * calls) == 0))
-            record = {"holdout_mse": fit.holdout_mse, "holdout_best": fit.best, "idle": fit.idle}
-            record = {f"model/{k}": v for k, v in record.items()}
-            log_seeds(logger, after.max() // (steps * calls), record, ended, args.seed)
-            rate = (after.max() - first) / (time.time() - began)
-            shown = {"epoch": after.max() / (steps * calls), "holdout_mse": now, "idle": fit.idle.min()}
-            progress_line("model step", after.max(), args.max_epochs * steps * calls, rate, shown)
-            if stop.name or time.time() - saved > 60:
-                save(folder / "model", fit)
-                saved = time.time()
-            if first == start:  # the first call compiled: the pace is that of those after it
-                first, began = after.max(), time.time()
-    save(folder / "model", fit)
-    if stop.name:
-        sys.exit(f"stopped by {stop.name} while fitting; go on with the same command and --resume")
-    if not (fit.best < 1e9).all():
-        raise envs.InputError("the model's hold-out error is not finite; lower --model-lr")
-    return model(fit, data)
-
-
-def check_finite(where, metrics, args):
-    """Raise InputError where a metric is not finite or |Q| beyond --q-bound: no later update would mend it."""
-    for name, values in metrics.items() if args.q_bound else ():
-        largest = np.abs(values).max()
-        if not largest <= (args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan compares False
-            raise envs.InputError(
-                f"{where}: {name} is {largest:.3g}; what was saved before is kept: lower the learning rates and start "
-                "anew, or go on all the same with --resume --q-bound 0"
-            )
-
-
-def train_phase(label, total, state, train_chunk, evaluation, shown, args, logger, save):
-    """Run train_chunk: state -> state, metrics [S] until state.num_updates is `total` -> state.
-
-    Every eval_every updates and at the end the metrics and those of evaluation(state) are logged; the
-    names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
-    signal, which then ends the process. Raises InputError where a metric diverges.
-    """
-    step = start = first = int(state.num_updates[0])
-    began = saved = time.time()
-    with StopSignal() as stop:
-        while step < total and not stop.name:
-            state, train = train_chunk(state)
-            step = int(state.num_updates[0])
-            train = {k: np.asarray(v) for k, v in train.items()}
-            check_finite(f"{label} {step}", train, args)
-            rate = (step - first) / (time.time() - began)
-            progress_line(label, step, total, rate, {k: train[k].mean() for k in shown})
-            if step % args.eval_every == 0 or step == total:
-                metrics = {**train, **{k: np.asarray(v) for k, v in evaluation(state).items()}}
-                log_seeds(logger, step, metrics, range(args.num_seeds), args.seed, rate)
-            if step == total or stop.name or time.time() - saved > 60:
-                save(state)
-                saved = time.time()
-            if first == start:  # the first call compiled: the pace is that of those after it
-                first, began = step, time.time()
-    if stop.name:  # at the end of a phase, too: the next one comes with --resume
-        sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
-    return state
-
-
-def plot_run(folder, task, buffer, points):
-    """learning_curve.png, dynamics.png and penalty.png, from the log and calibration's points."""
-    curves.learning_curve(folder / "learning_curve.png", folder, task, buffer)
-
+def plot_run(run, points):
+    """dynamics.png and penalty.png, from the log and calibration's points."""
     errors, (u, error) = [], points[0]
-    for i, (seed, (epochs, mse)) in enumerate(curves.read(folder, "model/holdout_mse").items()):
+    for i, (seed, (epochs, mse)) in enumerate(plots.read(run.folder, "model/holdout_mse").items()):
         errors += [(epochs, mse, {"color": f"C{i}", "lw": 0.8, "label": f"seed {seed}, each member"})]
     equal = np.array([np.nanmin(error), np.nanmax(error)])
     scatter = [(u, error, {"marker": ".", "ls": "", "ms": 2, "alpha": 0.5, "label": "one step of the policy"})]
     scatter += [(equal, equal, {"color": "k", "ls": "--", "lw": 1, "label": "error = u"})]
-    curves.figure(folder / "dynamics.png", [
+    plots.figure(run.folder / "dynamics.png", [
         {"title": "hold-out error of the model", "xlabel": "epoch", "ylabel": "MSE of (s' - s, r)",
          "scale": "semilogy", "lines": errors},
         {"title": "final policy in the world, first seed", "xlabel": "penalty u",
          "ylabel": "one-step error of the elites", "scale": "loglog", "lines": scatter},
     ])  # fmt: skip
+    parts = {"": "mean", "_p50": "median", "_p95": "95 %"}
+    keys = {f"model/u_{rows}{p}": f"{rows} rows, {label}" for rows in ("real", "model") for p, label in parts.items()}
+    plots.training(run.folder / "penalty.png", run.folder, [
+        (keys, f"{run.task.name}: penalty, mean over seeds", "u, before lambda", "linear"),
+    ])  # fmt: skip
 
-    lines = []
-    for rows, color in (("real", "C0"), ("model", "C1")):
-        for part, style, label in (("", "-", "mean"), ("_p50", "--", "median"), ("_p95", ":", "95 %")):
-            seeds = list(curves.read(folder, f"model/u_{rows}{part}").values())
-            mean = np.mean([values for _, values in seeds], 0)
-            lines += [(seeds[0][0], mean, {"color": color, "ls": style, "label": f"{rows} rows, {label}"})]
-    title = f"{task.name}: penalty, mean over seeds"
-    panel = {"title": title, "xlabel": "updates", "ylabel": "u, before lambda", "lines": lines}
-    curves.figure(folder / "penalty.png", [panel])
+
+def train_model(run, fit_some, fit, data):
+    """Lines (1) to (3): fit the ensembles of all seeds -> Fit [S]. The log's steps are epochs."""
+    args = run.args
+    _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
+    epoch = steps * calls
+    for step in run.chunks("model step", args.max_epochs * epoch, fit.step, steps):
+        if not fitting(fit, args).any():
+            break
+        before = np.asarray(fit.step)
+        fit = fit_some(fit, data)
+        after, last = np.asarray(fit.step), not fitting(fit, args).any()
+        ended = np.flatnonzero((after > before) & (after % epoch == 0))
+        record = {"model/holdout_mse": fit.holdout_mse, "model/holdout_best": fit.best, "model/idle": fit.idle}
+        shown = {"epoch": step / epoch, "holdout_best": fit.best.mean(), "idle": fit.idle.min()}
+        run.progress(step, shown, shown, last)
+        run.log(step // epoch, record, ended)
+        run.save(fit, last)
+    if not (fit.best < 1e9).all():
+        raise envs.InputError("the model's hold-out error is not finite; lower --model-lr")
+    return fit
 
 
 def main(args):
-    """Fit the model, train the policy in it, write policy and figures -> envs.curves.summary."""
-    started = time.time()
-    path = args.dataset or scripted.dataset(Path(args.out or f"runs/mopo/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, DATA_KEYS, args.task, args.max_rows)
-    options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
-    env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
-    check_args(args, task, len(buffer))
-    env.check_batch(args.num_seeds * args.eval_episodes)
-    args, folder = run_folder(args, "mopo", task.name)
-    (folder / "model").mkdir(exist_ok=True)
-    announce(folder, args, task, env, len(buffer))
-
+    """Fit the model, train the policy in it, write policy and figures -> scores."""
+    buffer, task = runner.open_task("mopo", args, DATA_KEYS)
+    check_args(args, task)
     data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
-    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-    key_model, key_policy = jax.vmap(jax.random.split, out_axes=1)(keys)
-    fit_init_all, init = make_fit(args)[0], make_train(args, task)[0]
-    evaluator = make_evaluation(args, env, task, buffer.metadata["episode_length"])
-    eval_keys = evaluation_keys(args)
-    evaluation = lambda actor, model: evaluator(actor, model, eval_keys)
-    digests = [envs.buffers.sha256(buffer[k]) for k in ("observations", "actions", "rewards")]
-    meta = {"identity": run_identity(args, data=digests), "log": 0}
-    fit = state = None
-    if args.resume and args.model == "ensemble":
-        like = jax.eval_shape(fit_init_all, key_model, data)
-        fit, meta = load_state(folder / "model", like, meta["identity"])
-    if args.resume and (args.model == "knn" or any(folder.glob("state*.npz"))):
-        state, meta = load_state(folder, jax.eval_shape(init, key_policy), meta["identity"])
-    logger = Logger(folder, args, meta["log"])
-    save = lambda where, tree: save_state(where, tree, {**meta, "log": logger.file.tell()})
-    if args.model == "knn":
-        model = jax.jit(lambda k, d: map_seeds(lambda k: knn_model(k, d, args), k, args))(key_model, data)
-    else:
-        if fit is None:
-            fit = fit_init_all(key_model, data)
-            save(folder / "model", fit)
-        model = train_model(args, data, fit, folder, logger, save)
-    if state is None:
-        state = init(key_policy)
-        save(folder, state)
-    train_chunk = make_train(args, task)[1]
-    state = train_phase(
-        "update", args.num_updates, state, lambda state: train_chunk(state, model, data),
-        lambda state: evaluation(state.agent.actor, model)[0],
-        ("train/q", "train/entropy", "model/reward", "model/penalty_share"), args, logger,
-        lambda state: save(folder, state),
-    )  # fmt: skip
-    about = {"task": task.name, "observations": "task", "versions": envs.buffers.versions()}
-    about |= {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
-    write_policy(folder / "policy.npz", "tanh_gaussian", {"actor": state.agent.actor}, about)
-    plot_run(folder, task, buffer, np.asarray(evaluation(state.agent.actor, model)[1]))
-    result = curves.summary(folder, buffer)
-    names = "policy.npz, learning_curve.png, dynamics.png, penalty.png"
-    print(f"{folder}: {names}; {time.time() - started:.0f} s")
-    return result
+    (key_model, key_policy), eval_keys = runner.seed_keys(args, 2), runner.evaluation_keys(args)
+    evaluate = make_evaluation(args, envs.make(task, args.backend), task, buffer)
+    fit_init, fit_some, make_model = make_fit(args)
+    init, train_chunk = make_train(args, task)
+
+    with runner.Run("mopo", args, task, buffer) as run:
+        if args.model == "ensemble":
+            like = jax.eval_shape(fit_init, key_model, data)
+            fit_some = run.compile(fit_some, like, data)
+            shapes = jax.eval_shape(make_model, like, data)
+        else:
+            make_model = jax.jit(lambda keys, data: runner.map_seeds(lambda k: knn_model(k, data, args), keys, args))
+            shapes = jax.eval_shape(make_model, key_model, data)
+        train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_policy), shapes, data)
+
+        seen = key_model
+        if args.model == "ensemble":
+            seen = train_model(run, fit_some, run.restore(fit_init, key_model, data, phase="model"), data)
+        model = make_model(seen, data)
+        state = run.restore(init, key_policy)
+        for step in run.chunks("update", args.num_updates, state.num_updates):
+            state, metrics = train_chunk(state, model, data)
+            run.progress(step, metrics, SHOWN)
+            if run.due(step):
+                run.log(step, metrics | evaluate(state.agent.actor, model, eval_keys)[0])
+            run.save(state)
+
+        about = {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
+        run.write_policy("tanh_gaussian", {"actor": state.agent.actor}, **about)
+        plot_run(run, np.asarray(evaluate(state.agent.actor, model, eval_keys)[1]))
+        return run.finish()
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end_at_once)
-    try:
-        arguments = parse_args(sys.argv[1:], mopo_preset)
-        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
-            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
-        main(arguments)
-    except (envs.InputError, OSError) as error:
-        sys.exit(f"mopo.py: error: {error}")
+    runner.launch(main, Args, preset, ("cpu", *PUBLISHED), __doc__)
