@@ -59,17 +59,8 @@ Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; ant-angle-60, 
            both on a CPU core that others shared; docs/qdq.md
 """
 
-import contextlib
-import dataclasses
 import itertools
-import json
-import os
-import shutil
-import signal
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -78,91 +69,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import envs
 import envs.buffers
-from envs import scripted
-from runner import plots as curves
+import runner
 
 
 @dataclass(frozen=True)
-class Args:
-    # --- run ---
-    dataset: str = ""
-    """buffer file with task rewards, or a glob of shards (docs/buffer.md)"""
-    task: str = ""
-    """task to evaluate in; empty: the file's; another than the file's is refused"""
-    max_rows: int = 0
-    """rows to train on: of a larger file whole episodes drawn at random, and only these are held; 0: all"""
-    preset: str = ""
-    """a name in PRESETS on top of the one for the file's dataset_name; cpu: a budget for 2 cores"""
-    seed: int = 0
-    """first seed; a seed gives the same run alone or among others"""
-    num_seeds: int = 1
-    """S: independent runs (student and policy) at once, a leading axis of all arrays"""
-    num_devices: int = 0
-    """devices that share the seeds; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
-    out: str = ""
-    """run folder; empty: runs/qdq/<task>/seed<seed>"""
-    resume: bool = False
-    """go on from the folder's state.npz, exactly"""
-    quick: bool = False
-    """a small run on a scripted point-angle-0 buffer made on the spot, under 2 minutes"""
-    track: bool = False
-    """mirror the log to Weights & Biases (needs `pip install wandb`)"""
-    backend: Literal["auto", "mujoco", "mjx"] = "auto"
-    """physics of the evaluation: C MuJoCo (auto on a CPU) or MJX; ignored by the point worlds"""
+class Args(runner.Flags):
+    # beside the flags that every learner has: dataset, task, seed, num_seeds, ... (runner/flags.py)
     # --- budget ---
-    teacher_updates: int = 800_000
+    teacher_updates: runner.Count = 800_000
     """gradient steps of the teacher (stored models: 800k, D3)"""
-    student_updates: int = 1_600_000
+    student_updates: runner.Count = 1_600_000
     """gradient steps of the student (stored models: 1.6M, two sets 1M and 2M, D3)"""
-    num_updates: int = 1_000_000
+    num_updates: runner.Count = 1_000_000
     """critic steps per seed; the actor steps in every policy_delay-th (code: 1M)"""
-    chunk: int = 1_000
+    chunk: runner.Count = 1_000
     """gradient steps in one jitted call, in each phase; a multiple of policy_delay; divides eval_every and totals"""
-    eval_every: int = 5_000
+    eval_every: runner.Count = 5_000
     """gradient steps between two evaluations (code: 5,000)"""
-    eval_episodes: int = 10
-    """episodes of an evaluation (code: 10, AntMaze 100)"""
     # --- distribution of Q ---
-    window: int = 0
+    window: runner.Natural = 0
     """T: steps of a windowed return; 0: 200 for episodes of 1000 steps, else a fifth of their length (code: 200; D2)"""
-    window_step: int = 0
+    window_step: runner.Natural = 0
     """k: steps between two windows; 0: T / 20 (code: 10; D2)"""
-    max_windows: int = 100
+    max_windows: runner.Count = 100
     """greatest number of windows of one episode (code: 100)"""
-    min_entries: int = 5_000
+    min_entries: runner.Natural = 5_000
     """fewer windows than these in all are refused: nothing can be learnt from them (ours)"""
-    model_hidden_sizes: tuple[int, ...] = (256, 256, 256)
+    model_hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of teacher and student (code: 3 x 256)"""
-    group_size: int = 8
+    group_size: runner.Count = 8
     """features that a GroupNorm normalises together (code: 32 groups of 8)"""
-    model_batch_size: int = 256
+    model_batch_size: runner.Count = 256
     """windows per step of teacher and student (code: 256)"""
-    teacher_lr: float = 5e-4
+    teacher_lr: runner.Size = 5e-4
     """Adam rate of the teacher, falling to 0 by a cosine (code: 5e-4)"""
-    student_lr: float = 4e-4
+    student_lr: runner.Size = 4e-4
     """RAdam rate of the student, falling to 0 by a cosine (code: 4e-4)"""
-    num_levels: int = 1_000
+    num_levels: runner.Count = 1_000
     """noise levels of the distillation (code: 1,000)"""
-    student_tau: float = 0.005
+    student_tau: runner.Share = 0.005
     """Polyak rate of the student's target (code: 0.005)"""
-    student_tau_every: int = 5
+    student_tau_every: runner.Count = 5
     """steps of the student per step of its target (code: 5)"""
     student: str = ""
     """q_model.npz of an earlier run on this data: its one student for all seeds, or one each; none is trained (D12)"""
     # --- uncertainty ---
     uncertainty: Literal["gh", "mc"] = "gh"
     """gh: Gauss-Hermite sum over the student's noise; mc: samples, as the code (D6)"""
-    nodes: int = 8
+    nodes: runner.Count = 8
     """nodes of the sum (ours: 8 are within 5 % of the exact std)"""
-    num_samples: int = 50
+    num_samples: runner.Count = 50
     """samples of mc (code: 50)"""
-    alpha: float = 0.992
+    alpha: runner.Share = 0.992
     """alpha: share of the optimistic target (code: 0.992 MuJoCo, 0.99 AntMaze; paper: 0.95 to 0.99; D15)"""
-    beta: float = 0.9
+    beta: runner.Share = 0.9
     """beta: quantile above which a row is flagged, and weight of the others (code: 0.8 or 0.9 by dataset; D15)"""
     weight: Literal["mujoco", "antmaze", "antmaze-diverse"] = "mujoco"
     """w: 1/H if flagged, else beta; 1 + 0.1 (1 - 1/H), else 1; 1/H, else 1 (code; D8)"""
@@ -173,43 +136,41 @@ class Args:
     # --- actor-critic ---
     actor_loss: Literal["q", "awr"] = "q"
     """q: climb Q, with the likelihood term; awr: advantage-weighted likelihood (code: AntMaze but one)"""
-    gamma_ent: float = 0.2
+    gamma_ent: runner.Rate = 0.2
     """gamma_ent: weight of the likelihood of the data's actions (code: 0 to 2 by dataset, raw Q; D11)"""
     sample_target: bool = False
     """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0; D16)"""
-    q_from: float = 0.1
+    q_from: runner.Share = 0.1
     """share of num_updates during which the actor of loss q only clones; with gamma_ent 0 it rests (ours, D13)"""
     q_norm: bool = True
     """divide Q by its mean magnitude in the actor's loss q (ours, D11)"""
-    awr_temperature: float = 6.0
+    awr_temperature: runner.Rate = 6.0
     """factor of the advantage in awr (code: 6)"""
-    awr_samples: int = 30
+    awr_samples: runner.Count = 30
     """samples of the target actor for V(s) in awr (code: 30)"""
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D11)"""
-    hidden_sizes: tuple[int, ...] = (256, 256, 256)
+    hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of actor and critics (code: 3 x 256, AntMaze 2 x 256)"""
     layer_norm: bool = False
     """LayerNorm in the critics (code: antmaze-large)"""
-    batch_size: int = 256
+    batch_size: runner.Count = 256
     """B: rows per update (code: 256)"""
-    actor_lr: float = 3e-4
+    actor_lr: runner.Size = 3e-4
     """Adam rate of the actor at the start (code: 3e-4; D10)"""
-    critic_lr: float = 3e-4
+    critic_lr: runner.Size = 3e-4
     """Adam rate of the critics (code: 3e-4)"""
-    max_grad_norm: float = 10.0
+    max_grad_norm: runner.Size = 10.0
     """the critics' gradient is scaled down to this norm (code: 10, AntMaze 7 and 3)"""
-    gamma: float = 0.99
+    gamma: runner.Share = 0.99
     """discount (code: 0.99)"""
-    tau: float = 0.005
+    tau: runner.Share = 0.005
     """Polyak rate of critics and actor, once per actor step (code: 0.005)"""
-    q_bound: float = 1e6
-    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite (ours)"""
-    policy_delay: int = 2
+    policy_delay: runner.Count = 2
     """critic steps per actor step (code: 2)"""
-    target_noise: float = 0.2
+    target_noise: runner.Rate = 0.2
     """std of the noise on a' (code: 0.2)"""
-    target_noise_clip: float = 0.5
+    target_noise_clip: runner.Rate = 0.5
     """its bound (code: 0.5)"""
     log_std_min: float = -5.0
     """lower clip of the actor's free log standard deviation (code: -5)"""
@@ -246,26 +207,30 @@ MAZE_RUN = {  # umaze's episodes have 700 steps, and the same windows           
     "hidden_sizes": (256, 256), "reward_shift": -1.0, "eval_every": 100_000, "eval_episodes": 100,
     "window": 200, "window_step": 10,
 }  # fmt: skip
-PRESETS = {
+PUBLISHED = {
     name: GENERAL | {"beta": beta, "gamma_ent": weight, "sample_target": weight > 0}
     for name, (beta, weight) in MUJOCO.items()
 }
-PRESETS["halfcheetah-medium-replay-v2"]["student_updates"] = 1_000_000
-PRESETS["walker2d-medium-expert-v2"]["student_updates"] = 2_000_000
-PRESETS |= {
+PUBLISHED["halfcheetah-medium-replay-v2"]["student_updates"] = 1_000_000
+PUBLISHED["walker2d-medium-expert-v2"]["student_updates"] = 2_000_000
+PUBLISHED |= {
     name: GENERAL | MAZE_RUN | dict(zip(ANTMAZE_FIELDS, row, strict=True)) | {"sample_target": row[1] > 0}
     for name, row in ANTMAZE.items()
 }
 SHORT = {"num_levels": 18, "student_tau": 0.05}  # few steps do not carry 1,000 levels (docs/qdq.md)       # D3
-PRESETS["cpu"] = SHORT | {
+CPU = SHORT | {
     "teacher_updates": 80_000, "student_updates": 160_000, "num_updates": 20_000, "chunk": 500, "eval_every": 2_000,
 }  # fmt: skip
-POSITIVE = (
-    "num_seeds", "teacher_updates", "student_updates", "num_updates", "chunk", "eval_every", "eval_episodes",
-    "max_windows", "group_size", "model_batch_size", "teacher_lr", "student_lr", "student_tau_every", "num_samples",
-    "awr_samples", "batch_size", "actor_lr", "critic_lr", "max_grad_norm", "policy_delay",
+SHOWN = ("train/q", "train/h", "train/penalty", "train/log_p", "train/distance")  # in the progress line
+TRAINING = (  # panels of training.png
+    ("teacher/loss", "teacher", "loss", "linear"),
+    ("student/loss", "student", "loss", "semilogy"),
+    ({f"student/h_{name}": f"{name} actions" for name in ("data", "near", "far")},
+     "spread on and off the data, mean over seeds", "median H, in return", "linear"),
+    ("train/q", "critics on the data", "mean Q", "linear"),
+    ("train/h", "spread at (s', a')", "mean H, in return", "linear"),
+    ("train/log_p", "the data's actions", "log N(a; mu, std)", "linear"),
 )  # fmt: skip
-SHOWN = ("train/q", "train/h", "train/penalty", "train/log_p", "train/distance")
 QUICK = SHORT | {
     "teacher_updates": 4_000, "student_updates": 4_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000,
     "model_hidden_sizes": (64, 64), "hidden_sizes": (64, 64), "actor_lr": 1e-3, "critic_lr": 1e-3, "batch_size": 128,
@@ -783,24 +748,6 @@ def student_update(net, target, opt, step, teacher, entries, key, args):
 # === evaluation ===
 
 
-def evaluate(env, act, params, key, num_episodes, length):
-    """Undiscounted return of the episodes after every step: [num_episodes, length]; constant once ended.
-
-    act(params, observations [.., S]) -> actions [.., A], deterministic. `key` alone sets the starts.
-    """
-
-    def step(carry, _):
-        state, alive, total = carry
-        after = jax.vmap(env.step)(state, act(params, state.obs))
-        total = total + jnp.where(alive, after.reward, 0.0)
-        return (after, alive & (after.done < 0.5), total), total
-
-    start = jax.vmap(env.reset)(jax.random.split(key, num_episodes))
-    carry = (start, jnp.ones(num_episodes, bool), jnp.zeros(num_episodes))
-    _, totals = jax.lax.scan(step, carry, length=length)
-    return totals.T
-
-
 def probe_actions(actions, key):
     """The data's actions [n, A], near ones (noise of 0.2) and far ones (uniform) -> [3, n, A]."""
     key_near, key_far = jax.random.split(key)
@@ -824,35 +771,6 @@ def model_metrics(model, data, entries, key, args):
     error = jnp.sqrt(jnp.mean((q - mean) ** 2))
     metrics |= {"student/error": error, "student/spread": jnp.sqrt(jnp.mean(spread**2)), "student/q_std": q.std()}
     return metrics
-
-
-def evaluation_keys(args):
-    """A key for each seed [S] that no split of the seed's key ever gives: the same starts at every evaluation."""
-    seeds = args.seed + jnp.arange(args.num_seeds)
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31))(seeds)
-
-
-def make_evaluation(args, env, task, data_length, scale):
-    """-> evaluation(actor [S], key), model_evaluation(model [S], data, entries, key) -> metrics, each [S].
-
-    scale: mean and std that the networks' observations were standardised with.
-    """
-    length = max(task.eval_length, data_length)
-
-    def one(actor, key):
-        policy = lambda actor, obs: policy_mean(actor.mean, (obs - scale[0]) / scale[1], args, task.action_size)
-        totals = evaluate(env, policy, actor, key, args.eval_episodes, length)
-        returns = totals[:, task.eval_length - 1]
-        metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std()}
-        metrics |= {"eval/return_data_length": totals[:, data_length - 1].mean()}
-        if task.reference:
-            metrics["eval/score"] = task.normalized_score(returns.mean())
-        return metrics
-
-    def of_model(model, data, entries, key):
-        return map_seeds(lambda model: model_metrics(model, data, entries, key, args), model, args)
-
-    return jax.jit(over_devices(jax.vmap(one), args)), jax.jit(of_model)
 
 
 # === training ===
@@ -890,39 +808,6 @@ class Phase(NamedTuple):
 
     init: Any
     chunk: Any
-
-
-def device_mesh(count, args):
-    """The devices that share `count` policies or seeds, as many of every process, and whether each has as many."""
-    num = min(args.num_devices or jax.local_device_count(), -(-count // jax.process_count()))
-    devices = [device for p in range(jax.process_count()) for device in jax.local_devices(p)[:num]]
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("share",), auto, devices=devices), count % len(devices) == 0
-
-
-def over_devices(f, args):
-    """f of trees with a leading axis of policies or seeds -> the same, each device with its share of them.
-
-    Where they do not divide, the last places do the first ones once more, and that is dropped.
-    """
-
-    def shared(*trees):
-        count = len(jax.tree.leaves(trees)[0])
-        mesh, even = device_mesh(count, args)
-        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
-        if mesh.size == 1 or even:
-            return (f if mesh.size == 1 else split)(*trees)
-        padded = np.arange(-(-count // mesh.size) * mesh.size) % count
-        return jax.tree.map(lambda x: x[:count], split(*jax.tree.map(lambda x: x[padded], trees)))
-
-    return shared
-
-
-def map_seeds(function, xs, args):
-    """function over the seeds [S] of a device: in turn on a CPU, which one seed fills; else at once."""
-    on_cpu = jax.default_backend() == "cpu"
-    each = lambda xs: jax.lax.map(function, xs) if on_cpu else jax.vmap(function)(xs)
-    return over_devices(each, args)(xs)
 
 
 def make_train(args, num_obs, num_actions):
@@ -976,398 +861,68 @@ def make_train(args, num_obs, num_actions):
         nets, metrics = jax.lax.scan(step, state.nets, (steps, keys))
         return QdqState(key, state.num_updates + args.chunk, nets), jax.tree.map(jnp.mean, metrics)
 
-    teacher_chunks = lambda state, entries: map_seeds(lambda state: teacher_chunk(state, entries), state, args)
-    student_chunks = lambda state, net, entries: map_seeds(lambda xs: student_chunk(*xs, entries), (state, net), args)
-    policy_chunks = lambda state, model, data: map_seeds(lambda xs: policy_chunk(*xs, data), (state, model), args)
-    phase = lambda init, chunk: Phase(jax.jit(over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0))
+    def over_seeds(init, one, num_states):
+        """one(states of a seed.., shared) -> Phase of all seeds; the first num_states inputs have a seed axis."""
+        each = lambda *xs: runner.map_seeds(lambda seeds: one(*seeds, *xs[num_states:]), xs[:num_states], args)
+        return Phase(jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(each, donate_argnums=0))
+
     return (
-        phase(teacher_init, teacher_chunks), phase(student_init, student_chunks), phase(policy_init, policy_chunks),
-    )  # fmt: skip
+        over_seeds(teacher_init, teacher_chunk, 1),
+        over_seeds(student_init, student_chunk, 2),
+        over_seeds(policy_init, policy_chunk, 2),
+    )
 
 
 # === run ===
 
 
-def start_wandb(folder, config):
-    """A new run of Weights & Biases; InputError where the package or the account is missing."""
-    try:
-        import wandb
-
-        run = wandb.init(project="udg-jax", dir=str(folder), config=config)
-    except ImportError:
-        raise envs.InputError("--track: wandb is not installed; pip install wandb") from None
-    except wandb.Error as error:
-        raise envs.InputError(f"--track: {error} (WANDB_MODE=offline needs no account)") from None
-    run.define_metric("*", step_metric="step")  # its own steps may not go back, as a second phase's do
-    return run
-
-
-class Logger:
-    """log.jsonl (first line: the run, then one object per evaluation), TensorBoard, and W&B if asked for.
-
-    `position`: bytes of log.jsonl to keep. A resumed run cuts the file back and shows what is left anew, to TensorBoard
-    and as a new run of W&B, so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
-    """
-
-    def __init__(self, folder, args, position=0):
-        from tensorboardX.event_file_writer import EventsWriter
-
-        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
-        header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
-        self.wandb = start_wandb(folder, header["args"]) if args.track else None
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
-        self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
-        for line in self.file.read(position).splitlines()[1:] if position else ():
-            self.show(json.loads(line))
-        self.file.truncate(position)
-        if not position:
-            self.write(header)
-
-    def write(self, record):
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
-
-    def show(self, record):
-        """A record's numbers, named with its labels, to TensorBoard and W&B."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        labels = "".join(f"/{k}{v}" for k, v in record.items() if "/" not in k and k != "step")
-        scalars = {k + labels: v for k, v in record.items() if "/" in k and np.ndim(v) == 0}
-        for name, value in scalars.items():
-            event = Event(wall_time=time.time(), step=record["step"], summary=scalar(name, value))
-            self.board.write_event(event)
-        self.board.flush()
-        if self.wandb:
-            self.wandb.log({**scalars, "step": record["step"]})
-
-    def log(self, step, metrics, **labels):
-        """One record at `step` updates; metrics: name -> number or list of numbers; labels such as seed=0."""
-        six_digits = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])
-        metrics = {k: six_digits(np.asarray(v, np.float64)).tolist() for k, v in metrics.items()}
-        record = {"step": step, **labels, **metrics}
-        self.write(record)
-        self.show(record)
-
-
-def end_at_once(number, frame):
-    """Handler of SIGTERM and Ctrl-C outside the loops: says so and ends, with what was saved.
-
-    No exception: one that is raised in a callback of jax's is lost, and an orderly end crashes while XLA compiles.
-    """
-    said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
-    with contextlib.suppress(RuntimeError):  # in the middle of a print
-        sys.stdout.flush()
-    os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
-    os._exit(1)
-
-
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into `name`, so that the loop can save first; a second one is obeyed."""
-
-    def __enter__(self):
-        self.name = ""
-        self.old = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.old[number])
-
-    def __exit__(self, *exc):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-def flat_arrays(tree):
-    """Pytree -> {slash/path: numpy array}; typed keys as their bits."""
-
-    def array(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
-
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): array(x) for p, x in leaves}
-
-
-def save_state(folder, tree, meta):
-    """state.npz (newest) and state.prev.npz (the one before): the pytree as flat arrays, `meta` as JSON."""
-    new = folder / "state.new.npz"
-    envs.buffers.write_npz(new, {**flat_arrays(tree), "meta_json": np.array(json.dumps(meta))})
-    name_state(new)
-
-
-def name_state(new):
-    """state.new.npz becomes state.npz, and what was that state.prev.npz."""
-    newest = new.with_name("state.npz")
-    if newest.exists():
-        os.replace(newest, new.with_name("state.prev.npz"))
-    os.replace(new, newest)
-
-
-def load_state(folder, like, identity):
-    """The newest readable state of the folder, in the structure of `like` (arrays or shapes) -> tree, meta.
-
-    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
-    """
-    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
-        if path.name == "state.new.npz" and not path.exists():  # it is whole, and waits for its name, after a kill
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            meta = json.loads(str(arrays["meta_json"]))
-            break
-        except Exception as error:  # missing, torn or corrupt: the one before may be whole
-            print(f"cannot read {path}: {error}", file=sys.stderr)
-    else:
-        raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
-    old, new = meta["identity"], json.loads(json.dumps(identity))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")
-
-    def restore(place, x):
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))
-        if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
-            raise envs.InputError(f"{path}: {name} does not fit this version; start anew with another --out")
-        return jnp.asarray(arrays[name])
-
-    tree = jax.tree_util.tree_map_with_path(restore, like)
-    if path.name == "state.new.npz" and jax.process_count() == 1:  # others may be reading it
-        name_state(path)
-    return tree, meta
-
-
-def run_identity(args, **data):
-    """What must not change when a run is resumed: flags, data, versions."""
-    free = ("out", "resume", "track", "num_devices", "distributed", "q_bound")
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free}
-    return {**flags, **data, **envs.buffers.versions()}
-
-
-def run_folder(args, script, task):
-    """The run's folder, made if need be -> args, folder; refuses to write over another run.
-
-    --resume where nothing was saved yet begins anew: args.resume is False then.
-    """
-    folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
-    if args.resume and not any(folder.glob("**/state*.npz")) and not (folder / "policy.npz").exists():
-        print(f"{folder}: nothing was saved here yet; starting from the beginning", flush=True)
-        args = dataclasses.replace(args, resume=False)
-    if not args.resume and (any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()):
-        raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob("**/.*.npz.*.tmp"):  # what a kill left of a file that was being written
-            torn.unlink(missing_ok=True)
-        if not args.resume:
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
-    except OSError as error:
-        raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
-    return args, folder
-
-
-def progress_line(label, count, total, rate, metrics):
-    """`label count/total  rate  ETA  metrics`, rate in counts per second."""
-    eta = time.strftime("%H:%M:%S", time.gmtime((total - count) / max(rate, 1e-9)))
-    numbers = "  ".join(f"{k.split('/')[-1]} {float(v):.4g}" for k, v in metrics.items())
-    print(f"{label} {count}/{total} ({count / total:.0%})  {rate:.4g}/s  ETA {eta}  {numbers}", flush=True)
-
-
-def check_numbers(args):
-    """Refuse what no flag can mean: numbers that are not finite, below 0 or beyond 31 bits where whole, no widths."""
-    for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
-        if any(isinstance(x, float) and not np.isfinite(x) for x in numbers):
-            raise envs.InputError(f"{flag}: must be finite")
-        if any(isinstance(x, int) and not 0 <= x < 2**31 for x in numbers):
-            raise envs.InputError(f"{flag}: must be at least 0 and below {2**31}")
-        if name.endswith("hidden_sizes") and (not value or min(value) < 1):
-            raise envs.InputError(f"{flag}: give one width or more, each at least 1")
-        if name in ("gamma", "tau") and not 0 <= value <= 1:
-            raise envs.InputError(f"{flag}: must lie between 0 and 1")
-
-
-def parse_args(argv, preset_of):
-    """Command line -> Args: defaults, then what `preset_of(args)` gives, then the flags; printed in full."""
-    name, preset = preset_of(tyro.cli(Args, args=argv, description=__doc__))
-    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
-    check_numbers(args)
-    print(f"preset {name}:", *(f"{k}={v}" for k, v in preset.items()))
-    print("arguments:", *(f"{k}={v}" for k, v in dataclasses.asdict(args).items()))
-    return args
-
-
-def write_policy(path, kind, params, metadata):
-    """policy.npz (docs/policy.md): what a user deploys, flat slash/paths, leading policy or seed axis."""
-    head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(metadata))}
-    envs.buffers.write_npz(path, {**head, **flat_arrays(params)})
-
-
-def preset_name(data, known):
-    """The name of `known` for a dataset: its own, else that of the same set in another version.
-
-    `ours/x` (benchmark/suite.py) is D4RL's x without a version.
-    """
-    same = lambda name: name.removeprefix("ours/").rstrip("0123456789").removesuffix("-v")
-    return data if data in known else next((name for name in known if same(name) == same(data)), data)
-
-
-def qdq_preset(args):
-    """--quick, or the published values of the file's dataset with those of --preset on top -> name, {field: value}."""
-    given = preset_name(args.preset, PRESETS)
-    if args.preset and given not in PRESETS:
-        raise envs.InputError(f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}")
-    if args.quick and args.preset:
-        raise envs.InputError("--quick is a preset of its own; leave --preset out")
-    if args.quick:
-        return "quick", QUICK
-    if not args.dataset:
-        raise envs.InputError("--dataset: name a file that udg_select.py wrote, or try --quick")
-    data = envs.buffers.load(args.dataset, ("rewards",), quiet=True).metadata["dataset_name"]
-    name = preset_name(data, PRESETS) if given in ("", "cpu") else given
-    about = f"as published for {name}" if name in PRESETS else "nothing is published for it"
-    origin = f"{args.preset or 'by the file'} ({data}: {about})"
-    return origin, PRESETS.get(name, {}) | PRESETS.get(given, {})
+def preset(args):
+    """--quick, or the published values of the file's dataset or of --preset, and --preset cpu on top."""
+    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK)
 
 
 def check_args(args):
-    """Refuse what cannot work, before any long work starts."""
-    chunk = max(args.chunk, 1)
+    """Refuse flags that do not fit one another."""
+    runner.check_run(args)
     totals = args.eval_every, args.teacher_updates, args.student_updates, args.num_updates
-    not_negative = args.window, args.window_step, args.gamma_ent, args.target_noise, args.target_noise_clip
-    rules = {f"--{name.replace('_', '-')} must be positive": getattr(args, name) > 0 for name in POSITIVE}
-    rules |= {
-        "--chunk must be a multiple of --policy-delay": chunk % max(args.policy_delay, 1) == 0,
+    runner.refuse({
+        "--chunk must be a multiple of --policy-delay": args.chunk % args.policy_delay == 0,
         "--chunk must divide --eval-every, --teacher-updates, --student-updates and --num-updates":
-            all(total % chunk == 0 for total in totals),
-        "--hidden-sizes must be positive": min(args.hidden_sizes, default=1) > 0,
-        "--model-hidden-sizes must be positive multiples of --group-size":
-            all(width > 0 and width % max(args.group_size, 1) == 0 for width in args.model_hidden_sizes),
-        "--alpha must lie between 0 and 1, --beta inside": 0 <= args.alpha <= 1 and 0 < args.beta < 1,
-        "--gamma, --tau and --student-tau must be above 0 and at most 1":
-            all(0 < x <= 1 for x in (args.gamma, args.tau, args.student_tau)),
-        "--window, --window-step, --gamma-ent, --target-noise and --target-noise-clip must not be negative":
-            min(not_negative) >= 0,
+            all(total % args.chunk == 0 for total in totals),
+        "--model-hidden-sizes must be multiples of --group-size":
+            all(width % args.group_size == 0 for width in args.model_hidden_sizes),
+        "--beta must be above 0 and below 1": 0 < args.beta < 1,
+        "--gamma, --tau and --student-tau must be above 0": min(args.gamma, args.tau, args.student_tau) > 0,
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
-        "--q-from must lie between 0 and 1": 0 <= args.q_from <= 1,
         "--nodes must be 2 or more": args.nodes >= 2,
         "--num-levels must be 3 or more": args.num_levels >= 3,
         "--w-max would undo --weight antmaze, whose w above 1 is the penalty; use --no-w-max --no-sign-aware":
             args.weight != "antmaze" or not (args.w_max or args.sign_aware),
-        f"--num-devices: 0 to {jax.local_device_count()}, the devices there are":
-            0 <= args.num_devices <= jax.local_device_count(),
-    }  # fmt: skip
-    for message, holds in rules.items():
-        if not holds:
-            raise envs.InputError(message)
+    })  # fmt: skip
 
 
-def announce(folder, args, task, env, buffer, data, entries, states):
-    """Print what will run, D_Q and what it needs; refuse too few entries, too little memory or disk.
-
-    states: the phases' states [S], or their shapes.
-    """
-    size = lambda tree: 4 * sum(x.size for x in jax.tree.leaves(tree))
-    window, step = window_sizes(args, buffer.metadata["episode_length"])
-    samples = args.nodes if args.uncertainty == "gh" else args.num_samples
-    passed = max(args.batch_size, 0 if args.student else 3 * 1024) * samples  # rows through a network at once
-    if args.actor_loss == "awr":
-        passed = max(passed, 2 * args.batch_size * args.awr_samples)
-    passed *= 1 if jax.default_backend() == "cpu" else args.num_seeds
-    widest = max(*args.hidden_sizes, *args.model_hidden_sizes, 1)
-    need = 2 * (size(data) + size(entries)) + 3 * size(states) + 12 * passed * widest  # with copies and gradients
-    written = 4 * size(states)  # newest, the one before, the one being written; policy.npz and q_model.npz
-    disk = shutil.disk_usage(folder).free + sum(x.stat().st_size for x in folder.glob("**/state*.npz"))
-    stats = jax.local_devices()[0].memory_stats() or {}
-    have = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    print(
-        f"{task.name} on {env.backend}: {args.num_seeds} seeds x ({args.teacher_updates} teacher, "
-        f"{args.student_updates} student, {args.num_updates} policy updates)\nD_Q: {len(entries.x)} entries, windows "
-        f"of {window} steps every {step}, Q from {float(entries.low):.2f} to {float(entries.high):.2f}\n{folder}: "
-        f"memory {need / 1e9:.2f} of {have / 1e9:.1f} GB, disk {written / 1e9:.2f} of {disk / 1e9:.1f} GB free",
-        flush=True,
-    )  # fmt: skip
-    if len(entries.x) < args.min_entries:
-        raise envs.InputError(
-            f"--dataset: D_Q has {len(entries.x)} entries of {args.min_entries} that --min-entries asks for; give "
-            "more rows, lower --window and --window-step, or raise --max-windows"
-        )
-    if need > have or written > disk:
-        raise envs.InputError(f"{folder}: memory or disk cannot hold the run; lower --num-seeds or give fewer rows")
-
-
-def log_seeds(logger, step, metrics, seeds, first_seed, rate=None):
-    """One record for each of `seeds`, positions on the leading axis of every metric; prints the returns."""
-    for s in seeds:
-        record = {k: v[s] for k, v in metrics.items()} | ({"time/updates_per_s": rate} if rate else {})
-        logger.log(int(step), record, seed=first_seed + int(s))
-    if "eval/return" in metrics:
-        print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
-
-
-def check_finite(where, metrics, args):
-    """Raise InputError where a metric is not finite or |Q| beyond --q-bound: no later update would mend it."""
-    for name, values in metrics.items() if args.q_bound else ():
-        largest = np.abs(values).max()
-        if not largest <= (args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan compares False
-            raise envs.InputError(
-                f"{where}: {name} is {largest:.3g}; what was saved before is kept: lower the learning rates and start "
-                "anew, or go on all the same with --resume --q-bound 0"
-            )
-
-
-def train_phase(label, total, state, train_chunk, evaluation, shown, args, logger, save):
-    """Run train_chunk: state -> state, metrics [S] until state.num_updates is `total` -> state.
-
-    Every eval_every updates and at the end the metrics and those of evaluation(state) are logged; the
-    names in `shown` stand in the progress line. save(state): each minute, at the end, and on a
-    signal, which then ends the process. Raises InputError where a metric diverges.
-    """
-    step = start = first = int(state.num_updates[0])
-    began = saved = time.time()
-    with StopSignal() as stop:
-        while step < total and not stop.name:
-            state, train = train_chunk(state)
-            step = int(state.num_updates[0])
-            train = {k: np.asarray(v) for k, v in train.items()}
-            check_finite(f"{label} {step}", train, args)
-            rate = (step - first) / (time.time() - began)
-            progress_line(label, step, total, rate, {k: train[k].mean() for k in shown})
-            if step % args.eval_every == 0 or step == total:
-                metrics = {**train, **{k: np.asarray(v) for k, v in evaluation(state).items()}}
-                log_seeds(logger, step, metrics, range(args.num_seeds), args.seed, rate)
-            if step == total or stop.name or time.time() - saved > 60:
-                save(state)
-                saved = time.time()
-            if first == start:  # the first call compiled: the pace is that of those after it
-                first, began = step, time.time()
-    if stop.name:  # at the end of a phase, too: the next one comes with --resume
-        sys.exit(f"stopped by {stop.name} at {label} {step}; go on with the same command and --resume")
-    return state
+def check_entries(entries, window, step, args):
+    """Say what D_Q holds; InputError where it holds too little to learn from."""
+    low, high = float(entries.low), float(entries.high)
+    print(f"D_Q: {len(entries.x)} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
+    remedy = "give more rows, lower --window and --window-step, or raise --max-windows"
+    runner.refuse({
+        f"--dataset: D_Q has {len(entries.x)} entries of {args.min_entries} that --min-entries asks for; {remedy}":
+            len(entries.x) >= args.min_entries,
+    })  # fmt: skip
 
 
 def student_identity(args, buffer):
     """What a student belongs to: the data, and the flags behind D_Q and its network that shapes do not show."""
     flags = {k: getattr(args, k) for k in ("gamma", "max_windows", "reward_shift", "normalize", "group_size")}
     windows = list(window_sizes(args, buffer.metadata["episode_length"]))
-    data = [envs.buffers.sha256(buffer[k]) for k in ("observations", "actions", "rewards")]
-    return flags | {"windows": windows, "data": data}
+    return flags | {"windows": windows, "data": envs.buffers.digests(buffer, ("observations", "actions", "rewards"))}
 
 
 def load_q_model(path, like, identity):
     """The q_model.npz of an earlier run, its only student for all seeds or one for each -> QModel [S], as `like`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        about = json.loads(str(arrays["metadata_json"]))
+        arrays, about = runner.read_npz(path, "metadata_json")
     except Exception as error:  # missing, torn or of another kind
         raise envs.InputError(f"--student {path}: cannot be read ({error})") from None
     for key, value in identity.items():
@@ -1384,189 +939,72 @@ def load_q_model(path, like, identity):
     return jax.tree_util.tree_map_with_path(restore, like)
 
 
-def resume_point(where, likes, identity):
-    """The states of the phases that a run has reached, and the newest one's meta -> {phase: state}, meta."""
-    reached = [name for name in likes if any(where[name].glob("state*.npz"))] or list(likes)[:1]
-    found = {}
-    for name in reached:
-        found[name], meta = load_state(where[name], likes[name], identity)
-    return found, meta
+def learn_distribution(run, phases, programs, keys, entries, judge):
+    """Lines (2), (3): the teachers, then the students of all seeds -> their networks [S]; judge(net) -> metrics [S]."""
+    args, (teacher, student) = run.args, phases
+    state = run.restore(teacher.init, keys[0], phase="teacher")
+    for step in run.chunks("teacher step", args.teacher_updates, state.num_updates):
+        state, metrics = programs[0](state, entries)
+        run.progress(step, metrics, ("teacher/loss",))
+        if run.due(step):
+            run.log(step, metrics)
+        run.save(state)
 
-
-def fit_q_model(args, phases, keys, found, entries, evaluation, logger, save):
-    """Lines (2), (3): the teachers, then the students of all seeds -> their networks [S].
-
-    found: states to go on from; evaluation(net) -> metrics [S]; save(phase, state).
-    """
-    (teacher_init, teacher_chunk), (student_init, student_chunk) = phases
-    if (teacher := found.get("teacher")) is None:
-        teacher = teacher_init(keys[0])
-        save("teacher", teacher)
-    teacher = train_phase(
-        "teacher step", args.teacher_updates, teacher, lambda state: teacher_chunk(state, entries),
-        lambda state: {}, ("teacher/loss",), args, logger, lambda state: save("teacher", state),
-    )  # fmt: skip
-    if (student := found.get("student")) is None:
-        student = student_init(keys[1], teacher.net)
-        save("student", student)
-    student = train_phase(
-        "student step", args.student_updates, student, lambda state: student_chunk(state, teacher.net, entries),
-        lambda state: evaluation(state.net), ("student/loss",), args, logger, lambda state: save("student", state),
-    )  # fmt: skip
-    return student.net
-
-
-def row_distances(c, rows):
-    """Distances of every c [n, C] to every row [N, C] -> [n, N]."""
-    squares = (c**2).sum(1)[:, None] + (rows**2).sum(1) - 2 * c @ rows.T
-    return np.sqrt(np.maximum(squares, 0.0))
-
-
-def plot_uncertainty(path, model, data, key, args):
-    """H of the first seed's student against the distance of (s, a) to the data, and along steps off its actions."""
-    moments = jax.jit(lambda c: q_moments(model, c, key, args)[1])
-    rows = np.concatenate([data.observations, data.actions], -1)
-    rows = rows[np.random.default_rng(0).permutation(len(rows))[:20_000]]
-    scale, num_obs = rows.std(0) + 1e-6, data.observations.shape[1]
-    chosen, key_probe = rows[:300], jax.random.split(key)[0]
-    lines, probes = [], probe_actions(chosen[:, num_obs:], key_probe)
-    for i, (name, actions) in enumerate(zip(("data", "near", "far"), probes, strict=True)):
-        c = np.concatenate([chosen[:, :num_obs], actions], -1)
-        h = np.asarray(moments(c))
-        away = np.zeros(len(c)) if name == "data" else row_distances(c / scale, rows / scale).min(1)
-        label = f"{name}: median H {np.median(h):.3g}"
-        lines += [(away, h, {"marker": ".", "ls": "", "ms": 4, "alpha": 0.6, "color": f"C{i}", "label": label})]
-    panels = [{
-        "title": f"seed {args.seed}: actions of the data, near (noise 0.2), far (uniform)", "ylabel": "H, in return",
-        "xlabel": f"distance of (s, a) to the nearest of {len(rows):,} rows, in stds", "lines": lines,
-    }]  # fmt: skip
-    steps = np.linspace(0.0, 2.0, 21)
-    turn = np.random.default_rng(1).normal(size=(len(chosen), rows.shape[1] - num_obs))
-    turn /= np.linalg.norm(turn, axis=1, keepdims=True)
-    moved = [np.concatenate([chosen[:, :num_obs], chosen[:, num_obs:] + d * turn], -1) for d in steps]
-    h = np.stack([np.asarray(moments(c)) for c in moved])
-    bands = np.quantile(h, [0.1, 0.9], axis=1).T
-    lines = [(steps, np.median(h, 1), {"color": "C0", "marker": "o", "ms": 3, "label": "median over states"})]
-    lines += [(steps, bands, {"color": "C0", "ls": ":", "lw": 1, "label": "10 % and 90 %"})]
-    panels += [{
-        "title": "from the data's action in a random direction", "ylabel": "H, in return",
-        "xlabel": "length of the step, not clipped to [-1, 1]", "lines": lines,
-    }]  # fmt: skip
-    curves.figure(path, panels)
-
-
-def plot_distributions(path, model, entries, key, args, num=4, neighbours=100):
-    """The first student's returns at a few (s, a) of D_Q beside those of the nearest windows in the data."""
-    c, x = np.asarray(entries.conditions), np.asarray(entries.x)
-    q = unscaled(x, float(model.low), float(model.high))
-    chosen = np.argsort(q)[(np.linspace(0.05, 0.95, num) * (len(q) - 1)).astype(int)]
-    z = jax.random.normal(key, (num, 4_000))
-    samples = np.asarray(q_samples(model, jnp.asarray(c[chosen]), z, args))
-    scale = c.std(0) + 1e-6
-    order = np.argsort(row_distances(c[chosen] / scale, c / scale), 1)[:, :neighbours]
-    panels = []
-    for i, row in enumerate(chosen):
-        both = np.concatenate([samples[i], q[order[i]]])
-        edges = np.linspace(*np.quantile(both, [0.002, 0.998]) + np.array([-1e-3, 1e-3]), 41)
-        middle, lines = (edges[1:] + edges[:-1]) / 2, []
-        for values, label in ((samples[i], "student"), (q[order[i]], f"{neighbours} nearest windows")):
-            density = np.histogram(values, edges, density=True)[0]
-            lines += [(middle, density, {"drawstyle": "steps-mid", "label": label})]
-        top = np.array([0.0, lines[0][1].max()])
-        lines += [(np.full(2, q[row]), top, {"color": "k", "ls": "--", "label": "its own return"})]
-        panels += [{"title": f"window {row}", "xlabel": "return over the window", "ylabel": "density", "lines": lines}]
-    curves.figure(path, panels, width=4.0, height=3.6)
-
-
-def plot_training(path, folder):
-    """Losses of teacher and student; Q, H and the data's likelihood while the policy is trained."""
-    parts = {
-        "teacher/loss": ("teacher", "loss", "linear"),
-        "student/loss": ("student", "loss", "semilogy"),
-        "train/q": ("critics on the data", "mean Q", "linear"),
-        "train/h": ("spread at (s', a')", "mean H, in return", "linear"),
-        "train/log_p": ("the data's actions", "log N(a; mu, std)", "linear"),
-    }
-    panels = []
-    for key, (title, ylabel, scale) in parts.items():
-        seeds = curves.read(folder, key).items()
-        lines = [(x, y, {"lw": 1, "marker": ".", "label": f"seed {seed}"}) for seed, (x, y) in seeds]
-        if lines:
-            panels.append({"title": title, "xlabel": "updates", "ylabel": ylabel, "scale": scale, "lines": lines})
-    curves.figure(path, panels, width=4.2)
-
-
-def plot_run(folder, task, buffer, model, data, entries, key, args):
-    """The four figures of a finished run; those of the distribution show the first seed's student."""
-    first = jax.tree.map(lambda x: x[0], model)
-    curves.learning_curve(folder / "learning_curve.png", folder, task, buffer)
-    plot_uncertainty(folder / "uncertainty.png", first, data, key, args)
-    plot_distributions(folder / "distributions.png", first, entries, key, args)
-    plot_training(folder / "training.png", folder)
+    net = state.net
+    state = run.restore(student.init, keys[1], net, phase="student")
+    for step in run.chunks("student step", args.student_updates, state.num_updates):
+        state, metrics = programs[1](state, net, entries)
+        run.progress(step, metrics, ("student/loss",))
+        if run.due(step):
+            run.log(step, metrics | judge(state.net))
+        run.save(state)
+    return state.net
 
 
 def main(args):
-    """Build D_Q, learn its distribution, train the policy, write it and figures -> envs.curves.summary."""
-    started = time.time()
+    """Build D_Q, learn its distribution, train the policy, write both and figures -> scores."""
     check_args(args)
-    path = args.dataset or scripted.dataset(Path(args.out or f"runs/qdq/point-angle-0/seed{args.seed}"))
-    buffer, task = envs.buffers.load_task(path, Transitions._fields, args.task, args.max_rows)
-    options = {k: v for k, v in task.options.items() if k in envs.task_options(task.name)}
-    env = envs.make(task.name, None if args.backend == "auto" else args.backend, **options)
-    env.check_batch(args.num_seeds * args.eval_episodes)
-    args, folder = run_folder(args, "qdq", task.name)
-    data, entries, scale = qdq_data(buffer, args)
-    *fits, policy = make_train(args, task.observation_size, task.action_size)
-    seeds = args.seed + jnp.arange(args.num_seeds)
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3), out_axes=1)(seeds)
-    likes = {"teacher": jax.eval_shape(fits[0].init, keys[0])}
-    likes["student"] = jax.eval_shape(fits[1].init, keys[1], likes["teacher"].net)
+    buffer, task = runner.open_task("qdq", args, Transitions._fields)
+    data, entries, (mean, std) = qdq_data(buffer, args)
+    check_entries(entries, *window_sizes(args, buffer.metadata["episode_length"]), args)
+    teacher, student, policy = make_train(args, task.observation_size, task.action_size)
+    keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)
+    act = lambda actor, s, key: policy_mean(actor.mean, (s - mean) / std, args, task.action_size)
+    evaluate = runner.each_seed(runner.returns_of(act, envs.make(task, args.backend), task, buffer, args), args)
+    measure = lambda model: model_metrics(model, data, entries, eval_keys[0], args)
+    judge_all = jax.jit(lambda model: runner.map_seeds(measure, model, args))
+
+    first = jax.eval_shape(teacher.init, keys[0])
+    second = jax.eval_shape(student.init, keys[1], first.net)
     limits = jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high)
-    like = QModel(likes["student"].net, *limits)
-    likes = ({} if args.student else likes) | {"policy": jax.eval_shape(policy.init, keys[2])}
-    announce(folder, args, task, env, buffer, data, entries, likes)
+    like, belongs = QModel(second.net, *limits), student_identity(args, buffer)
+    model = load_q_model(args.student, like, belongs) if args.student else None
+    given = {"student": envs.buffers.sha256(np.asarray(model.net.trunk.weights[-1]))} if args.student else {}
 
-    belongs = student_identity(args, buffer)
-    about = {"task": task.name, "observations": "task", "versions": envs.buffers.versions()}
-    identity = {"data": belongs["data"]}
-    if args.student:
-        model = load_q_model(args.student, like, belongs)
-        identity["student"] = envs.buffers.sha256(np.asarray(model.net.trunk.weights[-1]))
-    found, meta = {}, {"identity": run_identity(args, **identity), "log": 0}
-    where = {"teacher": folder / "teacher", "student": folder / "student", "policy": folder}
-    if args.resume:
-        found, meta = resume_point(where, likes, meta["identity"])
-    logger = Logger(folder, args, meta["log"])
-    save = lambda phase, state: save_state(where[phase], state, {**meta, "log": logger.file.tell()})
-    evaluation, model_evaluation = make_evaluation(args, env, task, buffer.metadata["episode_length"], scale)
-    eval_keys = evaluation_keys(args)
-    if not args.student:
-        judge = lambda net: model_evaluation(QModel(net, *limits), data, entries, eval_keys[0])
-        model = QModel(fit_q_model(args, fits, keys, found, entries, judge, logger, save), *limits)
-    write_policy(folder / "q_model.npz", "q_consistency", model, about | belongs)
-    if (state := found.get("policy")) is None:
-        state = policy.init(keys[2])
-        save("policy", state)
-    state = train_phase(
-        "update", args.num_updates, state, lambda state: policy.chunk(state, model, data),
-        lambda state: evaluation(state.nets.actor, eval_keys), SHOWN, args, logger, lambda state: save("policy", state),
-    )  # fmt: skip
+    with runner.Run("qdq", args, task, buffer, **given) as run:
+        if model is None:
+            programs = (
+                run.compile(teacher.chunk, first, entries),
+                run.compile(student.chunk, second, first.net, entries),
+            )
+        train_chunk = run.compile(policy.chunk, jax.eval_shape(policy.init, keys[2]), like, data)
+        if model is None:
+            judge = lambda net: judge_all(QModel(net, *limits))
+            model = QModel(learn_distribution(run, (teacher, student), programs, keys, entries, judge), *limits)
+        run.write_policy("q_consistency", model, "q_model.npz", **belongs)
+        state = run.restore(policy.init, keys[2])
+        for step in run.chunks("update", args.num_updates, state.num_updates):
+            state, metrics = train_chunk(state, model, data)
+            run.progress(step, metrics, SHOWN)
+            if run.due(step):
+                run.log(step, metrics | evaluate(state.nets.actor, eval_keys))
+            run.save(state)
 
-    rows = {f"observation_{k}": jnp.tile(v, (args.num_seeds, 1)) for k, v in zip(("mean", "std"), scale, strict=True)}
-    write_policy(folder / "policy.npz", "tanh_deterministic", {"actor": state.nets.actor.mean, **rows}, about)
-    plot_run(folder, task, buffer, model, data, entries, eval_keys[0], args)
-    result = curves.summary(folder, buffer)
-    print(f"{folder}: policy.npz, q_model.npz, four figures; {time.time() - started:.0f} s")
-    return result
+        scale = {"observation_mean": mean, "observation_std": std}
+        scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
+        run.write_policy("tanh_deterministic", {"actor": state.nets.actor.mean, **scale})
+        return run.finish(TRAINING)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end_at_once)
-    try:
-        arguments = parse_args(sys.argv[1:], qdq_preset)
-        if arguments.num_devices > 1:  # of the CPU; accelerators are what they are
-            jax.config.update("jax_num_cpu_devices", arguments.num_devices)
-        main(arguments)
-    except (envs.InputError, OSError) as error:
-        sys.exit(f"qdq.py: error: {error}")
+    runner.launch(main, Args, preset, ("cpu", *PUBLISHED), __doc__)
