@@ -56,11 +56,11 @@ Expect     --quick: return 94 (data: mean -0.2, best 93.9), half a minute; --pre
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,75 +221,63 @@ def mish(x):
     return x * n / (n + 2.0)
 
 
-class Layers(NamedTuple):
-    """Fully connected layers, or those of an ensemble on a leading axis."""
+class MishMLP(nn.Module):
+    """Fully connected layers of the given widths, mish between them, Xavier-uniform weights, zero biases."""
 
-    weights: tuple[jax.Array, ...]  # [.., in, out]
-    biases: tuple[jax.Array, ...]  # [.., out]
+    widths: tuple[int, ...]
 
-
-class NoiseNet(NamedTuple):
-    """eps_theta(x_t, s, t): `time` reads sinusoids of t, `trunk` reads [s, x_t, time's output]."""
-
-    time: Layers
-    trunk: Layers
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths[:-1]:
+            x = mish(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
+        return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
 
 
-def layers_init(key, widths, *members):
-    """Xavier-uniform weights and zero biases; members: an ensemble's leading axis."""
-    pairs = list(itertools.pairwise(widths))
-    bound = lambda pair: (6.0 / sum(pair)) ** 0.5
-    weights = tuple(
-        jax.random.uniform(k, (*members, *pair), minval=-bound(pair), maxval=bound(pair))
-        for k, pair in zip(jax.random.split(key, len(pairs)), pairs, strict=True)
-    )
-    return Layers(weights, tuple(jnp.zeros((*members, pair[1])) for pair in pairs))
-
-
-def noise_net_init(key, num_obs, num_act, args):
-    """A fresh actor."""
-    key_time, key_trunk = jax.random.split(key)
-    widths = (num_obs + num_act + TIME_WIDTH, *args.hidden_sizes, num_act)
-    time_net = layers_init(key_time, (TIME_FEATURES, TIME_WIDTH, TIME_WIDTH))
-    return NoiseNet(time_net, layers_init(key_trunk, widths))
-
-
-def after_first(net, x):
-    """The layers after the first one, whose output is x: mish before each."""
-    for w, b in zip(net.weights[1:], net.biases[1:], strict=True):
-        x = mish(x) @ w + b
-    return x
+def joined(*parts):
+    """Features [.., n] side by side; their leading axes need only broadcast."""
+    lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in parts))
+    return jnp.concatenate([jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in parts], -1)
 
 
 def time_features(t):
     """cos and sin of t w_j, w_j = 10000^(-j / 7), j = 0..7: [.., 16]."""
     half = TIME_FEATURES // 2
-    angles = t[..., None] * jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - 1))
+    angles = jnp.asarray(t)[..., None] * jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - 1))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
-def noise_predictor(net, observations, args):
-    """-> eps_theta(x, t) at these states: x [.., A], t an integer or [..] -> [.., A].
+class NoiseNet(nn.Module):
+    """eps_theta(s, x_t, t) [.., A]: `time` reads sinusoids of t, `trunk` reads [s, x_t, time's output]."""
 
-    The first layer is split into W_s s + b, W_x x and W_t e_t: the states pass it once for all samples
-    and steps, and of the T times there are T rows.
-    """
-    sizes = observations.shape[-1], net.trunk.weights[0].shape[0] - TIME_WIDTH
-    w_s, w_x, w_t = jnp.split(net.trunk.weights[0], sizes)
-    of_state = observations @ w_s + net.trunk.biases[0]
-    features = time_features(jnp.arange(1, args.num_steps + 1))
-    of_time = after_first(net.time, features @ net.time.weights[0] + net.time.biases[0]) @ w_t
-    return lambda x, t: after_first(net.trunk, x @ w_x + of_state + of_time[t - 1])
+    hidden_sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observations, x, t):
+        time = MishMLP((TIME_WIDTH, TIME_WIDTH), name="time")(time_features(t))
+        return MishMLP((*self.hidden_sizes, x.shape[-1]), name="trunk")(joined(observations, x, time))
 
 
-def q_values(critics, observations, actions):
+class DacCritics(nn.Module):
+    """`num` independent Q_h(s, a), their weights on a leading axis: [num, ..]."""
+
+    hidden_sizes: tuple[int, ...]
+    num: int
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        rules = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        members = nn.vmap(MishMLP, in_axes=None, axis_size=self.num, **rules)
+        return members((*self.hidden_sizes, 1))(joined(observations, actions))[..., 0]
+
+
+def predict_noise(actor, observations, x, t, args):
+    """eps_theta(s, x_t, t): x [.., A], t an integer or [..] -> [.., A]."""
+    return NoiseNet(args.hidden_sizes).apply(actor, observations, x, t)
+
+
+def q_values(critics, observations, actions, args):
     """Q_h(s, a) [H, ..]; the leading axes of s and a need only broadcast."""
-
-    def member(net):
-        w_s, w_a = jnp.split(net.weights[0], [observations.shape[-1]])
-        return after_first(net, observations @ w_s + actions @ w_a + net.biases[0])[..., 0]
-
-    return jax.vmap(member)(critics)
+    return DacCritics(args.hidden_sizes, args.num_critics).apply(critics, observations, actions)
 
 
 def polyak(target, online, tau):
@@ -348,16 +336,15 @@ def sample_actions(net, observations, prior, z, args):
 
     Step 1 has no noise. The leading axes of the observations need only broadcast with the prior's.
     """
-    eps_theta = noise_predictor(net, observations, args)
 
     def step(x, inputs):
         t, noise = inputs
-        mean, std = reverse_step(x, eps_theta(x, t), t, args)
+        mean, std = reverse_step(x, predict_noise(net, observations, x, t, args), t, args)
         return mean + std * noise, None
 
     steps = jnp.arange(args.num_steps, 1, -1)
     x, _ = jax.lax.scan(step, prior, (steps, z), unroll=min(args.num_steps, 5))
-    return reverse_step(x, eps_theta(x, 1), 1, args)[0]
+    return reverse_step(x, predict_noise(net, observations, x, 1, args), 1, args)[0]
 
 
 def dac_target(next_q, rewards, terminals, mix, args):
@@ -374,18 +361,18 @@ def dac_target(next_q, rewards, terminals, mix, args):
     return rewards + args.gamma * (1 - terminals) * v
 
 
-def dac_critic_loss(critics, batch, y):
+def dac_critic_loss(critics, batch, y, args):
     """Line (4): mean_HB (Q_h(s, a) - y)^2 -> scalar, metrics."""
-    q = q_values(critics, batch.observations, batch.actions)
+    q = q_values(critics, batch.observations, batch.actions, args)
     chex.assert_equal_shape([q[0], y])
     loss = jnp.mean((q - y) ** 2)
     return loss, {"train/critic_loss": loss, "train/q": q.mean(), "train/q_std": q.std(0).mean()}
 
 
-def q_gradient(critics, observations, actions, x):
+def q_gradient(critics, observations, actions, x, args):
     """Eq. 19: g = grad_x mean_h Q_h(s, x) / mean_HB |Q_h(s, a)| [B, A], and that mean."""
-    norm = jnp.abs(q_values(critics, observations, actions)).mean() + 1e-6
-    total = lambda x: q_values(critics, observations, x).mean(0).sum()
+    norm = jnp.abs(q_values(critics, observations, actions, args)).mean() + 1e-6
+    total = lambda x: q_values(critics, observations, x, args).mean(0).sum()
     return jax.grad(total)(x) / norm, norm
 
 
@@ -397,14 +384,14 @@ def dac_actor_loss(actor, target_critics, eta, batch, noise, args):
     """
     s, a = batch.observations, batch.actions
     x, sigma = noised_actions(a, noise.eps, noise.t, args)
-    eps_theta = noise_predictor(actor, s, args)(x, noise.t)
+    eps_theta = predict_noise(actor, s, x, noise.t, args)
     bc_loss = jnp.mean((eps_theta - noise.eps) ** 2)  # D6
     if args.guidance == "none":
         return bc_loss, {"train/bc_loss": bc_loss}
-    g, norm = jax.lax.stop_gradient(q_gradient(target_critics, s, a, x))
+    g, norm = jax.lax.stop_gradient(q_gradient(target_critics, s, a, x, args))
     if args.guidance == "denoised":
         samples = sample_actions(actor, s, noise.chain[0], noise.chain[1:], args)
-        guidance = -q_values(target_critics, s, samples).mean() / norm
+        guidance = -q_values(target_critics, s, samples, args).mean() / norm
     else:
         guidance = jnp.mean((sigma if args.guidance == "soft" else 1.0) * g * eps_theta)  # D2
     loss = eta * bc_loss + guidance
@@ -437,10 +424,10 @@ class DacState(NamedTuple):
 
     key: jax.Array
     num_updates: jax.Array
-    actor: NoiseNet
-    target_actor: NoiseNet
-    critics: Layers  # leading axis H
-    target_critics: Layers
+    actor: Any
+    target_actor: Any
+    critics: Any  # leading axis H
+    target_critics: Any
     actor_opt: Any
     critic_opt: Any
     eta: jax.Array
@@ -469,9 +456,9 @@ def critic_update(state, batch, noise, args):
     if args.gamma > 0:
         s = batch.next_observations[:, None]
         next_actions = sample_actions(state.target_actor, s, noise.prior, noise.z, args)
-        next_q = q_values(state.target_critics, s, next_actions)
+        next_q = q_values(state.target_critics, s, next_actions, args)
         y = dac_target(next_q, batch.rewards, batch.terminals, noise.mix, args)
-    grads, metrics = jax.grad(dac_critic_loss, has_aux=True)(state.critics, batch, y)
+    grads, metrics = jax.grad(dac_critic_loss, has_aux=True)(state.critics, batch, y, args)
     step, critic_opt = dac_adam(args.critic_lr, args).update(grads, state.critic_opt)
     critics = optax.apply_updates(state.critics, step)
     target_critics = polyak(state.target_critics, critics, args.tau)  # D3
@@ -510,15 +497,14 @@ def candidates(args):
     return 1 if args.guidance == "none" else args.num_action_samples
 
 
-def choose_actions(nets, observations, key, args):
+def choose_actions(nets, observations, key, args, num_act):
     """N_a samples of the actor at each state [E, S], the one of greatest mean_h Q_h(s, a) -> [E, A]."""
     (actor, critics), s = nets, observations[:, None]
-    size = actor.trunk.biases[-1].shape[0]
-    noise = jax.random.normal(key, (args.num_steps, len(observations), candidates(args), size))
+    noise = jax.random.normal(key, (args.num_steps, len(observations), candidates(args), num_act))
     actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)  # [E, N_a, A]
     if candidates(args) == 1:
         return actions[:, 0]
-    best = jnp.argmax(q_values(critics, s, actions).mean(0), -1)
+    best = jnp.argmax(q_values(critics, s, actions, args).mean(0), -1)
     return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
 
 
@@ -530,8 +516,9 @@ def make_train(args, num_obs, num_act):
 
     def init(key):
         key, key_actor, key_critics = jax.random.split(key, 3)
-        actor = noise_net_init(key_actor, num_obs, num_act, args)
-        critics = layers_init(key_critics, (num_obs + num_act, *args.hidden_sizes, 1), args.num_critics)
+        s, a = jnp.zeros(num_obs), jnp.zeros(num_act)
+        actor = NoiseNet(args.hidden_sizes).init(key_actor, s, a, 1)
+        critics = DacCritics(args.hidden_sizes, args.num_critics).init(key_critics, s, a)
         actor_opt = dac_adam(args.actor_lr, args).init(actor)
         critic_opt = dac_adam(args.critic_lr, args).init(critics)
         eta = jnp.float32(args.eta)
@@ -574,7 +561,7 @@ def main(args):
     buffer, task = runner.open_task("dac", args, Transitions._fields)
     data, keys, eval_keys = dac_data(buffer, args), runner.seed_keys(args), runner.evaluation_keys(args)
     init, train_chunk = make_train(args, task.observation_size, task.action_size)
-    act = functools.partial(choose_actions, args=args)
+    act = functools.partial(choose_actions, args=args, num_act=task.action_size)
     env = envs.make(task, args.backend)
     evaluate = runner.each_seed(runner.returns_of(act, env, task, buffer, args, sampled=True), args)
 

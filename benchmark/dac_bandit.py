@@ -67,7 +67,7 @@ def bandit_metrics(samples):
     }  # fmt: skip
 
 
-def plot_bandit(path, critics, samples):
+def plot_bandit(path, critics, samples, args):
     """Samples [n, 2] of each guidance over the contours of mean_h Q_h; the data's over those of the soft one."""
     import matplotlib
 
@@ -77,7 +77,7 @@ def plot_bandit(path, critics, samples):
     grid = np.stack(np.meshgrid(*[np.linspace(-1.5, 1.5, 61)] * 2), -1).astype(np.float32)
     drawn, axes = plt.subplots(1, len(samples), figsize=(4 * len(samples), 4.2), sharey=True)
     for axis, (name, points) in zip(axes, samples.items(), strict=True):
-        q = np.asarray(dac.q_values(critics[name], jnp.zeros((*grid.shape[:-1], 1)), grid).mean(0))
+        q = np.asarray(dac.q_values(critics[name], jnp.zeros((*grid.shape[:-1], 1)), grid, args).mean(0))
         axis.contourf(grid[..., 0], grid[..., 1], q, 20, cmap="viridis", alpha=0.8)
         axis.plot(*np.asarray(points).T, "o", ms=3, mfc="w", mec="0.3", mew=0.3, ls="")
         for centre in CENTRES:
@@ -131,7 +131,7 @@ def main(args):
     for guidance in GUIDANCES:
         own = dataclasses.replace(args, guidance=guidance, out=str(top / guidance))
         samples[guidance], critics[guidance] = train(own, data)
-    plot_bandit(top / "bandit.png", {"data": critics["soft"], **critics}, samples)
+    plot_bandit(top / "bandit.png", {"data": critics["soft"], **critics}, samples, args)
     results = {k: {m: float(v) for m, v in bandit_metrics(x).items()} for k, x in samples.items()}
     for name, metrics in results.items():
         print(f"{name:9s}", *(f"{k} {v:.3f} " for k, v in metrics.items()))
