@@ -267,7 +267,7 @@ class DacCritics(nn.Module):
     def __call__(self, observations, actions):
         rules = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         members = nn.vmap(MishMLP, in_axes=None, axis_size=self.num, **rules)
-        return members((*self.hidden_sizes, 1))(joined(observations, actions))[..., 0]
+        return members((*self.hidden_sizes, 1), name="members")(joined(observations, actions))[..., 0]
 
 
 def predict_noise(actor, observations, x, t, args):

@@ -12,8 +12,8 @@ quick() { # under 2 minutes on 2 cores
 }
 
 bandit() { # the paper's figure, ours in minutes, and with the code's values: half an hour, most of it denoised
-    python dac.py --task bandit
-    python dac.py --task bandit --preset bandit-code --out runs/dac/bandit/code
+    python benchmark/dac_bandit.py
+    python benchmark/dac_bandit.py --preset bandit-code --out runs/dac/bandit/code
     mkdir -p results/dac/bandit
     for name in seed0 code; do cp runs/dac/bandit/$name/bandit.png results/dac/bandit/$name-bandit.png; done
 }

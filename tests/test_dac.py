@@ -2,14 +2,10 @@
 
 import dataclasses
 import functools
-import json
-import os
 import re
-import shutil
-import signal
 from pathlib import Path
-from types import SimpleNamespace
 
+import dac_bandit as B
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +14,7 @@ import pytest
 import dac as D
 import envs
 import envs.buffers
+import runner
 from envs import scripted
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,9 +67,9 @@ actor_loss = jax.jit(D.dac_actor_loss, static_argnums=5)
 actor_grad = jax.jit(jax.grad(D.dac_actor_loss, (0, 1, 2), has_aux=True), static_argnums=5)
 draw_noise = jax.jit(D.draw_noise, static_argnums=2)
 sample_actions = jax.jit(D.sample_actions, static_argnums=4)
-q_values = jax.jit(D.q_values)
-q_gradient = jax.jit(D.q_gradient)
-noise_of = jax.jit(lambda net, s, x, t, args: D.noise_predictor(net, s, args)(x, t), static_argnums=4)
+q_values = jax.jit(D.q_values, static_argnums=3)
+q_gradient = jax.jit(D.q_gradient, static_argnums=4)
+noise_of = jax.jit(D.predict_noise, static_argnums=4)
 
 
 # --- goldens: float64, tolerance 1e-10 unless stated ---
@@ -128,8 +125,8 @@ def test_reverse_step_golden(t, golden):
 def test_chain_golden(temperature, clip, golden, monkeypatch):
     """The golden's predictor is linear; ours is put aside."""
     g = golden("chain")
-    linear = lambda net, s, args: lambda x, t: x @ g["W"] + s @ g["V"] + t * g["c"]
-    monkeypatch.setattr(D, "noise_predictor", linear)
+    linear = lambda net, s, x, t, args: x @ g["W"] + s @ g["V"] + t * g["c"]
+    monkeypatch.setattr(D, "predict_noise", linear)
     args = D.Args(temperature=float(temperature), clip_samples=bool(clip))
     actions = D.sample_actions(None, g["obs"], g["prior"], g["z"][:-1], args)
     close(actions, g[f"chain_temp{temperature}_clip{clip}"][-1])
@@ -152,9 +149,11 @@ def test_target_golden(kind, max_q, golden):
 def test_actor_loss_golden(golden, monkeypatch):
     """The networks are put aside: the actor is its own output, Q is linear with the golden's gradient."""
     g = golden("actor_target")
-    monkeypatch.setattr(D, "noise_predictor", lambda actor, s, args: lambda x, t: actor)
+    monkeypatch.setattr(D, "predict_noise", lambda actor, s, x, t, args: actor)
     data_action = np.zeros_like(g["eps"])
-    linear = lambda critics, s, a: g["q_data_actions"] if a is data_action else (g["q_grad_raw"] * a).sum(-1)[None]
+    linear = lambda critics, s, a, args: (
+        g["q_data_actions"] if a is data_action else (g["q_grad_raw"] * a).sum(-1)[None]
+    )
     monkeypatch.setattr(D, "q_values", linear)
     batch = D.Transitions(np.zeros((12, 1)), data_action, None, None, None)
     noise = D.Noise(None, None, g["t"], g["eps"], None, None)
@@ -169,7 +168,7 @@ def test_actor_loss_golden(golden, monkeypatch):
             close(grad, g["dloss_dpred_soft"], 1e-7)
             at_minimum = jax.grad(loss, has_aux=True)(jnp.asarray(g["minimiser_code_eq16"]))[0]
             assert np.abs(at_minimum).max() < 1e-8 < np.abs(grad).max()
-    gradient, norm = D.q_gradient(None, None, data_action, jnp.asarray(g["eps"]))
+    gradient, norm = D.q_gradient(None, None, data_action, jnp.asarray(g["eps"]), D.Args())
     close(gradient, g["q_grad_normalised"], 1e-7)
     close(norm, g["Q_norm"], 1e-7)
 
@@ -185,10 +184,10 @@ def test_select_golden(golden, monkeypatch):
     g = golden("select")  # q [H, states, candidates]
     monkeypatch.setattr(D, "sample_actions", lambda *_: jnp.asarray(g["candidates"]))
     monkeypatch.setattr(D, "q_values", lambda *_: jnp.asarray(g["q"]))
-    actor = D.NoiseNet(None, D.Layers((), (np.zeros(6),)))
-    chosen = D.choose_actions(actor, None, np.zeros((4, 3)), jax.random.key(0), D.Args())
+    choose = lambda args: D.choose_actions((None, None), np.zeros((4, 3)), jax.random.key(0), args, 6)
+    chosen = choose(D.Args())
     close(chosen, np.clip(g["action"], -1, 1))
-    cloned = D.choose_actions(actor, None, np.zeros((4, 3)), jax.random.key(0), D.Args(guidance="none"))
+    cloned = choose(D.Args(guidance="none"))
     close(cloned, np.clip(g["candidates"][:, 0], -1, 1))
 
 
@@ -225,11 +224,16 @@ def test_learning_rate_golden(golden):
 
 def layers_of(g, prefix):
     count = sum(re.fullmatch(prefix + r"W\d+", key) is not None for key in g)
-    return D.Layers(*(tuple(jnp.asarray(g[f"{prefix}{kind}{i}"]) for i in range(count)) for kind in "Wb"))
+    return {f"Dense_{i}": {"kernel": jnp.asarray(g[f"{prefix}W{i}"]), "bias": jnp.asarray(g[f"{prefix}b{i}"])}
+            for i in range(count)}  # fmt: skip
 
 
 def net_of(g, prefix):
-    return D.NoiseNet(layers_of(g, f"{prefix}time_"), layers_of(g, prefix))
+    return {"params": {"time": layers_of(g, f"{prefix}time_"), "trunk": layers_of(g, prefix)}}
+
+
+def critics_of(g, prefix):
+    return {"params": {"members": layers_of(g, prefix)}}
 
 
 def test_full_update_golden(golden):
@@ -241,9 +245,9 @@ def test_full_update_golden(golden):
         critic_lr=float(g["lr"]), actor_lr=float(g["lr"]), num_updates=int(g["lr_decay_steps"]),
         clip_norm=float(g["clip_norm"]),
     )  # fmt: skip
-    actor, critics = net_of(g, "actor_in_"), layers_of(g, "critic_in_")
+    actor, critics = net_of(g, "actor_in_"), critics_of(g, "critic_in_")
     state = D.DacState(
-        jax.random.key(0), jnp.int32(1005), actor, net_of(g, "actor_tar_in_"), critics, layers_of(g, "critic_tar_in_"),
+        jax.random.key(0), jnp.int32(1005), actor, net_of(g, "actor_tar_in_"), critics, critics_of(g, "critic_tar_in_"),
         D.dac_adam(args.actor_lr, args).init(actor), D.dac_adam(args.critic_lr, args).init(critics),
         jnp.asarray(g["eta_in"]),
     )  # fmt: skip
@@ -254,7 +258,7 @@ def test_full_update_golden(golden):
     s = batch.next_observations[:, None]
     next_actions = sample_actions(state.target_actor, s, noise.prior, noise.z, args)
     close(next_actions, shape(g["next_actions"]))
-    next_q = q_values(state.target_critics, s, next_actions)
+    next_q = q_values(state.target_critics, s, next_actions, args)
     close(next_q, g["next_q"])
     close(D.dac_target(next_q, batch.rewards, batch.terminals, None, args), g["target_q"])
 
@@ -262,7 +266,7 @@ def test_full_update_golden(golden):
     close(metrics["train/critic_loss"], g["critic_loss"])
     x, _ = D.noised_actions(batch.actions, noise.eps, noise.t, args)
     close(x, g["x_t"])
-    gradient, norm = q_gradient(after.target_critics, batch.observations, batch.actions, x)
+    gradient, norm = q_gradient(after.target_critics, batch.observations, batch.actions, x, args)
     close(gradient, g["q_grad_normalised"])
     close(norm, g["Q_norm"], 1e-5)  # the golden's is without its 1e-6
     close(noise_of(actor, batch.observations, x, noise.t, args), g["pred_eps"])
@@ -272,7 +276,7 @@ def test_full_update_golden(golden):
     assert float(g["bc_loss_used_for_eta"]) != float(g["bc_loss_after_step_NOT_used"])
     close(after.eta, g["eta_out"])
     wanted = {
-        "critics": layers_of(g, "critic_out_"), "target_critics": layers_of(g, "critic_tar_out_"),
+        "critics": critics_of(g, "critic_out_"), "target_critics": critics_of(g, "critic_tar_out_"),
         "actor": net_of(g, "actor_out_"), "target_actor": net_of(g, "actor_tar_out_"),
     }  # fmt: skip
     for name, tree in wanted.items():
@@ -288,9 +292,10 @@ def mish64(x):
     return x * np.tanh(np.logaddexp(0, x))
 
 
-def mlp64(weights, biases, x):
-    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        x = (mish64(x) if i else x) @ np.asarray(w, float) + np.asarray(b, float)
+def mlp64(net, x, member=...):
+    for i in range(len(net)):
+        w, b = (np.asarray(net[f"Dense_{i}"][part], float)[member] for part in ("kernel", "bias"))
+        x = (mish64(x) if i else x) @ w + b
     return x
 
 
@@ -298,15 +303,14 @@ def test_networks_are_plain_concatenations():
     args, rng = tiny(), np.random.default_rng(0)
     state = one_state(args)
     s, x, t = rng.normal(size=(7, 3)), rng.normal(size=(7, 5, 2)), rng.integers(1, 4, 7)
-    features = np.asarray(D.time_features(jnp.asarray(t)), float)
-    time = mlp64(*state.actor.time, features)
+    actor, critics = state.actor["params"], state.critics["params"]["members"]
+    time = mlp64(actor["time"], np.asarray(D.time_features(jnp.asarray(t)), float))
     joined = np.concatenate([np.repeat(s[:, None], 5, 1), x, np.repeat(time[:, None], 5, 1)], -1)
     found = noise_of(state.actor, jnp.asarray(s)[:, None], jnp.asarray(x), t[:, None], args)
-    close(found, mlp64(*state.actor.trunk, joined), 1e-5)
-    q = q_values(state.critics, jnp.asarray(s)[:, None], jnp.asarray(x))
+    close(found, mlp64(actor["trunk"], joined), 1e-5)
+    q = q_values(state.critics, jnp.asarray(s)[:, None], jnp.asarray(x), args)
     for h in range(3):
-        weights, biases = ([p[h] for p in part] for part in state.critics)
-        close(q[h], mlp64(weights, biases, joined[..., :5])[..., 0], 1e-5)
+        close(q[h], mlp64(critics, joined[..., :5], h)[..., 0], 1e-5)
     assert q.shape == (3, 7, 5) and np.abs(q[0] - q[1]).max() > 0
 
 
@@ -316,7 +320,7 @@ def test_published_sizes():
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(state.actor) == 149_062 and count(state.critics) == 1_379_850
     fresh = one_state(D.Args())
-    weight = fresh.actor.trunk.weights[1]
+    weight = fresh.actor["params"]["trunk"]["Dense_1"]["kernel"]
     np.testing.assert_allclose(np.abs(weight).max(), (6 / 512) ** 0.5, rtol=1e-3)  # Xavier, uniform
     assert not any(leaves_differ(fresh.actor, fresh.target_actor) + leaves_differ(fresh.critics, fresh.target_critics))
 
@@ -362,8 +366,8 @@ def test_denoised_guidance_is_q_of_whole_samples():
     args, state, batch, noise = loss_inputs(guidance="denoised", clip_samples=False)
     _, metrics = actor_loss(state.actor, state.target_critics, 1.0, batch, noise, args)
     samples = sample_actions(state.actor, batch.observations, noise.chain[0], noise.chain[1:], args)
-    q = q_values(state.target_critics, batch.observations, samples)
-    norm = jnp.abs(q_values(state.target_critics, batch.observations, batch.actions)).mean()
+    q = q_values(state.target_critics, batch.observations, samples, args)
+    norm = jnp.abs(q_values(state.target_critics, batch.observations, batch.actions, args)).mean()
     close(metrics["train/guidance"], -q.mean() / norm, 1e-4)
     with jax.enable_x64(True):
         wide = lambda x: np.asarray(x, np.float64) if x.dtype == jnp.float32 else np.asarray(x)
@@ -381,7 +385,10 @@ def test_target_actor_follows_the_codes_rule():
     for count in (0, 5, 1_000, 1_004, 1_005, 1_006, 1_010):
         after, _ = tiny_update(state._replace(num_updates=jnp.int32(count)), batch, noise, args)
         moved.append(any(leaves_differ(after.target_actor, state.target_actor)))
-        weights = [tree.trunk.weights[0] for tree in (after.target_actor, state.target_actor, after.actor)]
+        weights = [
+            tree["params"]["trunk"]["Dense_0"]["kernel"]
+            for tree in (after.target_actor, state.target_actor, after.actor)
+        ]
         np.testing.assert_allclose(weights[0], weights[1] + 0.005 * moved[-1] * (weights[2] - weights[1]), atol=1e-7)
     assert moved == [False, False, False, False, True, False, True]
 
@@ -420,7 +427,7 @@ def test_data_as_the_update_sees_it(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
     assert buffer["timeouts"].any() and np.abs(buffer["actions"]).max() == 1.0
     data = D.dac_data(buffer, D.Args())
-    assert float(jnp.abs(data.actions).max()) < 1.0 and not data.terminals.any()  # a timeout bootstraps
+    assert np.abs(data.actions).max() < 1.0 and not data.terminals.any()  # a timeout bootstraps
     scale = 1_000 / np.ptp(buffer["episode_returns"])
     np.testing.assert_allclose(data.rewards, scale * buffer["rewards"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(data.next_observations, buffer["next_observations"])
@@ -436,7 +443,7 @@ def test_value_of_a_constant_reward():
     args = tiny(gamma=0.8, critic_lr=1e-2, tau=0.05, rho=0.0, chunk=600, num_updates=600, lr_cosine=False)
     init, chunk = D.make_train(args, 1, 1)
     state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), data)
-    q = q_values(jax.tree.map(lambda x: x[0], state.critics), data.observations, data.actions).mean(0)
+    q = q_values(jax.tree.map(lambda x: x[0], state.critics), data.observations, data.actions, args).mean(0)
     np.testing.assert_allclose([q[::2].mean(), q[1::2].mean()], [5.0, 1.0], rtol=0.05)
 
 
@@ -447,24 +454,24 @@ def test_value_of_a_constant_reward():
 def bandit(guidance, b=0.4):
     """3,500 updates on the two blobs (300 where it leaves them) -> what 1,000 samples are like, the samples."""
     num = 300 if guidance == "denoised" else 3_500
-    args = D.Args(**{**D.BANDIT, "num_updates": num, "chunk": num, "guidance": guidance, "bc_threshold": b})
+    args = D.Args(**{**B.BANDIT, "num_updates": num, "chunk": num, "guidance": guidance, "bc_threshold": b})
     init, chunk = D.make_train(args, 1, 2)
-    state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), D.bandit_data())
-    samples = D.bandit_samples(jax.tree.map(lambda x: x[0], state.actor), jax.random.key(1), args)
-    return {k: float(v) for k, v in D.bandit_metrics(samples).items()}, np.asarray(samples)
+    state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), B.bandit_data())
+    samples = B.bandit_samples(jax.tree.map(lambda x: x[0], state.actor), jax.random.key(1), args)
+    return {k: float(v) for k, v in B.bandit_metrics(samples).items()}, np.asarray(samples)
 
 
 def test_cloning_covers_both_modes(optimised):
     """An exact predictor puts 0.97 of the samples within 0.3 of a blob with these 20 steps."""
     found, samples = bandit("none")
-    near = np.linalg.norm(samples[:, None] - D.BANDIT_CENTRES, axis=-1) < 0.35
+    near = np.linalg.norm(samples[:, None] - B.CENTRES, axis=-1) < 0.35
     assert found["eval/on_data"] > 0.85
     assert 0.3 < near[:, 0].mean() < 0.6 and 0.3 < near[:, 1].mean() < 0.6
 
 
 def test_soft_guidance_improves_within_the_support(optimised):
     """Probe: at most 0.2 of the samples off the data, and the true reward above its mean by 0.2."""
-    data, found = D.bandit_metrics(D.bandit_data().actions), bandit("soft")[0]
+    data, found = B.bandit_metrics(B.bandit_data().actions), bandit("soft")[0]
     assert found["eval/on_data"] > 0.8, found
     assert found["eval/reward"] > data["eval/reward"] + 0.2, (found, data)
 
@@ -481,88 +488,31 @@ def test_denoised_guidance_leaves_it_altogether(optimised):
     assert denoised["eval/on_data"] < 0.2 and denoised["eval/reward"] < soft["eval/reward"], (soft, denoised)
 
 
-def stopped_at(where, step):
-    """progress_line, then SIGTERM in the phase of this label at this step."""
-    line = D.progress_line
-
-    def interrupt(label, count, *rest):
-        line(label, count, *rest)
-        if (label, count) == (where, step):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return interrupt
-
-
-def test_bandit_draws_its_figure_and_resumes(tmp_path, capsys, monkeypatch):
-    args = D.parse_args(
-        ["--task", "bandit", "--num-updates", "40", "--eval-every", "40", "--chunk", "20", "--num-steps", "2",
-         "--hidden-sizes", "16", "16", "--num-critics", "2", "--out", str(tmp_path / "b")], D.dac_preset,
-    )  # fmt: skip
-    results = D.main(dataclasses.replace(args, resume=True))  # of nothing: it begins anew
-    assert "bandit, hard guidance: 1 seeds x 40 updates on 800 rows" in capsys.readouterr().out
-    assert set(results) == {"data", "soft", "hard", "denoised"}
+def test_bandit_draws_its_figure_and_goes_on(tmp_path, capsys):
+    flags = ["--num-updates", "40", "--eval-every", "40", "--chunk", "20", "--num-steps", "2", "--hidden-sizes", "16",
+             "16", "--num-critics", "2", "--out", str(tmp_path / "b")]  # fmt: skip
+    args = runner.parse(D.Args, flags, B.preset)
+    results = B.main(args)
+    assert "bandit, hard guidance: 1 seeds x 40 updates" in capsys.readouterr().out
+    assert set(results) == {"data", "soft", "hard", "denoised"} and -1.1 < results["data"]["eval/reward"] < -0.9
     assert (tmp_path / "b" / "bandit.png").stat().st_size > 20_000
-    assert -1.1 < results["data"]["eval/reward"] < -0.9
     with pytest.raises(envs.InputError, match="already holds a run"):
-        D.main(args)
-    again = dataclasses.replace(args, out=str(tmp_path / "again"))
-    with monkeypatch.context() as patched:
-        patched.setattr(D, "progress_line", stopped_at("hard", 20))
-        with pytest.raises(SystemExit, match="stopped by SIGTERM at hard 20"):
-            D.main(again)
-    assert D.main(dataclasses.replace(again, resume=True)) == results  # denoised has no state to go on from
-    assert [x.name for x in sorted(Path(again.out).iterdir())] == ["bandit.png", "denoised", "hard", "soft"]
+        B.main(args)
+    for path in (tmp_path / "b" / "denoised").iterdir():  # as after a kill before it had a state
+        path.unlink()
+    assert B.main(dataclasses.replace(args, resume=True)) == results
 
 
-# --- seeds and the whole script ---
+@pytest.mark.parametrize(
+    "flags, message",
+    [("--quick", "its own rows"), ("--dataset a.npz", "its own rows"), ("--preset cpu", "unknown; one of bandit")],
+)
+def test_the_bandit_is_a_world_of_its_own(flags, message):
+    with pytest.raises(envs.InputError, match=message):
+        runner.parse(D.Args, flags.split(), B.preset)
 
 
-def test_a_seed_alone_is_the_seed_among_others():
-    data, args = random_rows(), tiny(num_steps=2)
-    init, chunk = D.make_train(args, 3, 2)
-    keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    many, _ = chunk(init(keys), data)
-    alone, _ = chunk(init(keys[1:2]), data)
-    again, _ = chunk(init(keys[1:2]), data)  # the same program, the same numbers
-    unkeyed = lambda state: jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
-    for a, b, c in zip(*map(unkeyed, (many, alone, again)), strict=True):
-        np.testing.assert_allclose(a[1], b[0], atol=1e-6, rtol=1e-5)
-        np.testing.assert_array_equal(b, c)
-    assert np.abs(many.eta[0] - many.eta[1]) > 0
-    assert chunk._cache_size() == 2  # three seeds, one seed
-
-
-@pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory):
-    """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
-    original = D.make_train
-    D.make_train = lambda *inputs: made.append(original(*inputs)) or made[-1]
-    try:
-        result = D.main(args)
-    finally:
-        D.make_train = original
-    return args, folder, result, [chunk._cache_size() for _, chunk in made]
-
-
-def state_of(folder):
-    with np.load(folder / "state.npz", allow_pickle=False) as file:
-        return {k: file[k] for k in file.files if k != "meta_json"}
-
-
-def test_run_leaves_what_it_promises(whole_run):
-    _, folder, result, compiled = whole_run
-    assert sum(compiled) == 1
-    for name in ("learning_curve", "training"):
-        assert (folder / f"{name}.png").stat().st_size > 5_000
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert records[0]["args"]["num_critics"] == 3
-    assert [(r["step"], r["seed"]) for r in records[1:]] == [(40, 0), (40, 1), (80, 0), (80, 1)]
-    keys = ("actor_loss", "bc_loss", "critic_loss", "eta", "guidance", "q", "q_gradient", "q_std", "target")
-    for key in (*(f"train/{k}" for k in keys), "eval/return", "eval/return_data_length", "eval/return_std"):
-        assert all(np.isfinite(r[key]) for r in records[1:]), key
-    np.testing.assert_allclose(result["score"], np.mean([r["eval/return"] for r in records[1:]]), rtol=1e-4)
+# --- the whole script ---
 
 
 class Recorded:
@@ -586,78 +536,27 @@ def load_policy():
     return names["load_policy"]
 
 
-def final_state(args, folder):
-    like = jax.eval_shape(D.make_train(args, 4, 2)[0], jax.vmap(jax.random.key)(jnp.arange(args.num_seeds)))
-    return D.load_state(folder, like, json.loads(str(np.load(folder / "state.npz")["meta_json"]))["identity"])[0]
-
-
-def test_evaluation_keys_are_a_seeds_own(whole_run, dataset):
-    """Seed 1 among two is evaluated as seed 1 alone is, and by no key that its training has."""
-    args, folder, _, _ = whole_run
-    alone = dataclasses.replace(args, seed=1, num_seeds=1)
-    bits = jax.random.key_data(D.evaluation_keys(alone))
-    for num in range(2, 7):
-        assert not (jax.random.key_data(jax.random.split(jax.random.key(1), num)) == bits).all(-1).any()
-    buffer, task = envs.buffers.load_task(dataset, D.Transitions._fields)
-    evaluation = D.make_evaluation(args, envs.make(task.name), task, buffer.metadata["episode_length"])
-    second = jax.tree.map(lambda x: x[1:], final_state(args, folder))
-    found = evaluation(second, D.evaluation_keys(alone))
-    logged = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    assert (logged["step"], logged["seed"]) == (80, 1)
-    for name, value in found.items():
-        np.testing.assert_allclose(value, [logged[name]], rtol=1e-3, atol=1e-3, err_msg=name)
-    other = evaluation(second, D.evaluation_keys(dataclasses.replace(alone, seed=0)))
-    assert abs(float(other["eval/return"][0]) - logged["eval/return"]) > 0.05
-
-
-def test_policy_file_is_the_policy(whole_run):
-    args, folder, _, _ = whole_run
-    with np.load(folder / "policy.npz", allow_pickle=False) as file:
-        arrays = {k: file[k] for k in file.files}
-    assert str(arrays["kind"]) == "diffusion" and arrays["actor/trunk/weights/0"].shape == (2, 38, 16)
-    assert json.loads(str(arrays["metadata_json"]))["num_action_samples"] == 4
-    state = final_state(args, folder)
+def test_policy_file_is_the_policy(dataset, tmp_path):
+    args = tiny(dataset=dataset, num_seeds=2, out=str(tmp_path / "run"))
+    D.main(args)
+    arrays, about = runner.read_npz(tmp_path / "run" / "policy.npz", "metadata_json")
+    assert str(arrays["kind"]) == "diffusion" and about["num_action_samples"] == 4
+    like = jax.eval_shape(D.make_train(args, 4, 2)[0], runner.seed_keys(args))
+    state = runner.fill(like, runner.read_npz(tmp_path / "run" / "state.npz")[0], "state.npz")
     key = jax.random.key(3)
     noise = jax.random.normal(key, (3, 1, 4, 2))[:, 0]
     for index in (0, 1):
-        actor, critics = jax.tree.map(lambda x, i=index: x[i], (state.actor, state.target_critics))
+        nets = jax.tree.map(lambda x, i=index: x[i], (state.actor, state.target_critics))
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
-        wanted = D.choose_actions(actor, critics, obs[None], key, args)[0]
-        policy = load_policy()(folder / "policy.npz", index, Recorded(noise))
+        wanted = D.choose_actions(nets, obs[None], key, args, 2)[0]
+        policy = load_policy()(tmp_path / "run" / "policy.npz", index, Recorded(noise))
         np.testing.assert_allclose(policy(np.asarray(obs)), wanted, atol=1e-5)
-
-
-def test_interrupted_run_equals_the_whole_one(whole_run, tmp_path, monkeypatch):
-    args, folder, result, _ = whole_run
-    args = dataclasses.replace(args, out=str(tmp_path / "run"))
-    with monkeypatch.context() as patched:
-        patched.setattr(D, "progress_line", stopped_at("update", 60))
-        with pytest.raises(SystemExit, match="--resume"):
-            D.main(args)
-    assert D.main(dataclasses.replace(args, resume=True)) == result
-    whole, resumed = state_of(folder), state_of(tmp_path / "run")
-    assert whole.keys() == resumed.keys()
-    for key in whole:
-        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
-    timeless = lambda lines: [
-        {k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in lines.splitlines()[1:]
-    ]
-    logs = [timeless((f / "log.jsonl").read_text()) for f in (folder, tmp_path / "run")]
-    assert logs[0] == logs[1]
-
-
-def test_resume_refuses_other_flags(whole_run):
-    args, _, _, _ = whole_run
-    with pytest.raises(envs.InputError, match=r"rho was 1\.0 and is now 2\.0"):
-        D.main(dataclasses.replace(args, rho=2.0, resume=True))
-    with pytest.raises(envs.InputError, match="already holds a run"):
-        D.main(args)
 
 
 def test_quick_beats_its_data(tmp_path, optimised):
     """Probe: the data's mean return is about 0, its best episode 94; stated margin over the mean: 60."""
     flags = ["--quick", "--num-updates", "1000", "--eval-every", "500", "--out", str(tmp_path / "run")]
-    result = D.main(D.parse_args(flags, D.dac_preset))
+    result = D.main(runner.parse(D.Args, flags, D.preset))
     assert result["last"] > result["data_mean"] + 60, result
     assert result["data_best"] < 100
 
@@ -667,7 +566,7 @@ def test_cloning_returns_the_datas_mean(dataset, tmp_path, optimised):
     flags = ["--dataset", dataset, "--guidance", "none", "--num-updates", "1000", "--eval-every", "500",
              "--hidden-sizes", "64", "64", "--actor-lr", "1e-3", "--out", str(tmp_path / "run"),
              "--eval-episodes", "50"]  # fmt: skip
-    result = D.main(D.parse_args(flags, D.dac_preset))
+    result = D.main(runner.parse(D.Args, flags, D.preset))
     assert abs(result["last"] - result["data_mean"]) < 45, result
     with np.load(tmp_path / "run" / "policy.npz", allow_pickle=False) as file:
         assert not any(key.startswith("critics") for key in file.files)
@@ -675,112 +574,36 @@ def test_cloning_returns_the_datas_mean(dataset, tmp_path, optimised):
     assert policy(np.zeros(4)).shape == (2,) and np.abs(policy(np.zeros(4))).max() <= 1
 
 
-# --- what a user can do wrong ---
+# --- flags ---
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(task="point-angle-60"), r"udg_select\.py --buffers .* --task point-angle-60"),
         (dict(eval_every=50), "--chunk must divide"),
-        (dict(num_q_samples=0), "--num-q-samples.* must be positive"),
+        (dict(num_q_samples=0), "--num-q-samples 0: must be at least 1"),
         (dict(eta=1e-4), "--eta-min, --eta and --eta-max"),
-        (dict(gamma=1.5), "--gamma and --tau"),
-        (dict(hidden_sizes=()), "--hidden-sizes"),
-        (dict(hidden_sizes=(16, 0)), "--hidden-sizes"),
-        (dict(eta_lr=-1e-3), "--eta-lr .* must not be negative"),
-        (dict(num_seeds=10_000_000), "lower --num-seeds"),
+        (dict(eta_lr=-1e-3), "--eta-lr -0.001: must be at least 0"),
     ],
-)  # fmt: skip
+)
 def test_refusals(changes, message, dataset, tmp_path):
     with pytest.raises(envs.InputError, match=message):
         D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
 
 
-def test_needs_are_announced_and_held_against_memory_and_disk(tmp_path, capsys, monkeypatch):
-    """1M rows of halfcheetah and 4 seeds: 168 MB of rows, 98 MB of state, which is on disk three times."""
-    args, about = D.Args(num_seeds=4), ("halfcheetah", (17, 6), 1_000_000)
-    D.announce(tmp_path, args, *about)
-    arrays, disk = re.search(r"arrays ([\d.]+) of .* disk ([\d.]+) of", capsys.readouterr().out).groups()
-    state = 4 * 4 * (4 * 149_062 + 4 * 1_379_850)  # nets, targets and two moments of Adam, 4 seeds
-    rows, layers = 4e6 * (17 + 6 + 17 + 2), 4 * 6 * 2_560 * 10 * 256
-    np.testing.assert_allclose(float(arrays), (rows + 2 * state + layers) / 1e9, atol=0.006)
-    np.testing.assert_allclose(float(disk), (3 * state + state / 4) / 1e9, atol=0.006)
-    free = lambda size: lambda path: shutil._ntuple_diskusage(10**12, 0, size)
-    monkeypatch.setattr(shutil, "disk_usage", free(int(3.1 * state)))
-    with pytest.raises(envs.InputError, match="memory or disk cannot hold"):
-        D.announce(tmp_path, args, *about)
-    (tmp_path / "state.npz").write_bytes(bytes(int(0.2 * state)))  # a state that is written over counts as free
-    D.announce(tmp_path, args, *about)
+def test_published_values():
+    maze = {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": 1.1, "critic_lr": 1e-3}
+    assert D.PUBLISHED["antmaze-large-play-v0"] == maze
+    hopper = {"eta": 1.0, "eta_lr": 1e-3, "bc_threshold": 0.05, "rho": 1.5}
+    assert D.PUBLISHED["hopper-medium-expert-v2"] == hopper
+    assert {k: D.PUBLISHED["hopper-medium-v2"][k] for k in ("bc_threshold", "rho")} == {"bc_threshold": 1.0, "rho": 1.5}
+    plain = D.Args()
+    assert (plain.num_critics, plain.num_q_samples, plain.num_action_samples, plain.num_steps) == (10, 10, 10, 5)
 
 
-def test_reward_free_data_is_refused(tmp_path):
-    path = scripted.point_buffers(tmp_path, seed=0, num=1, episodes=2)[0]
-    with pytest.raises(envs.InputError, match="udg_select"):
-        D.main(tiny(dataset=str(path), out=str(tmp_path / "run")))
-
-
-def test_presets(dataset, capsys):
-    assert D.parse_args(["--quick"], D.dac_preset).num_updates == 3_000
-    with pytest.raises(envs.InputError, match="leave --preset out"):
-        D.parse_args(["--quick", "--preset", "cpu"], D.dac_preset)
-    args = D.parse_args(["--dataset", dataset, "--preset", "cpu", "--rho", "0.5"], D.dac_preset)
+def test_presets(dataset):
+    """Ours where nothing is published; not under a published set."""
+    args = runner.parse(D.Args, ["--dataset", dataset, "--preset", "cpu", "--rho", "0.5"], D.preset)
     assert (args.num_updates, args.num_q_samples, args.rho, args.eta, args.eta_lr) == (20_000, 1, 0.5, 0.2, 0.0)
-    assert "nothing is published for point-angle-0-scripted" in capsys.readouterr().out
-    args = D.parse_args(["--dataset", dataset, "--preset", "hopper-medium-expert-v2"], D.dac_preset)
-    assert (args.bc_threshold, args.rho, args.eta, args.eta_lr) == (0.05, 1.5, 1.0, 1e-3)  # not our fixed eta
-    maze = D.PRESETS["antmaze-large-play-v0"]
-    assert maze == {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": 1.1, "critic_lr": 1e-3}
-    assert {k: D.PRESETS["hopper-medium-v2"][k] for k in ("bc_threshold", "rho")} == {"bc_threshold": 1.0, "rho": 1.5}
-    defaults = D.Args()
-    assert (defaults.num_critics, defaults.num_q_samples, defaults.num_action_samples, defaults.num_steps) == (
-        10,
-        10,
-        10,
-        5,
-    )
-    with pytest.raises(envs.InputError, match="--dataset"):
-        D.parse_args([], D.dac_preset)
-    with pytest.raises(envs.InputError, match="unknown; one of"):
-        D.parse_args(["--quick", "--preset", "gpu"], D.dac_preset)
-
-
-def test_a_named_set_replaces_the_files(dataset, monkeypatch):
-    """Nothing of the file's own published values stays under those of another set."""
-    monkeypatch.setitem(D.PUBLISHED, "point-angle-0-scripted", D.PUBLISHED["antmaze-large-play-v0"])
-    args = D.parse_args(["--dataset", dataset], D.dac_preset)
-    assert (args.max_q, args.critic_lr, args.eta) == (True, 1e-3, 0.1)
-    args = D.parse_args(["--dataset", dataset, "--preset", "walker2d-medium-v2"], D.dac_preset)
-    assert (args.max_q, args.critic_lr, args.eta) == (False, 3e-4, 1.0)
-    args = D.parse_args(["--dataset", dataset, "--preset", "cpu"], D.dac_preset)
-    assert (args.max_q, args.rho, args.num_updates, args.num_critics) == (True, 1.1, 20_000, 5)
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--task bandit --quick", "makes its own rows"),
-        ("--task bandit --dataset a.npz", "makes its own rows"),
-        ("--task bandit --preset cpu", "takes bandit and bandit-code"),
-        ("--dataset a.npz --preset bandit", "no other task does"),
-    ],
-)
-def test_the_bandit_is_a_world_of_its_own(flags, message):
-    with pytest.raises(envs.InputError, match=message):
-        D.parse_args(flags.split(), D.dac_preset)
-
-
-def test_the_rate_leaves_the_first_call_out(monkeypatch):
-    """100 s for the first 10 updates, which compile, then 1 s for each 10. The learners share train_phase."""
-    rates, now = [], [0.0]
-
-    def chunk(state):
-        now[0] += 1.0 if int(state.num_updates[0]) else 100.0
-        return SimpleNamespace(num_updates=state.num_updates + 10), {"train/q": np.zeros(1)}
-
-    monkeypatch.setattr(D, "time", SimpleNamespace(time=lambda: now[0]))
-    monkeypatch.setattr(D, "progress_line", lambda label, count, total, rate, shown: rates.append(rate))
-    monkeypatch.setattr(D, "log_seeds", lambda *_: None)
-    state = SimpleNamespace(num_updates=np.zeros(1, int))
-    D.train_phase("update", 40, state, chunk, lambda _: {}, (), D.Args(eval_every=40), None, lambda _: None)
-    assert rates == [0.1, 10.0, 10.0, 10.0]
+    args = runner.parse(D.Args, ["--dataset", dataset, "--preset", "hopper-medium-expert-v2"], D.preset)
+    assert (args.bc_threshold, args.rho, args.eta, args.eta_lr) == (0.05, 1.5, 1.0, 1e-3)
