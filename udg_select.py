@@ -65,7 +65,8 @@ from scipy.spatial.distance import cdist
 
 import envs
 import envs.buffers
-from envs import buffer_figures, convert, maze, scripted
+from envs import maze
+from envs.buffers import convert, figures, scripted
 
 Words = tuple[tuple[str, ...], ...]  # `--flag a b --flag c` on the command line
 
@@ -663,11 +664,11 @@ def select(task, sources, reference, matrix, selections, files, args):
         path = files[task.name, label]
         written[label] = write_selection(path, path.stem, *parts, task, args)
     names, folder = [source.name for source in sources], path.parent
-    buffer_figures.plot_returns(folder / "returns.png", task, names, scores, order)
-    buffer_figures.plot_coverage(folder / "coverage.png", task, sources, scores, order)
+    figures.plot_returns(folder / "returns.png", task, names, scores, order)
+    figures.plot_coverage(folder / "coverage.png", task, sources, scores, order)
     if matrix is not None:
         drawn = (task, names, scores, order, matrix, to_reference)
-        buffer_figures.plot_distances(folder / "distances.png", *drawn)
+        figures.plot_distances(folder / "distances.png", *drawn)
     plain = [{key: value for key, value in s.items() if key != "returns"} for s in scores]
     report = {
         "task": task.name,
@@ -727,7 +728,7 @@ def main(args) -> dict[str, Any]:
         table[task.name] = select(task, sources, reference, matrix, selections, files, args)
     labels = [source.name for source in sources]
     values = np.array(list(table.values())).T
-    buffer_figures.plot_heatmap(out / "heatmap.png", labels, list(table), values)
+    figures.plot_heatmap(out / "heatmap.png", labels, list(table), values)
     first = next(iter(files.values()))
     learner = "cped" if "goals" in sources[0].buffer.arrays else "mopo"  # MOPO refuses mazes
     print(f"{out}: figures, scores.json; {time.time() - started:.1f} s\n"

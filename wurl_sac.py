@@ -67,8 +67,8 @@ import optax
 
 import envs
 import runner
+from envs.buffers.episodes import EpisodeFiles
 from envs.distances import pairwise_apwd, unit_directions
-from envs.episodes import EpisodeFiles
 from runner import devices
 
 
@@ -852,7 +852,7 @@ def announce(args, task, env, episode_length):
         f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
         f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each", flush=True,
     )  # fmt: skip
-    row = 4 * (2 * env.observation_size + env.action_size + 9) + 2  # all columns of envs.episodes
+    row = 4 * (2 * env.observation_size + env.action_size + 9) + 2  # all columns of envs.buffers.episodes
     return 2 * args.num_policies * steps * row
 
 

@@ -476,7 +476,7 @@ def prepare(work):
     if not (work / "epoch").exists():
         (work / "epoch").write_text(f"{time.time():.0f}")
     if not (work / DATA).exists():
-        code = f"from envs import scripted; scripted.dataset({str(work / 'data')!r})"
+        code = f"from envs.buffers import scripted; scripted.dataset({str(work / 'data')!r})"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(work), check=True)
 
 

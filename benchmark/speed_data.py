@@ -20,7 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs import buffers, convert
+from envs import buffers
+from envs.buffers import convert
 
 LENGTH = 1000
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from envs.errors import InputError
-from envs.tasks import Task, Transition
+from envs.task import Task, Transition
 
 # Largest batch of MJX environments allowed on a CPU with jax before 0.11: its thread pool can
 # lock up for good when one program factorises several large batches of matrices at once.

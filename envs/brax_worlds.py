@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from envs.base import Env, State, quiet_imports
 from envs.errors import InputError
-from envs.tasks import Task, _identity, _never, check_options
+from envs.task import Task
+from envs.tasks import check_options, identity, never
 
 with quiet_imports():
     import brax.envs
@@ -78,12 +79,12 @@ def brax_task(name: str, **options) -> Task:
     endless = name.removeprefix("brax/") in ENDLESS
     return Task(
         name=name, env=name, observation_size=size, env_observation_size=size,
-        action_size=actions, dt=dt, episode_length=1000, eval_length=1000, observe=_identity,
+        action_size=actions, dt=dt, episode_length=1000, eval_length=1000, observe=identity,
         reward=reward,
-        terminal=(lambda step: _never(step.next_observations)) if endless else terminal,
+        terminal=(lambda step: never(step.next_observations)) if endless else terminal,
         feature=lambda step: step.next_observations,
         feature_names=tuple(f"observation {i}" for i in range(size)),
-        model_terminal=_never if endless else terminal,
+        model_terminal=never if endless else terminal,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from envs.base import Env, State, quiet_imports
 from envs.errors import InputError
 from envs.mjx_contacts import exact_contacts
 from envs.robots import ROBOTS
-from envs.tasks import Task
+from envs.task import Task
 
 BACKENDS = ("mujoco", "mjx")
 # keyword arguments of MujocoEnv that envs.make accepts

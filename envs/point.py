@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from envs.base import Env
-from envs.tasks import POINT_DT, TREE_DT, Task
+from envs.task import Task
+from envs.tasks import POINT_DT, TREE_DT
 
 # Solid rectangles x0, y0, x1, y1 inside the box [0, 2]^2; what they leave free is a trunk from
 # (1, 0) that forks left and right, each fork again into two dead ends.

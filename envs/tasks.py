@@ -1,8 +1,6 @@
-"""Tasks: what is observed, what is paid and what ends an episode, apart from any physics.
+"""The tasks and their names: what is observed, what is paid and what ends an episode, apart from any physics.
 
-A task is pure arithmetic on recorded transitions, so one and the same function gives the reward
-while data is collected, when a buffer is relabelled, and when a policy is evaluated. Functions
-take NumPy or JAX arrays with any leading shape. Nothing here imports an engine.
+Nothing here imports an engine.
 
 A world ("ant") is a task without reward that observes everything; a task ("ant-angle-60") is a
 world with a reward and its own observation.
@@ -17,67 +15,13 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from envs import maze
 from envs.errors import InputError
 from envs.robots import ROBOTS
+from envs.task import Task, Transition
 
 UDG_ANGLES = (0, 60, 120, 180, 240, 300)
-
-
-class Transition(NamedTuple):
-    """Recorded steps in a world's raw layout, any leading shape.
-
-    observations, next_observations (..., S); actions (..., A) in [-1, 1];
-    root_positions (..., 2): x, y (planar robots: x, z) before the step, in metres;
-    root_velocities (..., 2): displacement over the step / dt, in m/s;
-    goals (..., 2): mazes with a goal only.
-    """
-
-    observations: Any
-    actions: Any
-    next_observations: Any
-    root_positions: Any
-    root_velocities: Any
-    goals: Any = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """A task on a world. `reward`, `terminal`, `feature` take a raw Transition."""
-
-    name: str
-    env: str  # the world whose raw observations the functions take
-    observation_size: int  # after `observe`
-    env_observation_size: int  # raw
-    action_size: int
-    dt: float  # seconds per step
-    episode_length: int  # steps of an episode when data is collected
-    eval_length: int  # steps of an episode when a policy is evaluated
-    observe: Callable  # raw observations (..., S_world) -> (..., S)
-    reward: Callable  # Transition -> (...,) float32
-    terminal: Callable  # Transition -> (...,) bool: true termination after the step
-    feature: Callable  # Transition -> (..., d) float32: where diversity is measured (next state)
-    feature_names: tuple[str, ...]
-    has_reward: bool = True
-    model_reward: Callable | None = None  # (obs, actions, next obs), observed layout -> (...,)
-    model_terminal: Callable = None  # observed next observations -> (...,) bool
-    options: dict = dataclasses.field(default_factory=dict)
-    reference: tuple[float, float] | None = None  # (random, expert) returns over eval_length
-
-    def normalized_score(self, returns):
-        """Return 100 (R - random) / (expert - random); InputError where no reference is known."""
-        if self.reference is None:
-            raise InputError(
-                f"task '{self.name}' has no reference returns, so a score cannot be normalised: use the raw return"
-            )
-        random, expert = self.reference
-        return 100.0 * (returns - random) / (expert - random)
-
-    def normalized_spread(self, spread):
-        """Return 100 spread / (expert - random), of a standard deviation or a difference: scaled, never shifted."""
-        return self.normalized_score(spread) - self.normalized_score(0.0)
 
 
 # --- pieces -------------------------------------------------------------------------------------
@@ -88,7 +32,7 @@ def _xp(array):
     return array.__array_namespace__()
 
 
-def _identity(observations):
+def identity(observations):
     return observations
 
 
@@ -97,7 +41,7 @@ def _no_reward(step: Transition):
     return xp.zeros(step.observations.shape[:-1], dtype=xp.float32)
 
 
-def _never(next_observations):
+def never(next_observations):
     xp = _xp(next_observations)
     return xp.zeros(next_observations.shape[:-1], dtype=bool)
 
@@ -142,9 +86,9 @@ def _point_world(name: str = "point") -> Task:
     """FreeRun: raw observation (x, y, vx, vy), unbounded plane."""
     return Task(
         name=name, env="point", observation_size=4, env_observation_size=4, action_size=2,
-        dt=POINT_DT, episode_length=100, eval_length=100, observe=_identity, reward=_no_reward,
-        terminal=_on_next(_never), feature=_xy_of_next, feature_names=("x", "y"),
-        has_reward=False, model_terminal=_never,
+        dt=POINT_DT, episode_length=100, eval_length=100, observe=identity, reward=_no_reward,
+        terminal=_on_next(never), feature=_xy_of_next, feature_names=("x", "y"),
+        has_reward=False, model_terminal=never,
     )  # fmt: skip
 
 
@@ -208,9 +152,9 @@ def _robot_world(name: str, robot: str, **fields) -> Task:
     defaults = dict(
         name=name, env=robot, observation_size=spec.observation_size,
         env_observation_size=spec.observation_size, action_size=spec.action_size, dt=spec.dt,
-        episode_length=200, eval_length=1000, observe=_identity, reward=_no_reward,
-        terminal=_on_next(_never), feature=lambda step: _next_root(step, spec.dt),
-        feature_names=("x", "y"), has_reward=False, model_terminal=_never,
+        episode_length=200, eval_length=1000, observe=identity, reward=_no_reward,
+        terminal=_on_next(never), feature=lambda step: _next_root(step, spec.dt),
+        feature_names=("x", "y"), has_reward=False, model_terminal=never,
     )  # fmt: skip
     return Task(**{**defaults, **fields})
 
@@ -245,7 +189,7 @@ def _ant_angle(
         return ~((z >= 0.2) & (z <= 1.0))
 
     world = _ant_world(name, gear=gear)
-    ends = fallen if terminate else _never
+    ends = fallen if terminate else never
     return dataclasses.replace(
         world,
         observation_size=world.env_observation_size - 2,
@@ -322,7 +266,7 @@ def forward_task(
     healthy = ROBOTS[robot].healthy
 
     def terminal(observations):
-        return _never(observations) if healthy is None else ~healthy(observations)
+        return never(observations) if healthy is None else ~healthy(observations)
 
     def reward(step):
         pay = step.root_velocities[..., 0] - ctrl_cost * _square(step.actions)
@@ -437,10 +381,6 @@ def task(name: str, **options) -> Task:
     are known for what was measured, under the task's own options: with others there are none.
     An unknown name raises InputError with the near names, an unknown option with the known ones.
     """
-    if name.startswith("brax/"):
-        from envs.brax_worlds import brax_task
-
-        return brax_task(name, **options)
     for template, builder in _BUILDERS.items():
         pattern = re.sub(r"<\w+>", lambda _: _NUMBER, template)
         match = re.fullmatch(pattern, name)

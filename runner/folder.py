@@ -4,7 +4,7 @@ from pathlib import Path
 
 import envs
 import envs.buffers
-from envs import scripted
+from envs.buffers import scripted
 from runner.flags import check_run
 
 QUICK_TASK = "point-angle-0"

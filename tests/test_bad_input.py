@@ -19,7 +19,11 @@ import pytest
 import tyro
 from hypothesis import strategies as st
 
-from envs import InputError, buffers, convert
+from envs import InputError, buffers
+from envs.buffers import convert
+from envs.buffers.__main__ import describe
+from envs.buffers.__main__ import main as command_line
+from envs.buffers.convert.common import EXTRA
 
 ROOT = Path(__file__).parents[1]
 LEARNERS = ("mopo", "cped", "qdq", "dac")
@@ -240,7 +244,7 @@ def tool(*words):
     """`python -m envs.buffers`, in this process: raises what it prints."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = buffers.main([str(word) for word in words])
+        code = command_line([str(word) for word in words])
     if code:
         assert code == 2 and err.getvalue().startswith("error: ")
         raise InputError(err.getvalue().removeprefix("error: ").strip())
@@ -460,7 +464,7 @@ COMMANDS = [
 @pytest.mark.parametrize("words, told", COMMANDS)
 def test_broken_commands_of_the_tool(words, told, capsys):
     with pytest.raises(SystemExit) as caught:
-        buffers.main(list(words))
+        command_line(list(words))
     assert caught.value.code == 2 and told in capsys.readouterr().err
 
 
@@ -546,7 +550,7 @@ def reads_or_refuses(path):
         str(error).encode()
         return False
     holds_the_contract(buffer)
-    (buffer.summary() + buffers.describe(buffer)).encode()
+    (buffer.summary() + describe(buffer)).encode()
     with contextlib.suppress(InputError):
         buffers.load_task(path, None)
     return True
@@ -652,7 +656,7 @@ def test_any_d4rl_file(tmp_path, done, name):
 def test_any_ogbench_file(tmp_path, done, own):
     path, arrays = tmp_path / "pointmaze-any.npz", changed(OGBENCH, done)
     if own is not None:
-        arrays |= {convert.EXTRA: np.array(json.dumps({"carried": [], **own})), "rewards": D4RL["rewards"]}
+        arrays |= {EXTRA: np.array(json.dumps({"carried": [], **own})), "rewards": D4RL["rewards"]}
     np.savez(path, **arrays)
     convert_it = lambda out: convert.from_ogbench(path, out, replay=False)
     read = converts_or_refuses(convert_it, tmp_path / "out.npz")
@@ -673,7 +677,7 @@ def test_any_damage_to_an_ogbench_file(tmp_path, flips):
 
 MINARI_KEYS = (
     "observation_space", "action_space", "data_format", "env_spec", "total_episodes", "total_steps", "ref_min_score",
-    "ref_max_score", "author", "dataset_id", "minari_version", convert.EXTRA,
+    "ref_max_score", "author", "dataset_id", "minari_version", EXTRA,
 )  # fmt: skip
 
 
@@ -699,7 +703,7 @@ def test_any_metadata_of_a_minari_set(minari_set, monkeypatch, labels, own):
     path, text, folder = minari_set
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     about = json.loads(text)
-    about[convert.EXTRA] = json.dumps(json.loads(about[convert.EXTRA]) | own)
+    about[EXTRA] = json.dumps(json.loads(about[convert.EXTRA]) | own)
     path.write_text(json.dumps(about | labels))
     convert_it = lambda out: convert.from_minari("any/thing-v0", out, replay=False)
     read = converts_or_refuses(convert_it, folder / "out.npz")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from envs import InputError, buffer_figures, buffers
+from envs import InputError, buffers
+from envs.buffers import figures as buffer_figures
 
 ROOT = Path(__file__).parents[1]
 

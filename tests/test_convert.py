@@ -16,7 +16,11 @@ from hypothesis import strategies as st
 import dac
 import envs
 import udg_select
-from envs import InputError, buffers, convert, convert_d4rl, convert_physics, maze
+from envs import InputError, buffers, maze
+from envs.buffers import convert
+from envs.buffers.__main__ import main as command_line
+from envs.buffers.convert import d4rl as convert_d4rl
+from envs.buffers.convert import physics as convert_physics
 
 ROOT = Path(__file__).parents[1]
 HOPPER_DT = 0.008
@@ -135,7 +139,7 @@ def test_d4rl_v2_keeps_every_row(tmp_path):
     assert about["generator"] == {"script": "d4rl", "flags": {"algorithm": "SAC", "iteration": 3}}
     assert about["reference"] == [-20.272305, 3234.3]
     assert about["rows_dropped"] == {}
-    assert about["parents"] == [{"path": path.name, "sha256": convert.file_sha256(path), "taken": "15 rows"}]
+    assert about["parents"] == [{"path": path.name, "sha256": convert.common.file_sha256(path), "taken": "15 rows"}]
 
 
 def test_root_columns_hold_at_the_ends_of_episodes_too(tmp_path):
@@ -330,7 +334,7 @@ def test_the_ant_with_contact_forces_is_data_without_a_task(tmp_path, capsys):
     about = buffer.metadata
     assert (about["dataset_name"], about["env"], about["task"]) == ("ant-medium-v2", "d4rl-ant", None)
     assert (about["reference"], "notes" in about, len(buffer)) == ([-325.6, 3879.7], False, 15)
-    assert buffers.main(["inspect", buffer.path]) == 0
+    assert command_line(["inspect", buffer.path]) == 0
     assert "physics: not checked: 'd4rl-ant' is none of the MuJoCo robots here" in capsys.readouterr().out
     refused(lambda: buffers.load_task(buffer.path, None), "names no task", "no task here has 111 observed and 8 action")
     refused(lambda: buffers.load_task(buffer.path, None, "ant-angle-0"), "'ant-angle-0'", "no task here has 111")
@@ -453,7 +457,7 @@ def test_an_existing_file_is_kept(tmp_path):
 def test_a_missing_package_is_named_with_its_command(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf'not installed. Remedy: pip install "{package}'):
-        convert.require(package)
+        convert.common.require(package)
 
 
 def test_a_d4rl_file_becomes_a_scored_policy(tmp_path, capsys):
@@ -938,7 +942,7 @@ def test_metadata_of_strangers_is_checked(tmp_path, monkeypatch):
     np.savez(tmp_path / "og.npz", **arrays | {"udg_metadata_json": np.array(json.dumps(named))})
     monkeypatch.chdir(tmp_path)
     assert convert.from_ogbench("og.npz") == Path("data", "..-..-x-y.npz")  # a name is no path
-    assert buffers.main(["inspect", "data/..-..-x-y.npz"]) == 0
+    assert command_line(["inspect", "data/..-..-x-y.npz"]) == 0
 
 
 # --- against the physics -------------------------------------------------------------------------
@@ -1060,7 +1064,7 @@ def test_a_dict_in_another_order_is_told_by_the_physics(tmp_path, recordings, mi
     convert.from_minari(name, out, task="ant-maze-umaze")
     said = capsys.readouterr().out
     assert "warning: these are hardly observations of 'ant-maze-umaze'" in said and "--keys" in said
-    assert buffers.main(["inspect", str(out)]) == 0
+    assert command_line(["inspect", str(out)]) == 0
     assert "hardly observations" in capsys.readouterr().out
     convert.from_minari(name, out, task="ant-maze-umaze", keys=["achieved_goal", "observation"], force=True)
     said = capsys.readouterr().out
@@ -1076,7 +1080,7 @@ def test_inspect_checks_what_no_import_has(tmp_path, recordings, capsys):
             buffer = buffers.load(out, quiet=True)
             buffers.save(tmp_path / "other.npz", buffer.arrays, buffer.metadata | about)
         capsys.readouterr()
-        assert buffers.main(["inspect", str(tmp_path / "other.npz") if about else out]) == 0
+        assert command_line(["inspect", str(tmp_path / "other.npz") if about else out]) == 0
         return capsys.readouterr().out
 
     assert f"physics: 100.0 % of {min(512, len(buffers.load(out)))} replayed steps" in inspect()
@@ -1124,7 +1128,7 @@ def test_an_import_replays_by_itself_and_inspect_says_so(tmp_path, recordings, c
     path = write_hdf5(tmp_path / "hopper_random-v2.hdf5", recordings["hopper"][1])
     convert.from_d4rl(path, tmp_path / "out.npz")
     assert "physics: 100.0 %" in capsys.readouterr().out
-    assert buffers.main(["inspect", str(tmp_path / "out.npz")]) == 0
+    assert command_line(["inspect", str(tmp_path / "out.npz")]) == 0
     out = capsys.readouterr().out
     for words in ("physics: 100.0 %", "rewards: 100.0 %", "verdict"):
         assert words in out
@@ -1252,20 +1256,20 @@ def run(*words, cwd):
 def test_commands(tmp_path, minari, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_hdf5(tmp_path / "hopper_medium-v2.hdf5", hopper_rows())
-    assert buffers.main(["from-d4rl", "hopper_medium-v2.hdf5", "--no-replay"]) == 0
+    assert command_line(["from-d4rl", "hopper_medium-v2.hdf5", "--no-replay"]) == 0
     assert "python -m envs.buffers inspect data/hopper-medium-v2.npz" in capsys.readouterr().out
     made = "data/hopper-medium-v2.npz"
-    assert buffers.main(["to-ogbench", made, "og.npz"]) == 0
-    assert buffers.main(["from-ogbench", "og.npz", "--out", "back.npz", "--no-replay"]) == 0
-    assert buffers.main(["to-minari", made, "udg/hopper-v0"]) == 0
-    assert buffers.main(["from-minari", "udg/hopper-v0", "--out", "back2.npz", "--no-replay"]) == 0
+    assert command_line(["to-ogbench", made, "og.npz"]) == 0
+    assert command_line(["from-ogbench", "og.npz", "--out", "back.npz", "--no-replay"]) == 0
+    assert command_line(["to-minari", made, "udg/hopper-v0"]) == 0
+    assert command_line(["from-minari", "udg/hopper-v0", "--out", "back2.npz", "--no-replay"]) == 0
     first = buffers.load(made, quiet=True)
     for name in ("back.npz", "back2.npz"):
         second = buffers.load(name, quiet=True)
         assert {key: second.metadata["sha256"][key] for key in first.arrays} == first.metadata["sha256"]
         assert second.metadata["generator"] == first.metadata["generator"]
     capsys.readouterr()
-    assert buffers.main(["from-d4rl", "hopper_medium-v2.hdf5", "--no-replay"]) == 2
+    assert command_line(["from-d4rl", "hopper_medium-v2.hdf5", "--no-replay"]) == 2
     assert capsys.readouterr().err.startswith("error: data/hopper-medium-v2.npz: file: exists already")
 
 

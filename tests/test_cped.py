@@ -16,7 +16,7 @@ import pytest
 import cped as C
 import envs
 import envs.buffers
-from envs import scripted
+from envs.buffers import scripted
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(

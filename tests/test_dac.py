@@ -15,7 +15,7 @@ import dac as D
 import envs
 import envs.buffers
 import runner
-from envs import scripted
+from envs.buffers import scripted
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(

@@ -17,7 +17,8 @@ import pytest
 import envs
 import envs.buffers
 import mopo as M
-from envs import scripted, tasks
+from envs import tasks
+from envs.buffers import scripted
 from tests.oracles import mopo_oracle as oracle
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,7 +16,7 @@ import pytest
 import envs
 import envs.buffers
 import qdq as D
-from envs import scripted
+from envs.buffers import scripted
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(

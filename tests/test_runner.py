@@ -23,7 +23,7 @@ from tensorboardX.proto import event_pb2
 import envs
 import envs.buffers
 import runner
-from envs import scripted
+from envs.buffers import scripted
 from runner import checkpoint, devices, log, plots, presets, run, signals
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ import pytest
 import envs
 import envs.buffers
 import runner
-from envs import scripted
+from envs.buffers import scripted
 from runner import checkpoint, log
 
 ROOT = Path(__file__).resolve().parents[1]

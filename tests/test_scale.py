@@ -19,7 +19,7 @@ import envs
 import mopo
 import qdq
 import wurl_sac as W
-from envs import scripted
+from envs.buffers import scripted
 from tests.test_udg_study import is_drawn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, "tests")
 import dac
 from test_dac import tiny
-from envs import scripted
+from envs.buffers import scripted
 dac.plot_run = lambda *x: None
 folder = sys.argv[1]
 data = str(scripted.dataset(folder))

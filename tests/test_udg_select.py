@@ -15,7 +15,8 @@ import pytest
 import envs
 import envs.buffers
 import udg_select
-from envs import buffer_figures, scripted
+from envs.buffers import figures as buffer_figures
+from envs.buffers import scripted
 from udg_select import Args
 
 ROOT = Path(__file__).parents[1]

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from envs import buffers
+from envs.buffers.convert import d4rl
+from envs.buffers.fields import Buffer, fail
+from envs.buffers.load import load
 from envs.errors import InputError
 from envs.robots import ROBOTS
-from envs.tasks import Task, task_options
-from envs.tasks import task as find_task
+from envs.task import Task
+from envs.worlds import make
+from envs.worlds import task as find_task
 
 REPLAY_ROWS, INSPECT_ROWS = 4096, 512  # of an import; of `inspect`, which is to be quick
 BLOCK = 128  # rows at a time: on one core a callback waits for ever for 100 kB or more
@@ -36,13 +39,11 @@ def replay_agreement(source, env, rows: int = REPLAY_ROWS) -> dict[str, Any]:
         1e-3 + 1e-4 |value|: float32 states move a step by less, other physics by more.
     Raises: InputError where the observations do not hold the state.
     """
-    if isinstance(source, buffers.Buffer):
+    if isinstance(source, Buffer):
         return measure(source.arrays, None, env, source.metadata["layout"], source.path, rows)
     if Path(source).suffix == ".npz":
-        return replay_agreement(buffers.load(source, quiet=True), env, rows)
-    from envs import convert_d4rl
-
-    found = convert_d4rl.read(source, None, env.task.dt, env.task.episode_length)
+        return replay_agreement(load(source, quiet=True), env, rows)
+    found = d4rl.read(source, None, env.task.dt, env.task.episode_length)
     return measure(found.arrays, found.state, env, "task", found.source, rows)
 
 
@@ -63,13 +64,13 @@ def measure(arrays, state, env, layout: str, source: str, rows: int = REPLAY_ROW
     sizes = (env.model.nq, env.model.nv)
     if (qpos.shape[1], qvel.shape[1]) != sizes:
         problem = f"have {qpos.shape[1]} and {qvel.shape[1]} numbers, '{env.name}' has {sizes[0]} and {sizes[1]}"
-        raise buffers._fail(source, "qpos, qvel", problem, ELSEWHERE)
+        raise fail(source, "qpos, qvel", problem, ELSEWHERE)
     raw = _step(env, qpos, qvel, np.asarray(arrays["actions"][usable]))
     after = raw if layout == "env" else np.asarray(env.task.observe(raw))
     recorded = arrays["next_observations"][usable]
     if after.shape != recorded.shape:
         problem = f"have {recorded.shape[1]} numbers, '{env.name}' has {after.shape[1]}"
-        raise buffers._fail(source, "next_observations", problem, ELSEWHERE)
+        raise fail(source, "next_observations", problem, ELSEWHERE)
     error = np.abs(after.astype(np.float64) - recorded)
     agree = (error <= TOLERANCE[0] + TOLERANCE[1] * np.abs(recorded)).all(axis=1)
     median = float(np.median(error.max(axis=1)))
@@ -90,7 +91,7 @@ def _state_from_observations(arrays, rows: np.ndarray, env, source: str) -> tupl
     hidden = env.model.nq + env.model.nv - observations.shape[1]
     if not 0 <= hidden <= 2:
         problem = f"have {observations.shape[1]} numbers, the state of '{env.name}' has {env.model.nq + env.model.nv}"
-        raise buffers._fail(source, "observations", problem, ELSEWHERE)
+        raise fail(source, "observations", problem, ELSEWHERE)
     root = np.zeros((len(rows), 2))
     if "root_positions" in arrays:
         root = np.asarray(arrays["root_positions"][rows], np.float64)
@@ -122,11 +123,8 @@ def _step(env, qpos: np.ndarray, qvel: np.ndarray, actions: np.ndarray) -> np.nd
 
 def find_env(task: Task):
     """The task's environment on C MuJoCo, or None where it has no such engine."""
-    import envs
-
-    options = {key: value for key, value in task.options.items() if key in task_options(task.name)}
     try:
-        env = envs.make(task.name, backend="mujoco", **options)
+        env = make(task, backend="mujoco")
     except InputError:
         return None
     return env if hasattr(env, "robot") else None
@@ -152,7 +150,7 @@ def say(found: dict[str, Any]) -> list[str]:
     return [line, f"warning: {why}. A policy learnt from it is judged in {name}: do not trust that score"]
 
 
-def check_now(buffer: buffers.Buffer) -> list[str]:
+def check_now(buffer: Buffer) -> list[str]:
     """A short replay of a buffer that was not checked when it was made, as lines; or why there is none."""
     about = buffer.metadata
     name, sizes = about["task"] or about["env"], [buffer[key].shape[1] for key in ("observations", "actions")]
@@ -171,7 +169,7 @@ def check_now(buffer: buffers.Buffer) -> list[str]:
         return [f"physics: not checked: {' '.join(str(error).split())[:160]!a}"]
 
 
-def describe_checks(metadata: dict[str, Any], buffer: buffers.Buffer | None = None) -> list[str]:
+def describe_checks(metadata: dict[str, Any], buffer: Buffer | None = None) -> list[str]:
     """What an import found out about its file, as lines; of a buffer without a stored replay one is done now."""
     lines = []
     found = metadata.get("replay_agreement")

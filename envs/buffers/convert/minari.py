@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import buffers, convert
+from envs.buffers.convert import common
+from envs.buffers.fields import Buffer
 
 # Gymnasium's name of a world, without version -> seconds per step.
 STEP_SECONDS = {
@@ -23,25 +24,23 @@ STEP_SECONDS = {
 
 def _open(dataset_id: str):
     """Minari's storage of a local set, its raw metadata, and the name of its world or ''."""
-    convert.require("minari")
-    convert.require("h5py")
+    common.require("minari")
+    common.require("h5py")
     from minari.dataset.minari_storage import MinariStorage
     from minari.storage.datasets_root_dir import get_dataset_path
 
     folder = get_dataset_path(dataset_id) / "data"
     if not (folder / "metadata.json").is_file():
         problem = "is not on this machine"
-        raise convert.fail(
-            dataset_id, "data set", problem, f"minari download {dataset_id}, or set MINARI_DATASETS_PATH"
-        )
-    with convert.readable(dataset_id, "a Minari data set"):
+        raise common.fail(dataset_id, "data set", problem, f"minari download {dataset_id}, or set MINARI_DATASETS_PATH")
+    with common.readable(dataset_id, "a Minari data set"):
         raw = MinariStorage.read_raw_metadata(folder)
         for key in ("observation_space", "action_space", "data_format"):
             # Minari would import and build the environment that the file names to find a space.
             if not isinstance(raw.get(key), str):
-                raise convert.fail(dataset_id, key, "is missing in metadata.json", f"minari download {dataset_id}")
+                raise common.fail(dataset_id, key, "is missing in metadata.json", f"minari download {dataset_id}")
         if raw["data_format"] in ("arrow", "parquet"):
-            convert.require("pyarrow")
+            common.require("pyarrow")
         storage = MinariStorage.read(folder)
         spec = json.loads(raw["env_spec"]) if "env_spec" in raw else {}
     return storage, raw, spec if isinstance(spec, dict) else {}
@@ -56,15 +55,15 @@ def _choose_keys(dataset_id: str, space, keys: list[str] | None) -> list[str] | 
 
     if isinstance(space, spaces.Box):
         if keys is not None:
-            raise convert.fail(dataset_id, "observations", "have no parts to choose from", "leave out --keys")
+            raise common.fail(dataset_id, "observations", "have no parts to choose from", "leave out --keys")
         if len(space.shape) != 1:
-            raise convert.fail(
+            raise common.fail(
                 dataset_id, "observations", f"have the shape {space.shape}", "only vectors can be converted"
             )
         return None
     if not isinstance(space, spaces.Dict):
         problem = f"are of the kind {type(space).__name__}"
-        raise convert.fail(
+        raise common.fail(
             dataset_id, "observations", problem, "only vectors and dictionaries of vectors can be converted"
         )
     parts = {key: part for key, part in space.spaces.items() if isinstance(part, spaces.Box) and len(part.shape) == 1}
@@ -73,7 +72,7 @@ def _choose_keys(dataset_id: str, space, keys: list[str] | None) -> list[str] | 
     unknown = [key for key in keys if key not in parts]
     if unknown or not keys:
         problem = f"{', '.join(unknown) or 'observation'} is not among its vectors ({', '.join(parts)})"
-        raise convert.fail(dataset_id, "observations", problem, "choose with --keys, in the order they are to stand")
+        raise common.fail(dataset_id, "observations", problem, "choose with --keys, in the order they are to stand")
     return keys
 
 
@@ -91,7 +90,7 @@ def _join(dataset_id: str, key: str, parts: list[np.ndarray], rank: int) -> np.n
     shapes = {part.shape[1:] for part in parts}
     if any(part.ndim != rank for part in parts) or len(shapes) != 1:
         problem = f"has rows of the shapes {sorted(shapes)} in its episodes"
-        raise convert.fail(dataset_id, key, problem, "only vectors of one size can be converted")
+        raise common.fail(dataset_id, key, problem, "only vectors of one size can be converted")
     return np.concatenate(parts)
 
 
@@ -102,7 +101,7 @@ def _read_episodes(dataset_id: str, storage, keys: list[str] | None, carried: li
     """
     found: dict[str, list] = {}
     lengths = []
-    with convert.readable(dataset_id, "a Minari data set"):
+    with common.readable(dataset_id, "a Minari data set"):
         for number, episode in enumerate(storage.get_episodes(range(storage.total_episodes))):
             steps = len(episode["rewards"])
             parts = {key: episode[key] for key in ("actions", "rewards", "terminations", "truncations")}
@@ -114,11 +113,11 @@ def _read_episodes(dataset_id: str, storage, keys: list[str] | None, carried: li
                 rows = steps + key.startswith("observations/")
                 if len(value) != rows:
                     problem = f"has {len(value)} rows in episode {number}, expected {rows} for {steps} rewards"
-                    raise convert.fail(dataset_id, key, problem, "the set was cut short: get it again")
+                    raise common.fail(dataset_id, key, problem, "the set was cut short: get it again")
                 found.setdefault(key, []).append(np.asarray(value))
             lengths.append(steps)
         if not sum(lengths):
-            raise convert.fail(dataset_id, "episodes", "hold no step", "record some steps first")
+            raise common.fail(dataset_id, "episodes", "hold no step", "record some steps first")
         ranks = {"actions": 2, "rewards": 1, "terminations": 1, "truncations": 1}
         columns = {key: _join(dataset_id, key, parts, ranks.get(key, parts[0].ndim)) for key, parts in found.items()}
     return columns, np.array(lengths)
@@ -138,36 +137,36 @@ def _root_columns(columns: dict[str, np.ndarray], rows: np.ndarray, dt: float) -
 
 def read(
     dataset_id: str, keys: list[str] | None = None, dt: float | None = None, episode_length: int | None = None
-) -> convert.Imported:
-    """Read a local set as `envs.convert.from_minari` says -> Imported. Raises InputError."""
+) -> common.Imported:
+    """Read a local set as `envs.buffers.convert.from_minari` says -> Imported. Raises InputError."""
     from gymnasium import spaces
 
     storage, raw, spec = _open(dataset_id)
     if not isinstance(storage.action_space, spaces.Box) or len(storage.action_space.shape) != 1:
         problem = f"are of the kind {storage.action_space}"
-        raise convert.fail(dataset_id, "actions", problem, "only vectors of numbers can be converted")
+        raise common.fail(dataset_id, "actions", problem, "only vectors of numbers can be converted")
     keys = _choose_keys(dataset_id, storage.observation_space, keys)
-    text = raw.get(convert.EXTRA)
-    own, carried = convert.own_metadata(dataset_id, text) if isinstance(text, str) else ({}, [])
+    text = raw.get(common.EXTRA)
+    own, carried = common.own_metadata(dataset_id, text) if isinstance(text, str) else ({}, [])
     columns, lengths = _read_episodes(dataset_id, storage, keys, carried)
     world = str(spec.get("id", "")).rpartition("/")[2].rpartition("-v")[0]
     known_dt = next((STEP_SECONDS[key] for key in (world, world.partition("_")[0]) if key in STEP_SECONDS), None)
     dt = dt or own.get("dt") or known_dt
     if dt is None:
-        raise convert.fail(dataset_id, "dt", f"'{world}' is no world known here", "give the seconds per step with --dt")
+        raise common.fail(dataset_id, "dt", f"'{world}' is no world known here", "give the seconds per step with --dt")
     rows = np.arange(lengths.sum()) + np.repeat(np.arange(len(lengths)), lengths)
     names = ["observations/observations"] if keys is None else [f"observations/{key}" for key in keys]
-    whole = np.concatenate([convert.to_float32(dataset_id, key, columns[key]) for key in names], axis=1)
-    actions = convert.to_float32(dataset_id, "actions", columns["actions"])
-    terminals = convert.to_flags(dataset_id, "terminations", columns["terminations"])
-    timeouts = convert.to_flags(dataset_id, "truncations", columns["truncations"]) & ~terminals
+    whole = np.concatenate([common.to_float32(dataset_id, key, columns[key]) for key in names], axis=1)
+    actions = common.to_float32(dataset_id, "actions", columns["actions"])
+    terminals = common.to_flags(dataset_id, "terminations", columns["terminations"])
+    timeouts = common.to_flags(dataset_id, "truncations", columns["truncations"]) & ~terminals
     last = np.cumsum(lengths)[lengths > 0] - 1
     open_ends = int((~(terminals | timeouts)[last]).sum())
     timeouts[last] = ~terminals[last]
     arrays = {
         "observations": whole[rows], "next_observations": whole[rows + 1],
         "actions": _scale_actions(dataset_id, storage.action_space, actions),
-        "rewards": convert.to_float32(dataset_id, "rewards", columns["rewards"]),
+        "rewards": common.to_float32(dataset_id, "rewards", columns["rewards"]),
         "terminals": terminals, "timeouts": timeouts,
     }  # fmt: skip
     if own:
@@ -185,33 +184,33 @@ def read(
     }  # fmt: skip
     metadata["episode_length"] = episode_length or metadata["episode_length"]
     notes = [f"{open_ends} episodes end without a flag: taken as timeouts"] * bool(open_ends)
-    notes += convert.step_notes(world, dt, known_dt)
-    return convert.Imported(arrays, metadata, None, notes, dataset_id)
+    notes += common.step_notes(world, dt, known_dt)
+    return common.Imported(arrays, metadata, None, notes, dataset_id)
 
 
 def _parent(dataset_id: str, folder: Path, rows: int) -> dict[str, str]:
     """sha256: of the data file; of a set in many files none, as they have no order."""
     files = [path for path in Path(folder).iterdir() if path.is_file() and path.name != "metadata.json"]
-    digest = convert.file_sha256(files[0]) if len(files) == 1 else ""
+    digest = common.file_sha256(files[0]) if len(files) == 1 else ""
     return {"path": dataset_id, "sha256": digest, "taken": f"{rows} rows"}
 
 
 # --- out -----------------------------------------------------------------------------------------
 
 
-def write(buffer: buffers.Buffer, dataset_id: str) -> None:
+def write(buffer: Buffer, dataset_id: str) -> None:
     """Make a local Minari set of a buffer. InputError where the id is taken or Minari refuses it."""
-    minari = convert.require("minari")
-    convert.require("h5py")
+    minari = common.require("minari")
+    common.require("h5py")
     from gymnasium import spaces
     from minari.data_collector import EpisodeBuffer
     from minari.storage.datasets_root_dir import get_dataset_path
 
     folder = get_dataset_path(dataset_id)
     if folder.exists():
-        raise convert.fail(dataset_id, "data set", "exists already", "choose another id or version")
-    extra = convert.extra_columns(buffer)
-    ends = convert.runs(buffer.arrays)
+        raise common.fail(dataset_id, "data set", "exists already", "choose another id or version")
+    extra = common.extra_columns(buffer)
+    ends = common.runs(buffer.arrays)
     episodes = []
     for start, end in zip(np.append(0, ends[:-1]), ends, strict=True):
         part = slice(start, end)
@@ -239,11 +238,11 @@ def write(buffer: buffers.Buffer, dataset_id: str) -> None:
                 action_space=spaces.Box(-1.0, 1.0, (sizes[1],), np.float32),
                 description=f"{buffer.metadata['dataset_name']}, written by udg-jax",
             )
-        made.storage.update_metadata({convert.EXTRA: json.dumps(convert.portable_metadata(buffer))})
+        made.storage.update_metadata({common.EXTRA: json.dumps(common.portable_metadata(buffer))})
     except (OSError, ValueError) as error:
         problem = f"cannot be written ({' '.join(str(error).split())[:160]})"
         remedy = "use an id like namespace/name-v0, and check the space on the disk"
-        raise convert.fail(dataset_id, "data set", problem, remedy) from None
+        raise common.fail(dataset_id, "data set", problem, remedy) from None
     finally:
         if made is None:  # Minari makes the folder before it looks at the id
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs import buffers, convert
+from envs.buffers.convert import common
+from envs.buffers.fields import BOMB_BYTES, BOMB_RATIO
+from envs.buffers.files import check_fits, check_is_file
 from envs.maze import MAPS
 from envs.tasks import D4RL as LOCOMOTION
-from envs.tasks import task as find_task
+from envs.worlds import task as find_task
 
 GOAL_RADIUS = 0.5  # AntMaze pays 1 within this distance, in metres
 MAX_STEP = 2.0  # metres; the ant's torso cannot move this far in one step, a reset can
@@ -101,7 +103,7 @@ def _find_family(path: Any, name: str, dt: float | None, episode_length: int | N
             return known._replace(dt=dt or known.dt, episode_length=episode_length or known.episode_length)
     if dt is None or episode_length is None:
         problem = f"'{name}' is no set that is known here ({', '.join(FAMILIES)})"
-        raise convert.fail(
+        raise common.fail(
             path, "name", problem, "give D4RL's name with --name, or --dt SECONDS and --episode-length STEPS"
         )
     return Family(None, f"d4rl/{name}", (0, 0), dt, episode_length, None)
@@ -117,14 +119,14 @@ def _find(h5py, file, path: Any, key: str):
         if not isinstance(node, h5py.Group) or part not in node:
             return None
         if not isinstance(node.get(part, getlink=True), h5py.HardLink):
-            raise convert.fail(path, key, "is a link, not data", "copy the data into the file")
+            raise common.fail(path, key, "is a link, not data", "copy the data into the file")
         node = node[part]
     if not isinstance(node, h5py.Dataset):
-        raise convert.fail(path, key, "is a group, not an array", "get the file again")
+        raise common.fail(path, key, "is a group, not an array", "get the file again")
     if node.is_virtual or node.external:
-        raise convert.fail(path, key, "keeps its data in another file", "copy the data into the file")
+        raise common.fail(path, key, "keeps its data in another file", "copy the data into the file")
     if node.dtype.kind not in "fiub" and not key.startswith("metadata/"):
-        raise convert.fail(path, key, f"holds {node.dtype}, not numbers", "give plain arrays of real numbers")
+        raise common.fail(path, key, f"holds {node.dtype}, not numbers", "give plain arrays of real numbers")
     return node
 
 
@@ -137,22 +139,22 @@ NEEDED = ("observations", "actions", "rewards", "terminals")
 
 def _read_arrays(path: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns a file has, with N rows each, as they are; and who made it."""
-    h5py = convert.require("h5py")
-    buffers.check_is_file(Path(path))
-    with convert.readable(path, "an hdf5 file"), h5py.File(path, "r") as file:
+    h5py = common.require("h5py")
+    check_is_file(Path(path))
+    with common.readable(path, "an hdf5 file"), h5py.File(path, "r") as file:
         nodes = {key: _find(h5py, file, path, key) for key in KEYS}
         nodes = {key: node for key, node in nodes.items() if node is not None}
         for key in NEEDED:
             if key not in nodes:
                 problem = f"is missing; the file holds {', '.join(list(file)[:20]) or 'nothing'}"
-                raise convert.fail(path, key, problem, "check that this is a D4RL file: docs/data.md lists its keys")
+                raise common.fail(path, key, problem, "check that this is a D4RL file: docs/data.md lists its keys")
         size = sum(node.dtype.itemsize * node.size for node in nodes.values())
         stored = sum(node.id.get_storage_size() for node in nodes.values())
-        if size > buffers.BOMB_BYTES and size > buffers.BOMB_RATIO * stored:
+        if size > BOMB_BYTES and size > BOMB_RATIO * stored:
             problem = f"{stored:,} bytes claim to unpack to {size:,}"
-            raise convert.fail(path, "file", problem, "do not trust this file; if it is yours, write it uncompressed")
+            raise common.fail(path, "file", problem, "do not trust this file; if it is yours, write it uncompressed")
         _check_shapes(path, {key: node.shape for key, node in nodes.items()})
-        buffers._check_fits(path, 2 * size, "convert the file on a machine with more memory")
+        check_fits(path, 2 * size, "convert the file on a machine with more memory")
         arrays = {key: node[()].reshape(len(node), *node.shape[1 : KEYS[key]]) for key, node in nodes.items()}
         maker = {key: _read_scalar(h5py, file, path, f"metadata/{key}") for key in ("algorithm", "iteration")}
     return arrays, {key: value for key, value in maker.items() if value is not None}
@@ -165,14 +167,14 @@ def _check_shapes(path: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         plain = shape[:-1] if KEYS[key] == 1 and len(shape) == 2 and shape[1] == 1 else shape
         if len(plain) != KEYS[key] or 0 in shape:
             want = "(N, size)" if KEYS[key] == 2 else "(N,) or (N, 1)"
-            raise convert.fail(path, key, f"has the shape {shape}, expected {want}", "get the file again")
+            raise common.fail(path, key, f"has the shape {shape}, expected {want}", "get the file again")
         if shape[0] != rows:
             problem = f"has {shape[0]} rows, observations has {rows}"
-            raise convert.fail(path, key, problem, "the file was cut short or put together from two: get it again")
+            raise common.fail(path, key, problem, "the file was cut short or put together from two: get it again")
     following = shapes.get("next_observations", shapes["observations"])
     if following != shapes["observations"]:
         problem = f"has the shape {following}, observations {shapes['observations']}"
-        raise convert.fail(path, "next_observations", problem, "get the file again")
+        raise common.fail(path, "next_observations", problem, "get the file again")
 
 
 def _read_scalar(h5py, file, path: Any, key: str) -> str | int | None:
@@ -237,7 +239,7 @@ def _cut(path: Any, arrays: dict[str, np.ndarray], family: Family, notes: list[s
     if given is None:
         unmarked = _breaks(observations, family)
     else:
-        unmarked = ~convert.same_rows(given, following)
+        unmarked = ~common.same_rows(given, following)
         unmarked[-1] = False
     if "timeouts" in arrays:
         timeouts = arrays["timeouts"]
@@ -247,7 +249,7 @@ def _cut(path: Any, arrays: dict[str, np.ndarray], family: Family, notes: list[s
     unmarked &= ~(hard | timeouts)
     if unmarked.mean() > UNMARKED_SHARE:
         problem = f"{100 * unmarked.mean():.0f} % of the rows inside episodes are not followed by their successor"
-        raise convert.fail(path, "observations", problem, "rows must be in the order of time: use the original file")
+        raise common.fail(path, "observations", problem, "rows must be in the order of time: use the original file")
     if unmarked.any():
         notes.append(f"{int(unmarked.sum())} ends of episodes carry no flag in the file: cut there")
     last = np.arange(len(terminals)) == len(terminals) - 1
@@ -283,7 +285,7 @@ def _root_planar(arrays, cut: _Cut, family: Family, notes: list[str]) -> tuple[d
     joints = family.num_qpos - 1
     if (
         qpos.shape[1] != family.num_qpos
-        or not convert.same_rows(qpos[:, 1:], observations[:, :joints]).mean() > AGREEMENT
+        or not common.same_rows(qpos[:, 1:], observations[:, :joints]).mean() > AGREEMENT
     ):
         notes.append("infos/qpos does not belong to the observations: no root columns (v1 files; use v2)")
         return {}, None
@@ -333,9 +335,9 @@ def _states_fit(observations: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) ->
     hidden, joints = qpos.shape[1] + qvel.shape[1] - observations.shape[1], observations.shape[1] - qvel.shape[1]
     if not 0 <= hidden <= 2 or joints < 1:
         return False
-    poses = convert.same_rows(qpos[:, hidden:], observations[:, :joints])
+    poses = common.same_rows(qpos[:, hidden:], observations[:, :joints])
     speeds = [np.clip(part, -CLIPPED_SPEED, CLIPPED_SPEED) for part in (qvel, observations[:, joints:])]
-    return bool((poses & convert.same_rows(*speeds)).mean() > AGREEMENT)
+    return bool((poses & common.same_rows(*speeds)).mean() > AGREEMENT)
 
 
 # --- all together --------------------------------------------------------------------------------
@@ -343,30 +345,30 @@ def _states_fit(observations: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) ->
 
 def read(
     path: Any, name: str | None = None, dt: float | None = None, episode_length: int | None = None
-) -> convert.Imported:
-    """Read a D4RL file as `envs.convert.from_d4rl` says -> Imported. Raises InputError."""
+) -> common.Imported:
+    """Read a D4RL file as `envs.buffers.convert.from_d4rl` says -> Imported. Raises InputError."""
     name = dataset_name(path, name)
     raw, maker = _read_arrays(path)
     family = _find_family(path, name, dt, episode_length)
     sizes = raw["observations"].shape[1], raw["actions"].shape[1]
     if family.sizes != (0, 0) and sizes != family.sizes:
         problem = f"{sizes[0]} numbers and {sizes[1]} actions, {name} has {family.sizes[0]} and {family.sizes[1]}"
-        raise convert.fail(path, "observations", problem, "give the right name with --name")
+        raise common.fail(path, "observations", problem, "give the right name with --name")
     notes: list[str] = []
     log_probs = raw.pop("infos/action_log_probs", None)
     state = raw.pop("infos/qvel", None)
     state = None if state is None or "infos/qpos" not in raw else (raw["infos/qpos"], state)
     speeds = None  # a checked copy; the state itself stays as exact as the file
     if state is not None:
-        speeds = convert.to_float32(path, "infos/qvel", state[1])
+        speeds = common.to_float32(path, "infos/qvel", state[1])
     arrays = {}
     for key, column in raw.items():
-        check = convert.to_flags if key in ("terminals", "timeouts") else convert.to_float32
+        check = common.to_flags if key in ("terminals", "timeouts") else common.to_float32
         arrays[key] = check(path, key, column)
     cut = _cut(path, arrays, family, notes)
     kept = np.flatnonzero(cut.valid)
     if not len(kept):
-        raise convert.fail(path, "observations", "no row has a true successor", "use a file with next_observations")
+        raise common.fail(path, "observations", "no row has a true successor", "use a file with next_observations")
     columns, agreement = {}, None
     if family.maze:
         columns, agreement = _maze_columns(arrays, cut, family, notes)
@@ -384,7 +386,7 @@ def read(
         "layout": "task" if family.task else "env", "dt": family.dt, "episode_length": family.episode_length,
         "generator": {"script": "d4rl", "flags": maker}, "reference": family.reference,
         "rows_dropped": cut.rows_dropped, "reward_agreement": agreement,
-        "parents": [{"path": Path(path).name, "sha256": convert.file_sha256(path), "taken": f"{len(kept)} rows"}],
+        "parents": [{"path": Path(path).name, "sha256": common.file_sha256(path), "taken": f"{len(kept)} rows"}],
     }  # fmt: skip
     if state is not None and not _states_fit(arrays["observations"], arrays["infos/qpos"], speeds):
         state = None
@@ -392,4 +394,4 @@ def read(
             notes.append("infos/qpos and infos/qvel are not the states of their rows: the observations are replayed")
     if state is not None:
         state = tuple(np.asarray(part, np.float64)[kept] for part in state)
-    return convert.Imported({key: column[kept] for key, column in columns.items()}, metadata, state, notes, str(path))
+    return common.Imported({key: column[kept] for key, column in columns.items()}, metadata, state, notes, str(path))

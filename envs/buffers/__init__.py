@@ -1,0 +1,38 @@
+"""Buffer files: read, check, write. The contract is docs/buffer.md.
+
+A buffer is one flat `.npz`: per-transition columns of N rows, per-episode arrays of E rows and `metadata_json`. Columns
+of an uncompressed file are memory-mapped, so that a file may be larger than the memory and reading one key costs only
+that key. Nothing is ever unpickled, nothing in a file is evaluated or used as a path.
+
+    buffer = envs.buffers.load("runs/wurl_sac/ant/seed0/buffers/policy_00.npz")
+    buffer["observations"], buffer.metadata["env"], len(buffer), buffer.num_episodes
+    envs.buffers.save("mine.npz", arrays, metadata)
+
+    python -m envs.buffers inspect FILE [--figure out.png]
+"""
+
+from envs.buffers.checks import validate
+from envs.buffers.fields import (
+    ACTION_LIMIT,
+    COLUMNS,
+    EPISODE_KEYS,
+    METADATA,
+    METADATA_DEFAULTS,
+    METADATA_TYPES,
+    REQUIRED,
+    SCHEMA,
+    SCHEMA_VERSION,
+    STRUCTURE,
+    Buffer,
+    fail,
+)  # fmt: skip
+from envs.buffers.files import available_memory, check_is_file, find, sha256, write_npz
+from envs.buffers.load import digests, import_command, load, load_task, read_metadata
+from envs.buffers.save import git_commit, save, versions
+
+__all__ = [
+    "ACTION_LIMIT", "COLUMNS", "EPISODE_KEYS", "METADATA", "METADATA_DEFAULTS", "METADATA_TYPES", "REQUIRED", "SCHEMA",
+    "SCHEMA_VERSION", "STRUCTURE", "Buffer", "available_memory", "check_is_file", "digests", "fail", "find",
+    "git_commit", "import_command", "load", "load_task", "read_metadata", "save", "sha256", "validate", "versions",
+    "write_npz",
+]  # fmt: skip

@@ -1,0 +1,83 @@
+"""Data of other projects in and out: D4RL, Minari and OGBench files <-> buffer files.
+
+    from envs.buffers import convert
+
+    convert.from_d4rl("hopper_medium-v2.hdf5")            -> data/hopper-medium-v2.npz
+    convert.from_minari("mujoco/hopper/medium-v0", task="hopper")
+    convert.from_ogbench("antmaze-large-navigate-v0.npz")
+    convert.to_minari("data/hopper-medium-v2.npz", "udg/hopper-v0")
+    convert.to_ogbench("data/hopper-medium-v2.npz", "hopper-ogbench.npz")
+    convert.replay_agreement("hopper_medium-v2.hdf5", env)
+
+Each dialect is one module that knows its traps; docs/data.md lists them. A row whose true successor is unknown is
+dropped and counted, never given a made-up one.
+"""
+
+from pathlib import Path
+
+from envs.buffers.convert import d4rl, minari, ogbench
+from envs.buffers.convert.common import runs
+from envs.buffers.convert.physics import describe_checks, replay_agreement
+from envs.buffers.convert.write import write
+from envs.buffers.fields import fail
+from envs.buffers.load import load
+from envs.worlds import task as find_task
+
+__all__ = [
+    "describe_checks", "from_d4rl", "from_minari", "from_ogbench", "replay_agreement", "runs", "to_minari",
+    "to_ogbench", "write",
+]  # fmt: skip
+
+
+def _seconds(task: str | None, dt: float | None) -> float | None:
+    """Seconds per step: as given, else of a task that is named, else left to the file."""
+    return find_task(task).dt if dt is None and task is not None else dt
+
+
+def from_d4rl(path, out=None, *, name=None, task=None, dt=None, episode_length=None, **choices) -> Path:
+    """Convert a D4RL hdf5 file.
+
+    Args:
+        path: the file. out: buffer file to write, by default data/<name>.npz.
+        name: D4RL's name of the set, e.g. "hopper-medium-v2"; by default from the file's name.
+        task: name of the task the rewards belong to, where the file does not say it.
+        dt, episode_length: seconds per step, steps of an episode: for sets this project does not
+            know, and to override.
+        choices: of `write`.
+
+    Returns: the path written. Raises: InputError naming file, key and remedy.
+    """
+    return write(d4rl.read(path, name, _seconds(task, dt), episode_length), out, task=task, **choices)
+
+
+def from_minari(dataset_id, out=None, *, keys=None, task=None, dt=None, episode_length=None, **choices) -> Path:
+    """Convert a Minari data set that is on this machine.
+
+    Args:
+        dataset_id: Minari's id, e.g. "mujoco/hopper/medium-v0".
+        keys: parts of a Dict observation to put together, in this order.
+        out, task, dt, episode_length, choices: as in `from_d4rl`.
+    """
+    return write(minari.read(dataset_id, keys, _seconds(task, dt), episode_length), out, task=task, **choices)
+
+
+def from_ogbench(path, out=None, *, task=None, dt=None, episode_length=None, **choices) -> Path:
+    """Convert an OGBench npz file, or one that `to_ogbench` wrote. Arguments as in `from_d4rl`."""
+    return write(ogbench.read(path, _seconds(task, dt), episode_length), out, task=task, **choices)
+
+
+def to_minari(path, dataset_id: str) -> str:
+    """Make a local Minari data set of a buffer file; -> its id. InputError where the id is taken."""
+    minari.write(load(path, quiet=True), dataset_id)
+    print(f"wrote {dataset_id}: minari.load_dataset({dataset_id!r})")
+    return dataset_id
+
+
+def to_ogbench(path, out, *, force: bool = False) -> Path:
+    """Write a buffer file in OGBench's layout; -> the path. InputError where `out` exists."""
+    out = Path(out)
+    if out.exists() and not force:
+        raise fail(out, "file", "exists already", "name another file, or allow it with --force")
+    ogbench.write(load(path, quiet=True), out)
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return out

@@ -1,0 +1,54 @@
+"""What a name stands for: its task, and its environment on a physics back end.
+
+An engine is imported only when a world that needs it is made.
+"""
+
+from envs import point, tasks
+from envs.base import Env
+from envs.errors import InputError
+from envs.task import Task
+from envs.tasks import check_options, task_options
+
+
+def task(name: str, **options) -> Task:
+    """Return the task of a name. options: fields of the task, as in `Task.options`.
+
+    The numbers in a name (an angle) may be repeated as options, so `task(name, **task(name).options)` works. Reference
+    returns are known for measured tasks under their own options only. An unknown name raises InputError with the near
+    names, an unknown option with the known ones.
+    """
+    if name.startswith("brax/"):
+        from envs.brax_worlds import brax_task
+
+        return brax_task(name, **options)
+    return tasks.task(name, **options)
+
+
+def make(name: str | Task, backend: str | None = None, **options) -> Env:
+    """Make the environment of a world or task name, or of a Task with the options that it has.
+
+    backend: "mujoco" (C MuJoCo, the default on a CPU) or "mjx" (the default elsewhere) for the
+        MuJoCo robots, one of brax's for brax/<name>, None or "jax" for the point robots.
+    options: fields of the task (`Task.options`), and for the MuJoCo robots the arguments of
+        `envs.physics.MujocoEnv`: xml, gear, margin_scale, contact_cost, num_threads.
+    Unknown names, back ends and options raise InputError.
+    """
+    if isinstance(name, Task):
+        options = {k: v for k, v in name.options.items() if k in task_options(name.name)} | options
+        name = name.name
+    backend = None if backend == "auto" else backend
+    if name.startswith("brax/"):
+        from envs.brax_worlds import BraxEnv
+
+        return BraxEnv(name, backend, **options)
+    chosen = task(name, **{k: v for k, v in options.items() if k in task_options(name)})
+    if chosen.env in point.WORLDS:
+        check_options(name, options, task_options(name))
+        if backend not in (None, "jax"):
+            raise InputError(f"'{name}' has one back end, 'jax'; asked for '{backend}'")
+        return point.WORLDS[chosen.env](chosen)
+    from envs import physics
+
+    check_options(name, options, task_options(name) + physics.OPTIONS)
+    own = {key: value for key, value in options.items() if key in physics.OPTIONS}
+    return physics.MujocoEnv(chosen, backend, **own)
