@@ -966,7 +966,6 @@ def main(args):
     check_args(args)
     buffer, task = runner.open_task("qdq", args, Transitions._fields)
     data, entries, (mean, std) = qdq_data(buffer, args)
-    check_entries(entries, *window_sizes(args, buffer.metadata["episode_length"]), args)
     teacher, student, policy = make_train(args, task.observation_size, task.action_size)
     keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)
     act = lambda actor, s, key: policy_mean(actor.mean, (s - mean) / std, args, task.action_size)
@@ -982,6 +981,7 @@ def main(args):
     given = {"student": envs.buffers.sha256(np.asarray(model.net.trunk.weights[-1]))} if args.student else {}
 
     with runner.Run("qdq", args, task, buffer, **given) as run:
+        check_entries(entries, *window_sizes(args, buffer.metadata["episode_length"]), args)
         if model is None:
             programs = (
                 run.compile(teacher.chunk, first, entries),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -52,6 +53,7 @@ class Run:
             print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
         elif args.resume:
             self.read_states()
+        self.resumed = bool(self.states)
         self.make_folder()
 
     def make_folder(self):
@@ -61,8 +63,8 @@ class Run:
                 return
             for torn in self.folder.glob("**/.*.npz.*.tmp"):  # a kill left it while a file was being written
                 torn.unlink(missing_ok=True)
-            if not self.states:
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+            if not os.access(self.folder, os.W_OK):
+                raise OSError("no permission, or a read-only disk")
         except OSError as error:
             raise envs.InputError(f"{self.folder}: cannot be written ({error}); choose another --out") from None
 
@@ -132,6 +134,8 @@ class Run:
         if self.is_first:
             where = self.folder / self.phase
             where.mkdir(exist_ok=True)
+            if not self.resumed and not self._logger:  # the first file of a run: nothing can refuse it any more
+                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
             save_state(where, state, {**self.meta, "identity": self.identity, "log": self.logger.file.tell()})
 
     def chunks(self, label, total, done, size=None):

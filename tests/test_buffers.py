@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from envs import InputError, buffers
 from envs.buffers import figures as buffer_figures
+from envs.buffers import files
 
 ROOT = Path(__file__).parents[1]
 
@@ -466,7 +467,7 @@ def test_sha256_finds_a_flipped_value(saved):
 def test_memory_that_does_not_suffice_is_refused_with_the_number(saved, monkeypatch):
     path, _ = saved
     rewrite(path, compressed=True)
-    monkeypatch.setattr(buffers, "available_memory", lambda: 100.0)
+    monkeypatch.setattr(files, "available_memory", lambda: 100.0)
     refused(path, "GB of memory", "uncompressed")
 
 
@@ -523,7 +524,7 @@ def test_a_crash_between_writing_and_renaming_leaves_the_old_file(saved, monkeyp
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(buffers.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         buffers.save(path, make_arrays((9,)), make_metadata())
     assert path.read_bytes() == before

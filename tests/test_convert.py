@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import dac
 import envs
+import runner
 import udg_select
 from envs import InputError, buffers, maze
 from envs.buffers import convert
@@ -466,7 +467,7 @@ def test_a_d4rl_file_becomes_a_scored_policy(tmp_path, capsys):
     made = convert.from_d4rl(path, tmp_path / "hopper.npz", replay=False)
     small = "--hidden-sizes 16 16 --num-critics 3 --num-q-samples 2 --batch-size 16 --num-steps 3 --eval-episodes 2"
     flags = f"--dataset {made} --out {tmp_path / 'run'} --chunk 20 --num-updates 40 --eval-every 20 {small}"
-    result = dac.main(dac.parse_args(flags.split(), dac.dac_preset))
+    result = dac.main(runner.parse(dac.Args, flags.split(), dac.preset))
     said = capsys.readouterr().out
     assert "as published for hopper-medium-replay-v2" in said
     task = envs.task("hopper")
