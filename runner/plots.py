@@ -7,12 +7,15 @@ import numpy as np
 
 
 def read(run, key):
-    """{seed: (steps [n], values [n, ..])} of one key of a run, its folder or its log, in the order of the log."""
+    """{seed: (steps [n], values [n, ..])} of one key of a run, its folder or its log, in the order of the log.
+
+    Records of a run without seeds stand under None.
+    """
     found, path = {}, Path(run)
     for line in (path / "log.jsonl" if path.is_dir() else path).read_text().splitlines()[1:]:
         record = json.loads(line)
         if key in record:
-            steps, values = found.setdefault(record["seed"], ([], []))
+            steps, values = found.setdefault(record.get("seed"), ([], []))
             steps.append(record["step"])
             values.append(record[key])
     return {seed: (np.array(s), np.array(v)) for seed, (s, v) in found.items()}

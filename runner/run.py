@@ -164,10 +164,7 @@ class Run:
 
     def leave_if_stopped(self):
         if self.stopped:
-            said = f"stopped by {self.stopped} at {self.label} {self.step}; go on with the same command and --resume"
-            if jax.process_count() > 1:
-                devices.leave(said)
-            sys.exit(said)
+            sys.exit(f"stopped by {self.stopped} at {self.label} {self.step}; go on with the same command and --resume")
 
     def due(self, step):
         """Whether an evaluation is due: every --eval-every updates and at the end."""

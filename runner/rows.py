@@ -1,0 +1,65 @@
+"""Rows of policies: files that grow while a run goes on, and the buffers that they become at its end.
+
+Where several processes share the policies, each one keeps the files of its own.
+"""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+
+from envs.episodes import EpisodeFiles
+from runner import devices
+
+
+class PolicyRows(EpisodeFiles):
+    """The row files (envs.episodes) of `count` policies in one folder."""
+
+    def __init__(self, folder, count, env, rows=None):
+        """Open them; rows: of all policies, how many to keep (`rows()` of an earlier process), None for none."""
+        self.count = count
+        goals = "goal" in jax.eval_shape(env.reset, jax.random.key(0)).info
+        own = devices.own_policies(count)
+        super().__init__(folder, own, env.observation_size, env.action_size, rows, goals)
+
+    def own(self, tree):
+        """Of arrays [R, K, ..] on the devices of all processes this process's policies, on the host."""
+        return jax.tree.map(lambda x: devices.own_part(x, self.count), tree)
+
+    def rows(self):
+        """Rows of every policy by now [K], whichever process keeps them."""
+        counts = np.zeros(self.count, np.int32)
+        counts[self.policies] = self.counts
+        return devices.added_up(counts).tolist()
+
+
+def are_finished(run, count):
+    """Whether a resumed run has all its buffers and has begun to remove row files, its last act; removes the rest."""
+    names = [f"policy_{k:02d}" for k in range(count)]
+    whole = run.states and all((run.folder / "buffers" / f"{name}.npz").exists() for name in names)
+    if not whole or all((run.folder / "rows" / f"{name}.rows").exists() for name in names):
+        return False
+    for left in ("rows", "rollouts"):
+        shutil.rmtree(run.folder / left, ignore_errors=True)
+    print(f"{run.folder}: this run is finished: its buffers are whole")
+    return True
+
+
+def write_buffers(run, name, env, episode_length, files, fresh=None):
+    """The last act of a run: buffers/policy_XX.npz, whole, of the rows of training or of fresh ones; then the row files
+    go. A density is worth keeping of fresh rows only: during training the policies move on."""
+    task, args = run.task, run.args
+    metadata = {
+        "dataset_name": name, "env": task.env, "layout": "env", "task": task.name,
+        "reward_kind": "task" if task.has_reward else "none", "task_options": task.options, "dt": task.dt,
+        "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
+        "generator": {"script": f"{run.script}.py", "flags": dataclasses.asdict(args)}, "parents": [],
+    }  # fmt: skip
+    if fresh:
+        fresh.finish(run.folder / "buffers", metadata, [0] * fresh.count, drop=("pseudo_rewards",))
+    else:
+        files.finish(run.folder / "buffers", metadata, run.meta["warmup"], drop=("action_log_probs",))
+    devices.wait_for_all("all buffers are written")
+    for each in (files, fresh) if fresh else (files,):
+        each.remove()
