@@ -52,8 +52,6 @@ Expect     ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 
 
 import dataclasses
 import functools
-import json
-import shutil
 import time
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -67,9 +65,8 @@ import optax
 
 import envs
 import runner
-from envs.buffers.episodes import EpisodeFiles
-from envs.distances import pairwise_apwd, unit_directions
-from runner import devices
+from envs.distances import distance_matrix, neighbour_distances, pairwise_apwd, unit_directions
+from runner import devices, plots, rows
 
 
 @dataclass(frozen=True)
@@ -189,6 +186,10 @@ PRESETS = {
     ),
 }  # fmt: skip
 QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_every=1_500)
+CURVES = {  # of distances.png
+    "pair_mean_w": "mean over pairs", "min_w": "nearest other, mean over policies",
+    "smallest_w": "nearest other, smallest",
+}  # fmt: skip
 SHOWN = ("train/min_w", "train/reward", "train/q", "train/entropy")  # in the progress line
 
 
@@ -362,21 +363,19 @@ def dads_loss(net, features, change, index, args):
     return -dads_log_prob(net, features, change, index, args).mean()
 
 
-def fit_net(net, net_opt, loss, rows, alive, key, args, batch_size=200):
-    """N L Adam steps of the discriminator or predictor on this round: rows [K, N, L, ..], alive [K, N, L]."""  # D13
+def fit_net(net, net_opt, loss, rows, mask, key, rate, num_steps, batch_size=200):
+    """Adam steps on loss(net, *rows) over rows [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state."""
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
-    valid = jnp.argsort(~alive.reshape(-1), stable=True)  # steps that happened first
+    valid = jnp.argsort(~mask.reshape(-1), stable=True)  # rows with mask first
 
     def step(carry, key):
         net, opt = carry
-        i = valid[jax.random.randint(key, (batch_size,), 0, alive.sum())]
-        grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], rows), args)
-        updates, opt = optax.adam(args.discriminator_lr).update(grads, opt)
+        i = valid[jax.random.randint(key, (batch_size,), 0, mask.sum())]
+        grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], rows))
+        updates, opt = optax.adam(rate).update(grads, opt)
         return (optax.apply_updates(net, updates), opt), None
 
-    keys = jax.random.split(key, alive[0].size)
-    (net, net_opt), _ = jax.lax.scan(step, (net, net_opt), keys)
-    return net, net_opt
+    return jax.lax.scan(step, (net, net_opt), jax.random.split(key, num_steps))[0]
 
 
 def pseudo_reward(net, net_opt, features, alive, key, args):
@@ -391,15 +390,17 @@ def pseudo_reward(net, net_opt, features, alive, key, args):
     directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
     reward, distances = apwd_reward(features, alive, features, alive, directions, args)
     index = jnp.broadcast_to(jnp.arange(K)[:, None, None], alive.shape)
+    fit = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # of this round's rows alone: D13
     if args.objective == "diayn":
-        reward = diayn_reward(net, features, args)
-        net, net_opt = fit_net(net, net_opt, diayn_loss, (features, index), alive, key_net, args)
+        reward, loss = diayn_reward(net, features, args), functools.partial(diayn_loss, args=args)
+        net, net_opt = fit_net(net, net_opt, loss, (features, index), alive, **fit)
     if args.objective == "dads":
         before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
         change = (features - before) / jnp.maximum((features - before).std((0, 1, 2)), 1e-6)
         known = alive & (jnp.arange(alive.shape[-1]) > 0)  # the feature before the first step is not
         reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
-        net, net_opt = fit_net(net, net_opt, dads_loss, (before, change, index), known, key_net, args)
+        loss = functools.partial(dads_loss, args=args)
+        net, net_opt = fit_net(net, net_opt, loss, (before, change, index), known, **fit)
     if args.objective == "none":
         reward = jnp.zeros_like(reward)
     return reward, distances, net, net_opt
@@ -460,11 +461,8 @@ class Agent(NamedTuple):
 def adam(args):
     """Adam whose rate falls linearly to 0 over the last `lr_decay` of the run."""  # D10
     start = int((1 - args.lr_decay) * args.num_updates)
-    length = max(args.num_updates - start, 1)
-    rate = args.learning_rate
-    if args.lr_decay:
-        rate = optax.linear_schedule(args.learning_rate, 0.0, length, start)
-    return optax.adam(rate)
+    falling = optax.linear_schedule(args.learning_rate, 0.0, max(args.num_updates - start, 1), start)
+    return optax.adam(falling if args.lr_decay else args.learning_rate)
 
 
 def wurl_update(agent, replay, key, args, observe):
@@ -475,13 +473,13 @@ def wurl_update(agent, replay, key, args, observe):
     alpha = jnp.exp(agent.log_alpha)
     optimiser = adam(args)
 
-    grad_fn = jax.value_and_grad(wurl_critic_loss, has_aux=True)
-    (_, critic_metrics), grads = grad_fn(agent.critic, agent.target, agent.actor, alpha, batch, key_critic, args)
+    critic_grad = jax.grad(wurl_critic_loss, has_aux=True)
+    grads, critic_metrics = critic_grad(agent.critic, agent.target, agent.actor, alpha, batch, key_critic, args)
     step, critic_opt = optimiser.update(grads, agent.critic_opt)
     critic = optax.apply_updates(agent.critic, step)
 
-    grad_fn = jax.value_and_grad(wurl_actor_loss, has_aux=True)
-    (_, actor_metrics), grads = grad_fn(agent.actor, critic, alpha, batch, key_actor, args)
+    actor_grad = jax.grad(wurl_actor_loss, has_aux=True)
+    grads, actor_metrics = actor_grad(agent.actor, critic, alpha, batch, key_actor, args)
     step, actor_opt = optimiser.update(grads, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
 
@@ -558,60 +556,32 @@ def feature_function(args, task):
     return lambda transition: scales * transition.next_observations[..., index]
 
 
-def distance_metrics(distances, prefix, suffix=""):
-    """Of a [K, K] matrix: distance to the nearest other policy (mean: the authors' WD), mean over pairs; {} of one."""
-    K = len(distances)
-    if K == 1:
-        return {}
-    others = jnp.where(jnp.eye(K, dtype=bool), jnp.inf, distances)
-    nearest = others.min(1)
-    is_nearest = jnp.zeros(K, bool).at[others.argmin(1)].set(True)
-    return {
-        f"{prefix}/min_w{suffix}": nearest.mean(),
-        f"{prefix}/smallest_w{suffix}": nearest.min(),
-        f"{prefix}/pair_mean_w{suffix}": (distances.sum() - jnp.trace(distances)) / (K * (K - 1)),
-        f"{prefix}/distinct_nearest{suffix}": is_nearest.sum(),
-    }
+def feature_names(args, task):
+    """Names [d] of the features that are measured, without their scales."""
+    if args.div_features == "task":
+        return task.feature_names
+    index = range(task.env_observation_size) if args.div_features == "full" else args.div_features.split(",")
+    return tuple(f"s'[{i}]" for i in index)
 
 
-def discriminator_success(x, train, test, key, args, num_steps=1_000, batch_size=200):
-    """Geometric mean of p(policy | state) and accuracy of a fresh K-way MLP (Adam 2e-3, authors' protocol).
+def discriminator_success(x, train, test, key, args):
+    """Geometric mean of p(policy | state) and accuracy of a fresh K-way MLP (1000 Adam steps, authors' protocol).
 
     x [K, E, L, S] states; trained on the rows with train [K, E, L], judged on those with test [K, E, L].
     """
-    net, optimiser = MLP((*args.hidden_sizes[:2], len(x))), optax.adam(2e-3)
-    y = jnp.broadcast_to(jnp.arange(len(x))[:, None, None], train.shape).reshape(-1)
-    x, rows = x.reshape(-1, x.shape[-1]), jnp.argsort(~train.reshape(-1), stable=True)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-    def step(carry, key):
-        params, opt = carry
-        i = rows[jax.random.randint(key, (batch_size,), 0, train.sum())]
-        grads = jax.grad(lambda p: cross_entropy(net.apply(p, x[i]), y[i]).mean())(params)
-        updates, opt = optimiser.update(grads, opt)
-        return (optax.apply_updates(params, updates), opt), None
-
+    net, cross_entropy = MLP((*args.hidden_sizes[:2], len(x))), optax.softmax_cross_entropy_with_integer_labels
+    y = jnp.broadcast_to(jnp.arange(len(x))[:, None, None], train.shape)
+    loss = lambda params, x, y: cross_entropy(net.apply(params, x), y).mean()
     key_init, key_steps = jax.random.split(key)
-    params = net.init(key_init, x[:1])
-    keys = jax.random.split(key_steps, num_steps)
-    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), keys)
-    logits, weight = net.apply(params, x), test.reshape(-1) / test.sum()
+    params = net.init(key_init, x[0, 0, :1])
+    params, _ = fit_net(params, optax.adam(2e-3).init(params), loss, (x, y), train, key_steps, 2e-3, 1_000)
+    logits, y, weight = net.apply(params, x.reshape(-1, x.shape[-1])), y.reshape(-1), test.reshape(-1) / test.sum()
     return jnp.exp(-cross_entropy(logits, y) @ weight), (logits.argmax(-1) == y) @ weight
 
 
 def make_evaluation(args, task, rollouts):
     """-> evaluation(actor [K], key, E) -> metrics (numbers and arrays [K]), arrays for the figures, on the host."""
     features_of = feature_function(args, task)
-
-    def pair_distances(points, mask, num_directions):
-        """[K, K] over at most 10,000 points a policy (K > 100: fewer), along the same directions every time."""
-        K, _, L, d = points.shape
-        if K == 1:
-            return jnp.zeros((1, 1))
-        keep = max(1, min(10_000, 10**8 // K**2) // L)  # of the [K, K, points] there are three at a time
-        points, mask = points[:, :keep].reshape(K, -1, d), mask[:, :keep].reshape(K, -1)
-        cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), num_directions, d))
-        return cost.sum(-1) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
 
     @functools.partial(jax.jit, static_argnums=2, out_shardings=devices.placed(args.num_policies, args))
     def evaluation(actor, key, num_episodes):
@@ -629,15 +599,14 @@ def make_evaluation(args, task, rollouts):
             "eval/direction_deg": jnp.degrees(angle) % 360,
             "eval/length": alive.sum(-1).mean(1),
         }
-        distances = pair_distances(features, alive, 32)
+        distances = distance_matrix(features, alive, 32)
         if args.num_policies > 1:
-            metrics |= distance_metrics(distances, "eval")
-            metrics |= distance_metrics(pair_distances(full, alive, 8), "eval", "_full")
+            in_full = neighbour_distances(distance_matrix(full, alive, 8))
+            metrics |= {f"eval/{name}": x for name, x in neighbour_distances(distances).items()}
+            metrics |= {f"eval/{name}_full": x for name, x in in_full.items()}
             even = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
-            for name, train, test, k in (
-                ("", alive, alive, key_all),
-                ("_held_out", even, alive & ~even, key_half),
-            ):
+            splits = ("", alive, alive, key_all), ("_held_out", even, alive & ~even, key_half)
+            for name, train, test, k in splits:
                 success, accuracy = discriminator_success(full, train, test, k, args)
                 metrics |= {f"eval/disc_success{name}": success, f"eval/disc_accuracy{name}": accuracy}
         if task.has_reward:
@@ -666,12 +635,6 @@ def is_diverse(args):
     return args.diversity_weight != 0 and args.objective != "none"
 
 
-def empty_transition(env):
-    """A Transition of zeros: the shapes of one step of the world."""
-    obs, two = jnp.zeros(env.observation_size), jnp.zeros(2)
-    return envs.Transition(obs, jnp.zeros(env.action_size), obs, two, two)
-
-
 def init_agent(key, args, env, observe):
     """Networks, target and optimisers of one policy."""
     key_actor, key_critic = jax.random.split(key)
@@ -690,17 +653,6 @@ def init_net(key, num_features, args):
     if args.objective == "dads":
         return MLP((256, 256, num_features)).init(key, jnp.zeros(num_features + args.num_policies))
     return {}
-
-
-def init_state(key, args, env, task, observe):
-    """All that a run begins with: K agents and empty replays."""
-    key, key_agents, key_net = jax.random.split(key, 3)
-    t = empty_transition(env)
-    row = Transitions(t.observations, t.actions, jnp.float32(0), t.next_observations, jnp.float32(0))
-    agent = jax.vmap(lambda key: init_agent(key, args, env, observe))(jax.random.split(key_agents, args.num_policies))
-    replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(jnp.arange(args.num_policies))
-    net = init_net(key_net, jax.eval_shape(feature_function(args, task), t).shape[-1], args)
-    return WurlState(key, jnp.int32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net))
 
 
 def round_sizes(args, episode_length):
@@ -727,6 +679,17 @@ def make_train(args, env, task, observe, episode_length):
         1 if jax.default_backend() == "cpu" and max(args.hidden_sizes) > 128 else args.num_policies
     )
 
+    def init(key):
+        """Agents [K], empty replays [K], and the network of the objective."""
+        key, key_agents, key_net = jax.random.split(key, 3)
+        obs, two, keys = jnp.zeros(env.observation_size), jnp.zeros(2), jax.random.split(key_agents, args.num_policies)
+        step = envs.Transition(obs, jnp.zeros(env.action_size), obs, two, two)
+        row = Transitions(obs, step.actions, jnp.float32(0), obs, jnp.float32(0))
+        agent = jax.vmap(lambda key: init_agent(key, args, env, observe))(keys)
+        replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(keys)
+        net = init_net(key_net, jax.eval_shape(features_of, step).shape[-1], args)
+        return WurlState(key, jnp.int32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net))
+
     def rollouts(actor, keys, num_envs, random=False, restart=False):
         """Line (1) for all policies: actor [K], keys [K] -> Rollout [K, N, L, ..]."""
         one = lambda actor, key: rollout(
@@ -752,8 +715,8 @@ def make_train(args, env, task, observe, episode_length):
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
         if warmup and args.warmup_zero_reward:  # D6
             mixed = jnp.zeros_like(mixed)
-        rows = Transitions(t.observations, t.actions, mixed, t.next_observations, steps.terminals * 1.0)
-        flat = jax.tree.map(lambda x: x.reshape(K, -1, *x.shape[3:]), (rows, steps.alive))
+        seen = Transitions(t.observations, t.actions, mixed, t.next_observations, steps.terminals * 1.0)
+        flat = jax.tree.map(lambda x: x.reshape(K, -1, *x.shape[3:]), (seen, steps.alive))
         replay = jax.vmap(ring_insert)(state.replay, *flat)
         agent, metrics, count = state.agent, {}, state.num_updates
         if not (warmup or args.random):
@@ -772,9 +735,8 @@ def make_train(args, env, task, observe, episode_length):
         out = sharding, (sharding.key, sharding.key, split, split)
         return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
-    init = jax.jit(lambda key: init_state(key, args, env, task, observe), out_shardings=sharding)
-    chunk = rounds(args.chunk // updates_per_round, False)
-    return init, rounds(num_warmup, True), chunk, rollouts
+    warmup, chunk = rounds(num_warmup, True), rounds(args.chunk // updates_per_round, False)
+    return jax.jit(init, out_shardings=sharding), warmup, chunk, rollouts
 
 
 # === run ===
@@ -811,8 +773,7 @@ def check_args(args, task, episode_length):
     runner.check_run(args)
     _, updates, _ = round_sizes(args, episode_length)
     steps, num_obs = args.num_envs * episode_length, task.env_observation_size
-    index = args.div_features.split(",")
-    num_features = {"task": len(task.feature_names), "full": num_obs}.get(args.div_features, len(index))
+    index, num_features = args.div_features.split(","), len(feature_names(args, task))
     runner.refuse({
         f"--div-features: task, full or indices below {num_obs}, such as 0,1":
             args.div_features in ("task", "full") or all(i.isdigit() and int(i) < num_obs for i in index),
@@ -856,25 +817,12 @@ def announce(args, task, env, episode_length):
     return 2 * args.num_policies * steps * row
 
 
-def row_files(folder, args, env, counts=None):
-    """The growing files of this process's policies, cut back to `counts` rows."""
-    own, goals = devices.own_policies(args.num_policies), "goal" in jax.eval_shape(env.reset, jax.random.key(0)).info
-    return EpisodeFiles(folder, own, env.observation_size, env.action_size, counts, goals)
-
-
-def record(files, args, task, steps, pseudo_rewards):
+def record(files, task, steps, pseudo_rewards):
     """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
-    steps, pseudo_rewards = jax.tree.map(lambda x: devices.own_part(x, args.num_policies), (steps, pseudo_rewards))
+    steps, pseudo_rewards = files.own((steps, pseudo_rewards))
     rewards = np.asarray(task.reward(steps.transition), np.float32)
     columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
     files.append(steps.transition, steps.terminals, steps.alive, **columns)
-
-
-def all_counts(files, args):
-    """Rows of every policy [K], whichever process writes them."""
-    counts = np.zeros(args.num_policies, np.int32)
-    counts[files.policies] = files.counts
-    return devices.added_up(counts).tolist()
 
 
 def collapse(metrics, step, args):
@@ -910,7 +858,7 @@ def log_evaluation(run, step, train, metrics, actor, files):
     show_evaluation(step, metrics, run.args)
     if run.args.keep_policies:
         told = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
-        told |= {"update": step, "rows": all_counts(files, run.args)}
+        told |= {"update": step, "rows": files.rows()}
         write_policy(run, actor, f"policies/update_{step:07d}.npz", **told)
 
 
@@ -926,67 +874,30 @@ def write_policy(run, actor, name="policy.npz", **about):
 def write_figures(run, snapshot):
     """trajectories.png and, of several policies, distances.png."""
     args, task = run.args, run.task
-    names = task.feature_names
-    if args.div_features != "task":
-        every = ",".join(map(str, range(task.env_observation_size)))
-        names = [f"s'[{i}]" for i in (every if args.div_features == "full" else args.div_features).split(",")]
+    names = feature_names(args, task)
     if args.feature_scales:
         names = [f"{scale:g} x {name}" for scale, name in zip(args.feature_scales, names, strict=True)]
     task = dataclasses.replace(task, feature_names=tuple(names))
     paths = [snapshot[k] for k in ("paths", "features", "alive")]
     envs.figures.plot_paths(run.folder / "trajectories.png", task, *paths)
     if args.num_policies > 1:
-        records = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()[1:]]
-        labels = {
-            "pair_mean_w": "mean over pairs", "min_w": "nearest other, mean over policies",
-            "smallest_w": "nearest other, smallest",
-        }  # fmt: skip
-        curves = {label: [r[f"eval/{name}"] for r in records] for name, label in labels.items()}
-        steps = [r["step"] for r in records]
-        envs.figures.plot_distances(run.folder / "distances.png", task, steps, curves, snapshot["matrix"])
+        log = {name: plots.read(run.folder, f"eval/{name}")[None] for name in CURVES}
+        curves = {CURVES[name]: values for name, (_, values) in log.items()}
+        envs.figures.plot_distances(run.folder / "distances.png", task, log["min_w"][0], curves, snapshot["matrix"])
 
 
 def fresh_rollouts(run, env, rollouts, actor, key):
     """--collect rollouts: new episodes of the final policies -> their row files."""
-    args, files = run.args, row_files(run.folder / "rollouts", run.args, env)
+    args = run.args
+    files = rows.PolicyRows(run.folder / "rollouts", args.num_policies, env)
 
     @functools.partial(jax.jit, out_shardings=devices.placed(args.num_policies, args, None, "share"))
     def collect(actor, keys):
         steps = jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
         return steps, jnp.zeros_like(steps.log_probs)
 
-    record(files, args, run.task, *collect(actor, jax.random.split(key, args.num_policies)))
+    record(files, run.task, *collect(actor, jax.random.split(key, args.num_policies)))
     return files
-
-
-def write_buffers(run, env, episode_length, files, fresh):
-    """The last act of a run: buffers/policy_XX.npz, whole, then the row files go."""
-    args, task = run.args, run.task
-    metadata = {
-        "dataset_name": f"{task.name}-wurl-seed{args.seed}", "env": task.env, "layout": "env",
-        "task": task.name, "reward_kind": "task" if task.has_reward else "none", "task_options": task.options,
-        "dt": task.dt, "episode_length": episode_length, "backend": env.backend, "seed": args.seed,
-        "generator": {"script": "wurl_sac.py", "flags": dataclasses.asdict(args)}, "parents": [],
-    }  # fmt: skip
-    if fresh:
-        fresh.finish(run.folder / "buffers", metadata, [0] * args.num_policies, drop=("pseudo_rewards",))
-    else:  # the policies moved on: a density is worth keeping of fresh rollouts only
-        files.finish(run.folder / "buffers", metadata, run.meta["warmup"], drop=("action_log_probs",))
-    devices.wait_for_all("all buffers are written")
-    for each in (files, fresh) if fresh else (files,):
-        each.remove()
-
-
-def is_finished(run):
-    """Whether a resumed run has all its buffers and began to remove its row files, its last act; removes the rest."""
-    names = [f"policy_{k:02d}" for k in range(run.args.num_policies)]
-    whole = run.states and all((run.folder / "buffers" / f"{name}.npz").exists() for name in names)
-    if not whole or all((run.folder / "rows" / f"{name}.rows").exists() for name in names):
-        return False
-    for left in ("rows", "rollouts"):
-        shutil.rmtree(run.folder / left, ignore_errors=True)
-    print(f"{run.folder}: this run is finished: its buffers are whole")
-    return True
 
 
 def main(args):
@@ -998,16 +909,16 @@ def main(args):
     key_train, key_eval, key_collect = jax.random.split(jax.random.key(args.seed), 3)
 
     with runner.Run("wurl_sac", args, task, gather=lambda x: devices.whole(x, args.num_policies, args)) as run:
-        if is_finished(run):
+        if rows.are_finished(run, args.num_policies):
             return {}
         disk = announce(args, task, env, episode_length)
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_train), placed=True, disk=disk)
-        files = row_files(run.folder / "rows", args, env, run.meta.get("rows"))
+        files = rows.PolicyRows(run.folder / "rows", args.num_policies, env, run.meta.get("rows"))
         state = jax.jit(lambda state: state, out_shardings=state_sharding(args))(run.restore(init, key_train))
         if "warmup" not in run.meta:
             state, (_, _, *data) = warmup(state)
-            record(files, args, task, *data)
-            run.write(state, rows=all_counts(files, args), warmup=all_counts(files, args), train={})
+            record(files, task, *data)
+            run.write(state, rows=files.rows(), warmup=files.rows(), train={})
             taken = f"{files.counts[0]} steps per policy, {time.time() - run.began:.0f} s after start"
             print(f"warm-up: {taken}", flush=True)
 
@@ -1015,14 +926,14 @@ def main(args):
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, (metrics, distances, *data) = train_chunk(state)
             metrics, distances = jax.tree.map(np.asarray, (metrics, distances))
-            metrics |= distance_metrics(distances[-1], "train")
+            metrics |= {f"train/{name}": x for name, x in neighbour_distances(distances[-1]).items()}
             run.progress(step, metrics, SHOWN)
-            record(files, args, task, *data)
+            record(files, task, *data)
             train = {k: float(np.mean(v)) for k, v in metrics.items()} | {"time/updates_per_s": run.rate()}
             if run.due(step) and step < args.num_updates:
                 metrics, _ = evaluation(state.agent.actor, key_eval, args.eval_episodes)
                 log_evaluation(run, step, train, metrics, state.agent.actor, files)
-            run.save(state, rows=all_counts(files, args), train=train)
+            run.save(state, rows=files.rows(), train=train)
 
         actor = state.agent.actor
         metrics, snapshot = evaluation(actor, key_eval, 50)  # the authors' protocol
@@ -1031,7 +942,7 @@ def main(args):
         if run.is_first:
             write_figures(run, snapshot)
         fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
-        write_buffers(run, env, episode_length, files, fresh)
+        rows.write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
         print(f"{run.folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - run.began:.0f} s")
         print(f"next: python udg_select.py --buffers {run.folder}/buffers --task ...", flush=True)
         return metrics

@@ -74,3 +74,34 @@ def pairwise_apwd(source, source_mask, target, target_mask, directions):
     total = jnp.zeros((*source.shape[:2], len(target)))
     total, _ = jax.lax.scan(along, total, directions)
     return jnp.where(source_mask[:, None], total.mT / len(directions), 0.0)
+
+
+def distance_matrix(points, mask, num_directions):
+    """Distances [K, K] between samples, points [K, E, L, d] with mask [K, E, L], along directions that never change.
+
+    At most 10,000 points a sample are looked at, fewer of more than 100 samples.
+    """
+    K, _, L, d = points.shape
+    if K == 1:
+        return jnp.zeros((1, 1))
+    keep = max(1, min(10_000, 10**8 // K**2) // L)  # of the [K, K, points] there are three at a time
+    points, mask = points[:, :keep].reshape(K, -1, d), mask[:, :keep].reshape(K, -1)
+    cost = pairwise_apwd(points, mask, points, mask, unit_directions(jax.random.key(0), num_directions, d))
+    return cost.sum(-1) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+
+
+def neighbour_distances(distances):
+    """Of a matrix [K, K]: the distance to the nearest other sample, its mean (the authors' WD) and its smallest; the
+    mean over pairs; how many samples are somebody's nearest. {} of one sample."""
+    K = len(distances)
+    if K == 1:
+        return {}
+    others = jnp.where(jnp.eye(K, dtype=bool), jnp.inf, distances)
+    nearest = others.min(1)
+    is_nearest = jnp.zeros(K, bool).at[others.argmin(1)].set(True)
+    return {
+        "min_w": nearest.mean(),
+        "smallest_w": nearest.min(),
+        "pair_mean_w": (distances.sum() - jnp.trace(distances)) / (K * (K - 1)),
+        "distinct_nearest": is_nearest.sum(),
+    }

@@ -9,12 +9,12 @@ import shutil
 import jax
 import numpy as np
 
-from envs.episodes import EpisodeFiles
+from envs.buffers.episodes import EpisodeFiles
 from runner import devices
 
 
 class PolicyRows(EpisodeFiles):
-    """The row files (envs.episodes) of `count` policies in one folder."""
+    """The row files (envs.buffers.episodes) of `count` policies in one folder."""
 
     def __init__(self, folder, count, env, rows=None):
         """Open them; rows: of all policies, how many to keep (`rows()` of an earlier process), None for none."""
