@@ -18,8 +18,10 @@ import dac
 import envs
 import mopo
 import qdq
+import runner
 import wurl_sac as W
 from envs.buffers import scripted
+from runner import devices
 from tests.test_udg_study import is_drawn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,20 +147,22 @@ TINY = dict(
 STRIKE = """
 import os, sys
 import jax
+import runner
 import wurl_sac as W
 victim, step, number, *argv = sys.argv[1:]
 W.discriminator_success = lambda x, *rest: (x.mean(), x.max())
-shown = W.progress_line
+shown = runner.Run.progress
 
-def strike(label, count, *rest):
-    shown(label, count, *rest)
+def strike(run, count, *rest):
+    shown(run, count, *rest)
     global step
     if jax.process_index() == int(victim) and count >= int(step):
         step = 10**9  # once
         os.kill(os.getpid(), int(number))
 
-W.progress_line = strike
-W.command_line(argv)
+runner.Run.progress = strike
+sys.argv = ["wurl_sac.py", *argv]
+runner.launch(W.main, W.Args, W.preset, W.PRESETS, W.__doc__)
 """
 
 
@@ -203,7 +207,7 @@ def test_policies_shared_by_processes_through_a_kill_and_a_signal(tmp_path, monk
 
     monkeypatch.setattr(W, "discriminator_success", lambda x, *rest: (x.mean(), x.max()))
     for folder, more in ((tmp_path / "alone", []), (out, ["--resume"])):
-        W.main(W.parse_args([*map(str, flags(folder)), *more], W.wurl_preset))
+        W.main(runner.parse(W.Args, [*map(str, flags(folder)), *more], W.preset))
     for name in ("state.npz", "policy.npz", *(f"buffers/policy_{k:02d}.npz" for k in range(6))):
         alone, shared = arrays_of(tmp_path / "alone" / name), arrays_of(out / name)
         assert alone.keys() == shared.keys()
@@ -215,7 +219,8 @@ def test_policies_shared_by_processes_through_a_kill_and_a_signal(tmp_path, monk
 
 
 def test_several_processes_need_an_address():
-    process = start("import wurl_sac; wurl_sac.command_line(['--task', 'point', '--distributed'])")
+    program = "import runpy; runpy.run_path('wurl_sac.py', run_name='__main__')"
+    process = start(program, "--task", "point", "--distributed")
     _, said = process.communicate(timeout=300)
     assert process.returncode == 1 and "--distributed: " in said and "JAX_COORDINATOR_ADDRESS" in said, said
 
@@ -227,7 +232,7 @@ def test_each_process_needs_a_policy(monkeypatch):
     owners = {}
     for index in range(4):
         monkeypatch.setattr(W.jax, "process_index", lambda index=index: index)
-        owners |= dict.fromkeys(W.own_policies(W.Args(num_policies=10)), index)
+        owners |= dict.fromkeys(devices.own_policies(10), index)
     assert list(owners) == list(range(10)) and sorted(set(owners.values())) == [0, 1, 2, 3]
 
 

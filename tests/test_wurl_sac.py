@@ -1,23 +1,21 @@
 """wurl_sac.py against goldens, plain numpy and worlds with known answers."""
 
 import dataclasses
-import functools
 import json
 import shutil
-import struct
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
 import envs
+import runner
 import wurl_sac as W
+from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,14 +36,14 @@ def golden(name):
         return {key: file[key] for key in file.files}
 
 
-pairwise_apwd = jax.jit(W.pairwise_apwd)
+pairwise_apwd = jax.jit(pairwise_apwd)
 apwd_reward = jax.jit(W.apwd_reward, static_argnames="args")
 critic_loss = jax.jit(W.wurl_critic_loss, static_argnames="args")
 actor_loss = jax.jit(W.wurl_actor_loss, static_argnames="args")
 
 
 def cost_of(a, b, v, pad=0):
-    """c(t) of one pair through the script's own function, with `pad` rows of junk that the masks hide."""
+    """c(t) of one pair by `pairwise_apwd`, with `pad` rows of junk that the masks hide."""
     f = jnp.float32
     padded = lambda x: jnp.concatenate([jnp.asarray(x, f), jnp.full((pad, x.shape[1]), 3.3, f)])[None]
     mask = lambda x: (jnp.arange(len(x) + pad) < len(x))[None]
@@ -104,7 +102,7 @@ def test_pairwise_golden(name):
 def test_identity_and_general_plan_agree():
     key_a, key_v = jax.random.split(jax.random.key(0))
     points = jax.random.normal(key_a, (3, 40, 2))
-    directions = W.unit_directions(key_v, 6, 2)
+    directions = unit_directions(key_v, 6, 2)
     all_valid = jnp.ones((3, 40), bool)
     fast = pairwise_apwd(points, all_valid, points, all_valid, directions)
     padded = jnp.pad(points, ((0, 0), (0, 5), (0, 0)), constant_values=7.0)
@@ -125,7 +123,7 @@ def test_cost_symmetry_and_permutations():
 
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_directions(orthogonal):
-    v = W.unit_directions(jax.random.key(0), 7, 3, orthogonal)
+    v = unit_directions(jax.random.key(0), 7, 3, orthogonal)
     assert v.shape == (7, 3)
     np.testing.assert_allclose(np.linalg.norm(v, axis=-1), 1.0, atol=1e-6)
     if orthogonal:
@@ -148,7 +146,7 @@ def test_pwd_pays_the_same_total_at_the_last_step():
     features = jax.random.normal(jax.random.key(1), (3, 2, 8, 2))
     alive = jnp.arange(8) < jnp.array([8, 5])[None, :, None]
     alive = jnp.broadcast_to(alive, (3, 2, 8))
-    directions = W.unit_directions(jax.random.key(2), 4, 2)
+    directions = unit_directions(jax.random.key(2), 4, 2)
     dense, _ = apwd_reward(features, alive, features, alive, directions, args=tiny(rescale_episodes=False))
     sparse, _ = apwd_reward(features, alive, features, alive, directions, args=tiny(objective="pwd"))
     lengths = np.array([8, 5])
@@ -161,7 +159,7 @@ def test_episode_rescaling_gives_short_episodes_the_same_total():
     features = jax.random.normal(jax.random.key(1), (2, 1, 10, 2))
     for length in (10, 4):
         alive = jnp.broadcast_to(jnp.arange(10) < length, (2, 1, 10))
-        directions = W.unit_directions(jax.random.key(2), 4, 2)
+        directions = unit_directions(jax.random.key(2), 4, 2)
         reward, distances = apwd_reward(features, alive, features, alive, directions, args=tiny())
         np.testing.assert_allclose(reward.sum(-1)[0, 0], 10 * distances[0, 1], rtol=1e-4)
 
@@ -369,16 +367,11 @@ def test_restart_begins_anew_where_an_episode_ends():
     assert np.abs(after[:, 0] - 1.25).max() < 0.006 and len(np.unique(after[:, 0])) == len(after)  # fresh starts
 
 
-@functools.cache
-def finished_run(folder):
-    """One tiny run, shared by the tests below."""
-    metrics = W.main(tiny(out=str(folder)))
-    return folder, metrics
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return finished_run(tmp_path_factory.mktemp("wurl") / "run")
+    """A whole tiny run -> folder, metrics."""
+    folder = tmp_path_factory.mktemp("wurl") / "run"
+    return folder, W.main(tiny(out=str(folder)))
 
 
 def test_run_leaves_everything(run):
@@ -407,36 +400,6 @@ def test_buffers_hold_all_that_happened(run):
         assert buffer["pseudo_rewards"].std() > 0
 
 
-def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
-    """Stop at update 20 as SIGTERM would, go on: the same state and buffers as the uninterrupted run."""
-    folder, _ = run
-    enter, evaluations = W.StopSignal.__enter__, []
-
-    def stopping(self):
-        enter(self)
-        evaluations.append(self)
-        return self
-
-    monkeypatch.setattr(W.StopSignal, "__enter__", stopping)
-    monkeypatch.setattr(W, "show_evaluation", lambda step, *_: setattr(evaluations[-1], "name", "SIGTERM"))
-    args = tiny(out=str(tmp_path / "cut"))
-    with pytest.raises(SystemExit, match="go on with the same command and --resume"):
-        W.main(args)
-    monkeypatch.undo()
-    W.main(dataclasses.replace(args, resume=True))
-    for name in ("state.npz", "policy.npz"):
-        with np.load(folder / name) as a, np.load(tmp_path / "cut" / name) as b:
-            assert sorted(a.files) == sorted(b.files)
-            for key in a.files:
-                if "json" not in key:
-                    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-    a, b = (envs.buffers.load(p / "buffers/policy_01.npz") for p in (folder, tmp_path / "cut"))
-    assert a.metadata["sha256"] == b.metadata["sha256"]
-    lines = [(p / "log.jsonl").read_text().splitlines() for p in (folder, tmp_path / "cut")]
-    strip = lambda line: {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
-    assert [strip(x) for x in lines[0][1:]] == [strip(x) for x in lines[1][1:]]
-
-
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_finished_run_has_nothing_to_resume(run, tmp_path, capsys, torn):
     """Killed while its row files went, its newest state torn or not: the rest goes, and all else stays as it is."""
@@ -452,11 +415,12 @@ def test_a_finished_run_has_nothing_to_resume(run, tmp_path, capsys, torn):
     assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == before
 
 
-def test_a_run_cut_in_its_last_evaluation_ends_the_same(run, tmp_path, monkeypatch):
-    """Killed after the last update: the metrics of that update's chunk still reach the last record."""
+@pytest.mark.parametrize("at", [20, 40])
+def test_rows_and_records_of_a_run_killed_in_an_evaluation(run, tmp_path, monkeypatch, at):
+    """At 20 no saved state counts the newest rows, at 40 the last record is missing: both end as the whole run."""
 
     def cut(step, metrics, args):
-        if step == 40:
+        if step == at:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(W, "show_evaluation", cut)
@@ -465,48 +429,19 @@ def test_a_run_cut_in_its_last_evaluation_ends_the_same(run, tmp_path, monkeypat
         W.main(args)
     monkeypatch.undo()
     W.main(dataclasses.replace(args, resume=True))
+    for k in range(args.num_policies):
+        a, b = (envs.buffers.load(p / f"buffers/policy_{k:02d}.npz") for p in (run[0], tmp_path / "cut"))
+        assert a.metadata["sha256"] == b.metadata["sha256"]
+        assert a.metadata["warmup_transitions"] == b.metadata["warmup_transitions"] == 200
     last = [json.loads((p / "log.jsonl").read_text().splitlines()[-1]) for p in (run[0], tmp_path / "cut")]
     a, b = ({k: v for k, v in record.items() if not k.startswith("time/")} for record in last)
     assert a == b and "train/q" in a and "train/min_w" in a
 
 
 @pytest.mark.parametrize("features, names", [("full", 4), ("0,3", 2)])
-def test_figures_name_the_features_that_were_used(run, tmp_path, monkeypatch, features, names):
-    seen = []
-    monkeypatch.setattr(envs.figures, "plot_paths", lambda path, task, *x: seen.append(task.feature_names))
-    args = tiny(div_features=features, num_policies=1, objective="none")
-    W.write_outputs(tmp_path, args, envs.task("point"), {}, dict.fromkeys(("paths", "features", "alive")), None)
-    assert len(seen[0]) == names and seen[0][-1] == "s'[3]"
-
-
-def test_a_state_that_waits_for_its_name_is_the_newest(tmp_path):
-    """A kill between writing state.new.npz and renaming it, with no other state or with an older one."""
-    tree, meta = {"x": jnp.arange(3.0)}, {"identity": {"seed": 0}}
-    W.save_state(tmp_path, tree, meta)
-    (tmp_path / "state.npz").rename(tmp_path / "state.new.npz")
-    np.testing.assert_array_equal(W.load_state(tmp_path, tree, {"seed": 0})[0]["x"], [0, 1, 2])
-    assert [x.name for x in tmp_path.iterdir()] == ["state.npz"]  # a run that was at its end saves no more
-    W.save_state(tmp_path, {"x": tree["x"] + 1}, meta)
-    (tmp_path / "state.npz").rename(tmp_path / "state.new.npz")
-    W.save_state(tmp_path / ".", {"x": tree["x"] + 2}, meta)  # and a whole save leaves none waiting
-    assert not (tmp_path / "state.new.npz").exists()
-    np.testing.assert_array_equal(W.load_state(tmp_path, tree, {"seed": 0})[0]["x"], [2, 3, 4])
-
-
-def test_torn_state_falls_back_and_another_run_is_refused(run, tmp_path):
-    folder, _ = run
-    tree, meta = {"x": jnp.arange(3.0), "key": jax.random.key(3)}, {"identity": {"seed": 0}}
-    W.save_state(tmp_path, tree, meta)
-    W.save_state(tmp_path, {**tree, "x": tree["x"] + 1}, meta)
-    path = tmp_path / "state.npz"
-    path.write_bytes(path.read_bytes()[:200])
-    back, _ = W.load_state(tmp_path, tree, {"seed": 0})
-    np.testing.assert_array_equal(back["x"], [0, 1, 2])
-    assert jnp.array_equal(jax.random.key_data(back["key"]), jax.random.key_data(tree["key"]))
-    with pytest.raises(envs.InputError, match="seed was 0 and is now 1"):
-        W.load_state(tmp_path, tree, {"seed": 1})
-    with pytest.raises(envs.InputError, match="already holds a run"):
-        W.main(tiny(out=str(folder)))
+def test_names_of_the_features_that_were_used(features, names):
+    found = W.feature_names(tiny(div_features=features), envs.task("point"))
+    assert len(found) == names and found[-1] == "s'[3]"
 
 
 def test_one_compilation_of_the_chunk():
@@ -534,12 +469,10 @@ def test_other_objectives_train(objective):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(num_policies=0), "--num-policies must be at least 1"),
         (dict(num_policies=1), "one policy has no neighbour"),
         (dict(task_weight=1.0), "has no reward"),
         (dict(replay_size=50), "--replay-size"),
-        (dict(chunk=15), "--chunk must be a multiple"),
-        (dict(num_envs=0), "--num-envs must be at least 1"),
+        (dict(chunk=5), "--chunk must be a multiple"),
         (dict(eval_episodes=1), "--eval-episodes"),
         (dict(div_features="0,99"), "--div-features"),
         (dict(task="ponit"), "point"),
@@ -553,10 +486,10 @@ def test_bad_flags_are_refused_before_work(tmp_path, changes, message):
 
 def test_collapse_and_discriminator_metrics():
     matrix = jnp.array([[0.0, 1, 5], [1, 0, 4], [5, 4, 0]])
-    m = W.distance_metrics(matrix, "eval")
-    assert float(m["eval/min_w"]) == 2.0 and float(m["eval/smallest_w"]) == 1.0
-    np.testing.assert_allclose(m["eval/pair_mean_w"], 20 / 6, rtol=1e-6)
-    assert int(m["eval/distinct_nearest"]) == 2
+    m = neighbour_distances(matrix)
+    assert float(m["min_w"]) == 2.0 and float(m["smallest_w"]) == 1.0
+    np.testing.assert_allclose(m["pair_mean_w"], 20 / 6, rtol=1e-6)
+    assert int(m["distinct_nearest"]) == 2 and neighbour_distances(matrix[:1, :1]) == {}
     args = tiny(hidden_sizes=(32, 32))
     apart = jnp.arange(3.0)[:, None, None, None] * 5 + jax.random.normal(jax.random.key(0), (3, 8, 10, 2))
     mask = jnp.ones((3, 8, 10), bool)
@@ -613,7 +546,7 @@ WORLDS = ["ant", "cheetah", "point", "tree-maze", "humanoid", "brax/ant", "halfc
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("flags", [[], ["--preset", "paper"], ["--episode-length", "130"], ["--num-envs", "4"]])
 def test_presets_fit_every_world(world, flags):
-    args = W.parse_args(["--task", world, *flags], W.wurl_preset)
+    args = runner.parse(W.Args, ["--task", world, *flags], W.preset)
     task = envs.task(world)
     W.check_args(args, task, args.episode_length or task.episode_length)
 
@@ -660,84 +593,6 @@ def test_baselines_run(tmp_path, changes):
         assert "action_log_probs" in buffers[0].arrays and not (tmp_path / "run/rollouts").exists()
 
 
-# --- the log ---
-
-
-def events_of(folder):
-    """[(name, step)] of all scalars in the folder's event files, in order."""
-    found = []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (size,) = struct.unpack_from("<Q", data, at)
-            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
-            found += [(value.tag, event.step) for value in event.summary.value]
-            at += 16 + size
-    return found
-
-
-def test_tensorboard_after_a_kill_in_the_second_phase(tmp_path):
-    """Steps begin anew in a second phase: what the first one showed stays, what was cut off is shown once."""
-    logger = W.Logger(tmp_path, tiny())
-    for step in (100, 200):
-        logger.log(step, {"flow/nll": 1.0}, seed=3)
-    logger.log(10, {"train/q": 1.0, "train/each": [1.0, 2.0]})
-    position = logger.file.tell()
-    logger.log(20, {"train/q": 2.0})
-    logger.file.close()
-    again = W.Logger(tmp_path, tiny(), position)
-    again.log(20, {"train/q": 2.5})
-    again.file.close()
-    again.board.close()
-    assert events_of(tmp_path) == [("flow/nll/seed3", 100), ("flow/nll/seed3", 200), ("train/q", 10), ("train/q", 20)]
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert "args" in lines[0] and [x["step"] for x in lines[1:]] == [100, 200, 10, 20] and lines[-1]["train/q"] == 2.5
-
-
-class TrackedRun:
-    """Stands where wandb.init's run stands and keeps what it is told."""
-
-    def __init__(self, **about):
-        self.about, self.rows, self.axis = about, [], {}
-
-    def define_metric(self, name, step_metric):
-        self.axis[name] = step_metric
-
-    def log(self, row):
-        self.rows.append(row)
-
-
-def test_a_resumed_run_is_a_whole_one_for_wandb(tmp_path, monkeypatch):
-    """Each process is a run there; the one that goes on shows what the log kept, then what is new, each once."""
-    runs = []
-    fake = types.SimpleNamespace(init=lambda **about: runs.append(TrackedRun(**about)) or runs[-1], Error=KeyError)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    logger = W.Logger(tmp_path, tiny(track=True))
-    logger.log(100, {"flow/nll": 1.0, "flow/each": [1.0, 2.0]}, seed=3)
-    position = logger.file.tell()
-    logger.log(10, {"train/q": 2.0})
-    logger.file.close()
-    again = W.Logger(tmp_path, tiny(track=True), position)
-    again.log(10, {"train/q": 2.5})
-    again.file.close()
-    rows = [{"flow/nll/seed3": 1.0, "step": 100}, {"train/q": 2.0, "step": 10}]
-    assert [run.rows for run in runs] == [rows, [rows[0], {"train/q": 2.5, "step": 10}]]
-    assert all(run.axis == {"*": "step"} and run.about["dir"] == str(tmp_path) for run in runs)
-
-
-def test_wandb_without_an_account_is_one_line(tmp_path, monkeypatch):
-    def refuse(**about):
-        raise KeyError("No API key configured.")
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, Error=KeyError))
-    with pytest.raises(envs.InputError, match=r"--track: .*No API key.*WANDB_MODE=offline needs no account"):
-        W.Logger(tmp_path, tiny(track=True))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(envs.InputError, match="wandb is not installed"):
-        W.Logger(tmp_path, tiny(track=True))
-    assert not list(tmp_path.iterdir())
-
-
 # --- devices ---
 
 SHARDED = """
@@ -746,7 +601,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import sys
 import types
 import numpy as np
-import envs, wurl_sac as W
+import envs, runner, wurl_sac as W
 sys.path.insert(0, "tests")
 from test_wurl_sac import tiny
 task, env = envs.task("point"), envs.make("point")
@@ -755,7 +610,7 @@ for num in (1, 4, 8):
     args = tiny(num_policies=12, num_devices=num)
     init, warmup, train_chunk, _ = W.make_train(args, env, task, lambda x: x, 100)
     state, _ = train_chunk(warmup(init(jax.random.key(0)))[0])
-    states[num] = W.flat_arrays((state.agent, state.replay))
+    states[num] = runner.flat_arrays((state.agent, state.replay))
     assert len(state.key.sharding.device_set) == num
     for name, x in states[num].items():
         np.testing.assert_allclose(x, states[1][name], atol=1e-5, err_msg=f"{num} devices: {name}")
@@ -775,7 +630,7 @@ def test_feature_scales():
     t = envs.Transition(*(np.ones((3, n), np.float32) for n in (17, 6, 17, 2, 2)))
     scaled = W.feature_function(W.Args(feature_scales=(1.0, 10.0)), task)(t)
     np.testing.assert_allclose(scaled, [[1.0, 10.0]] * 3)
-    parse = lambda *flags: W.parse_args(["--task", "cheetah", *flags], W.wurl_preset)
+    parse = lambda *flags: runner.parse(W.Args, ["--task", "cheetah", *flags], W.preset)
     args = parse()
     assert (args.div_features, args.feature_scales) == ("0", (10.0,))
     assert parse("--div-features", "0").feature_scales == (10.0,)
