@@ -9,9 +9,10 @@ Algorithm  one round, all K policies at once:
   (2) project:   M unit directions v_m; sort the features f(s_{t+1}) of every policy along each    (APWD, section 3)
   (3) couple:    rank-to-rank transport plan P between policies k and l; cost in the full space
                  c_kl(t) = 1/M sum_m D sum_j P_ij ||a_i - b_j||,   i = rank of step t along v_m
+                 (lines 2 and 3: envs/distances.py)
   (4) nearest:   l* = argmin_l sum_t c_kl(t), one l* for a whole episode
   (5) pay:       r_t = w_div * scale * c_kl*(t) * (L / episode length) + w_task * r_task(s, a, s')
-  (6) store:     the round in policy k's replay (the newest R transitions) and in its buffer file (everything)
+  (6) store:     the round in policy k's replay (the newest R transitions) and in its buffer file (all transitions)
   (7) learn:     U SAC updates per policy: critics, actor with the new critics, alpha, Polyak target
 
 Symbols    s observations [.., S] | a actions [.., A] | f features [.., d] | v directions [M, d] | c cost [K, K, n]
@@ -24,29 +25,31 @@ Deviations
   D2  reference code pays a_t for s_{t-1} and the first step for the episode before; here: r_t is the cost of s_{t+1}.
   D3  reference code: one policy moves at a time against cached states; here: all K move at once against this round.
   D4  reference code stores time limits of some environments as terminal; here: always bootstrap through them.
-  D5  reference code learns from all it ever saw; here: from the newest `replay_size` transitions, because
-      pseudo-rewards go stale as the other policies move. The buffer file keeps everything.
-  D6  reference code gives random warm-up steps reward 0; here: their real reward (--warmup-zero-reward for theirs).
-  D7  reference configs scale the cost by 10 to 100; the shipped checkpoints fit a scale near 1; here: preset per world.
+  D5  reference code learns from all transitions so far; here: from the newest `replay_size`, because
+      pseudo-rewards go stale as the other policies move. The buffer file keeps all of them.
+  D6  reference code gives the random warm-up steps reward 0 (here --warmup-zero-reward); here: their real reward.
+  D7  reference configs scale the cost by 10 to 100, but the shipped checkpoints fit a scale near 1; here: a preset
+      for each world.
   D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
   D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy)
       or the height (cheetah), times --feature-scales.
-  D10 reference keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run, which
-      ends the chase of policies after one another, so that what is saved is what was reached.
-  D11 reference code updates once per real step; here: per nominal step, N L a round also where episodes end early
-      (humanoid), so that a round is one program: updates per real step then exceed --updates-per-step. Without a
-      pseudo-reward, which needs whole episodes side by side, a new episode begins where one ends: all N L happen.
+  D10 reference code keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run. The
+      policies then stop chasing one another, and the distances that were reached are those that are saved.
+  D11 reference code updates once per real step; here: once per nominal step, N L a round even if episodes end early
+      (humanoid), so that a round is one program; there are then more updates per real step than --updates-per-step.
+      Without a pseudo-reward, which compares whole episodes, a new episode begins where one ends: all N L steps happen.
   D12 reference code draws 5 directions for each pair of an episode and a cache; here: one draw of M serves all pairs
       of a round, whose N episodes are pooled into one sample a policy.
-  D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics; both draw from all that was seen; here:
-      the features of s_{t+1}, this round's rows and its standard deviation.
+  D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics, both learn from all rows so far; here:
+      the features of s_{t+1}, this round's rows and their standard deviation.
 
-Files      writes runs/wurl_sac/<task>/<name>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
-           log.jsonl, state.npz, trajectories.png, distances.png
+Files      writes runs/wurl_sac/<task>/seed<seed>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
+           log.jsonl, state.npz, trajectories.png, distances.png; rows/ grows during the run and is removed at its end
 Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
            python wurl_sac.py --num-policies 10          (ant, within 30 minutes on 2 cores)
            python wurl_sac.py --num-policies 10 --preset paper      (200k steps and updates a policy)
-Expect     ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 4.98 after 2 h 27 min on one core
+Expect     --quick: minimum-W (distance to the nearest other policy, mean over policies) 6.9 in 50 s on 2 cores
+           ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 4.98 after 2 h 27 min on one core
            point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
 """
 
@@ -74,10 +77,10 @@ class Args(runner.RunFlags):
     # beside the flags that every script has: out, resume, track, backend, num_devices, ... (runner/flags.py)
     # --- run ---
     task: str = "ant"
-    """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; a task's reward is recorded, and
-    learnt from with task_weight"""
+    """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; the reward of a task is recorded; to
+    learn from it, set task_weight"""
     preset: str = ""
-    """a setting by name, see the list above; empty: the one of the world (ours); paper: the published budget of ant and
+    """a setting by name, see the list above; empty: our own for the world; paper: the published budget of ant and
     cheetah"""
     seed: runner.Natural = 0
     """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
@@ -113,7 +116,7 @@ class Args(runner.RunFlags):
     task_weight: float = 0.0
     """w_task: weight of the task reward (UDG's partial reward; WURL: 0)"""
     reward_scale: float = 8.0
-    """scale: multiplies the cost per step (published 50 for ant is not what the checkpoints had; see D7)"""
+    """scale: multiplies the cost per step (published 50 for ant; its checkpoints fit a scale near 1: D7)"""
     num_directions: runner.Count = 8
     """M: projections per round (reference code: 5)"""
     orthogonal_directions: bool = False
@@ -122,7 +125,7 @@ class Args(runner.RunFlags):
     """multiply by L / length of the episode, so that short episodes earn the same total (Humanoid: False)"""
     div_features: str = "task"
     """space of the distance: task (its own features), full (all observations) or indices such as 0,1. Ours for the
-    cheetah: 0, its height; in (v_x, z) policies are paid for the width of their own cloud (docs/udg.md)"""
+    cheetah: 0, its height; in (v_x, z) a policy would be paid for spreading its own states (docs/udg.md)"""
     feature_scales: tuple[float, ...] = ()
     """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 10"""
     warmup_zero_reward: bool = False
@@ -147,7 +150,7 @@ class Args(runner.RunFlags):
     alpha: runner.Rate = 0.2
     """entropy weight, its start with auto_alpha (reference: 0.2)"""
     auto_alpha: bool = False
-    """learn alpha towards entropy -A (SAC); for supervised data, where a fixed 0.2 makes no expert"""
+    """learn alpha towards entropy -A (SAC); supervised data need it, because a fixed 0.2 makes no expert"""
     log_std_min: float = -20.0
     """lower clip of the actor's log standard deviation (reference: -20)"""
     log_std_max: float = 2.0
@@ -156,11 +159,11 @@ class Args(runner.RunFlags):
     """policies updated in one batched call; 0: all on an accelerator or for narrow nets, 1 on a CPU"""
     # --- data ---
     collect: Literal["replay", "rollouts"] = "replay"
-    """buffers hold the whole training data (replay) or fresh episodes of the final policies (rollouts)"""
+    """rows of the buffers: all training data (replay), or fresh episodes of the final policies (rollouts)"""
     rollout_episodes: runner.Count = 250
     """episodes per policy with --collect rollouts"""
     keep_policies: bool = False
-    """keep the policies of every evaluation: policies/update_<n>.npz, with their return and the rows behind them"""
+    """keep the policies of every evaluation: policies/update_<n>.npz, with their returns and the rows made by then"""
     random: bool = False
     """policies stay uniform random: the random-data baseline (no updates)"""
 
@@ -620,7 +623,7 @@ def make_evaluation(args, task, rollouts):
 
 
 class WurlState(NamedTuple):
-    """Everything a run needs to go on; all leaves but key, num_updates and net have a leading policy axis."""
+    """All that a run needs to go on; all leaves but key, num_updates, net and net_opt have a leading policy axis."""
 
     key: jax.Array
     num_updates: jax.Array
@@ -743,7 +746,7 @@ def make_train(args, env, task, observe, episode_length):
 
 
 def whole_rounds(preset, args, episode_length):
-    """The preset with chunk, eval_every and num_updates in whole rounds, whose size is the task's and the flags'."""
+    """The preset with chunk, eval_every and num_updates in whole rounds; task and flags give the size of a round."""
     own = {name: getattr(args, name) for name in ("num_envs", "updates_per_step")}
     own = {name: value for name, value in own.items() if value != getattr(Args, name) and not args.preset}
     fields = dataclasses.replace(Args(), **preset | own)
@@ -757,7 +760,7 @@ def whole_rounds(preset, args, episode_length):
 
 
 def preset(args):
-    """The published budget, --quick, or what suits the world -> name, {field: value}."""
+    """The published budget, --quick, or our setting for the world -> name, {field: value}."""
     runner.refuse({f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}": args.preset in ("", *PRESETS)})
     quick = QUICK if args.quick else {}
     task = envs.task(quick.get("task", args.task))
@@ -769,7 +772,7 @@ def preset(args):
 
 
 def check_args(args, task, episode_length):
-    """Refuse what cannot work, before any long work starts."""
+    """Refuse flags that cannot work together, before any long work starts."""
     runner.check_run(args)
     _, updates, _ = round_sizes(args, episode_length)
     steps, num_obs = args.num_envs * episode_length, task.env_observation_size
@@ -780,7 +783,7 @@ def check_args(args, task, episode_length):
         f"--feature-scales: none, or {num_features} positive numbers, one for each feature":
             len(args.feature_scales) in (0, num_features) and min(args.feature_scales, default=1) > 0,
         "--eval-episodes must be at least 2: half of them are held out": args.eval_episodes >= 2,
-        "one policy has no neighbour: add --diversity-weight 0 --task-weight 1":
+        "--num-policies 1: one policy has no neighbour; add --diversity-weight 0 --task-weight 1":
             args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
         f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":
             args.task_weight == 0 or task.has_reward,
@@ -806,7 +809,7 @@ def open_world(args):
 
 
 def announce(args, task, env, episode_length):
-    """Print the size of a run -> bytes of disk that its rows take, first as row files, then as buffers."""
+    """Print the size of a run -> bytes of disk that its rows take: once as row files, once as buffers."""
     num_warmup, updates, num_rounds = round_sizes(args, episode_length)
     steps = (num_warmup + num_rounds) * args.num_envs * episode_length
     print(
@@ -826,7 +829,7 @@ def record(files, task, steps, pseudo_rewards):
 
 
 def collapse(metrics, step, args):
-    """What a user must know where policies that are paid to differ do the same, or ""."""
+    """A warning if policies that are paid to differ do the same, else ""."""
     if args.num_policies == 1 or not is_diverse(args):
         return ""
     smallest, mean, accuracy = (metrics[f"eval/{k}"] for k in ("smallest_w", "min_w", "disc_accuracy_held_out"))
@@ -840,7 +843,7 @@ def collapse(metrics, step, args):
 
 
 def show_evaluation(step, metrics, args):
-    """One line of what matters, and a warning where policies do the same."""
+    """Print the main numbers, and a warning if policies do the same."""
     names = ("min_w", "smallest_w", "pair_mean_w", "distinct_nearest", "disc_success", "task_return")
     shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in names if f"eval/{n}" in metrics}
     if args.num_policies > 1:
@@ -853,7 +856,7 @@ def show_evaluation(step, metrics, args):
 
 
 def log_evaluation(run, step, train, metrics, actor, files):
-    """The record of an evaluation, its lines on the screen, and with --keep-policies what was judged."""
+    """Log and print an evaluation; with --keep-policies, keep the policies that it judged."""
     run.record(step, train | metrics)
     show_evaluation(step, metrics, run.args)
     if run.args.keep_policies:
