@@ -12,8 +12,8 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
 }
 
 density() { # learnt against true density: hybrid, likelihood only, adversarial only; 4 minutes on one core, the ant 9
-    python results/cped/density.py --num-seeds 3 --out runs/cped/density
-    python results/cped/density.py --num-seeds 3 --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz \
+    python benchmark/cped_density.py --num-seeds 3 --out runs/cped/density
+    python benchmark/cped_density.py --num-seeds 3 --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz \
         --flow-updates 6000 --out runs/cped/density-ant
 }
 
@@ -36,4 +36,4 @@ published() { # the released code's networks, phases and alphas on D4RL files co
 }
 
 for part in "${@:-point}"; do $part; done
-python results/collect.py runs/cped/*/*
+python benchmark/collect.py runs/cped/*/*

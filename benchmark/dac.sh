@@ -60,4 +60,4 @@ published() { # D4RL files converted by python -m envs.buffers from-d4rl; preset
 }
 
 for part in "${@:-quick}"; do $part; done
-python results/collect.py runs/dac/*/*
+python benchmark/collect.py runs/dac/*/*

@@ -47,4 +47,4 @@ published() { # the paper's settings on a D4RL set of the same name, converted t
 }
 
 for part in "${@:-point}"; do $part; done
-python results/collect.py runs/qdq/*/*
+python benchmark/collect.py runs/qdq/*/*

@@ -4,7 +4,7 @@
     python benchmark/udg_study.py --run angle-point --jobs 2      makes one; what is there already is skipped
     python benchmark/udg_study.py --run angle-point --budget gpu  the published sizes, for an accelerator
     python benchmark/udg_study.py --run bound --keep              leaves out what results/udg/bound.jsonl has
-    python results/udg_figures.py                                 figures and tables from results/udg/*.jsonl
+    python benchmark/udg_figures.py                               figures and tables from results/udg/*.jsonl
 
 A study is a set of sources (runs of wurl_sac.py), tasks, picks (which buffers of which source
 udg_select.py takes) and learners. Its cells are the commands below runs/study/<budget>/: sources/<source>,

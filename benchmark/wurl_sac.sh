@@ -26,4 +26,4 @@ paper() { # 200k steps and updates a policy: 2 h 27 min on one core alone
 }
 
 for part in "${@:-point}"; do $part; done
-python results/collect.py runs/wurl_sac/*/*
+python benchmark/collect.py runs/wurl_sac/*/*

@@ -299,7 +299,7 @@ def test_grid_counts_a_seed_once(tmp_path, monkeypatch, capsys):
 
 def test_a_grid_in_parts_is_collected_as_a_whole(tmp_path, capsys):
     """Two partial grids, one after the other, into one folder: the table and the figures have both."""
-    sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "results")]
+    sys.path[:0] = [str(ROOT / "benchmark")]
     import collect
     import grid as launcher
 

@@ -1,4 +1,4 @@
-"""The UDG studies: cells and what runs them (benchmark/udg_study.py), figures and tables (results/udg_figures.py)."""
+"""The UDG studies: cells and what runs them (benchmark/udg_study.py), figures and tables (benchmark/udg_figures.py)."""
 
 import collections
 import dataclasses
@@ -29,7 +29,7 @@ import wurl_sac
 from envs import buffers
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "results")]
+sys.path[:0] = [str(ROOT / "benchmark")]
 
 import udg_figures  # noqa: E402
 import udg_study as study  # noqa: E402

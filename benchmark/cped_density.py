@@ -1,7 +1,7 @@
 """Is the learnt density right? Hybrid loss, likelihood only and adversarial only on data of known density.
 
-    python results/cped/density.py --out runs/cped/density                      point robot, two modes
-    python results/cped/density.py --out runs/cped/density --task ant-angle-60 --policy POLICY.npz     tanh-normal
+    python benchmark/cped_density.py --out runs/cped/density                      point robot, two modes
+    python benchmark/cped_density.py --out runs/cped/density --task ant-angle-60 --policy POLICY.npz     tanh-normal
 
 Without --policy the behaviour is scripted: a = tanh(u), u from two normals of weights 0.6 and 0.4 around +-m(s),
 m turning with x and y. With --policy it is a tanh-normal policy of wurl_sac.py (number --index), rolled out afresh.
@@ -10,11 +10,9 @@ densities on held-out rows.
 """
 
 import argparse
+import dataclasses
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,7 @@ import cped
 import envs
 import envs.buffers
 import wurl_sac
-from envs import curves
+from runner import plots
 
 LOSSES = {"hybrid": {}, "likelihood": {"adv_weight": 0.0}, "adversarial": {"nll_weight": 0.0}}
 
@@ -100,8 +98,8 @@ def main(options):
     lines = ["| loss | KL(true, learnt), nats | correlation | held-out -log p | true |", "|---|--:|--:|--:|--:|"]
     for name, loss in LOSSES.items():
         out = folder / f"{options.task}-{name}"
-        cped.main(cped.dataclasses.replace(args, out=str(out), **loss))
-        last = lambda key, out=out: np.array([values[-1] for _, values in curves.read(out, key).values()])
+        cped.main(dataclasses.replace(args, out=str(out), **loss))
+        last = lambda key, out=out: np.array([values[-1] for _, values in plots.read(out, key).values()])
         kl, correlation, nll = (last(f"flow/{key}") for key in ("kl", "correlation", "nll_holdout"))
         spread = f"{kl.mean():.3f} +- {kl.std():.3f}"
         lines += [f"| {name} | {spread} | {correlation.mean():.3f} | {nll.mean():.3f} | {(nll - kl).mean():.3f} |"]

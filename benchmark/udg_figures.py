@@ -1,7 +1,7 @@
 """Figures and tables of the UDG studies, from the committed results/udg/*.jsonl alone.
 
-    python results/udg_figures.py              draws results/udg/<study>.png and prints the tables of docs/udg.md
-    python results/udg_figures.py bound        one study
+    python benchmark/udg_figures.py            draws results/udg/<study>.png and prints the tables of docs/udg.md
+    python benchmark/udg_figures.py bound        one study
 
 Score of a run: the mean of its last five evaluations, episodes as long as the data's; the last and the best stand
 beside it. +- is the standard deviation over the learner's seeds (numpy's, divided by n). An interval in brackets holds
@@ -25,8 +25,9 @@ import numpy as np
 from matplotlib.lines import Line2D
 from scipy import stats
 
-FOLDER = Path(__file__).resolve().parent / "udg"
-REFERENCES = Path(__file__).resolve().parents[1] / "envs" / "reference_scores.json"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "results" / "udg"
+REFERENCES = ROOT / "envs" / "reference_scores.json"
 LAST = 5
 RESAMPLES, MIN_SEEDS = 2000, 3
 SPACE_FLAGS = ("--div-features", "--feature-scales")  # of wurl_sac.py: what its distances are measured in

@@ -1,22 +1,19 @@
 """Copy what is worth keeping of finished runs into results/: the log without local paths, and figures.
 
-python results/collect.py runs/wurl_sac/point/seed*      ->  results/wurl_sac/point/seed0.jsonl, seed0-*.png
-python results/collect.py --into results/suite/learners runs/suite-learners/*/*/seed0   (and a grid's table)
+python benchmark/collect.py runs/wurl_sac/point/seed*      ->  results/wurl_sac/point/seed0.jsonl, seed0-*.png
+python benchmark/collect.py --into results/suite/learners runs/suite-learners/*/*/seed0   (and a grid's table)
 """
 
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(RESULTS.parent), str(RESULTS.parent / "benchmark")]
+import grid
 
-import grid  # noqa: E402  (the line above makes these importable from a plain clone)
+from runner import plots
 
-from runner import plots  # noqa: E402
-
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 FIGURES = (
     "trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "penalty.png", "training.png",
     "bandit.png", "density.png", "uncertainty.png", "distributions.png",
