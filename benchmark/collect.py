@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import grid
-
 from runner import plots
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -11,7 +11,6 @@ densities on held-out rows.
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -22,6 +21,7 @@ import cped
 import envs
 import envs.buffers
 import wurl_sac
+from policies import load_actor
 from runner import plots
 
 LOSSES = {"hybrid": {}, "likelihood": {"adv_weight": 0.0}, "adversarial": {"nll_weight": 0.0}}
@@ -41,18 +41,10 @@ def two_modes(obs, key):
 
 def tanh_normal(path, index):
     """Policy number `index` of a policy.npz of wurl_sac.py, in raw observations."""
-    with np.load(path, allow_pickle=False) as file:
-        about = json.loads(str(file["metadata_json"]))
-        depth = sum(name.endswith("kernel") for name in file.files)
-        layer = lambda i: [file[f"actor/params/MLP_0/Dense_{i}/{part}"][index] for part in ("kernel", "bias")]
-        layers = [layer(i) for i in range(depth)]
+    actor, _ = load_actor(path, index)
 
     def behave(obs, key):
-        for i, (kernel, bias) in enumerate(layers):
-            obs = obs @ kernel + bias
-            obs = jnp.maximum(obs, 0.0) if i < depth - 1 else obs
-        mean, log_std = jnp.split(obs, 2, -1)
-        log_std = jnp.clip(log_std, about["log_std_min"], about["log_std_max"])
+        mean, log_std = actor(obs)
         return wurl_sac.tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
 
     return behave

@@ -29,11 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from envs import InputError, buffers  # noqa: E402  (the line above makes these importable from a plain clone)
-from runner import plots  # noqa: E402
+from cells import ROOT, args_of, write_whole
+from envs import InputError, buffers
+from runner import plots
 
 ALGORITHMS = ("mopo.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
@@ -73,17 +71,14 @@ class Run:
             learner = importlib.import_module(script.removesuffix(".py"))
             resume = ["--resume"] if any(folder.glob("**/state*.npz")) else []
             try:
-                preset = getattr(learner, f"{learner.__name__}_preset")
-                learner.main(learner.parse_args([*flags, "--out", str(folder), *resume], preset))
+                learner.main(args_of(learner, [*flags, "--out", str(folder), *resume]))
             except InputError as error:
                 return str(error)
             except SystemExit as end:  # flags that are refused, or a signal: then the state is saved
                 if end.code == 2:
                     return "its flags are refused; the log says why"
                 raise RuntimeError(end.code) from None
-            whole = folder / "done.json.tmp"
-            whole.write_text(json.dumps(self.record()))
-            os.replace(whole, folder / "done.json")
+            write_whole(folder / "done.json", json.dumps(self.record()))
         return ""
 
     def checkpoint(self):
@@ -262,7 +257,7 @@ def main(argv=None):
         parser.error("--jobs is 1 or more, --retries 0 or more, --slurm takes key=value")
     grid = Path(args.grid).absolute()
     os.chdir(ROOT)  # the list's paths are from here
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmark"), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         runs, out = read_grid(grid)
         if args.list:

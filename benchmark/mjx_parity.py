@@ -23,13 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import envs
+import suite
+from envs import physics, tasks
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-
-import suite  # noqa: E402  (the lines above make these importable from a plain clone)
-
-import envs  # noqa: E402
-from envs import physics, tasks  # noqa: E402
 
 HORIZONS = (1, 10, 50, 100)
 MAZES = ("ant-maze-umaze", "ant-maze-medium", "ant-maze-large")

@@ -16,7 +16,6 @@ one expert, and the random return averaged over the images, which takes the luck
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,13 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import udg_study  # noqa: E402
-
-import envs  # noqa: E402  (the line above makes it importable from a plain clone)
-from envs import buffers  # noqa: E402
+import cells
+import envs
+from cells import ROOT, Cell
+from envs import buffers
+from policies import load_actor
 
 STORE = ROOT / "envs" / "reference_scores.json"
 RUNS = Path("runs") / "reference"
@@ -64,33 +61,37 @@ GROUPS = {"all": tuple(MIRRORS), "robots": ROBOTS, "light": tuple(n for n in MIR
 GPU = "--preset paper"  # of robots
 
 
+def run_of(words, folder):
+    """The cell of a run of wurl_sac.py, done when the buffer of its one policy is there."""
+    command = ["wurl_sac.py", *words, "--out", str(folder)]
+    return Cell(f"run {folder.relative_to(RUNS)}", command, folder / "buffers" / "policy_00.npz", (), folder)
+
+
 def random_run(world):
-    """-> command of the random policy of a world, its folder."""
-    folder = RUNS / world / "random"
-    return ["wurl_sac.py", "--task", world, *RANDOM.split(), *RANDOM_SIZE[world].split(), "--out", str(folder)], folder
+    """The random policy of a world."""
+    return run_of(["--task", world, *RANDOM.split(), *RANDOM_SIZE[world].split()], RUNS / world / "random")
 
 
 def expert_run(name, seed, args):
-    """-> command of one expert, its folder, which is named by the budget."""
+    """One expert, in a folder that is named by the budget."""
     size = GPU.split() if args.budget == "gpu" and name in ROBOTS else []
     size += ["--num-updates", str(args.updates), "--eval-every", str(args.updates)] if args.updates else []
     budget = ("-paper" if "--preset" in size else "") + (f"-{args.updates}" if args.updates else "")
-    folder = RUNS / name / f"expert{budget}-seed{seed}"
-    return ["wurl_sac.py", "--task", name, *EXPERT.split(), "--seed", str(seed), *size, "--out", str(folder)], folder
+    words = ["--task", name, *EXPERT.split(), "--seed", str(seed), *size]
+    return run_of(words, RUNS / name / f"expert{budget}-seed{seed}")
 
 
-def make(command, folder):
-    """Run a command to its end unless its buffer, which it writes last, is there; a stopped run goes on."""
-    cell = udg_study.Cell(str(folder), command, folder / "buffers" / "policy_00.npz", (), folder)
-    if cell.done.exists():
-        if differ := udg_study.flags_differ(cell):
-            raise envs.InputError(f"{folder}: made with another {', '.join(differ)}. Remedy: move it away")
-        return
-    resume = ["--resume"] if any(folder.glob("state*.npz")) else []
-    print("python", *command, *resume, flush=True)
-    code = subprocess.run([sys.executable, *command, *resume], cwd=ROOT).returncode
-    if code:
-        raise envs.InputError(f"exit {code} of: python {' '.join(command)}")
+def make(names, args):
+    """Run what these tasks need and is not there -> names of cells that were not made, signal or "".
+
+    InputError where a folder holds a run of other flags.
+    """
+    wanted = {cell.name: cell for name in names for cell in (plan(name, args)[0], *plan(name, args)[1])}
+    for cell in wanted.values():
+        if cell.done.exists() and (differ := cells.flags_differ(cell)):
+            raise envs.InputError(f"{cell.runs}: made with another {', '.join(differ)}. Remedy: move it away")
+    cells.adopt(wanted, RUNS)
+    return cells.run_cells(wanted, RUNS, args.jobs)
 
 
 def random_returns(task, folder):
@@ -105,22 +106,11 @@ def random_returns(task, folder):
 
 
 def load_policy(path):
-    """The deterministic policy of a wurl_sac.py run (docs/policy.md): observations [.., S] -> actions [.., A]."""
-    with np.load(path, allow_pickle=False) as file:
-        kind, about = str(file["kind"]), json.loads(str(file["metadata_json"]))
-        layer = "actor/params/MLP_0/Dense_{}/{}".format
-        depth = sum(key.endswith("kernel") for key in file.files)
-        weights = [(file[layer(i, "kernel")][0], file[layer(i, "bias")][0]) for i in range(depth)]
-    if kind != "tanh_gaussian" or about["observations"] != "task":
-        raise envs.InputError(f"{path}: a {kind} of {about['observations']} observations is no expert's")
-
-    def policy(x):
-        for i, (kernel, bias) in enumerate(weights):
-            x = x @ kernel + bias
-            x = jax.nn.relu(x) if i < depth - 1 else x
-        return jnp.tanh(jnp.split(x, 2, axis=-1)[0])
-
-    return policy
+    """The deterministic policy of a wurl_sac.py run: observations [.., S] -> actions [.., A]."""
+    actor, about = load_actor(path)
+    if about["kind"] != "tanh_gaussian" or about["observations"] != "task":
+        raise envs.InputError(f"{path}: a {about['kind']} of {about['observations']} observations is no expert's")
+    return lambda x: jnp.tanh(actor(x)[0])
 
 
 def policy_returns(task, policy, episodes, seed):
@@ -143,27 +133,25 @@ def policy_returns(task, policy, episodes, seed):
 
 
 def plan(name, args):
-    """-> random run, expert runs; each (command, folder)."""
+    """-> the cells of the random run and of the experts."""
     return random_run(envs.task(name).env), [expert_run(name, seed, args) for seed in range(args.seeds)]
 
 
 def commands_of(name, args):
     """The commands behind a measurement, as they are stored and printed."""
     random, experts = plan(name, args)
-    return [" ".join(["python", *command]) for command, _ in (random, *experts)]
+    return [cells.portable(cell.command) for cell in (random, *experts)]
 
 
 def measure(name, args):
-    """Run, evaluate -> {task name: entry} of a task, {image: task name} of its mirror images."""
+    """Evaluate the runs -> {task name: entry} of a task, {image: task name} of its mirror images."""
     task = envs.task(name)
     random, experts = plan(name, args)
-    for run in (random, *experts):
-        make(*run)
-    images = [random_returns(envs.task(same), random[1]) for same in (name, *MIRRORS[name])]
+    images = [random_returns(envs.task(same), random.runs) for same in (name, *MIRRORS[name])]
     at_random, at_random_short = np.array(images).swapaxes(0, 1)  # [images, E]
     totals = [
-        policy_returns(task, load_policy(folder / "policy.npz"), args.episodes, 1_000 + seed)
-        for seed, (_, folder) in enumerate(experts)
+        policy_returns(task, load_policy(expert.runs / "policy.npz"), args.episodes, 1_000 + seed)
+        for seed, expert in enumerate(experts)
     ]
     expert, expert_short = np.array(totals)[:, 0], np.array(totals)[:, 1]  # [seeds, E]
     if expert.mean() <= at_random.mean():
@@ -190,9 +178,7 @@ def store(entries):
     """Write the file anew with these entries, whole or not at all."""
     about = "Returns over eval_length steps, or the name of the mirror image; made by benchmark/reference_scores.py"
     tasks = dict(sorted({**stored(), **entries}.items()))
-    temporary = STORE.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"about": about, "tasks": tasks}, indent=1) + "\n")
-    os.replace(temporary, STORE)
+    cells.write_whole(STORE, json.dumps({"about": about, "tasks": tasks}, indent=1) + "\n")
 
 
 def is_stored(name, args):
@@ -203,17 +189,24 @@ def is_stored(name, args):
     return found == (commands_of(name, args), args.episodes) and all(images)
 
 
-def try_measure(name, args):
-    """Measure and store what is not stored yet -> whether it is there now."""
-    if is_stored(name, args):
+def measure_all(names, args):
+    """Run, measure and store what is not stored yet -> names of the tasks that could not be measured, signal or ""."""
+    missing = [name for name in names if not is_stored(name, args)]
+    for name in set(names) - set(missing):
         print(f"{name}: stored already, skipped")
-        return True
-    try:
-        store(measure(name, args))
-    except envs.InputError as error:
-        print(f"reference_scores.py: error: {error}", file=sys.stderr, flush=True)
-        return False
-    return True
+    lost, stopped = make(missing, args) if missing else (set(), "")
+    failed = []
+    for name in missing:
+        random, experts = plan(name, args)
+        if lost & {cell.name for cell in (random, *experts)}:
+            failed.append(name)
+            continue
+        try:
+            store(measure(name, args))
+        except envs.InputError as error:
+            print(f"reference_scores.py: error: {error}", file=sys.stderr, flush=True)
+            failed.append(name)
+    return failed, stopped
 
 
 def show():
@@ -233,23 +226,29 @@ def main(argv=None):
     parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="gpu: the published size for robots")
     parser.add_argument("--updates", type=int, default=0, help="gradient steps of an expert; 0: wurl_sac.py's own")
     parser.add_argument("--seeds", type=int, default=1, help="experts per task; their mean is stored")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each pinned to a core")
     parser.add_argument("--episodes", type=int, default=20, help="episodes that each expert is judged on")
     args = parser.parse_args(argv)
     names = [n for word in args.run + args.commands for n in GROUPS.get(word, (word,))]
     unknown = sorted(set(names) - set(MIRRORS))
     if unknown:
         parser.error(f"{', '.join(unknown)}: measured are {', '.join(MIRRORS)} (their mirror images with them)")
-    if min(args.seeds, args.episodes) < 1 or args.updates < 0:
-        parser.error("--seeds and --episodes are 1 or more, --updates 0 or more")
+    if min(args.seeds, args.episodes, args.jobs) < 1 or args.updates < 0:
+        parser.error("--seeds, --episodes and --jobs are 1 or more, --updates 0 or more")
     if not (args.list or names):
         parser.error("nothing to do: --list, --run or --commands")
     os.chdir(ROOT)
     if args.commands:
         print(*dict.fromkeys(c for name in names for c in commands_of(name, args)), sep="\n")
         return
-    failed = [name for name in dict.fromkeys(names) if not try_measure(name, args)]
+    try:
+        failed, stopped = measure_all(list(dict.fromkeys(names)), args)
+    except envs.InputError as error:
+        sys.exit(f"reference_scores.py: error: {error}")
     if args.list:
         show()
+    if stopped:
+        sys.exit(f"stopped by {stopped}; go on with the same command")
     if failed:
         sys.exit(f"reference_scores.py: error: not measured: {', '.join(failed)}")
 

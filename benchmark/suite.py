@@ -15,7 +15,7 @@ walks ahead on the open plane, under a breadth-first waypoint controller, action
 the goal, diverse from any cell to any. Names are ours/<D4RL's name without version>, in files data/<that name>.npz:
 presets of the learners find them, and no number on them is one on D4RL's.
 
-Cells (runs of wurl_sac.py, sets) and what runs them are those of benchmark/udg_study.py: what was made by the same
+Cells (runs of wurl_sac.py, sets) and what runs them are those of benchmark/cells.py: what was made by the same
 command from the same run is skipped, a kill loses the cell at work, and a run goes on from its state.
 """
 
@@ -29,15 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-
-import udg_study  # noqa: E402  (the lines above make these importable from a plain clone)
-
-import envs  # noqa: E402
-from envs import buffers, maze  # noqa: E402
-from envs.robots import ROBOTS as ROBOTS_OF_MUJOCO  # noqa: E402
-from wurl_sac import tanh_normal_sample  # noqa: E402
+import envs
+from cells import ROOT, Cell, is_done, portable, record_file, run_cells, write_whole
+from envs import buffers, maze
+from envs.robots import ROBOTS as ROBOTS_OF_MUJOCO
+from policies import load_actor
+from wurl_sac import tanh_normal_sample
 
 RESULTS = ROOT / "results" / "suite"
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert")
@@ -83,24 +80,6 @@ D4RL_CLONING = {
 
 
 # --- policies and levels ------------------------------------------------------------------------
-
-
-def load_actor(path):
-    """The first policy of a tanh_gaussian file (docs/policy.md): observations [.., S] -> mean, log std [.., A]."""
-    with np.load(path, allow_pickle=False) as file:
-        about = json.loads(str(file["metadata_json"]))
-        layer = "actor/params/MLP_0/Dense_{}/{}".format
-        depth = sum(key.endswith("kernel") for key in file.files)
-        weights = [(file[layer(i, "kernel")][0], file[layer(i, "bias")][0]) for i in range(depth)]
-
-    def actor(x):
-        for i, (kernel, bias) in enumerate(weights):
-            x = x @ kernel + bias
-            x = jax.nn.relu(x) if i < depth - 1 else x
-        mean, log_std = jnp.split(x, 2, axis=-1)
-        return mean, jnp.clip(log_std, about["log_std_min"], about["log_std_max"])
-
-    return actor
 
 
 def learning_curve(folder):
@@ -195,7 +174,7 @@ def cut(columns, share, rows):
 
 def gaussian(path):
     """The stochastic policy of a file, as SAC acts."""
-    actor = load_actor(path)
+    actor, _ = load_actor(path)
 
     def act(key, states):
         mean, log_std = actor(states.obs)
@@ -217,7 +196,7 @@ def uniform(task):
 
 def through_maze(path, name):
     """The walker of a file on its way along waypoints to the goal, with noise; its density is not kept."""
-    actor = load_actor(path)
+    actor, _ = load_actor(path)
 
     def act(key, states):
         raw = states.info["raw_obs"]
@@ -340,7 +319,7 @@ def make_set(args, name):
     args.results.mkdir(parents=True, exist_ok=True)
     entry = {"name": f"ours/{name}", "settings": settled, "levels": used, **distribution(buffer, task)}
     entry |= {k: buffer.metadata[k] for k in ("sha256", "versions", "git_commit")}
-    udg_study.write_whole(args.results / f"{name}.json", json.dumps(entry, indent=1) + "\n")
+    write_whole(args.results / f"{name}.json", json.dumps(entry, indent=1) + "\n")
 
 
 def distribution(buffer, task):
@@ -369,7 +348,7 @@ def sac_flags(args, task):
 def run_cell_of(args, task):
     folder = run_folder(args, task)
     command = ["wurl_sac.py", *sac_flags(args, task).split(), "--out", str(folder)]
-    return udg_study.Cell(f"run {task}", command, folder / "buffers" / "policy_00.npz", (), folder)
+    return Cell(f"run {task}", command, folder / "buffers" / "policy_00.npz", (), folder)
 
 
 def set_cell(args, name):
@@ -380,7 +359,7 @@ def set_cell(args, name):
     command = ["benchmark/suite.py", "--make", name, *flags]
     usual = args.rows == ROWS[args.budget] and str(args.out) == "data"  # others have records of their own
     cell = f"set {name}" if usual else f"set {name} {args.rows} {args.out}"
-    return udg_study.Cell(cell, command, args.out / f"{name}.npz", need, None, reads)
+    return Cell(cell, command, args.out / f"{name}.npz", need, None, reads)
 
 
 def cells_of(args, names):
@@ -418,14 +397,14 @@ def refuse_others(args, names):
         cell = set_cell(args, name)
         if not args.overwrite:
             raise envs.InputError(f"{cell.done}: was made with other settings; choose another --out, or --overwrite")
-        udg_study.record_file(cell, base_folder(args)).unlink(missing_ok=True)
+        record_file(cell, base_folder(args)).unlink(missing_ok=True)
 
 
 def show(args):
     """--list."""
     for name in SETS:
         cell = set_cell(args, name)
-        made = udg_study.is_done(cell, base_folder(args)) and not of_other_settings(args, name)
+        made = is_done(cell, base_folder(args)) and not of_other_settings(args, name)
         made = "made" if made else "not made"
         print(f"ours/{name:28} {made:9} {cell.done}")
 
@@ -481,7 +460,7 @@ def write_table(args):
     entries = {p.stem: json.loads(p.read_text()) for p in sorted(args.results.glob("*.json"))}
     if not entries:
         raise envs.InputError(f"{args.results}: no set was made yet; run this without --table")
-    udg_study.write_whole(args.results / "table.md", table(entries))
+    write_whole(args.results / "table.md", table(entries))
     print(table(entries) + f"{args.results / 'table.md'}", flush=True)
 
 
@@ -529,13 +508,13 @@ def main(argv=None):
     names = chosen(args.sets, args.budget)
     cells, base = cells_of(args, names), base_folder(args)
     if args.commands:
-        return print(*(udg_study.portable(cell.command) for cell in cells.values()), sep="\n")
+        return print(*(portable(cell.command) for cell in cells.values()), sep="\n")
     refuse_others(args, names)
-    left = [name for name, cell in cells.items() if not udg_study.is_done(cell, base)]
+    left = [name for name, cell in cells.items() if not is_done(cell, base)]
     made = len(cells) - len(left)
     print(f"{made} of {len(cells)} cells are made; all that they say stands in {base / 'logs'}", flush=True)
     known = {name: bits for name, bits in recorded_bits(args).items() if set_cell(args, name).name in left}
-    failed, stopped = udg_study.run_cells(cells, base, args.jobs)
+    failed, stopped = run_cells(cells, base, args.jobs)
     check_bits(args, known)
     if any(args.results.glob("*.json")):
         write_table(args)

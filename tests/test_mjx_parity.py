@@ -4,7 +4,6 @@ What MJX makes of single steps is in test_envs.py (the cheetah, the ant's accele
 the other robots' programs take a minute each to compile, and are compared by the command.
 """
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,12 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mjx_parity as P
 from envs import physics
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("mjx_parity", ROOT / "benchmark" / "mjx_parity.py")
-P = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(P)
 
 
 def committed(name, part):

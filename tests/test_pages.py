@@ -1,16 +1,13 @@
 """The pages (README.md, docs/): links lead somewhere, figures are there, commands name files and studies that exist."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+import udg_study
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import udg_study  # noqa: E402
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

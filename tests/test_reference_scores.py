@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +12,12 @@ import numpy as np
 import pytest
 
 import envs
+import reference_scores
 import wurl_sac
+from cells import args_of
 from envs import buffers, physics
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import reference_scores  # noqa: E402
-
-ARGS = argparse.Namespace(budget="cpu", updates=0, seeds=1, episodes=20)
+ARGS = argparse.Namespace(budget="cpu", updates=0, seeds=1, episodes=20, jobs=1)
 # sign of x and y of an action in the mirror image, from the measured task
 FLIPS = {
     "point-angle-180": (-1, 1), "point-angle-120": (-1, 1), "point-angle-240": (-1, -1), "point-angle-300": (1, -1),
@@ -149,7 +144,7 @@ def write_policy(path, observations):
         layer(0, "kernel"): np.array([[[1.0], [0.0]]]), layer(0, "bias"): np.zeros((1, 1)),
         layer(1, "kernel"): np.array([[[2.0, 5.0]]]), layer(1, "bias"): np.array([[0.5, 0.0]]),
     }  # fmt: skip
-    about = np.array(json.dumps({"observations": observations}))
+    about = np.array(json.dumps({"observations": observations, "log_std_min": -20.0, "log_std_max": 2.0}))
     np.savez(path, kind=np.array("tanh_gaussian"), metadata_json=about, **arrays)
 
 
@@ -199,44 +194,53 @@ def test_references_hold_for_the_options_they_were_measured_with(monkeypatch):
     assert envs.task("ant-angle-0", ctrl_cost=0.5).reference is None
 
 
-def fake_run(folder, monkeypatch, returns):
-    """A measurement whose runs are there; the expert earns `returns`."""
+def stand_in(folder, monkeypatch, returns, lost=()):
+    """Runs that are there but for `lost`; the expert earns `returns` -> the names of the cells that were asked for."""
+    asked = []
+    made = lambda cells, base, jobs: (asked.extend(cells), (set(lost), ""))[1]
     monkeypatch.setattr(reference_scores, "STORE", folder / "scores.json")
-    monkeypatch.setattr(reference_scores, "make", lambda command, folder: None)
+    monkeypatch.setattr(reference_scores.cells, "run_cells", made)
+    monkeypatch.setattr(reference_scores, "RUNS", folder)
     monkeypatch.setattr(reference_scores, "random_returns", lambda task, folder: (np.array([1.0, 3.0]),) * 2)
     monkeypatch.setattr(reference_scores, "load_policy", lambda path: None)
     monkeypatch.setattr(reference_scores, "policy_returns", lambda *_: (np.full(4, returns),) * 2)
+    return asked
 
 
-def test_a_run_of_another_command_is_refused(tmp_path):
+def test_a_run_of_another_command_is_refused(tmp_path, monkeypatch):
     """What lies in a run's folder is taken for that run only if its flags are the command's."""
-    command = ["wurl_sac.py", "--task", "point", *reference_scores.RANDOM.split(), "--num-updates", "500"]
-    (tmp_path / "buffers").mkdir()
-    (tmp_path / "buffers" / "policy_00.npz").touch()
-    args = dataclasses.asdict(wurl_sac.parse_args(command[1:], wurl_sac.wurl_preset))
-    (tmp_path / "args.json").write_text(json.dumps(args))
-    reference_scores.make(command, tmp_path)
+    monkeypatch.setattr(reference_scores, "RUNS", tmp_path)
+    for cell in (reference_scores.random_run("point"), reference_scores.expert_run("point-angle-0", 0, ARGS)):
+        cell.done.parent.mkdir(parents=True)
+        cell.done.touch()
+        left = dataclasses.asdict(args_of(wurl_sac, cell.command[1:]))
+        (cell.runs / "args.json").write_text(json.dumps(left))
+    assert reference_scores.make(["point-angle-0"], ARGS) == (set(), ""), "what is there is not made again"
+    (cell.runs / "args.json").write_text(json.dumps(left | {"num_updates": 500}))
     with pytest.raises(envs.InputError, match=r"made with another num_updates\. Remedy"):
-        reference_scores.make([*command[:-1], "1000"], tmp_path)
+        reference_scores.make(["point-angle-0"], ARGS)
 
 
 def test_stored_once(tmp_path, monkeypatch, capsys):
-    fake_run(tmp_path, monkeypatch, 8.0)
+    asked = stand_in(tmp_path, monkeypatch, 8.0)
     reference_scores.main(["--run", "point-angle-0", "--seeds", "2"])
+    assert asked == ["run point/random", *(f"run point-angle-0/expert-seed{seed}" for seed in (0, 1))]
     tasks = json.loads((tmp_path / "scores.json").read_text())["tasks"]
     assert tasks["point-angle-180"] == "point-angle-0"
     assert (tasks["point-angle-0"]["random"], tasks["point-angle-0"]["expert"]) == (2.0, 8.0)
     capsys.readouterr()
     reference_scores.main(["--run", "point-angle-0", "--seeds", "2"])
-    assert capsys.readouterr().out == "point-angle-0: stored already, skipped\n"
+    assert capsys.readouterr().out == "point-angle-0: stored already, skipped\n" and len(asked) == 3
     assert not reference_scores.is_stored("point-angle-0", ARGS), "with one seed it is another measurement"
 
 
-def test_an_expert_below_random_is_refused(tmp_path, monkeypatch, capsys):
-    fake_run(tmp_path, monkeypatch, 1.5)
+@pytest.mark.parametrize("returns, lost", [(1.5, ()), (8.0, ("run point-angle-0/expert-seed0",))])
+def test_nothing_is_stored_of_a_poor_or_a_lost_expert(tmp_path, monkeypatch, capsys, returns, lost):
+    stand_in(tmp_path, monkeypatch, returns, lost)
     with pytest.raises(SystemExit, match="not measured: point-angle-0"):
         reference_scores.main(["--run", "point-angle-0"])
-    assert "Remedy: raise --updates" in capsys.readouterr().err and not (tmp_path / "scores.json").exists()
+    assert ("Remedy: raise --updates" in capsys.readouterr().err) == (not lost)
+    assert not (tmp_path / "scores.json").exists()
 
 
 @pytest.mark.parametrize("words", [["--run", "point-angle-180"], ["--seeds", "0", "--run", "light"], []])
@@ -250,10 +254,10 @@ def test_commands_are_accepted():
     """Every command, at both budgets, passes the checks of wurl_sac.py."""
     commands = set()
     for budget in ("cpu", "gpu"):
-        args = argparse.Namespace(budget=budget, updates=200_000 if budget == "gpu" else 0, seeds=1, episodes=20)
+        args = argparse.Namespace(**vars(ARGS) | {"budget": budget, "updates": 200_000 if budget == "gpu" else 0})
         commands |= {c for name in reference_scores.MIRRORS for c in reference_scores.commands_of(name, args)}
     for command in commands:
-        args = wurl_sac.parse_args(command.split()[2:], wurl_sac.wurl_preset)
+        args = args_of(wurl_sac, command.split()[2:])
         task = envs.task(args.task)
         wurl_sac.check_args(args, task, args.episode_length or task.episode_length)
         assert args.random or args.auto_alpha

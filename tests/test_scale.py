@@ -1,28 +1,20 @@
-"""Seeds over devices, policies over processes, grids over workers, rows beyond the memory: the same numbers."""
+"""Seeds over devices, policies over processes, rows beyond the memory: the same numbers."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
-import time
-import types
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-import cped
-import dac
 import envs
-import mopo
-import qdq
 import runner
 import wurl_sac as W
 from envs.buffers import scripted
 from runner import devices
-from tests.test_udg_study import is_drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -236,149 +228,15 @@ def test_each_process_needs_a_policy(monkeypatch):
     assert list(owners) == list(range(10)) and sorted(set(owners.values())) == [0, 1, 2, 3]
 
 
-# --- grids ---
-
-
-def grid(path, **changes):
-    """The list of one run of dac.py on the scripted data, and its folder."""
-    small = "--hidden-sizes 16 16 --num-critics 3 --num-q-samples 2 --batch-size 16 --num-steps 3 --eval-episodes 2"
-    dac = f"dac.py {small} --chunk 20 --eval-every 200 --num-updates 400"
-    lists = {"datasets": {"point": str(path / "point-angle-0.npz")}, "algorithms": {"dac": dac}, "seeds": [0]}
-    lists |= {"out": str(path / "grid")} | changes
-    (path / "grid.json").write_text(json.dumps(lists))
-    return path / "grid" / "point" / "dac" / "seed0"
-
-
-def start_grid(path, *flags):
-    command = [sys.executable, "benchmark/grid.py", str(path / "grid.json"), "--poll", "0.2", *flags]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
-
-
-def test_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path):
-    scripted.dataset(tmp_path)
-    folder = grid(tmp_path)
-    process, deadline = start_grid(tmp_path), time.time() + 600
-    while not (folder / "state.npz").exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
-        time.sleep(0.05)
-    os.kill(json.loads((folder / "worker.json").read_text())["pid"], 9)
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0 and "started point dac 0 (try 2)" in said and "ended point dac 0" in said, said
-    assert "| point |" in said and (folder / "policy.npz").exists()
-    assert is_drawn(plt.imread(tmp_path / "grid" / "point.png"))
-    table = json.loads((tmp_path / "grid" / "table.json").read_text())
-    assert [(x["dataset"], x["algorithm"], len(x["returns"])) for x in table["scores"]] == [("point", "dac", 1)]
-    said, _ = start_grid(tmp_path).communicate(timeout=300)
-    assert "1 done, 0 to make" in said and "| point | " in said
-    other = grid(tmp_path, algorithms={"dac": "dac.py --num-updates 20"})
-    said, _ = start_grid(tmp_path).communicate(timeout=300)
-    assert f"move {other} away" in said
-
-
-def test_grid_counts_a_seed_once(tmp_path, monkeypatch, capsys):
-    """Two runs of two seeds each, one seed in both: three values. The data's episodes are its own column."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    import grid as launcher
-
-    data = scripted.dataset(tmp_path)
-    returns = envs.buffers.load(data, ("rewards",), quiet=True)["episode_returns"]
-    command = ("dac.py", "--dataset", str(data))
-    run = lambda seed: types.SimpleNamespace(
-        name=f"point dac {seed}", folder=str(seed), command=command, made=str, record=str
-    )
-    found = lambda folder, key: {
-        s: (np.arange(6) * 100, np.full(6, 10.0 * s)) for s in (int(folder.name), int(folder.name) + 1)
-    }
-    monkeypatch.setattr(launcher.plots, "read", found)
-    launcher.gather([run(0), run(1)], tmp_path)
-    line = f"| point | {returns.mean():.1f}; {returns.max():.1f} | 10.0 +- 8.2 (3) |"
-    assert line in capsys.readouterr().out and line in (tmp_path / "table.md").read_text()
-    assert is_drawn(plt.imread(tmp_path / "point.png"))
-
-
-def test_a_grid_in_parts_is_collected_as_a_whole(tmp_path, capsys):
-    """Two partial grids, one after the other, into one folder: the table and the figures have both."""
-    sys.path[:0] = [str(ROOT / "benchmark")]
-    import collect
-    import grid as launcher
-
-    log = lambda value: "\n".join(
-        [json.dumps({"args": {}})] + [json.dumps({"step": s, "seed": 0, "eval/return": value}) for s in (100, 200)]
-    )
-    for part, (name, algorithm, value) in enumerate((("a", "mopo", 1.0), ("a", "dac", 2.0), ("b", "dac", 3.0))):
-        folder, part = tmp_path / "into" / name / algorithm, tmp_path / f"part{part}"
-        folder.mkdir(parents=True)
-        (folder / "seed0.jsonl").write_text(log(value))
-        found = {name: {algorithm: {0: (np.array([100]), np.array([value]))}}}
-        launcher.write_results(part, found, [algorithm], {name: (0.5, 9.0)})
-        collect.collect_grid(part, tmp_path / "into")
-    lines = (tmp_path / "into" / "table.md").read_text().splitlines()
-    assert lines[0].endswith("| mopo | dac |")
-    assert lines[2] == "| a | 0.5; 9.0 | 1.0 (1) | 2.0 (1) |"
-    assert lines[3] == "| b | 0.5; 9.0 | - | 3.0 (1) |"
-    assert is_drawn(plt.imread(tmp_path / "into" / "a.png")) and is_drawn(plt.imread(tmp_path / "into" / "b.png"))
-
-
-def test_grid_leaves_out_what_is_not_wanted(tmp_path):
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    import grid as launcher
-
-    data = str(scripted.dataset(tmp_path))
-    datasets, algorithms = {"maze-a": data, "maze-b": data, "flat": data}, {"mopo": "mopo.py", "dac": "dac.py"}
-    grid(tmp_path, datasets=datasets, algorithms=algorithms, leave_out=["maze-* mopo"])
-    runs, _ = launcher.read_grid(tmp_path / "grid.json")
-    assert [run.name for run in runs] == ["maze-a dac 0", "maze-b dac 0", "flat mopo 0", "flat dac 0"]
-
-
-@pytest.mark.parametrize("name", ["suite_short", "suite_full"])
-def test_grids_of_the_suite_are_of_its_sets(name):
-    """Every set has a preset in every learner that is to run on it."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    import suite
-
-    lists = json.loads((ROOT / "benchmark" / f"{name}.json").read_text())
-    learners = {"mopo": mopo, "cped": cped, "qdq": qdq, "dac": dac}
-    for data, file in lists["datasets"].items():
-        assert file == f"data/{data}.npz" and data in suite.SETS
-        for algorithm, command in lists["algorithms"].items():
-            learner = learners[command.split()[0].removesuffix(".py")]
-            known = learner.PUBLISHED if learner in (mopo, dac) else learner.PRESETS
-            assert (learner.preset_name(f"ours/{data}", known) in known) == (
-                f"{algorithm} {data[:7]}" != "mopo antmaze"
-            )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(datasets={"point": "no/such.npz"}), "no/such.npz"),
-        (dict(algorithms={"rm": "rm -r"}), "begin with one of mopo.py"),
-        (dict(datasets={"../up": "x.npz"}), "names are letters"),
-        (dict(seeds=[-1]), "seeds whole numbers"),
-        (dict(seeds=[0, 0]), "each once"),
-        (dict(seeds=None), "TypeError"),
-        (dict(leave_out=["hopper mopo"]), "no such pair"),
-    ],
-)
-def test_grid_refuses_a_broken_list(tmp_path, changes, message):
-    grid(tmp_path, **changes)
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    import grid as launcher
-
-    with pytest.raises(envs.InputError, match=message):
-        launcher.read_grid(tmp_path / "grid.json")
-
-
 # --- rows beyond the memory ---
 
 
 def test_a_learner_holds_no_more_rows_than_it_is_told(tmp_path):
     """Three million rows, 138 MB, of which 20,000 are asked for; what both take beyond their rows is the compiler's."""
-    code = "import sys; sys.path.insert(0, 'benchmark'); import large_buffer; large_buffer.main(sys.argv[1:])"
-    process = start(code, tmp_path, "--rows", 3_000_000, "--max-rows", 20_000)
-    found, said = process.communicate(timeout=900)
-    assert process.returncode == 0, said[-3000:]
+    command = [sys.executable, "benchmark/large_buffer.py", str(tmp_path), "--rows", "3000000", "--max-rows", "20000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = done.stdout
     few, whole = (float(found.split(f"peak {name}: ")[1].split()[0]) for name in ("few", "whole"))
     assert few < 100 < whole, (few, whole)  # MB
     assert "20,000 transitions, 200 episodes" in found and "2980000 rows dropped ('max_rows')" in found

@@ -16,20 +16,14 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import shortest_path
 
-import cped
-import dac
 import envs
-import mopo
-import qdq
+import suite
 import wurl_sac
+from cells import args_of, is_done, record_file
 from envs import buffers, maze
 from tests.test_envs import state_at
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmark")]
-
-import suite  # noqa: E402
-import udg_study  # noqa: E402
 
 
 def arguments(tmp_path, *more):
@@ -44,7 +38,7 @@ def made(tmp_path_factory):
     cell = suite.run_cell_of(args, "point-angle-0")
     short = ["--warmup-steps", "300", "--eval-every", "100", "--hidden-sizes", "16", "16", "--eval-episodes", "50"]
     with contextlib.redirect_stdout(io.StringIO()):
-        wurl_sac.main(wurl_sac.parse_args([*cell.command[1:], *short], wurl_sac.wurl_preset))
+        wurl_sac.main(args_of(wurl_sac, [*cell.command[1:], *short]))
     return args
 
 
@@ -67,7 +61,7 @@ def test_kept_policies(made):
     net = wurl_sac.Actor((16, 16), 2, -20.0, 2.0)
     layer = lambda i: {k: last[f"actor/params/MLP_0/Dense_{i}/{k}"][0] for k in ("kernel", "bias")}
     expected = net.apply({"params": {"MLP_0": {f"Dense_{i}": layer(i) for i in range(3)}}}, x)
-    np.testing.assert_allclose(np.stack(suite.load_actor(curve[-1]["path"])(x)), np.stack(expected), atol=1e-6)
+    np.testing.assert_allclose(np.stack(suite.load_actor(curve[-1]["path"])[0](x)), np.stack(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +256,7 @@ def test_sets(made):
     np.testing.assert_array_equal(sets["medium-expert"]["actions"][600:], sets["expert"]["actions"])
     assert (sets["random"]["actions"] ** 2).mean() == pytest.approx(1 / 3, abs=0.05)
     for level in ("medium", "expert"):  # the density is that of the policy in the file
-        mean, log_std = suite.load_actor(levels[level]["path"])(sets[level]["observations"])
+        mean, log_std = suite.load_actor(levels[level]["path"])[0](sets[level]["observations"])
         u = np.arctanh(np.clip(np.float64(sets[level]["actions"]), -1 + 1e-9, 1 - 1e-9))
         normal = -0.5 * ((u - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
         density = (normal - np.log1p(-(np.tanh(u) ** 2))).sum(-1)
@@ -283,7 +277,7 @@ def test_sets(made):
 def test_sets_of_other_sizes_and_folders_have_records_of_their_own(tmp_path):
     """Making a small set elsewhere must not make the usual one count as not made: it would be made again."""
     every = [suite.parse(words) for words in ([], ["--rows", "20000"], ["--out", str(tmp_path)], ["--seed", "1"])]
-    records = {udg_study.record_file(suite.set_cell(args, "hopper-random"), suite.base_folder(args)) for args in every}
+    records = {record_file(suite.set_cell(args, "hopper-random"), suite.base_folder(args)) for args in every}
     assert len(records) == 4
 
 
@@ -293,14 +287,14 @@ def test_command_goes_on_after_a_kill_and_skips_what_is_made(tmp_path):
     places = [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
     command = [sys.executable, "benchmark/suite.py", "--sets", "point-random", "--rows", "600", *places]
     (cell,), base = suite.cells_of(args, ["point-random"]).values(), suite.base_folder(args)
-    lock = udg_study.record_file(cell, base).with_suffix(".lock")
+    lock = record_file(cell, base).with_suffix(".lock")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not lock.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "stopped by SIGTERM; go on with the same command" in said
-    assert not cell.done.exists() and not udg_study.is_done(cell, base)
+    assert not cell.done.exists() and not is_done(cell, base)
     args.out.mkdir(exist_ok=True)
     (args.out / f".{cell.done.name}.1.tmp").write_bytes(b"half of a file")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -340,7 +334,7 @@ def test_command_goes_on_after_a_kill_and_skips_what_is_made(tmp_path):
     cell.done.unlink()
     with pytest.raises(envs.InputError, match="has none of the recorded sets"):
         suite.main([*command[2:], "--check"])
-    assert not udg_study.is_done(cell, base)
+    assert not is_done(cell, base)
 
 
 def test_cells_are_in_order_and_accepted():
@@ -355,7 +349,7 @@ def test_cells_are_in_order_and_accepted():
         assert len({cell.done for cell in cells.values()}) == len(cells) == len(suite.SETS) + len(suite.RUNS)
         for cell in cells.values():
             if cell.runs:
-                run = wurl_sac.parse_args(cell.command[1:], wurl_sac.wurl_preset)
+                run = args_of(wurl_sac, cell.command[1:])
                 task = envs.task(run.task)
                 wurl_sac.check_args(run, task, task.episode_length)
                 assert run.keep_policies and not wurl_sac.is_diverse(run) and run.auto_alpha
@@ -369,188 +363,6 @@ def test_cells_are_in_order_and_accepted():
     assert suite.chosen(["antmaze-large-play"], "cpu") == ["antmaze-large-play"]
     with pytest.raises(envs.InputError, match="--sets humanoid: unknown"):
         suite.chosen(["humanoid"], "cpu")
-
-
-# --- presets ------------------------------------------------------------------------------------
-
-LEARNERS = {"mopo": mopo, "cped": cped, "qdq": qdq, "dac": dac}
-
-
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_every_set_finds_its_preset(learner, monkeypatch):
-    """ours/x takes what is published for D4RL's x; what has nothing published says so."""
-    script = LEARNERS[learner]
-    choose = getattr(script, f"{learner}_preset")
-    published = {"mopo": mopo.PUBLISHED, "cped": cped.PRESETS, "qdq": qdq.PRESETS, "dac": dac.PUBLISHED}[learner]
-
-    file = types.SimpleNamespace()
-    monkeypatch.setattr(envs.buffers, "load", lambda *args, **kwargs: file)
-    for name, (task, _) in suite.SETS.items():
-        file.metadata = {"dataset_name": f"ours/{name}"}
-        said, preset = choose(script.Args(dataset="x.npz"))
-        named = [key for key in published if key.rpartition("-v")[0] == name]
-        expected = name.startswith(("hopper", "walker2d", "halfcheetah")) and "medium" in name
-        expected |= learner != "mopo" and name.startswith("antmaze")
-        expected |= learner == "mopo" and name.endswith("random") and not name.startswith("point")
-        assert bool(named) == expected, name
-        if expected:
-            assert preset == script.PRESETS[named[0]] and named[0] in said and f"ours/{name}" in said
-            if name.startswith("antmaze"):
-                assert preset.get("reward_shift") == {"cped": -1.0, "qdq": -1.0}.get(learner)
-        else:
-            assert "nothing is published" in said
-        if learner == "mopo" and name.startswith("antmaze"):
-            with pytest.raises(envs.InputError, match="observations do not tell"):
-                mopo.check_args(mopo.Args(), envs.task(task), 1_000)
-    if learner == "mopo":  # the authors' epochs for v0, OfflineRL-Kit's for v2
-        steps = [mopo.PRESETS[f"hopper-{kind}"]["num_updates"] for kind in ("random-v0", "medium-v2")]
-        assert steps == [1_000_000, 3_000_000]
-    file.metadata = {"dataset_name": "hopper-easy"}  # no set of ours
-    assert "nothing is published" in choose(script.Args(dataset="x.npz"))[0]
-    assert choose(script.Args(dataset="x.npz", preset="cpu"))[1].items() >= {"num_updates": 20_000}.items()
-
-
-@pytest.mark.parametrize(
-    ("data", "names"),
-    [
-        ("hopper-medium-v2", dict.fromkeys(LEARNERS, "hopper-medium-v2")),
-        ("hopper-medium-v0", dict.fromkeys(LEARNERS, "hopper-medium-v2") | {"mopo": "hopper-medium-v0"}),
-        ("hopper-random-v2", {"mopo": "hopper-random-v0"}),
-        ("antmaze-umaze-v0", {"cped": "antmaze-umaze-v2", "qdq": "antmaze-umaze-v0", "dac": "antmaze-umaze-v0"}),
-        ("antmaze-umaze-v2", {"cped": "antmaze-umaze-v2", "qdq": "antmaze-umaze-v0", "dac": "antmaze-umaze-v0"}),
-        ("antmaze-umaze-diverse-v2", {"qdq": "antmaze-umaze-diverse-v0", "dac": "antmaze-umaze-diverse-v0"}),
-        ("minari/D4RL/hopper/medium-v2", {}),  # other data under a like name
-        ("hopper-medium-replay-v2-half", {}),
-    ],
-)
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_presets_are_of_d4rls_names(learner, data, names, monkeypatch):
-    """The version that is published for, where the file's own is not; and which it is, is said."""
-    script = LEARNERS[learner]
-    file = types.SimpleNamespace(metadata={"dataset_name": data})
-    monkeypatch.setattr(envs.buffers, "load", lambda *args, **kwargs: file)
-    said, preset = getattr(script, f"{learner}_preset")(script.Args(dataset="x.npz"))
-    if learner == "cped" and data.startswith("antmaze-umaze-diverse"):
-        names = {"cped": data}
-    if learner in names:
-        assert preset == script.PRESETS[names[learner]] and names[learner] in said and data in said
-    else:
-        assert "nothing is published" in said
-
-
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_preset_of_another_version_by_name(learner, monkeypatch):
-    """--preset with D4RL's name of a set, in whatever version or none; the file, relabelled, is called otherwise."""
-    script = LEARNERS[learner]
-    choose = getattr(script, f"{learner}_preset")
-    file = types.SimpleNamespace(metadata={"dataset_name": "hopper-udg-top1"})
-    monkeypatch.setattr(envs.buffers, "load", lambda *args, **kwargs: file)
-    for given in ("hopper-medium-expert-v2", "hopper-medium-expert-v1", "hopper-medium-expert"):
-        said, preset = choose(script.Args(dataset="x.npz", preset=given))
-        assert preset == script.PRESETS["hopper-medium-expert-v2"]
-        assert "as published for hopper-medium-expert-v2" in said and "hopper-udg-top1" in said
-    if learner != "mopo":
-        known = next(name for name in script.PRESETS if name.startswith("antmaze-umaze-diverse-v"))
-        said, preset = choose(script.Args(dataset="x.npz", preset="antmaze-umaze-diverse-v2"))
-        assert preset == script.PRESETS[known] and f"as published for {known}" in said
-    with pytest.raises(envs.InputError, match="--preset hopper-easy: unknown"):
-        choose(script.Args(dataset="x.npz", preset="hopper-easy"))
-
-
-ROBOTS = ("halfcheetah", "hopper", "walker2d")
-KINDS = ("medium", "medium-replay", "medium-expert")
-MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
-
-
-def every_set(robots, mazes, version):
-    """A row of values for each robot and kind, and for each maze -> {D4RL's name: values}."""
-    names = [f"{robot}-{kind}-v2" for robot in ROBOTS for kind in KINDS] + [f"antmaze-{m}-{version}" for m in MAZES]
-    return dict(zip(names, [*robots, *mazes], strict=True))
-
-
-def of_preset(script, name, *fields):
-    args = script.Args(**script.PRESETS[name])
-    return tuple(getattr(args, field) for field in fields)
-
-
-def test_mopo_has_the_published_numbers():
-    """Horizon and lambda of every set: OfflineRL-Kit's for v2, the authors' code for v0."""
-    v2 = [(5, 0.5), (5, 0.5), (5, 2.5), (5, 5), (5, 2.5), (5, 5), (5, 0.5), (1, 2.5), (1, 2.5)]
-    v0 = [(1, 1), (5, 1), (5, 5), (5, 5), (5, 1), (5, 1), (5, 5), (1, 1), (1, 2)]
-    random = [(5, 0.5), (5, 1), (1, 1)]
-    published = every_set(v2, [()] * 6, "") | {k.replace("v2", "v0"): v for k, v in every_set(v0, [()] * 6, "").items()}
-    published |= {f"{robot}-random-v0": row for robot, row in zip(ROBOTS, random, strict=True)}
-    published = {k: row for k, row in published.items() if row}
-    assert set(published) == set(mopo.PUBLISHED) and len(published) == 21
-    for name, row in published.items():
-        assert of_preset(mopo, name, "horizon", "lam") == row, name
-
-
-def test_dac_has_the_published_numbers():
-    """eta, its rate, b, rho, max_q, the critics' rate of the authors' final commands."""
-    walker, hopper, cheetah = [[(1.0, 1e-3, 1.0, rho, False, 3e-4)] * 3 for rho in (1.0, 1.5, 0.0)]
-    hopper, cheetah = (
-        [*hopper[:2], (1.0, 1e-3, 0.05, 1.5, False, 3e-4)],
-        [*cheetah[:2], (1.0, 1e-3, 0.1, 0, False, 3e-4)],
-    )
-    mazes = [(0.1, 0.0, None, 1.0, True, 3e-4)] * 4 + [(0.1, 0.0, None, rho, True, 1e-3) for rho in (1.1, 1.0)]
-    published = every_set([*cheetah, *hopper, *walker], mazes, "v0")
-    assert set(published) == set(dac.PUBLISHED)
-    for name, row in published.items():
-        found = of_preset(dac, name, "eta", "eta_lr", "bc_threshold", "rho", "max_q", "critic_lr")
-        assert found[:2] + found[3:] == row[:2] + row[3:] and row[2] in (None, found[2]), name
-        common = ("num_steps", "num_critics", "num_q_samples", "num_action_samples", "batch_size", "gamma", "tau")
-        assert of_preset(dac, name, *common, "actor_lr", "num_updates") == (
-            5, 10, 10, 10, 256, 0.99, 0.005, 3e-4, 2_000_000,
-        )  # fmt: skip
-
-
-def test_qdq_has_the_published_numbers():
-    """alpha, beta, gamma_ent, the bound of gradients, LayerNorm, the actor's loss of the authors' files."""
-    weights = (0.0, 0.1, 2.0, 0.8, 0.8, 2.0, 0.8, 0.8, 2.0)
-    robots = [(0.992, 0.9 if i < 3 else 0.8, weight, 10, False, "q") for i, weight in enumerate(weights)]
-    mazes = [
-        (0.99, 0.9, 0.0, 7, False, "awr"), (0.01, 0.9, 1.5, 7, False, "q"), (0.99, 0.9, 0.0, 7, False, "awr"),
-        (0.99, 0.9, 1.0, 7, False, "awr"), (0.99, 0.9, 0.0, 7, True, "awr"), (0.99, 0.9, 0.0, 3, True, "awr"),
-    ]  # fmt: skip
-    published = every_set(robots, mazes, "v0")
-    assert set(published) == set(qdq.PRESETS) - {"cpu"}
-    for name, row in published.items():
-        fields = ("alpha", "beta", "gamma_ent", "max_grad_norm", "layer_norm", "actor_loss")
-        assert of_preset(qdq, name, *fields) == row, name
-        width = (256,) * (3 if name.endswith("v2") else 2)
-        common = (
-            "hidden_sizes",
-            "reward_shift",
-            "batch_size",
-            "gamma",
-            "tau",
-            "policy_delay",
-            "num_samples",
-            "num_updates",
-        )
-        shift = -1.0 if name.startswith("antmaze") else 0.0
-        assert of_preset(qdq, name, *common) == (width, shift, 256, 0.99, 0.005, 2, 50, 1_000_000), name
-
-
-def test_cped_has_the_published_numbers():
-    """Updates of the flow and after it, alpha's steps by update, first updates of critic and Q term, -1 in mazes."""
-    robot = (500_000, 1_000_000, (1000, 10, 7.5, 5, 2.5, 1.5), (0, 1e5, 2e5, 3e5, 4e5, 5e5), 3e4, 5e4, 0.0)
-    maze = (300_000, 700_000, (0.25, 0.1, 0.08), (0, 2e5, 5e5), 3e4, 5e4, -1.0)
-    large = (400_000, 600_000, (0.25, 0.1, 0.08), (0, 1e5, 4e5), 3e4, 5e4, -1.0)
-    published = every_set([robot] * 9, [maze] * 4 + [large] * 2, "v2")
-    assert set(published) == set(cped.PRESETS) - {"cpu", "published"}
-    for name, row in published.items():
-        flow, updates, alphas, starts, critic, q, shift = of_preset(
-            cped, name, "flow_updates", "num_updates", "alphas", "alpha_from", "critic_from", "q_from", "reward_shift"
-        )
-        at = np.round(updates * np.array([*starts, critic, q]), 6)
-        assert (flow, updates, alphas, (*at[:-2],), *at[-2:], shift) == row, name
-
-
-def test_dac_scales_the_rewards_of_a_maze():
-    """Returns are 0 or 1: rewards of 1,000, as the released code has them."""
-    assert dac.reward_scale(np.array([0.0, 1.0, 0.0]), dac.Args(**dac.PRESETS["antmaze-umaze-v0"])) == 1_000.0
 
 
 # --- table --------------------------------------------------------------------------------------

@@ -1,0 +1,342 @@
+"""Cells: commands that each make a file, run when those before them are done; studies, suite and references use them.
+
+A cell is done when its file is there, made by the same command from the same data. It runs in a process of its own,
+at a fixed core where several run at once, with its output in <base>/logs/<cell>.log; <cell>.lock is held while the
+command lives, and <cell>.json says what made the file. What is done is skipped; a run that was stopped (Ctrl-C,
+SIGTERM, kill) goes on from its state; a cell that fails takes those that need it with it, and no others.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+import runner
+from envs import InputError, buffers
+
+ROOT = Path(__file__).resolve().parents[1]
+HEARD_EVERY = 60.0  # seconds between what the cells at work say, where none has ended
+
+
+class Cell(NamedTuple):
+    """A command, the file that it writes last, and the cells that must be done before."""
+
+    name: str
+    command: list[str]
+    done: Path
+    needs: tuple[str, ...]
+    runs: Path | None = None  # the folder of a run, which goes on from its state
+    reads: tuple[Path, ...] = ()  # buffers, or folders of them: made anew with other rows, the cell is not done
+
+
+def portable(command):
+    """A command with paths as from the repository's root."""
+    return " ".join(["python", *command])
+
+
+# === records ===
+
+
+def record_file(cell, base):
+    """Where the command of a finished cell is kept, to see whether it is still the one that is asked for."""
+    return base / "logs" / f"{cell.name.replace(' ', '_').replace('/', '-')}.json"
+
+
+def read_record(cell, base):
+    """The record of a finished cell; {} where there is none, or a torn one."""
+    try:
+        return json.loads(record_file(cell, base).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_record(cell, base, about):
+    """Note that a cell is done: its command, the rows that it read, commit and versions, and what `about` says."""
+    record = record_file(cell, base)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    about = {"command": cell.command, **about, "reads": fingerprint(cell)}
+    write_whole(record, json.dumps(about | {"commit": buffers.git_commit(), "versions": buffers.versions()}))
+
+
+def write_whole(path, text):
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def files_read(cell):
+    """The buffer files that a cell reads."""
+    return [file for path in cell.reads for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
+
+
+def digests_of(file):
+    """{column: sha256} of a buffer file, by its metadata alone."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return json.loads(str(arrays["metadata_json"]))["sha256"]
+
+
+def fingerprint(cell):
+    """Digest of the arrays in the buffers that a cell reads, whatever else the files say; "" where one is gone."""
+    files, digest = files_read(cell), hashlib.sha256()
+    if not all(file.exists() for file in files):
+        return ""
+    for file in files:
+        digest.update(json.dumps(digests_of(file), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def is_done(cell, base):
+    """Whether a cell was finished, by this very command and from the data that is there now."""
+    record = read_record(cell, base)
+    if not cell.done.exists() or record.get("command") != cell.command:
+        return False
+    return fingerprint(cell) in ("", record["reads"])
+
+
+def finished_cells(cells, base):
+    """Cells that are done here with all that they need: without its selection a learner's rows cannot be written."""
+    finished = {}
+    for name, cell in cells.items():  # each stands after what it needs
+        if finished.keys() >= set(cell.needs) and is_done(cell, base):
+            finished[name] = cell
+    return finished
+
+
+def made_by(cell):
+    """Commit and versions that a run began with, from its own log; {} where a cell has none."""
+    try:
+        header = json.loads((cell.runs / "log.jsonl").read_text().partition("\n")[0])
+        return {key: header[key] for key in ("commit", "versions")}
+    except (AttributeError, TypeError, OSError, ValueError, KeyError):
+        return {}
+
+
+# === cells without a record ===
+
+
+def preset_of(script):
+    """A script's preset(args) -> name, {field: value}."""
+    return getattr(script, "preset", None) or getattr(script, f"{script.__name__.removesuffix('_sac')}_preset")
+
+
+def args_of(script, words):
+    """The flags that a command line of a script means, presets included."""
+    return runner.parse(script.Args, list(words), preset_of(script))
+
+
+def flags_of(cell):
+    """The flags that a cell's command means, as its script would write them down."""
+    script = importlib.import_module(cell.command[0].removesuffix(".py"))
+    if script.__name__ == "udg_select":
+        return script.portable_flags(tyro.cli(script.Args, args=cell.command[1:]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return dataclasses.asdict(args_of(script, cell.command[1:]))
+
+
+def flags_left(cell):
+    """The flags that whoever made a cell left beside its results; {} where there are none."""
+    try:
+        left = json.loads((cell.runs / "args.json" if cell.runs else cell.done).read_text())
+        return left if cell.runs else left["flags"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def flags_differ(cell):
+    """Names of the flags in which what a cell left beside its results is not what its command means.
+
+    A flag that did not exist when a cell was made had the value that is the default now.
+    """
+    try:
+        wanted, left = json.loads(json.dumps(flags_of(cell))), flags_left(cell)
+    except InputError:  # a preset that cannot read the data
+        return ["dataset"]
+    fields = dataclasses.fields(importlib.import_module(cell.command[0].removesuffix(".py")).Args)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    left = json.loads(json.dumps(defaults)) | left if left else {}
+    free = {"resume", "q_bound"} | ({"chunk", "out"} if cell.command[0] == "wurl_sac.py" else set())
+    return [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
+
+
+def rows_differ(cell):
+    """Whether a cell was made from other rows than its command reads now, as far as it says from which."""
+    try:
+        if cell.command[0] == "udg_select.py":
+            digest = importlib.import_module("udg_select").file_sha256
+            found = json.loads(cell.done.read_text())["selections"].values()
+            made_from = {parent["sha256"] for selection in found for parent in selection["parents"]}
+            return not made_from <= {digest(file) for file in files_read(cell)}
+        if not cell.reads:
+            return False
+        made_from = runner.read_npz(cell.runs / "state.npz")[1]["identity"]["data"]
+        return not set(made_from) <= set(digests_of(cell.reads[0]).values())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def adopt(cells, base):
+    """Record cells that were made by hand (--commands) where flags and rows that they left are the command's."""
+    for cell in cells.values():
+        if not cell.done.exists() or read_record(cell, base):
+            continue
+        differ = flags_differ(cell)
+        if differ or rows_differ(cell):
+            why = f"by another command ({', '.join(differ)} differ)" if differ else "from other rows"
+            print(f"{cell.name}: made {why}: it does not count", flush=True)
+        else:
+            write_record(cell, base, {"by_hand": True})
+
+
+# === running ===
+
+
+class Stopping:
+    """Turns the first Ctrl-C or SIGTERM into `name` and asks the cells that run to save and end; a second is obeyed."""
+
+    def __enter__(self):
+        self.name, self.running = "", set()
+        self.old = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame):
+        self.name = signal.Signals(number).name
+        self.__exit__()
+        for process in list(self.running):
+            process.terminate()
+
+    def __exit__(self, *exc):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def run(self, command, out, lock, cache):
+        """Run a command apart from the terminal, so that a Ctrl-C reaches it once -> exit status, its seconds of the
+        processor, its greatest memory in bytes.
+
+        Cells of one shape share what they compile in the folder `cache`: half of a point cell's minute is compilation.
+        """
+        env = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, pass_fds=(lock.fileno(),),
+            env=env | os.environ,
+        )  # fmt: skip
+        self.running.add(process)
+        if self.name:  # the signal came before the process was known
+            process.terminate()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.running.discard(process)
+        return process.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+
+
+def run_cell(cell, base, core, stopping):
+    """Run one command to its end, its output in a log beside its record -> what went wrong, or "".
+
+    The lock is the command's, too: while it lives, even after its launcher was killed, no other makes the same cell.
+    """
+    record = record_file(cell, base)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    if core is not None:
+        os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
+    with open(record.with_suffix(".lock"), "w") as lock, open(record.with_suffix(".log"), "ab") as out:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "another process is making it now"
+        if is_done(cell, base):  # by that other process, a moment ago
+            return ""
+        began, resume = time.time(), []
+        if cell.runs and any(cell.runs.glob("**/state*.npz")):
+            resume = ["--resume"]
+        elif not cell.runs:
+            cell.done.unlink(missing_ok=True)  # of another command: it must not pass for this one's
+        command, cache = [sys.executable, *cell.command, *resume], (base / "jax_cache").resolve()
+        code, cpu, memory = stopping.run(command, out, lock, cache)
+        if code or not cell.done.exists():
+            said = record.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+            anew = f"; to begin it anew, move {cell.runs} away" if resume else ""
+            return f"exit {code}: {said[-1] if said else 'it said nothing'}\n  see {record.with_suffix('.log')}{anew}"
+        spent = {"seconds": round(time.time() - began), "cpu_seconds": round(cpu)}
+        write_record(cell, base, spent | {"peak_gb": round(memory / 1e9, 2), "resumed": bool(resume)})
+    return ""
+
+
+def tell_at_work(cells, base):
+    """The newest line of each cell that is running: its own steps, rate and ETA."""
+    for cell in cells:
+        log = record_file(cell, base).with_suffix(".log")
+        said = log.read_text(errors="replace").split("\n") if log.exists() else []
+        newest = next((line.strip() for line in reversed(said) if line.strip()), "nothing yet")
+        print(f"  at work: {cell.name}: {newest[:120]}", flush=True)
+
+
+def start_ready(waiting, done, failed, base, room, submit):
+    """One pass over what waits: skip what is done, drop what lost a need, submit what can run in `room` places."""
+    for name, cell in list(waiting.items()):  # each stands after what it needs
+        lost = sorted(failed & set(cell.needs))
+        if lost:
+            print(f"left out {name}: it needs {lost[0]}", flush=True)
+            failed.add(name)
+        elif not done >= set(cell.needs):
+            continue
+        elif is_done(cell, base):
+            done.add(name)
+        elif room > 0:
+            room -= 1
+            submit(name, cell)
+        else:
+            continue
+        del waiting[name]
+
+
+def run_cells(cells, base, jobs):
+    """Run what is not done, `jobs` at once, each on a core of its own -> names of what was not made, signal or ""."""
+    waiting, done, failed, running, began = dict(cells), set(), set(), {}, time.time()
+    count, made = sum(not is_done(cell, base) for cell in cells.values()), 0
+    cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
+    free, lock = list(range(jobs)), threading.Lock()
+
+    def work(cell):
+        with lock:
+            slot = free.pop()
+        try:
+            return run_cell(cell, base, cores[slot % len(cores)] if cores else None, stopping)
+        except Exception as error:  # a full disk, a lost folder: this cell's failure, not that of all
+            return f"{type(error).__name__}: {error}"
+        finally:
+            with lock:
+                free.append(slot)
+
+    with Stopping() as stopping, ThreadPoolExecutor(jobs) as pool:
+        submit = lambda name, cell: running.update({pool.submit(work, cell): name})
+        while True:
+            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit)
+            if not running:
+                break
+            ended = wait(running, timeout=HEARD_EVERY, return_when=FIRST_COMPLETED)[0]
+            if not ended:
+                tell_at_work([cells[name] for name in running.values()], base)
+            for future in ended:
+                name, wrong, made = running.pop(future), future.result(), made + 1
+                (failed if wrong else done).add(name)
+                if wrong:
+                    told = "stopped" if stopping.name else "FAILED"
+                    print(f"{told} {name}: {wrong}\n  {portable(cells[name].command)}", flush=True)
+                spent, left = (time.time() - began) / 60, max(count - made, 0)
+                print(f"[{made}/{count}]  {spent:.1f} min, ETA {spent / made * left:.1f} min  {name}", flush=True)
+    return failed | set(waiting), stopping.name

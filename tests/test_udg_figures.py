@@ -1,0 +1,380 @@
+"""Figures and tables of the UDG studies (benchmark/udg_figures.py)."""
+
+import functools
+import itertools
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import udg_figures
+import wurl_sac
+
+
+def row(task, label, score, seed=0, **fields):
+    """A learner's row whose last five evaluations have the mean `score`; the first one must not count."""
+    short = [1000.0, score - 2, score + 2, score, score - 1, score + 1]
+    about = {"task": task, "label": label, "pick": f"{label}:1", "learner": "mopo", "seed": seed, "data_mean": 1.0}
+    about |= {"chosen": ["policy_00"], "scores": {"policy_00": 0.0}, "steps": list(range(6))}
+    return {**about, "returns": [10 * x for x in short], "returns_data_length": short, **fields}
+
+
+def figures(tmp_path, capsys, rows, name="toy", **header):
+    """Draw one study -> its tables as {first words of a line: cells}, the whole text, {name: picture}."""
+    about = {"study": name, "question": "Why?", "budget": "cpu", "seeds": 1, "missing": [], "cells": {}}
+    lines = map(json.dumps, [about | header, *rows])
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    udg_figures.main([name, "--folder", str(tmp_path)])
+    text = capsys.readouterr().out
+    table = {}
+    for line in text.splitlines():
+        if line.startswith("|"):
+            first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
+            table.setdefault(first, rest)
+    return table, text, {path.name: plt.imread(path) for path in tmp_path.glob("*.png")}
+
+
+def is_drawn(picture):
+    """Whether a picture has more on it than a white sheet with axes: colours, in more than a speck."""
+    color = np.ptp(picture[..., :3], axis=-1) > 0.2
+    return picture.shape[0] > 300 and picture.shape[1] > 500 and color.sum() > 50
+
+
+def test_scores_and_spread(tmp_path, capsys):
+    rows = [row("t1", "a", 10.0 + 2 * s, s) for s in range(3)] + [row("t1", "b", 5.0 + s, s) for s in range(3)]
+    rows += [row("t2", "a", 20.0, s) for s in range(3)] + [row("t2", "b", 30.0, s) for s in range(3)]
+    table, text, pictures = figures(tmp_path, capsys, rows, seeds=3)
+    assert table["t1"] == ["12.0 +- 1.6", "6.0 +- 0.8"]  # sqrt(8 / 3), sqrt(2 / 3)
+    assert table["t2"] == ["20.0 +- 0.0", "30.0 +- 0.0"]
+    means = [cell.split(" [")[0] for cell in table["mean over tasks"]]
+    assert means == ["16.0", "18.0"]
+    assert [cell.split(" [")[0] for cell in table["worst task"]] == ["12.0", "6.0"]
+    assert table["b over a"][:2] == ["1 of 2", "0.50"] and table["b over a"][2].startswith("2.0 [")
+    assert table["b over a"][3] == "-6.0 to 10.0"
+    assert table["a"] == ["16.0", "17.0", "1000.0", "160.0", "1.0"], "score, last, best, whole evaluation, data"
+    assert "3 seeds of the learner; 6 evaluations a run, the score is of the last 5" in text
+    assert set(pictures) == {"toy.png"} and is_drawn(pictures["toy.png"])
+
+
+def test_every_learner_has_its_tables(tmp_path, capsys):
+    """Learners are never averaged with one another: what one gains must not decide for the others."""
+    rows = [
+        row(task, label, base + 10 * (label == "a"), learner="bc")
+        for task, base in (("t1", 0), ("t2", 4))
+        for label in "ab"
+    ]
+    rows += [row("t1", "a", 20.0), row("t2", "a", 22.0), row("t1", "b", 23.0), row("t1", "b", 25.0, 1)]
+    about = {"tasks": ["t1", "t2"], "picks": {"a": "x:1", "b": "y:1"}, "learners": ["mopo", "bc"]}
+    table, text, pictures = figures(tmp_path, capsys, rows, **about)
+    assert table["mopo"] == ["21.0 (20.0)", "missing"] and table["bc"] == ["12.0 (10.0)", "2.0 (0.0)"]
+    assert table["mean episode of the data"] == ["1.0 (1.0)"] * 2
+    of_mopo, of_bc = text.split("### mopo")[1].split("### bc")
+    assert "| b over a | 1 of 1 |" in of_mopo and "| a over b | 2 of 2 | 1.00 | 10.0 |" in of_bc
+    assert "| t1 | 20.0 | 24.0 +- 1.0 |" in of_mopo and "| t1 | 10.0 | 0.0 |" in of_bc
+    assert is_drawn(pictures["toy.png"])
+
+
+def test_missing_cells_are_called_missing(tmp_path, capsys):
+    rows = [row("t1", "a", 10.0), row("t2", "a", 20.0), row("t2", "b", 7.0)]
+    plan = {"tasks": ["t1", "t2"], "picks": {"a": "a:1", "b": "b:1", "c": "c:1"}}
+    plan |= {"missing": ["learn t1 b:1 mopo", "..."]}
+    table, text, pictures = figures(tmp_path, capsys, rows, **plan)
+    assert table["t1"] == ["10.0", "missing", "missing"] and table["t2"] == ["20.0", "7.0", "missing"]
+    assert table["mean over tasks"] == ["15.0", "missing", "missing"], "no mean over half the tasks"
+    assert table["a over b"] == ["1 of 1", "1.00", "13.0", "13.0 to 13.0"], "no interval from one seed"
+    assert "Not made yet: 2 cells, e.g. learn t1 b:1 mopo" in text
+    assert table["b"] == ["missing"] * 5, "nor one beside a mean over all"
+    whole = figures(tmp_path, capsys, [*rows, row("t1", "b", 8.0), row("t1", "c", 8.0), row("t2", "c", 8.0)], **plan)[2]
+    assert is_drawn(pictures["toy.png"]) and not np.array_equal(pictures["toy.png"], whole["toy.png"])
+
+
+def test_luck_of_the_source_beside_that_of_the_learner(tmp_path, capsys):
+    """Sources 10 and 20 on one task, 30 and 30 on the other; their learners' seeds 1 to both sides."""
+    means = {"t1": (10.0, 20.0), "t2": (30.0, 30.0)}
+    rows = [
+        row(task, f"seed {i}", value + move, (move + 1) // 2)
+        for task, values in means.items()
+        for i, value in enumerate(values)
+        for move in (-1, 1)
+    ]
+    text = figures(tmp_path, capsys, rows, seeds=2)[1]
+    assert "over 2 tasks: of a learner's seeds 1.4, of the sources' means 5.0;" in text  # sqrt(2), sqrt((50 + 0) / 2)
+    assert "without the seeds' share of that: 4.9." in text  # sqrt(25 - 2 / 2)
+
+
+def test_notices_above_the_tables(tmp_path, capsys):
+    _, text, pictures = figures(tmp_path, capsys, [], missing=["source humanoid"])
+    assert "Nothing to draw yet" in text and not pictures
+    learner = {"learn x": {"commit": "a"}}
+    for other, told in (({"learn y": {"commit": "b"}}, True), ({"source": {}}, False)):
+        text = figures(tmp_path, capsys, [row("t1", "a", 1.0)], cells=learner | other)[1]
+        assert ("ran at 2 commits" in text) == told
+
+
+def test_chance_above_counts_ties_half():
+    assert udg_figures.chance_above([1, 2, 3], [2, 2, 2]) == pytest.approx(0.5)
+    assert udg_figures.chance_above([3, 4], [1, 3]) == pytest.approx(0.875)
+    assert udg_figures.chance_above([1.0], [1.0]) == 0.5
+
+
+def test_intervals_are_those_of_all_resamples():
+    """Three seeds have 27 resamples, two labels 729 pairs of them: the exact quantiles are known."""
+    a, b = [3.0, 5.0, 10.0], [0.0, 1.0, 4.0]
+    exact = functools.partial(np.quantile, q=[0.025, 0.975], method="inverted_cdf")
+    means = lambda x: np.array([np.mean(draw) for draw in itertools.product(x, repeat=3)])
+    text = udg_figures.over_tasks([a])[0]
+    assert [float(x) for x in re.findall(r"-?\d+\.\d", text)] == [6.0, *exact(means(a))] == [6.0, 3.0, 10.0]
+    ((_, _, chance, difference, _),) = udg_figures.orderings({"t": {"a": a, "b": b}}, ["b", "a"])
+    assert chance == "0.89"  # 8 of the 9 pairs
+    found = [float(x) for x in re.findall(r"-?\d+\.\d", difference)]
+    assert found[0] == 4.3
+    np.testing.assert_allclose(found[1:], exact(np.subtract.outer(means(a), means(b))), atol=0.4)
+    same = udg_figures.orderings({"t": {"a": a, "b": a}}, ["a", "b"])[0][3]
+    assert same != "0.0 [0.0, 0.0]", "two labels are drawn apart, not as pairs"
+
+
+@pytest.mark.parametrize("x, gain, rank, lost, differ", [
+    ([1.0, 2, 3, 4], [10.0, 20, 30, 40], 1.0, 0.0, 0.0),
+    ([4.0, 3, 2, 1], [10.0, 20, 30, 40], -1.0, 30.0, 1.0),
+    ([1.0, 1, 2], [1.0, 2, 3], 0.866, 0.0, 0.0),  # ties share the mean rank: 1.5, 1.5, 3
+    ([1.0, 3, 2], [5.0, 4, 7], -0.5, 3.0, 1.0),
+    ([2.0, 2, 2], [1.0, 2, 3], np.nan, 2.0, 1.0),
+])  # fmt: skip
+def test_rank_correlation_and_what_is_lost(x, gain, rank, lost, differ):
+    found = udg_figures.judge(np.array(x), np.array(gain)[:, None])
+    np.testing.assert_allclose(found, (rank, lost, differ), atol=1e-3)
+
+
+def test_the_best_buffer_is_judged_by_other_seeds():
+    """Ten buffers that are all the same: whoever is followed loses nothing on average, and the best is luck."""
+    rng, lost, naive = np.random.default_rng(0), [], []
+    for _ in range(300):
+        gain = rng.normal(size=(10, 3))
+        _, loss, differ = udg_figures.judge(np.arange(10.0), gain)
+        lost, naive = [*lost, loss], [*naive, gain.mean(1).max() - gain[9].mean()]
+        assert differ in (0, 1 / 3, 2 / 3, 1)
+    assert abs(np.mean(lost)) < 0.15 < 0.7 < np.mean(naive)
+    gain = np.array([[1.0, 1, 9], [2, 2, 2], [0, 0, 0]])
+    # left out: the third seed, and buffer 1 is the best; the first or second, and it is buffer 0
+    np.testing.assert_allclose(udg_figures.judge(np.array([0.0, 1, 0]), gain)[1:], ((1 - 2 + 1 - 2 + 0) / 3, 2 / 3))
+    rank, lost, differ = udg_figures.judge_seeds(gain)
+    np.testing.assert_allclose((lost, differ), ((3 + 3 + 1) / 3, 1.0))
+    assert rank == pytest.approx((0.5 + 0.5 + 0.5) / 3)
+
+
+def bound_rows():
+    """Two tasks, three buffers. Return picks the best on t1 and misses it on t2, where it differs from W1."""
+    gains = {"t1": (90.0, 50.0, 10.0), "t2": (80.0, 70.0, 20.0)}
+    returns = {"t1": (60.0, 30.0, 0.0), "t2": (10.0, 40.0, 5.0)}
+    near = {"t1": (0.1, 0.2, 0.3), "t2": (0.1, 0.2, 0.3)}
+    far = {"t1": (1.0, 2.0, 3.0), "t2": (3.0, 2.0, 1.0)}
+    for task in gains:
+        spaces = {"(s, a), standardised": near[task], "features": far[task]}
+        w1 = {space: {f"policy_{k:02d}": v for k, v in enumerate(values)} for space, values in spaces.items()}
+        yield {"task": task, "w1": w1, "floor": {"(s, a), standardised": 0.05, "features": 0.5}}
+        for k, seed in itertools.product(range(3), (0, 1)):
+            name = f"policy_{k:02d}"
+            chosen = {"chosen": [name], "scores": {name: returns[task][k]}}
+            yield row(task, f"policy {k}", gains[task][k] + (2 * seed - 1), seed, **chosen)  # seeds: mean unchanged
+
+
+def test_bound_counts_misaligned_returns(tmp_path, capsys):
+    _, text, pictures = figures(tmp_path, capsys, bound_rows(), seeds=2)
+    assert "the relabelled return and W1 to the expert, (s, a), standardised choose different buffers in 1 of 2" in text
+    assert "the relabelled return and W1 to the expert, features choose different buffers in 1 of 2" in text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| mopo" in line]
+    assert lines == [
+        ["mopo", "W1 to the expert, (s, a), standardised", "1.00", "1.00", "0%", "0.0", "0.0"],
+        ["mopo", "W1 to the expert, features", "0.00", "-1.00", "50%", "30.0", "60.0"],
+        ["mopo", "mean relabelled return", "0.75", "0.50", "50%", "5.0", "10.0"],
+        ["mopo", "a seed of the learner itself", "1.00", "1.00", "0%", "0.0", "0.0"],
+    ]
+    assert is_drawn(pictures["toy.png"])
+
+
+def test_bound_with_half_its_cells(tmp_path, capsys):
+    """A buffer without a learner is left out of the ranks; a task without any is not counted."""
+    rows = [r for r in bound_rows() if not (r.get("task") == "t2" and "learner" in r)]
+    rows = [r for r in rows if r.get("label") != "policy 0"]
+    _, text, pictures = figures(tmp_path, capsys, rows)
+    assert "in 0 of 1 tasks" in text and is_drawn(pictures["toy.png"])
+
+
+def test_against_the_number_of_policies(tmp_path, capsys):
+    every = itertools.product((2, 5), enumerate(("t1", "t2")), range(3))
+    rows = [row(task, f"K={k}", 10.0 * k - i, seed) for k, (i, task), seed in every]
+    cells = {f"source K={k}": {"seconds": 60 * k, "resumed": False} for k in (2, 5)}
+    table, _, pictures = figures(tmp_path, capsys, rows, seeds=3, cells=cells)
+    assert table["worst task"] == ["19.0 [19.0, 19.0]", "49.0 [49.0, 49.0]"]
+    assert table["K=5 over K=2"][:3] == ["2 of 2", "1.00", "30.0 [30.0, 30.0]"]
+    assert is_drawn(pictures["toy.png"])
+
+
+@pytest.mark.parametrize("cells, drawn", [
+    ({2: {"seconds": 60}, 5: {"seconds": 600, "cpu_seconds": 90}}, ([5], [1.5])),  # a shared machine's minutes left out
+    ({2: {"seconds": 60}, 5: {"seconds": 600}}, ([2, 5], [1.0, 10.0])),
+    ({2: {"seconds": 60, "cpu_seconds": 30}, 5: {"seconds": 9, "cpu_seconds": 9, "resumed": True}}, ([2], [0.5])),
+])  # fmt: skip
+def test_cost_is_processor_time_where_it_is_known(tmp_path, monkeypatch, cells, drawn):
+    """The right panel's line, K and minutes."""
+    lines = []
+    monkeypatch.setattr(udg_figures, "save", lambda drawn, path: lines.extend(drawn.axes[1].lines))
+    rows = [row("t1", f"K={k}", 1.0, seed) | {"score": 1.0} for k in cells for seed in range(3)]
+    cells = {f"source K={k}": {"resumed": False, **v} for k, v in cells.items()}
+    header = {"study": "toy", "seeds": 3, "tasks": ("t1",), "picks": {}, "cells": cells}
+    udg_figures.against_number(tmp_path / "x.png", header, rows)
+    assert (list(lines[0].get_xdata()), list(lines[0].get_ydata())) == drawn
+
+
+@pytest.fixture
+def kept_figures(monkeypatch):
+    """Figures that would have been written, by name of file."""
+    kept = {}
+    monkeypatch.setattr(udg_figures, "save", lambda drawn, path: kept.update({path.name: drawn}))
+    yield kept
+    plt.close("all")
+
+
+def dots(tmp_path, kept_figures, rows, **header):
+    """The axes and legends that `dots` draws of these rows."""
+    rows = [{**row, "score": float(np.mean(row["returns_data_length"][-5:]))} for row in rows]
+    udg_figures.dots(tmp_path / "x.png", {"study": "toy", "question": "Why?", "seeds": 1} | header, rows)
+    return kept_figures["x.png"].axes, kept_figures["x.png"].legends
+
+
+def test_a_selection_has_one_look_in_every_study(tmp_path, kept_figures):
+    """The colour of `random` is the same beside two other picks and beside four."""
+    looks = []
+    for labels in (("top1", "random"), ("top1", "top2", "all", "supervised", "random")):
+        rows = [row("t1", label, float(i)) for i, label in enumerate(labels)]
+        _, (legend,) = dots(tmp_path, kept_figures, rows)
+        marks = [(handle.get_color(), handle.get_marker()) for handle in legend.legend_handles]
+        looks.append(dict(zip((text.get_text() for text in legend.get_texts()), marks, strict=True)))
+    assert looks[0]["random"] == looks[1]["random"] and looks[0]["top 1"] == looks[1]["top 1"]
+    assert len(set(looks[1].values())) == len(looks[1]) == 6, "five picks and the mean episode of the data"
+
+
+def test_learners_have_groups_and_tasks_have_panels(tmp_path, kept_figures):
+    rows = [row(task, "top1", 1.0, learner=name) for task in ("t1", "t2") for name in ("mopo", "bc")]
+    axes, _ = dots(tmp_path, kept_figures, rows, learners=("mopo", "bc"))
+    assert [axis.get_xlabel() for axis in axes] == ["t1", "t2"]
+    assert [[text.get_text() for text in axis.get_xticklabels()] for axis in axes] == [["MOPO", "cloning"]] * 2
+
+
+@pytest.mark.parametrize("far, panels", [(1.0, 1), (100.0, 2)])
+def test_far_means_of_the_data_have_their_own_axis(tmp_path, kept_figures, far, panels):
+    """Learners one apart and data a hundred apart on one axis would be a flat line."""
+    axes, _ = dots(tmp_path, kept_figures, [row("t1", "top1", 10.0), row("t1", "all", 11.0, data_mean=1.0 + far)])
+    heights = [float(line.get_ydata()[0]) for line in axes[-1].lines if len(line.get_xdata()) == 2]
+    assert len(axes) == panels and {1.0, 1.0 + far} <= set(heights) and np.ptp(axes[0].get_ylim()) < 15
+
+
+@pytest.mark.parametrize("task, near", [("point-angle-300", 90.0), ("ant-angle-60", 200.0), ("t1", 5.0)])
+def test_an_expert_is_drawn_where_it_is_known(tmp_path, kept_figures, task, near):
+    known = json.loads(udg_figures.REFERENCES.read_text())["tasks"]
+    found = known.get(known.get(task), known.get(task)) if isinstance(known.get(task), str) else known.get(task)
+    axes, _ = dots(tmp_path, kept_figures, [row(task, "top1", near), row(task, "random", near / 2)])
+    drawn = [line.get_ydata()[0] for line in axes[0].lines if line.get_linestyle() == ":"]
+    assert drawn == ([found["expert_data_length"]] if found else [])
+
+
+def test_several_learners_have_a_line_each_against_the_number(tmp_path, kept_figures):
+    """Means over two tasks that lie 2 apart; the data's is the broken line; cloning, without K=5, is drawn at K=2."""
+
+    def of(learner, k, value):
+        tasks = (("t1", -1.0), ("t2", 1.0))
+        return [row(t, f"K={k}", value + d, learner=learner, data_mean=k + 3 * d) for t, d in tasks]
+
+    rows = [("mopo", 2, 10.0), ("mopo", 5, 20.0), ("cped", 2, 9.0), ("cped", 5, 8.0), ("bc", 2, 1.0)]
+    rows = [r | {"score": r["returns_data_length"][-3]} for x in rows for r in of(*x)]
+    cells = {f"source K={k}": {"seconds": 60 * k, "resumed": False} for k in (2, 5)}
+    header = {"study": "toy", "seeds": 1, "tasks": ("t1", "t2"), "picks": {}, "cells": cells}
+    udg_figures.against_number(tmp_path / "x.png", header, rows)
+    axis = kept_figures["x.png"].axes[0]
+    drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
+    assert drawn == {"MOPO": [[2, 10], [5, 20]], "CPED": [[2, 9], [5, 8]], "cloning": [[2, 1]]}
+    broken = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == "--"]
+    assert broken == [[[2, 2], [5, 5]]] and "missing" in axis.get_title(loc="left")
+    # A task that has no rows yet: there is no mean over tasks to draw.
+    udg_figures.against_number(tmp_path / "x.png", header | {"tasks": ("t1", "t2", "t3")}, rows)
+    axis = kept_figures["x.png"].axes[0]
+    assert not any(len(bars.lines[0].get_xdata()) for bars in axis.containers)
+
+
+@pytest.mark.parametrize("learners, columns", [
+    (("mopo-fast", "mopo-critics", "cped"), 2), (("mopo-fast", "cped"), 1), (("cped",), 0),
+])  # fmt: skip
+def test_values_over_time_stand_over_the_returns(tmp_path, kept_figures, capsys, learners, columns):
+    """Of the study cheetah, MOPO's learners only, on the jump, and only those that were gathered with their Q."""
+    q = {"mopo-fast": [1.0, 50.0], "mopo-critics": [1.0, -3.0], "cped": [7.0, 8.0]}
+    curve = {"steps": [1, 2], "returns_data_length": [5.0, 6.0]}
+    rows = [row(task, "z", 0.0, learner=name) | curve | {"q": q[name]}
+            for task in ("cheetah-jump", "cheetah-crawl") for name in learners]  # fmt: skip
+    rows.append(row("cheetah-jump", "random", 0.0, learner=learners[0]) | curve)  # from before Q was kept
+    header = {"study": "cheetah", "question": "Why?", "seeds": 1, "missing": [], "cells": {}, "learners": learners}
+    (tmp_path / "cheetah.jsonl").write_text("\n".join(map(json.dumps, [header, *rows])))
+    udg_figures.draw(tmp_path / "cheetah.jsonl")
+    assert ("cheetah-q.png" in kept_figures) == (columns > 0) and "cheetah.png" in kept_figures
+    if columns:
+        found = [list(axis.lines[0].get_ydata()) for axis in kept_figures["cheetah-q.png"].axes]
+        assert found == [[1.0, 50.0], [1.0, -3.0]][:columns] + [[5.0, 6.0]] * columns
+        (legend,) = kept_figures["cheetah-q.png"].legends
+        assert [text.get_text() for text in legend.get_texts()] == ["z"]
+
+
+@pytest.mark.parametrize("scales, drawn", [(("1 1", "1 1"), 3.0), (("1 1", "1 10"), 7.0)])
+def test_distances_are_drawn_in_a_space_that_sources_share(tmp_path, kept_figures, scales, drawn):
+    rows = {name: source(name, (3.0,) * 3, (3.0,) * 3) for name in "ab"}
+    rows = {k: row | {"min_w_full": [[1, 7.0]], "smallest_w_full": [[1, 7.0]]} for k, row in rows.items()}
+    cells = {f"source {name}": {"command": f"python wurl_sac.py --feature-scales {scale} --task point"}
+             for name, scale in zip("ab", scales, strict=True)}  # fmt: skip
+    udg_figures.distances_over_time(tmp_path / "x.png", {"study": "toy", "cells": cells}, rows)
+    lines = kept_figures["x.png"].axes[0].lines
+    assert [line.get_ydata()[0] for line in lines] == [drawn] * 2
+
+
+def source(name, mean, smallest, accuracy=(0.9, 0.9, 0.9), K=10):
+    """A source's row; numbers per evaluation."""
+    curve = lambda values: [[100 * (i + 1), value] for i, value in enumerate(values)]
+    last = {"eval/min_w": mean[-1], "eval/smallest_w": smallest[-1], "eval/distinct_nearest": 4.0}
+    curves = {"min_w": mean, "smallest_w": smallest, "disc_accuracy_held_out": accuracy}
+    each = {"eval/travel": list(range(K)), "eval/length": [20.0 + k for k in range(K)]}
+    row = {"source": name, "last": last, "each": each, "min_w_full": []}
+    return row | {key: curve(values) for key, values in curves.items()}
+
+
+def test_collapse_is_seen_where_it_was(tmp_path, capsys):
+    four, three = (4.0, 4.0, 4.0), (3.0, 3.0, 3.0)
+    late, merging = (3.0, 3.0, 0.9), (0.9, 0.54, 0.3)
+    rows = [source("apart", four, three), source("late", four, late), source("mended", four, (0.9, 1.0, 3.0)),
+            source("shared", four, three, merging), source("both", four, late, merging)]  # fmt: skip
+    _, text, pictures = figures(tmp_path, capsys, rows)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    table = {line[0]: line[1:] for line in lines if len(line) == 13}
+    assert table["apart"][:2] == ["4", "3"] and table["apart"][-4:] == ["9.0 of 10", "no", "0 of 3", "0 of 3"]
+    assert table["late"][-3:] == ["coincide", "1 of 3", "0 of 3"] and table["mended"][-3:] == ["no", "1 of 3", "0 of 3"]
+    assert table["shared"][-4:] == ["3.0 of 10", "few", "0 of 3", "2 of 3"]
+    assert table["both"][-3:] == ["coincide and few", "1 of 3", "2 of 3"]
+    assert ["apart", "20, 24.5, 29", "0, 4.5, 9", "-"] in lines
+    assert set(pictures) == {"toy-diversity.png"} and is_drawn(pictures["toy-diversity.png"])
+
+
+def test_figures_find_a_collapse_where_wurl_sac_warns():
+    for K, smallest, accuracy in itertools.product((2, 10, 20), (0.2, 0.3), np.linspace(0.05, 1, 20)):
+        row = source("x", (1.0,) * 4, (smallest,) * 4, (accuracy,) * 4, K)
+        args = wurl_sac.Args(task="point", num_policies=K, num_updates=400)
+        metrics = {"eval/smallest_w": smallest, "eval/min_w": 1.0, "eval/disc_accuracy_held_out": accuracy}
+        texts = [wurl_sac.collapse(metrics, step, args) for step in (100, 200, 300, 400)]
+        coincide, few = udg_figures.collapsed(row)
+        assert [bool(x) for x in texts] == list(coincide | few), (K, smallest, accuracy)
+        assert ["coincide" in x for x in texts] == list(coincide)
+
+
+def test_figures_name_what_there_is(tmp_path):
+    with pytest.raises(SystemExit, match=r"no study in .*run benchmark/udg_study.py first"):
+        udg_figures.main(["--folder", str(tmp_path)])
+    (tmp_path / "toy.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match=r"no bond in .*; there is toy"):
+        udg_figures.main(["bond", "--folder", str(tmp_path)])
