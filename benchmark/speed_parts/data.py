@@ -1,8 +1,8 @@
 """Seconds to import and export a made-up hopper-medium-v2 of a million rows, beside plain copies of the files.
 
     pip install -e ".[data]"
-    python benchmark/speed_data.py runs/speed_data --json results/speed/data.json
-    python benchmark/speed_data.py runs/speed_data --rows 20000        a quick look
+    python benchmark/speed.py data runs/speed_data --json results/speed/data.json
+    python benchmark/speed.py data runs/speed_data --rows 20000        a quick look
 
 Wall and processor's seconds of one pass each, read and written once before so that the disk's cache is warm. The
 processor's are the better measure where the machine has other work.
@@ -12,13 +12,10 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs import buffers
 from envs.buffers import convert
@@ -50,8 +47,9 @@ def timed(work):
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = argparse.ArgumentParser(prog="speed.py data", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, help="for the files; half a gigabyte")
     parser.add_argument("--rows", type=int, default=1_000_000, help="a multiple of 1000")
     parser.add_argument("--json", type=Path, help="where the numbers go")
@@ -89,7 +87,3 @@ def main(argv=None):
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(numbers, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

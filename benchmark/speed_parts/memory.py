@@ -1,6 +1,6 @@
 """Memory of every learner on a million transitions of halfcheetah's size, four seeds, published networks: under 4 GiB?
 
-    python benchmark/memory.py runs/memory --json results/speed/memory.json
+    python benchmark/speed.py memory runs/memory --json results/speed/memory.json
 
 Writes <folder>/million.npz (noise: nothing is learnt here), runs each script on it for a few updates of every phase,
 and prints the most that the process was resident with (ru_maxrss: Python, programs and the mapped file included).
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from envs import buffers
 
-from envs import buffers  # noqa: E402  (the line above makes it importable from a plain clone)
+ROOT = Path(__file__).resolve().parents[2]
 
 LIMIT = 4.0  # GiB
 SHORT = "--eval-episodes 1"
@@ -58,8 +57,9 @@ def peak(command, log):
     return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30  # Linux counts in KiB
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = argparse.ArgumentParser(prog="speed.py memory", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--num-seeds", type=int, default=4)
@@ -89,7 +89,3 @@ def main(argv=None):
         args.json.write_text(json.dumps(about | {"gib": found, "versions": buffers.versions()}, indent=1) + "\n")
     if max(found.values()) > LIMIT:
         sys.exit(f"over {LIMIT:.0f} GiB: {', '.join(name for name, gib in found.items() if gib > LIMIT)}")
-
-
-if __name__ == "__main__":
-    main()
