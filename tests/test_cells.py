@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,10 @@ import pytest
 import tyro
 
 import cells
-import envs
 import udg_select
 import wurl_sac
 from cells import Cell
-from envs import buffers
+from envs import buffers, scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "import os, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True); "
@@ -199,21 +199,6 @@ def test_a_stopped_launcher_stops_its_cells_and_a_killed_one_keeps_their_lock(tm
 # --- cells that were made by hand ---------------------------------------------------------------
 
 
-def write_buffer(path, task_name, rows=20, value=0.0):
-    """A small file of a task -> the digests of its arrays."""
-    task = envs.task(task_name)
-    states = np.full((rows, task.observation_size), value, np.float32)
-    arrays = {
-        "observations": states, "next_observations": states, "actions": 0 * states[:, : task.action_size],
-        "rewards": np.ones(rows, np.float32), "terminals": np.zeros(rows, bool),
-        "timeouts": np.arange(rows) == rows - 1,
-    }  # fmt: skip
-    about = {"dataset_name": "toy", "env": task.env, "task": task_name, "layout": "task", "dt": task.dt}
-    about |= {"reward_kind": "relabelled", "task_options": task.options, "episode_length": rows}
-    buffers.save(path, arrays, about)
-    return [buffers.sha256(x) for x in arrays.values()]
-
-
 @pytest.mark.parametrize("changes, counts", [({}, True), ({"seed": 3}, False), (None, False)])
 def test_a_run_counts_where_its_flags_are_the_commands(tmp_path, capsys, changes, counts):
     folder, base = tmp_path / "run", tmp_path / "base"
@@ -240,8 +225,10 @@ def test_cells_from_other_rows_do_not_count(tmp_path, capsys, same_rows):
     data = Cell("data", command, file.with_name("scores.json"), (), None, (source,))
     command = ["dac.py", "--dataset", str(file), "--preset", "cpu", "--out", str(folder)]
     learner = Cell("learn", command, folder / "learning_curve.png", ("data",), folder, (file,))
-    write_buffer(source / "policy_00.npz", "point-angle-60")
-    rows = write_buffer(file, "point-angle-60")
+    for path in (source / "policy_00.npz", file):
+        path.parent.mkdir(parents=True)
+        shutil.copy(scripted.dataset(tmp_path), path)
+    rows = list(cells.digests_of(file).values())
     sha = udg_select.file_sha256(source / "policy_00.npz")
     parent = {"name": "policy_00", "sha256": sha if same_rows else "0" * 64}
     flags = udg_select.portable_flags(tyro.cli(udg_select.Args, args=data.command[1:]))
@@ -255,5 +242,6 @@ def test_cells_from_other_rows_do_not_count(tmp_path, capsys, same_rows):
     assert [cells.is_done(cell, base) for cell in made.values()] == [same_rows] * 2
     assert capsys.readouterr().out.count("made from other rows: it does not count") == 2 * (not same_rows)
     if same_rows:
-        write_buffer(file, "point-angle-60", value=1.0)
+        other = buffers.load(file, quiet=True)
+        buffers.save(file, dict(other.arrays) | {"rewards": other["rewards"] + 1}, other.metadata)
         assert not cells.is_done(learner, base)

@@ -216,11 +216,12 @@ def test_play_has_picked_cells_and_diverse_has_all(size="medium"):
 def test_maze_set(made, monkeypatch):
     """Starts, goals and rewards of a set whose walker knows nothing; goals are so wide that some are reached."""
     monkeypatch.setattr(maze, "GOAL_RADIUS", 6.0)
-    path = suite.run_folder(made, suite.WALKER) / "policies" / "update_0000001.npz"
-    net, task = wurl_sac.actor_net(wurl_sac.Args(hidden_sizes=(8,)), 8), envs.task(suite.WALKER)
-    actor = jax.tree.map(lambda x: x[None], net.init(jax.random.key(0), jnp.zeros(27)))
-    about = {"update": 1, "rows": [0], "eval/task_return": [1.0]}
-    wurl_sac.write_actor(path, wurl_sac.Args(), task, task.observe, actor, **about)
+    path, rng = suite.run_folder(made, suite.WALKER) / "policies" / "update_0000001.npz", np.random.default_rng(0)
+    layer = {"kernel": (1, 27, 16), "bias": (1, 16)}
+    about = {"update": 1, "rows": [0], "eval/task_return": [1.0], "log_std_min": -20.0, "log_std_max": 2.0}
+    path.parent.mkdir(parents=True)
+    arrays = {f"actor/params/MLP_0/Dense_0/{k}": np.float32(rng.normal(size=size) / 5) for k, size in layer.items()}
+    np.savez(path, kind=np.array("tanh_gaussian"), metadata_json=np.array(json.dumps(about)), **arrays)
     args = types.SimpleNamespace(**{**vars(made), "rows": 1400})
     task, columns, levels, warmup = suite.make_columns(args, "antmaze-umaze-diverse")
     assert task.name == "ant-maze-umaze" and levels["walker"]["update"] == 1 and warmup == 0
@@ -281,14 +282,23 @@ def test_sets_of_other_sizes_and_folders_have_records_of_their_own(tmp_path):
     assert len(records) == 4
 
 
-def test_command_goes_on_after_a_kill_and_skips_what_is_made(tmp_path):
+def say(words, end=None):
+    """The suite's command -> what it says; end: the error that it must end with."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(end) if end else contextlib.nullcontext():
+        suite.main(words)
+    return said.getvalue()
+
+
+def test_command_goes_on_after_a_stop_and_skips_what_is_made(tmp_path, monkeypatch):
     """The command is stopped at its first set, goes on, and then has nothing more to do."""
+    monkeypatch.chdir(ROOT)
     args = arguments(tmp_path)
-    places = [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
-    command = [sys.executable, "benchmark/suite.py", "--sets", "point-random", "--rows", "600", *places]
+    words = ["--sets", "point-random", "--rows", "600"]
+    words += [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
     (cell,), base = suite.cells_of(args, ["point-random"]).values(), suite.base_folder(args)
-    lock = record_file(cell, base).with_suffix(".lock")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lock, command = record_file(cell, base).with_suffix(".lock"), [sys.executable, "benchmark/suite.py", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not lock.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -297,44 +307,39 @@ def test_command_goes_on_after_a_kill_and_skips_what_is_made(tmp_path):
     assert not cell.done.exists() and not is_done(cell, base)
     args.out.mkdir(exist_ok=True)
     (args.out / f".{cell.done.name}.1.tmp").write_bytes(b"half of a file")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "0 of 1 cells are made" in done.stdout and "`ours/point-random` | 600 |" in done.stdout
+    said = say(words)
+    assert "0 of 1 cells are made" in said and "`ours/point-random` | 600 |" in said
     before = cell.done.stat().st_mtime_ns
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        suite.main(command[2:])
-    assert "1 of 1 cells are made" in said.getvalue() and cell.done.stat().st_mtime_ns == before
-    other = ["--seed", "1", *command[2:]]
-    with pytest.raises(envs.InputError, match="made with other settings; choose another --out, or --overwrite"):
-        suite.main(other)
-    drawn = [buffers.load(cell.done, quiet=True)["actions"]]
-    for words in ([*other, "--overwrite"], [*command[2:], "--overwrite"]):  # there and back: each is made anew
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            suite.main(words)
-        assert "0 of 1 cells are made" in said.getvalue()
-        drawn.append(buffers.load(cell.done, quiet=True)["actions"])
-    assert not np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+    assert "1 of 1 cells are made" in say(words) and cell.done.stat().st_mtime_ns == before
     cell.done.unlink()
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        suite.main(command[2:])
-    assert "1 of 1 sets in" in said.getvalue() and "bit for bit" in said.getvalue(), "made again, the same, and said"
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        suite.main([*command[2:], "--check"])
-    assert "1 of 1 sets in" in said.getvalue()
+    said = say(words)
+    assert "1 of 1 sets in" in said and "bit for bit" in said, "made again, the same, and said"
+
+
+def test_what_is_there_is_replaced_and_compared_when_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = arguments(tmp_path)
+    words = ["--sets", "point-random", "--rows", "600"]
+    words += [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
+    drawn, file = [], args.out / "point-random.npz"
+    for more in ([], ["--seed", "1", "--overwrite"], ["--overwrite"]):  # there and back: each is made anew
+        assert "0 of 1 cells are made" in say([*words, *more])
+        drawn.append(buffers.load(file, quiet=True)["actions"])
+        with pytest.raises(envs.InputError, match="made with other settings; choose another --out, or --overwrite"):
+            suite.main(words if "--seed" in more else [*words, "--seed", "1"])
+    assert not np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+    assert "1 of 1 sets in" in say([*words, "--check"])
     record = args.results / "point-random.json"
     record.write_text(record.read_text().replace(json.loads(record.read_text())["sha256"]["actions"], "0" * 64))
-    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
-        suite.main([*command[2:], "--check"])
-    assert "0 of 1 sets" in said.getvalue() and "not point-random" in said.getvalue()
-    elsewhere = {"settings": suite.settings(suite.parse(command[2:]), "point-medium")}  # recorded, and not here
+    said = say([*words, "--check"], SystemExit)
+    assert "0 of 1 sets" in said and "not point-random" in said
+    elsewhere = {"settings": suite.settings(suite.parse(words), "point-medium")}  # recorded, and not here
     record.with_name("point-medium.json").write_text(json.dumps(json.loads(record.read_text()) | elsewhere))
-    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
-        suite.main([*command[2:], "--check"])
-    assert "not compared (missing" in said.getvalue() and "0 of 1 sets" in said.getvalue()
-    cell.done.unlink()
+    said = say([*words, "--check"], SystemExit)
+    assert "not compared (missing" in said and "0 of 1 sets" in said
+    file.unlink()
     with pytest.raises(envs.InputError, match="has none of the recorded sets"):
-        suite.main([*command[2:], "--check"])
-    assert not is_done(cell, base)
+        suite.main([*words, "--check"])
 
 
 def test_cells_are_in_order_and_accepted():

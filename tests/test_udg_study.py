@@ -22,7 +22,7 @@ import udg_select
 import udg_study as study
 import wurl_sac
 from cells import Cell, args_of, record_file, write_record
-from tests.test_cells import write_buffer
+from envs import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = Path("runs") / "study"
@@ -35,17 +35,18 @@ EVERY = {
 
 
 @pytest.mark.parametrize("name, budget", EVERY)
-def test_cells_stand_after_what_they_need(name, budget):
-    cells, learning = EVERY[name, budget]
-    seen = set()
+def test_cells_stand_after_what_they_need_and_name_no_place(name, budget):
+    (cells, learning), wanted, seen = EVERY[name, budget], study.STUDIES[name], set()
     for key, cell in cells.items():
         assert key == cell.name and set(cell.needs) <= seen, key
         seen.add(key)
+        line = study.portable(cell.command)
+        assert line.startswith("python ") and str(ROOT) not in line and " /" not in line
+        assert f" --out runs/study/{budget}/" in line and (ROOT / cell.command[0]).exists()
     for task, label, pick, learner, cell in learning:
-        assert cells[cell.name] == cell and study.STUDIES[name].picks[label] == pick
+        assert cells[cell.name] == cell and wanted.picks[label] == pick
         assert cell.name == f"learn {task} {pick} {learner}"
         assert cell.reads == (Path(cell.command[cell.command.index("--dataset") + 1]),)
-    wanted = study.STUDIES[name]
     assert len(learning) == len(wanted.tasks) * len(wanted.picks or ()) * len(wanted.learners)
     assert all(f"source {source}" in cells for source in wanted.sources)
 
@@ -63,14 +64,6 @@ def test_studies_share_cells_and_nothing_else(budget):
     records = {record_file(Cell(name, [], Path(), ()), BASE) for name in by_name}
     assert len(set(done)) == len(done) == len(records)
     assert users["source point"] > 4 and users["learn point-angle-0 point:1 mopo"] > 2
-
-
-def test_commands_name_no_place():
-    for (name, budget), (cells, _) in EVERY.items():
-        for cell in cells.values():
-            line = study.portable(cell.command)
-            assert line.startswith("python ") and str(ROOT) not in line and " /" not in line, (name, budget)
-            assert f" --out runs/study/{budget}/" in line and (ROOT / cell.command[0]).exists()
 
 
 def commands_of(script):
@@ -116,15 +109,16 @@ def test_selections_are_accepted_by_udg_select():
 
 @pytest.mark.parametrize("learner", [mopo, cped, qdq, dac], ids=lambda module: module.__name__)
 def test_learners_are_accepted_by_their_scripts(tmp_path, monkeypatch, learner):
-    """Every distinct set of flags, on a small file of the task; mopo's also at the study's number of rows."""
+    """Every distinct set of flags, on a small file; mopo's also at the study's number of rows."""
     monkeypatch.chdir(tmp_path)
-    seen, name = {}, learner.__name__
+    seen, name, data = {}, learner.__name__, scripted.dataset(tmp_path)
     for words, cell in commands_of(f"{name}.py").items():
         task = cell.name.split()[1]
         seen.setdefault((study.world(task), words[2:-2]), (words, task))
     assert {world for world, _ in seen} == {"point", "ant", "cheetah"}
     for (world, _), (words, task_name) in seen.items():
-        write_buffer(Path(words[1]), task_name)
+        Path(words[1]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data, words[1])
         args = args_of(learner, words)
         if learner is mopo:
             mopo.check_args(args, envs.task(task_name), study.SIZE["cpu"][world])
@@ -167,23 +161,18 @@ def test_main_tells_what_failed(tmp_path, monkeypatch, capsys):
     assert json.loads(line)["missing"] == ["source lost"]
     study.main(["--list", *where])
     assert re.search(r"lost +0 of +1 cells made here, +0 in results  Where\?", capsys.readouterr().out)
+    study.main(["--commands", "lost"])
+    assert capsys.readouterr().out == "python wurl_sac.py --task nowhere --out runs/study/cpu/sources/lost\n"
 
 
-@pytest.mark.parametrize("words", [["--run", "angels"], ["--commands", "angels"], ["--run", "goal", "--jobs", "0"], []])
-def test_command_line_errors(words, capsys):
-    with pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize("words, said", [
+    (["--run", "angels"], "no study is called angels; studies are angle-point"), (["--commands", "angels"], "angels"),
+    (["--run", "goal", "--jobs", "0"], "--jobs is 1 or more"), ([], "nothing to do"),
+])  # fmt: skip
+def test_command_line_errors(words, said, capsys):
+    with pytest.raises(SystemExit):
         study.main(words)
-    assert stop.value.code == 2
-    if "angels" in words:
-        assert "no study is called angels; studies are angle-point" in capsys.readouterr().err
-
-
-def test_commands_are_printed(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    study.main(["--commands", "collapse"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "python wurl_sac.py --task tree-maze --num-policies 4 --out runs/study/cpu/sources/maze-k4"
-    assert len(lines) == 3
+    assert said in capsys.readouterr().err
 
 
 # --- gathering ----------------------------------------------------------------------------------
@@ -194,17 +183,16 @@ def write(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+LEARNER = "learn point-angle-0 point:1 mopo"
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A small study by hand, its cells finished but for one learner -> base, results."""
-    monkeypatch.setattr(study, "STUDIES", {
-        "toy": study.Study("Why?", ("point-angle-0",), {"best": "point:1", "mixed": "point:all"}, seeds=2),
-    })  # fmt: skip
-    base = tmp_path / "runs"
+    """A small study by hand, its cells finished but for one learner -> its cells, a function that gathers them."""
+    picks, base = {"best": "point:1", "mixed": "point:all"}, tmp_path / "runs"
+    monkeypatch.setattr(study, "STUDIES", {"toy": study.Study("Why?", ("point-angle-0",), picks, seeds=2)})
     cells, _ = study.cells_of("toy", base, "cpu")
-    source, data = cells["source point"], cells["data point"]
-    source.done.parent.mkdir(parents=True)
-    np.savez(source.done, metadata_json=json.dumps({"sha256": {}}))
+    source, data, learner = cells["source point"], cells["data point"], cells[LEARNER]
     records = [
         {"step": step, "eval/min_w": step / 10, "eval/smallest_w": step / 20, "eval/min_w_full": 3.0,
          "eval/disc_accuracy_held_out": 0.9, "eval/travel": [1, 2]}
@@ -212,33 +200,37 @@ def made(tmp_path, monkeypatch):
     ]  # fmt: skip
     write(source.runs / "log.jsonl", {"args": {}}, *records)
     one = lambda name, mean: {"parents": [{"name": name}], "mean_return": mean, "num_transitions": 700}
-    scores = {
-        "buffers": {"policy_00": {"score": 5.0}, "policy_01": {"score": 7.0}},
-        "selections": {"top1": one("policy_01", 6.5), "all": one("policy_00", 6.0)},
-    }
-    write(data.done, scores)
-    learner = cells["learn point-angle-0 point:1 mopo"]
-    learner.runs.mkdir(parents=True)
-    learner.done.touch()
+    scores = {"buffers": {"policy_00": {"score": 5.0}, "policy_01": {"score": 7.0}}}
+    write(data.done, scores | {"selections": {"top1": one("policy_01", 6.5), "all": one("policy_00", 6.0)}})
     evaluations = [
         {"step": step, "seed": seed, "eval/return": 10.0 * step + seed, "eval/return_data_length": 1.0 * step + seed}
-        for step in (100, 200)
-        for seed in (0, 1)
+        for step, seed in itertools.product((100, 200), (0, 1))
     ]
     evaluations += [{"step": step, "seed": 1, "train/q": 0.1 * step} for step in (50, 100, 200)]  # seed 0 has none
     write(learner.runs / "log.jsonl", {"args": {}}, {"step": 1, "seed": 0, "model/idle": 0}, *evaluations)
+    write(learner.done)
+    write(source.done)
+    np.savez(source.done, metadata_json=json.dumps({"sha256": {}}))
     for cell in (source, data, learner):
         write_record(cell, base, {"seconds": 5})
-    return base, tmp_path / "results"
+
+    def gather(**flags):
+        """-> whether the file was written, its header, its rows."""
+        written = study.gather("toy", base, "cpu", tmp_path / "results", **flags)
+        header, *rows = [json.loads(line) for line in (tmp_path / "results" / "toy.jsonl").read_text().splitlines()]
+        return written, header, rows
+
+    gather.forget = lambda name: record_file(cells[name], base).unlink()
+    return cells, gather
 
 
 def test_gathered_rows_are_exact(made):
-    base, results = made
-    assert study.gather("toy", base, "cpu", results)
-    header, *rows = [json.loads(line) for line in (results / "toy.jsonl").read_text().splitlines()]
-    assert header["missing"] == ["learn point-angle-0 point:all mopo"]
-    assert set(header["cells"]) == {"source point", "data point", "learn point-angle-0 point:1 mopo"}
-    assert header["cells"]["source point"]["command"] == f"python wurl_sac.py --task point --out {base}/sources/point"
+    cells, gather = made
+    written, header, rows = gather()
+    assert written and header["missing"] == ["learn point-angle-0 point:all mopo"]
+    assert set(header["cells"]) == {"source point", "data point", LEARNER}
+    out = cells["source point"].runs
+    assert header["cells"]["source point"]["command"] == f"python wurl_sac.py --task point --out {out}"
     assert header["picks"] == {"best": "point:1", "mixed": "point:all"} and header["seeds"] == 2
     last = {"step": 20, "eval/min_w": 2.0, "eval/smallest_w": 1.0, "eval/min_w_full": 3.0}
     last["eval/disc_accuracy_held_out"] = 0.9
@@ -267,43 +259,46 @@ def test_w1_rows_are_exact(tmp_path):
     }  # fmt: skip
 
 
-def test_pictures_of_wanted_sources_are_kept(made, monkeypatch):
-    base, results = made
+def test_pictures_of_wanted_sources_are_kept(made, monkeypatch, tmp_path):
+    cells, gather = made
     monkeypatch.setitem(study.STUDIES, "toy", study.Study("Why?", sources=("point",)))
-    picture = study.cells_of("toy", base, "cpu")[0]["source point"].runs / "trajectories.png"
-    picture.write_bytes(b"a picture")
-    assert study.gather("toy", base, "cpu", results)
-    assert (results / "toy-point.png").read_bytes() == b"a picture"
+    (cells["source point"].runs / "trajectories.png").write_bytes(b"a picture")
+    assert gather()[0] and (tmp_path / "results" / "toy-point.png").read_bytes() == b"a picture"
 
 
 def test_a_learner_without_its_selection_is_left_out(made):
-    base, results = made
-    record_file(study.cells_of("toy", base, "cpu")[0]["data point"], base).unlink()
-    assert study.gather("toy", base, "cpu", results)
-    assert not any("learner" in json.loads(line) for line in (results / "toy.jsonl").read_text().splitlines())
+    _, gather = made
+    gather.forget("data point")
+    written, _, rows = gather()
+    assert written and not any("learner" in row for row in rows)
 
 
 def test_commit_and_versions_are_those_a_run_began_with(made):
-    base, results = made
-    name = "learn point-angle-0 point:1 mopo"
-    log = study.cells_of("toy", base, "cpu")[0][name].runs / "log.jsonl"
-    log.write_text(log.read_text().replace('{"args": {}}', '{"args": {}, "commit": "then", "versions": {"jax": "1"}}'))
-    study.gather("toy", base, "cpu", results)
-    known = json.loads((results / "toy.jsonl").read_text().splitlines()[0])["cells"][name]
-    assert known["commit"] == "then" and known["versions"] == {"jax": "1"}
+    cells, gather = made
+    log, begun = cells[LEARNER].runs / "log.jsonl", {"commit": "then", "versions": {"jax": "1"}}
+    log.write_text(log.read_text().replace('{"args": {}}', json.dumps({"args": {}} | begun)))
+    assert gather()[1]["cells"][LEARNER].items() >= begun.items()
 
 
 def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
     """A fresh clone has committed results and no cells: gathering must not empty them."""
-    base, results = made
-    study.gather("toy", base, "cpu", results)
-    before = (results / "toy.jsonl").read_text()
-    record_file(study.cells_of("toy", base, "cpu")[0]["source point"], base).unlink()
-    assert not study.gather("toy", base, "cpu", results)
-    assert (results / "toy.jsonl").read_text() == before
+    _, gather = made
+    before = gather()[1:]
+    gather.forget("source point")
+    assert gather() == (False, *before)
     assert "3 of its cells are not made here, e.g. source point; --force" in capsys.readouterr().out
-    assert study.gather("toy", base, "cpu", results, force=True)
-    assert json.loads((results / "toy.jsonl").read_text().splitlines()[0])["missing"][0] == "source point"
+    assert gather(force=True)[1]["missing"][0] == "source point"
+
+
+def test_what_is_gathered_can_be_drawn(made, capsys, tmp_path):
+    made[1]()
+    udg_figures.main(["--folder", str(tmp_path / "results")])
+    out = capsys.readouterr().out
+    assert "| point-angle-0 | 150.5 +- 0.5 | missing |" in out and "Not made yet: 1 cells" in out
+    assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
+
+
+# --- results of another machine -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -313,17 +308,12 @@ def elsewhere(tmp_path, monkeypatch):
     """
     made, machine, content = [], [1.0], {"a": "rows of a", "b": "rows of b"}
     base, results = tmp_path / "runs", tmp_path / "results"
-    file = lambda name: base / f"{name}.npz"
     needs = {
-        "source a": [], "source b": [], "data 0": ["source a"], "data 1": ["source a"],
-        "w1 t": ["source a", "source b"], "learn t 0 mopo": ["data 0"], "learn t 1 mopo": ["data 1"],
+        "source a": (), "source b": (), "data 0": ("source a",), "data 1": ("source a",),
+        "w1 t": ("source a", "source b"), "learn t 0 mopo": ("data 0",), "learn t 1 mopo": ("data 1",),
     }  # fmt: skip
-
-    def cell(name):
-        reads = tuple(map(file, needs[name]))
-        return Cell(name, [name], file(name), tuple(needs[name]), None, reads)
-
-    cells = {name: cell(name) for name in needs}
+    file = lambda name: base / f"{name}.npz"
+    cells = {name: Cell(name, [name], file(name), of, None, tuple(map(file, of))) for name, of in needs.items()}
     learning = [("t", f"label {pick}", pick, "mopo", cells[f"learn t {pick} mopo"]) for pick in "01"]
 
     def run_cells(todo, base, jobs):
@@ -333,21 +323,20 @@ def elsewhere(tmp_path, monkeypatch):
                 continue
             rows = "".join(json.loads(str(np.load(path)["metadata_json"]))["sha256"]["x"] for path in cell.reads)
             cell.done.parent.mkdir(parents=True, exist_ok=True)
-            digest = {"sha256": {"x": rows or content[name[-1]]}}
-            np.savez(cell.done, metadata_json=json.dumps(digest))
+            np.savez(cell.done, metadata_json=json.dumps({"sha256": {"x": rows or content[name[-1]]}}))
             write_record(cell, base, {"seconds": 1})
             made.append(name)
         return set(), ""
 
     row = lambda seed, value: {"seed": seed, "steps": [1], "returns": [value], "returns_data_length": [value]}
-    monkeypatch.setattr(study, "STUDIES", {"toy": study.Study("Why?", ("t",), {"label 0": "0", "label 1": "1"})})
-    monkeypatch.setattr(study, "cells_of", lambda *_: (cells, learning))
-    monkeypatch.setattr(study, "run_cells", run_cells)
-    monkeypatch.setattr(study, "source_row", lambda cell: {"source": cell.name.split()[1]})
-    monkeypatch.setattr(study, "w1_row", lambda cell: {"task": "t", "w1": {}})
-    monkeypatch.setattr(study, "data_row", lambda path: {})
-    monkeypatch.setattr(study, "data_file", lambda *_: Path())
-    monkeypatch.setattr(study, "learner_rows", lambda folder: [row(seed, machine[-1]) for seed in (0, 1)])
+    stand_in = {
+        "STUDIES": {"toy": study.Study("Why?", ("t",), {"label 0": "0", "label 1": "1"})}, "run_cells": run_cells,
+        "cells_of": lambda *_: (cells, learning), "source_row": lambda cell: {"source": cell.name.split()[1]},
+        "w1_row": lambda cell: {"task": "t", "w1": {}}, "data_row": lambda path: {}, "data_file": lambda *_: Path(),
+        "learner_rows": lambda folder: [row(seed, machine[-1]) for seed in (0, 1)],
+    }  # fmt: skip
+    for name, value in stand_in.items():
+        monkeypatch.setattr(study, name, value)
     assert study.make("toy", base, "cpu", 1, results, False) == (set(), "") and len(made) == len(cells)
     record_file(cells["learn t 1 mopo"], base).unlink()
     assert study.gather("toy", base, "cpu", results)
@@ -396,25 +385,12 @@ def test_a_learner_whose_data_are_gone_keeps_its_rows(elsewhere):
     assert again() == (True, [], rows) and not made
 
 
-def test_another_command_is_no_substitute(elsewhere):
+def test_another_command_is_no_substitute(elsewhere, capsys, tmp_path):
+    """Results of another command are not overwritten; the command is run."""
     again, made = elsewhere
-    again.cells["w1 t"].command.append("--more")
-    assert again()[0] and made == ["source a", "source b", "data 1", "w1 t", "learn t 1 mopo"]
-
-
-def test_results_of_another_command_are_not_overwritten(elsewhere, capsys, tmp_path):
-    again, _ = elsewhere
     again.cells["w1 t"].command.append("--more")
     before = (tmp_path / "results" / "toy.jsonl").read_text()
     assert not study.gather("toy", again.base, "cpu", tmp_path / "results", keep=True)
     assert "another command or other rows than those here, e.g. w1 t" in capsys.readouterr().out
     assert (tmp_path / "results" / "toy.jsonl").read_text() == before
-
-
-def test_what_is_gathered_can_be_drawn(made, capsys):
-    base, results = made
-    study.gather("toy", base, "cpu", results)
-    udg_figures.main(["--folder", str(results)])
-    out = capsys.readouterr().out
-    assert "| point-angle-0 | 150.5 +- 0.5 | missing |" in out and "Not made yet: 1 cells" in out
-    assert (results / "toy.png").stat().st_size > 10_000
+    assert again()[0] and made == ["source a", "source b", "data 1", "w1 t", "learn t 1 mopo"]
