@@ -21,31 +21,45 @@ def row(task, label, score, seed=0, **fields):
     return {**about, "returns": [10 * x for x in short], "returns_data_length": short, **fields}
 
 
-def figures(tmp_path, capsys, rows, name="toy", **header):
-    """Draw one study -> its tables as {first words of a line: cells}, the whole text, {name: picture}."""
-    about = {"study": name, "question": "Why?", "budget": "cpu", "seeds": 1, "missing": [], "cells": {}}
-    lines = map(json.dumps, [about | header, *rows])
-    (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    udg_figures.main([name, "--folder", str(tmp_path)])
-    text = capsys.readouterr().out
-    table = {}
-    for line in text.splitlines():
-        if line.startswith("|"):
-            first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
-            table.setdefault(first, rest)
-    return table, text, {path.name: plt.imread(path) for path in tmp_path.glob("*.png")}
+@pytest.fixture
+def drawn(tmp_path, monkeypatch, capsys):
+    """A function that draws one study -> its tables as {first cell of a line: the others}, the whole text, its
+    figures by name of file, which are kept from being written."""
+    kept = {}
+    monkeypatch.setattr(udg_figures, "save", lambda figure, path: kept.update({path.name: figure}))
+
+    def draw(rows, name="toy", **header):
+        about = {"study": name, "question": "Why?", "budget": "cpu", "seeds": 1, "missing": [], "cells": {}}
+        lines = map(json.dumps, [about | header, *rows])
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        kept.clear()
+        udg_figures.main([name, "--folder", str(tmp_path)])
+        text, table = capsys.readouterr().out, {}
+        for line in text.splitlines():
+            if line.startswith("|"):
+                first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
+                table.setdefault(first, rest)
+        return table, text, dict(kept)
+
+    yield draw
+    plt.close("all")
 
 
-def is_drawn(picture):
-    """Whether a picture has more on it than a white sheet with axes: colours, in more than a speck."""
-    color = np.ptp(picture[..., :3], axis=-1) > 0.2
-    return picture.shape[0] > 300 and picture.shape[1] > 500 and color.sum() > 50
+def marks(figure):
+    """How many lines, bars and ranges there are on a figure."""
+    return sum(len(axis.lines) + len(axis.collections) for axis in figure.axes)
 
 
-def test_scores_and_spread(tmp_path, capsys):
+def timed(seconds):
+    """What a study's header knows of its sources: {K: seconds, or fields}."""
+    fields = lambda x: x if isinstance(x, dict) else {"seconds": x}
+    return {f"source K={k}": {"resumed": False, **fields(x)} for k, x in seconds.items()}
+
+
+def test_scores_and_spread(drawn):
     rows = [row("t1", "a", 10.0 + 2 * s, s) for s in range(3)] + [row("t1", "b", 5.0 + s, s) for s in range(3)]
     rows += [row("t2", "a", 20.0, s) for s in range(3)] + [row("t2", "b", 30.0, s) for s in range(3)]
-    table, text, pictures = figures(tmp_path, capsys, rows, seeds=3)
+    table, text, pictures = drawn(rows, seeds=3)
     assert table["t1"] == ["12.0 +- 1.6", "6.0 +- 0.8"]  # sqrt(8 / 3), sqrt(2 / 3)
     assert table["t2"] == ["20.0 +- 0.0", "30.0 +- 0.0"]
     means = [cell.split(" [")[0] for cell in table["mean over tasks"]]
@@ -55,10 +69,10 @@ def test_scores_and_spread(tmp_path, capsys):
     assert table["b over a"][3] == "-6.0 to 10.0"
     assert table["a"] == ["16.0", "17.0", "1000.0", "160.0", "1.0"], "score, last, best, whole evaluation, data"
     assert "3 seeds of the learner; 6 evaluations a run, the score is of the last 5" in text
-    assert set(pictures) == {"toy.png"} and is_drawn(pictures["toy.png"])
+    assert set(pictures) == {"toy.png"} and marks(pictures["toy.png"])
 
 
-def test_every_learner_has_its_tables(tmp_path, capsys):
+def test_every_learner_has_its_tables(drawn):
     """Learners are never averaged with one another: what one gains must not decide for the others."""
     rows = [
         row(task, label, base + 10 * (label == "a"), learner="bc")
@@ -67,30 +81,30 @@ def test_every_learner_has_its_tables(tmp_path, capsys):
     ]
     rows += [row("t1", "a", 20.0), row("t2", "a", 22.0), row("t1", "b", 23.0), row("t1", "b", 25.0, 1)]
     about = {"tasks": ["t1", "t2"], "picks": {"a": "x:1", "b": "y:1"}, "learners": ["mopo", "bc"]}
-    table, text, pictures = figures(tmp_path, capsys, rows, **about)
+    table, text, pictures = drawn(rows, **about)
     assert table["mopo"] == ["21.0 (20.0)", "missing"] and table["bc"] == ["12.0 (10.0)", "2.0 (0.0)"]
     assert table["mean episode of the data"] == ["1.0 (1.0)"] * 2
     of_mopo, of_bc = text.split("### mopo")[1].split("### bc")
     assert "| b over a | 1 of 1 |" in of_mopo and "| a over b | 2 of 2 | 1.00 | 10.0 |" in of_bc
     assert "| t1 | 20.0 | 24.0 +- 1.0 |" in of_mopo and "| t1 | 10.0 | 0.0 |" in of_bc
-    assert is_drawn(pictures["toy.png"])
+    assert marks(pictures["toy.png"])
 
 
-def test_missing_cells_are_called_missing(tmp_path, capsys):
+def test_missing_cells_are_called_missing(drawn):
     rows = [row("t1", "a", 10.0), row("t2", "a", 20.0), row("t2", "b", 7.0)]
     plan = {"tasks": ["t1", "t2"], "picks": {"a": "a:1", "b": "b:1", "c": "c:1"}}
     plan |= {"missing": ["learn t1 b:1 mopo", "..."]}
-    table, text, pictures = figures(tmp_path, capsys, rows, **plan)
+    table, text, pictures = drawn(rows, **plan)
     assert table["t1"] == ["10.0", "missing", "missing"] and table["t2"] == ["20.0", "7.0", "missing"]
     assert table["mean over tasks"] == ["15.0", "missing", "missing"], "no mean over half the tasks"
     assert table["a over b"] == ["1 of 1", "1.00", "13.0", "13.0 to 13.0"], "no interval from one seed"
     assert "Not made yet: 2 cells, e.g. learn t1 b:1 mopo" in text
     assert table["b"] == ["missing"] * 5, "nor one beside a mean over all"
-    whole = figures(tmp_path, capsys, [*rows, row("t1", "b", 8.0), row("t1", "c", 8.0), row("t2", "c", 8.0)], **plan)[2]
-    assert is_drawn(pictures["toy.png"]) and not np.array_equal(pictures["toy.png"], whole["toy.png"])
+    whole = drawn([*rows, row("t1", "b", 8.0), row("t1", "c", 8.0), row("t2", "c", 8.0)], **plan)[2]
+    assert 0 < marks(pictures["toy.png"]) < marks(whole["toy.png"])
 
 
-def test_luck_of_the_source_beside_that_of_the_learner(tmp_path, capsys):
+def test_luck_of_the_source_beside_that_of_the_learner(drawn):
     """Sources 10 and 20 on one task, 30 and 30 on the other; their learners' seeds 1 to both sides."""
     means = {"t1": (10.0, 20.0), "t2": (30.0, 30.0)}
     rows = [
@@ -99,17 +113,17 @@ def test_luck_of_the_source_beside_that_of_the_learner(tmp_path, capsys):
         for i, value in enumerate(values)
         for move in (-1, 1)
     ]
-    text = figures(tmp_path, capsys, rows, seeds=2)[1]
+    text = drawn(rows, seeds=2)[1]
     assert "over 2 tasks: of a learner's seeds 1.4, of the sources' means 5.0;" in text  # sqrt(2), sqrt((50 + 0) / 2)
     assert "without the seeds' share of that: 4.9." in text  # sqrt(25 - 2 / 2)
 
 
-def test_notices_above_the_tables(tmp_path, capsys):
-    _, text, pictures = figures(tmp_path, capsys, [], missing=["source humanoid"])
+def test_notices_above_the_tables(drawn):
+    _, text, pictures = drawn([], missing=["source humanoid"])
     assert "Nothing to draw yet" in text and not pictures
     learner = {"learn x": {"commit": "a"}}
     for other, told in (({"learn y": {"commit": "b"}}, True), ({"source": {}}, False)):
-        text = figures(tmp_path, capsys, [row("t1", "a", 1.0)], cells=learner | other)[1]
+        text = drawn([row("t1", "a", 1.0)], cells=learner | other)[1]
         assert ("ran at 2 commits" in text) == told
 
 
@@ -180,8 +194,8 @@ def bound_rows():
             yield row(task, f"policy {k}", gains[task][k] + (2 * seed - 1), seed, **chosen)  # seeds: mean unchanged
 
 
-def test_bound_counts_misaligned_returns(tmp_path, capsys):
-    _, text, pictures = figures(tmp_path, capsys, bound_rows(), seeds=2)
+def test_bound_counts_misaligned_returns(drawn):
+    _, text, pictures = drawn(bound_rows(), seeds=2)
     assert "the relabelled return and W1 to the expert, (s, a), standardised choose different buffers in 1 of 2" in text
     assert "the relabelled return and W1 to the expert, features choose different buffers in 1 of 2" in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| mopo" in line]
@@ -191,148 +205,115 @@ def test_bound_counts_misaligned_returns(tmp_path, capsys):
         ["mopo", "mean relabelled return", "0.75", "0.50", "50%", "5.0", "10.0"],
         ["mopo", "a seed of the learner itself", "1.00", "1.00", "0%", "0.0", "0.0"],
     ]
-    assert is_drawn(pictures["toy.png"])
+    assert marks(pictures["toy.png"])
 
 
-def test_bound_with_half_its_cells(tmp_path, capsys):
+def test_bound_with_half_its_cells(drawn):
     """A buffer without a learner is left out of the ranks; a task without any is not counted."""
     rows = [r for r in bound_rows() if not (r.get("task") == "t2" and "learner" in r)]
     rows = [r for r in rows if r.get("label") != "policy 0"]
-    _, text, pictures = figures(tmp_path, capsys, rows)
-    assert "in 0 of 1 tasks" in text and is_drawn(pictures["toy.png"])
+    _, text, pictures = drawn(rows)
+    assert "in 0 of 1 tasks" in text and marks(pictures["toy.png"])
 
 
-def test_against_the_number_of_policies(tmp_path, capsys):
+def test_against_the_number_of_policies(drawn):
     every = itertools.product((2, 5), enumerate(("t1", "t2")), range(3))
     rows = [row(task, f"K={k}", 10.0 * k - i, seed) for k, (i, task), seed in every]
-    cells = {f"source K={k}": {"seconds": 60 * k, "resumed": False} for k in (2, 5)}
-    table, _, pictures = figures(tmp_path, capsys, rows, seeds=3, cells=cells)
+    table, _, pictures = drawn(rows, seeds=3, cells=timed({2: 120, 5: 300}))
     assert table["worst task"] == ["19.0 [19.0, 19.0]", "49.0 [49.0, 49.0]"]
     assert table["K=5 over K=2"][:3] == ["2 of 2", "1.00", "30.0 [30.0, 30.0]"]
-    assert is_drawn(pictures["toy.png"])
+    assert marks(pictures["toy.png"])
 
 
-@pytest.mark.parametrize("cells, drawn", [
-    ({2: {"seconds": 60}, 5: {"seconds": 600, "cpu_seconds": 90}}, ([5], [1.5])),  # a shared machine's minutes left out
-    ({2: {"seconds": 60}, 5: {"seconds": 600}}, ([2, 5], [1.0, 10.0])),
+@pytest.mark.parametrize("seconds, line", [
+    ({2: 60, 5: {"seconds": 600, "cpu_seconds": 90}}, ([5], [1.5])),  # a shared machine's minutes left out
+    ({2: 60, 5: 600}, ([2, 5], [1.0, 10.0])),
     ({2: {"seconds": 60, "cpu_seconds": 30}, 5: {"seconds": 9, "cpu_seconds": 9, "resumed": True}}, ([2], [0.5])),
 ])  # fmt: skip
-def test_cost_is_processor_time_where_it_is_known(tmp_path, monkeypatch, cells, drawn):
+def test_cost_is_processor_time_where_it_is_known(drawn, seconds, line):
     """The right panel's line, K and minutes."""
-    lines = []
-    monkeypatch.setattr(udg_figures, "save", lambda drawn, path: lines.extend(drawn.axes[1].lines))
-    rows = [row("t1", f"K={k}", 1.0, seed) | {"score": 1.0} for k in cells for seed in range(3)]
-    cells = {f"source K={k}": {"resumed": False, **v} for k, v in cells.items()}
-    header = {"study": "toy", "seeds": 3, "tasks": ("t1",), "picks": {}, "cells": cells}
-    udg_figures.against_number(tmp_path / "x.png", header, rows)
-    assert (list(lines[0].get_xdata()), list(lines[0].get_ydata())) == drawn
+    rows = [row("t1", f"K={k}", 1.0, seed) for k in seconds for seed in range(3)]
+    cost = drawn(rows, seeds=3, cells=timed(seconds))[2]["toy.png"].axes[1].lines[0]
+    assert (list(cost.get_xdata()), list(cost.get_ydata())) == line
 
 
-@pytest.fixture
-def kept_figures(monkeypatch):
-    """Figures that would have been written, by name of file."""
-    kept = {}
-    monkeypatch.setattr(udg_figures, "save", lambda drawn, path: kept.update({path.name: drawn}))
-    yield kept
-    plt.close("all")
+def test_several_learners_have_a_line_each_against_the_number(drawn):
+    """Means over two tasks that lie 2 apart; the data's is the broken line; cloning, without K=5, is drawn at K=2."""
+    found = [("mopo", 2, 10.0), ("mopo", 5, 20.0), ("cped", 2, 9.0), ("cped", 5, 8.0), ("bc", 2, 1.0)]
+    rows = [row(task, f"K={k}", value + d, learner=learner, data_mean=k + 3 * d)
+            for learner, k, value in found for task, d in (("t1", -1.0), ("t2", 1.0))]  # fmt: skip
+    left = lambda *tasks: drawn(rows, tasks=tasks, cells=timed({2: 120, 5: 300}))[2]["toy.png"].axes[0]
+    axis = left("t1", "t2")
+    lines = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
+    assert lines == {"MOPO": [[2, 10], [5, 20]], "CPED": [[2, 9], [5, 8]], "cloning": [[2, 1]]}
+    broken = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == "--"]
+    assert broken == [[[2, 2], [5, 5]]] and "missing" in axis.get_title(loc="left")
+    # A task that has no rows yet: there is no mean over tasks to draw.
+    assert not any(len(bars.lines[0].get_xdata()) for bars in left("t1", "t2", "t3").containers)
 
 
-def dots(tmp_path, kept_figures, rows, **header):
-    """The axes and legends that `dots` draws of these rows."""
-    rows = [{**row, "score": float(np.mean(row["returns_data_length"][-5:]))} for row in rows]
-    udg_figures.dots(tmp_path / "x.png", {"study": "toy", "question": "Why?", "seeds": 1} | header, rows)
-    return kept_figures["x.png"].axes, kept_figures["x.png"].legends
-
-
-def test_a_selection_has_one_look_in_every_study(tmp_path, kept_figures):
+def test_a_selection_has_one_look_in_every_study(drawn):
     """The colour of `random` is the same beside two other picks and beside four."""
     looks = []
     for labels in (("top1", "random"), ("top1", "top2", "all", "supervised", "random")):
-        rows = [row("t1", label, float(i)) for i, label in enumerate(labels)]
-        _, (legend,) = dots(tmp_path, kept_figures, rows)
-        marks = [(handle.get_color(), handle.get_marker()) for handle in legend.legend_handles]
-        looks.append(dict(zip((text.get_text() for text in legend.get_texts()), marks, strict=True)))
+        (legend,) = drawn([row("t1", label, float(i)) for i, label in enumerate(labels)])[2]["toy.png"].legends
+        found = [(handle.get_color(), handle.get_marker()) for handle in legend.legend_handles]
+        looks.append(dict(zip((text.get_text() for text in legend.get_texts()), found, strict=True)))
     assert looks[0]["random"] == looks[1]["random"] and looks[0]["top 1"] == looks[1]["top 1"]
     assert len(set(looks[1].values())) == len(looks[1]) == 6, "five picks and the mean episode of the data"
 
 
-def test_learners_have_groups_and_tasks_have_panels(tmp_path, kept_figures):
+def test_learners_have_groups_and_tasks_have_panels(drawn):
     rows = [row(task, "top1", 1.0, learner=name) for task in ("t1", "t2") for name in ("mopo", "bc")]
-    axes, _ = dots(tmp_path, kept_figures, rows, learners=("mopo", "bc"))
+    axes = drawn(rows, learners=("mopo", "bc"))[2]["toy.png"].axes
     assert [axis.get_xlabel() for axis in axes] == ["t1", "t2"]
     assert [[text.get_text() for text in axis.get_xticklabels()] for axis in axes] == [["MOPO", "cloning"]] * 2
 
 
 @pytest.mark.parametrize("far, panels", [(1.0, 1), (100.0, 2)])
-def test_far_means_of_the_data_have_their_own_axis(tmp_path, kept_figures, far, panels):
+def test_far_means_of_the_data_have_their_own_axis(drawn, far, panels):
     """Learners one apart and data a hundred apart on one axis would be a flat line."""
-    axes, _ = dots(tmp_path, kept_figures, [row("t1", "top1", 10.0), row("t1", "all", 11.0, data_mean=1.0 + far)])
+    axes = drawn([row("t1", "top1", 10.0), row("t1", "all", 11.0, data_mean=1.0 + far)])[2]["toy.png"].axes
     heights = [float(line.get_ydata()[0]) for line in axes[-1].lines if len(line.get_xdata()) == 2]
     assert len(axes) == panels and {1.0, 1.0 + far} <= set(heights) and np.ptp(axes[0].get_ylim()) < 15
 
 
 @pytest.mark.parametrize("task, near", [("point-angle-300", 90.0), ("ant-angle-60", 200.0), ("t1", 5.0)])
-def test_an_expert_is_drawn_where_it_is_known(tmp_path, kept_figures, task, near):
+def test_an_expert_is_drawn_where_it_is_known(drawn, task, near):
     known = json.loads(udg_figures.REFERENCES.read_text())["tasks"]
-    found = known.get(known.get(task), known.get(task)) if isinstance(known.get(task), str) else known.get(task)
-    axes, _ = dots(tmp_path, kept_figures, [row(task, "top1", near), row(task, "random", near / 2)])
-    drawn = [line.get_ydata()[0] for line in axes[0].lines if line.get_linestyle() == ":"]
-    assert drawn == ([found["expert_data_length"]] if found else [])
-
-
-def test_several_learners_have_a_line_each_against_the_number(tmp_path, kept_figures):
-    """Means over two tasks that lie 2 apart; the data's is the broken line; cloning, without K=5, is drawn at K=2."""
-
-    def of(learner, k, value):
-        tasks = (("t1", -1.0), ("t2", 1.0))
-        return [row(t, f"K={k}", value + d, learner=learner, data_mean=k + 3 * d) for t, d in tasks]
-
-    rows = [("mopo", 2, 10.0), ("mopo", 5, 20.0), ("cped", 2, 9.0), ("cped", 5, 8.0), ("bc", 2, 1.0)]
-    rows = [r | {"score": r["returns_data_length"][-3]} for x in rows for r in of(*x)]
-    cells = {f"source K={k}": {"seconds": 60 * k, "resumed": False} for k in (2, 5)}
-    header = {"study": "toy", "seeds": 1, "tasks": ("t1", "t2"), "picks": {}, "cells": cells}
-    udg_figures.against_number(tmp_path / "x.png", header, rows)
-    axis = kept_figures["x.png"].axes[0]
-    drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
-    assert drawn == {"MOPO": [[2, 10], [5, 20]], "CPED": [[2, 9], [5, 8]], "cloning": [[2, 1]]}
-    broken = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == "--"]
-    assert broken == [[[2, 2], [5, 5]]] and "missing" in axis.get_title(loc="left")
-    # A task that has no rows yet: there is no mean over tasks to draw.
-    udg_figures.against_number(tmp_path / "x.png", header | {"tasks": ("t1", "t2", "t3")}, rows)
-    axis = kept_figures["x.png"].axes[0]
-    assert not any(len(bars.lines[0].get_xdata()) for bars in axis.containers)
+    found = known.get(known[task]) if isinstance(known.get(task), str) else known.get(task)
+    (axis, *_) = drawn([row(task, "top1", near), row(task, "random", near / 2)])[2]["toy.png"].axes
+    heights = [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"]
+    assert heights == ([found["expert_data_length"]] if found else [])
 
 
 @pytest.mark.parametrize("learners, columns", [
     (("mopo-fast", "mopo-critics", "cped"), 2), (("mopo-fast", "cped"), 1), (("cped",), 0),
 ])  # fmt: skip
-def test_values_over_time_stand_over_the_returns(tmp_path, kept_figures, capsys, learners, columns):
+def test_values_over_time_stand_over_the_returns(drawn, learners, columns):
     """Of the study cheetah, MOPO's learners only, on the jump, and only those that were gathered with their Q."""
     q = {"mopo-fast": [1.0, 50.0], "mopo-critics": [1.0, -3.0], "cped": [7.0, 8.0]}
     curve = {"steps": [1, 2], "returns_data_length": [5.0, 6.0]}
     rows = [row(task, "z", 0.0, learner=name) | curve | {"q": q[name]}
             for task in ("cheetah-jump", "cheetah-crawl") for name in learners]  # fmt: skip
     rows.append(row("cheetah-jump", "random", 0.0, learner=learners[0]) | curve)  # from before Q was kept
-    header = {"study": "cheetah", "question": "Why?", "seeds": 1, "missing": [], "cells": {}, "learners": learners}
-    (tmp_path / "cheetah.jsonl").write_text("\n".join(map(json.dumps, [header, *rows])))
-    udg_figures.draw(tmp_path / "cheetah.jsonl")
-    assert ("cheetah-q.png" in kept_figures) == (columns > 0) and "cheetah.png" in kept_figures
+    pictures = drawn(rows, name="cheetah", learners=learners)[2]
+    assert ("cheetah-q.png" in pictures) == (columns > 0) and "cheetah.png" in pictures
     if columns:
-        found = [list(axis.lines[0].get_ydata()) for axis in kept_figures["cheetah-q.png"].axes]
+        found = [list(axis.lines[0].get_ydata()) for axis in pictures["cheetah-q.png"].axes]
         assert found == [[1.0, 50.0], [1.0, -3.0]][:columns] + [[5.0, 6.0]] * columns
-        (legend,) = kept_figures["cheetah-q.png"].legends
+        (legend,) = pictures["cheetah-q.png"].legends
         assert [text.get_text() for text in legend.get_texts()] == ["z"]
 
 
-@pytest.mark.parametrize("scales, drawn", [(("1 1", "1 1"), 3.0), (("1 1", "1 10"), 7.0)])
-def test_distances_are_drawn_in_a_space_that_sources_share(tmp_path, kept_figures, scales, drawn):
-    rows = {name: source(name, (3.0,) * 3, (3.0,) * 3) for name in "ab"}
-    rows = {k: row | {"min_w_full": [[1, 7.0]], "smallest_w_full": [[1, 7.0]]} for k, row in rows.items()}
+@pytest.mark.parametrize("scales, distance", [(("1 1", "1 1"), 3.0), (("1 1", "1 10"), 7.0)])
+def test_distances_are_drawn_in_a_space_that_sources_share(drawn, scales, distance):
+    full = {"min_w_full": [[1, 7.0]], "smallest_w_full": [[1, 7.0]]}
+    rows = [source(name, (3.0,) * 3, (3.0,) * 3) | full for name in "ab"]
     cells = {f"source {name}": {"command": f"python wurl_sac.py --feature-scales {scale} --task point"}
              for name, scale in zip("ab", scales, strict=True)}  # fmt: skip
-    udg_figures.distances_over_time(tmp_path / "x.png", {"study": "toy", "cells": cells}, rows)
-    lines = kept_figures["x.png"].axes[0].lines
-    assert [line.get_ydata()[0] for line in lines] == [drawn] * 2
+    lines = drawn(rows, cells=cells)[2]["toy-diversity.png"].axes[0].lines
+    assert [line.get_ydata()[0] for line in lines] == [distance] * 2
 
 
 def source(name, mean, smallest, accuracy=(0.9, 0.9, 0.9), K=10):
@@ -345,12 +326,12 @@ def source(name, mean, smallest, accuracy=(0.9, 0.9, 0.9), K=10):
     return row | {key: curve(values) for key, values in curves.items()}
 
 
-def test_collapse_is_seen_where_it_was(tmp_path, capsys):
+def test_collapse_is_seen_where_it_was(drawn):
     four, three = (4.0, 4.0, 4.0), (3.0, 3.0, 3.0)
     late, merging = (3.0, 3.0, 0.9), (0.9, 0.54, 0.3)
     rows = [source("apart", four, three), source("late", four, late), source("mended", four, (0.9, 1.0, 3.0)),
             source("shared", four, three, merging), source("both", four, late, merging)]  # fmt: skip
-    _, text, pictures = figures(tmp_path, capsys, rows)
+    _, text, pictures = drawn(rows)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     table = {line[0]: line[1:] for line in lines if len(line) == 13}
     assert table["apart"][:2] == ["4", "3"] and table["apart"][-4:] == ["9.0 of 10", "no", "0 of 3", "0 of 3"]
@@ -358,7 +339,7 @@ def test_collapse_is_seen_where_it_was(tmp_path, capsys):
     assert table["shared"][-4:] == ["3.0 of 10", "few", "0 of 3", "2 of 3"]
     assert table["both"][-3:] == ["coincide and few", "1 of 3", "2 of 3"]
     assert ["apart", "20, 24.5, 29", "0, 4.5, 9", "-"] in lines
-    assert set(pictures) == {"toy-diversity.png"} and is_drawn(pictures["toy-diversity.png"])
+    assert set(pictures) == {"toy-diversity.png"} and marks(pictures["toy-diversity.png"])
 
 
 def test_figures_find_a_collapse_where_wurl_sac_warns():
