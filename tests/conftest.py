@@ -8,7 +8,7 @@ import jax
 import pytest
 
 # The files that take longest, first: each worker takes whole files, and none should begin a long one at the end.
-LONGEST = ["cped", "scale", "wurl_sac", "qdq", "dac", "mopo", "faults", "envs", "chain", "suite"]
+LONGEST = ["cped", "scale", "wurl_sac", "qdq", "dac", "mopo", "faults", "envs", "chain", "suite", "grid"]
 
 # LLVM's lower level makes the same numbers as fast and compiles in half the time. The older emitter of fused loops does
 # as much again for what is not optimised at all; its last digits are others than the default's.

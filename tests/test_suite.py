@@ -285,20 +285,24 @@ def test_sets_of_other_sizes_and_folders_have_records_of_their_own(tmp_path):
 def say(words, end=None):
     """The suite's command -> what it says; end: the error that it must end with."""
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), pytest.raises(end) if end else contextlib.nullcontext():
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(said),
+        pytest.raises(end) if end else contextlib.nullcontext(),
+    ):
         suite.main(words)
     return said.getvalue()
 
 
-def test_command_goes_on_after_a_stop_and_skips_what_is_made(tmp_path, monkeypatch):
-    """The command is stopped at its first set, goes on, and then has nothing more to do."""
-    monkeypatch.chdir(ROOT)
-    args = arguments(tmp_path)
-    words = ["--sets", "point-random", "--rows", "600"]
-    words += [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
+@pytest.fixture(scope="module")
+def made_random(tmp_path_factory):
+    """The random set of the point robot, by a command that was stopped at its only set and went on -> flags, cell."""
+    args = arguments(tmp_path_factory.mktemp("random"))
+    places = [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
+    words = ["--sets", "point-random", "--rows", "600", *places]
     (cell,), base = suite.cells_of(args, ["point-random"]).values(), suite.base_folder(args)
     lock, command = record_file(cell, base).with_suffix(".lock"), [sys.executable, "benchmark/suite.py", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not lock.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -309,27 +313,33 @@ def test_command_goes_on_after_a_stop_and_skips_what_is_made(tmp_path, monkeypat
     (args.out / f".{cell.done.name}.1.tmp").write_bytes(b"half of a file")
     said = say(words)
     assert "0 of 1 cells are made" in said and "`ours/point-random` | 600 |" in said
+    return words, cell
+
+
+def test_what_is_made_is_skipped_and_made_again_bit_for_bit(made_random):
+    words, cell = made_random
     before = cell.done.stat().st_mtime_ns
     assert "1 of 1 cells are made" in say(words) and cell.done.stat().st_mtime_ns == before
     cell.done.unlink()
     said = say(words)
-    assert "1 of 1 sets in" in said and "bit for bit" in said, "made again, the same, and said"
+    assert "1 of 1 sets in" in said and "bit for bit" in said
 
 
-def test_what_is_there_is_replaced_and_compared_when_asked(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    args = arguments(tmp_path)
-    words = ["--sets", "point-random", "--rows", "600"]
-    words += [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
-    drawn, file = [], args.out / "point-random.npz"
-    for more in ([], ["--seed", "1", "--overwrite"], ["--overwrite"]):  # there and back: each is made anew
-        assert "0 of 1 cells are made" in say([*words, *more])
-        drawn.append(buffers.load(file, quiet=True)["actions"])
-        with pytest.raises(envs.InputError, match="made with other settings; choose another --out, or --overwrite"):
-            suite.main(words if "--seed" in more else [*words, "--seed", "1"])
+def test_a_set_of_other_settings_is_replaced_when_asked(made_random):
+    words, cell = made_random
+    other, drawn = ["--seed", "1", *words], [buffers.load(cell.done, quiet=True)["actions"]]
+    with pytest.raises(envs.InputError, match="made with other settings; choose another --out, or --overwrite"):
+        suite.main(other)
+    for flags in (other, words):  # there and back: each is made anew
+        assert "0 of 1 cells are made" in say([*flags, "--overwrite"])
+        drawn.append(buffers.load(cell.done, quiet=True)["actions"])
     assert not np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+
+
+def test_sets_are_compared_with_their_records(made_random):
+    words, cell = made_random
     assert "1 of 1 sets in" in say([*words, "--check"])
-    record = args.results / "point-random.json"
+    record = suite.parse(words).results / "point-random.json"
     record.write_text(record.read_text().replace(json.loads(record.read_text())["sha256"]["actions"], "0" * 64))
     said = say([*words, "--check"], SystemExit)
     assert "0 of 1 sets" in said and "not point-random" in said
@@ -337,7 +347,7 @@ def test_what_is_there_is_replaced_and_compared_when_asked(tmp_path, monkeypatch
     record.with_name("point-medium.json").write_text(json.dumps(json.loads(record.read_text()) | elsewhere))
     said = say([*words, "--check"], SystemExit)
     assert "not compared (missing" in said and "0 of 1 sets" in said
-    file.unlink()
+    cell.done.unlink()
     with pytest.raises(envs.InputError, match="has none of the recorded sets"):
         suite.main([*words, "--check"])
 
