@@ -5,13 +5,13 @@ import functools
 import re
 from pathlib import Path
 
-import dac_bandit as B
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dac as D
+import dac_bandit as B
 import envs
 import envs.buffers
 import runner

@@ -15,7 +15,7 @@ import pytest
 import collect
 import envs
 import grid
-from envs import scripted
+from envs.buffers import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ import udg_select
 import udg_study as study
 import wurl_sac
 from cells import Cell, args_of, record_file, write_record
-from envs import scripted
+from envs.buffers import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = Path("runs") / "study"
