@@ -50,23 +50,21 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import numpy as np
 import tyro
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
 import envs
 import envs.buffers
-from envs import maze
+import runner
 from envs.buffers import convert, figures, scripted
+from envs.buffers.raw import CHECKED, buffer_paths, gear, map_buffer, short_names, trajectories, with_goals
+from envs.distances import wasserstein
 
 Words = tuple[tuple[str, ...], ...]  # `--flag a b --flag c` on the command line
 
@@ -85,14 +83,14 @@ class Args:
     # --- selection ---
     top: tuple[str, ...] = ("1",)
     """what to write: numbers n (the n best, mixed) and 'all' (paper: 1, 2 and all)"""
-    size: int = 0
+    size: runner.Natural = 0
     """transitions in each written file, by whole episodes in equal shares; 0: all (D2)"""
     exclude_warmup: bool = False
     """leave the random warm-up episodes out of score and data (D1)"""
-    seed: int = 0
+    seed: runner.Natural = 0
     """seed of the subsamples"""
     # --- distances and output ---
-    w1_points: int = 500
+    w1_points: runner.Natural = 500
     """n: points per buffer in a W1; 0: no distances. Cost grows as K^2 n^3"""
     out: str = ""
     """folder to write below; empty: runs/udg_select"""
@@ -105,8 +103,7 @@ class Args:
 # === data ===
 
 BLOCK = 1 << 18  # rows that are relabelled at a time
-SCORED = ("actions", "root_positions", "root_velocities")  # columns whose values are checked
-WRITTEN = (*SCORED, "observations", "next_observations", "terminals", "timeouts")
+WRITTEN = (*CHECKED, "observations", "next_observations", "terminals", "timeouts")
 CARRIED = ("goals", "action_log_probs")  # optional columns that are written on where all have them
 
 
@@ -116,87 +113,6 @@ class Source(NamedTuple):
     name: str  # shortest part of the path that tells it from the others
     buffer: envs.buffers.Buffer  # memory-mapped: a column is read where it is used
     policy_id: int
-
-
-def buffer_paths(words):
-    """Expand folders (or their `buffers` folder), files and globs -> list of files."""
-    paths = []
-    for word in words:
-        folder = Path(word)
-        if folder.is_dir():
-            folder = folder / "buffers" if (folder / "buffers").is_dir() else folder
-            found = sorted(folder.glob("*.npz"))
-            if not found:
-                raise envs.InputError(f"{word}: no buffers (*.npz) here; has the run finished?")
-            paths += found
-        else:
-            paths += envs.buffers.find(word)
-    unique = list({path.resolve(): path for path in paths}.values())
-    if not unique:
-        raise envs.InputError("--buffers: no buffers given; name the folder of a wurl_sac.py run")
-    return unique
-
-
-def short_names(paths):
-    """Return file names, with as many parent folders as it takes to tell them apart."""
-    parts = [path.resolve().with_suffix("").parts for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise envs.InputError(f"--buffers: {paths[0]} is named twice")
-
-
-def map_buffer(path):
-    """Open a raw buffer; only the columns that are scored are read and checked."""
-    read = {*SCORED, *envs.buffers.STRUCTURE}
-    lazy = tuple(key for key in envs.buffers.COLUMNS if key not in read)
-    buffer = envs.buffers.load(path, quiet=True, unchecked=lazy)
-    for key in SCORED:
-        buffer[key]
-    if buffer.metadata["layout"] != "env" and not shows_world(buffer):
-        raise envs.InputError(
-            f"{path}: layout: observations are those of task '{buffer.metadata['task']}', not of "
-            "the world. Remedy: use the original buffers, which this file was made from"
-        )
-    return buffer
-
-
-def shows_world(buffer):
-    """Whether a buffer in a task's layout, as an import is, holds all that the world shows."""
-    about = buffer.metadata
-    if about["reward_kind"] == "relabelled":  # its goals, terminals and ids are of another selection
-        return False
-    try:
-        observe = envs.task(str(about["task"]), **about["task_options"]).observe
-    except (TypeError, ValueError, ArithmeticError):  # the metadata may be a stranger's
-        return False
-    numbers = np.arange(1, 1 + buffer["observations"].shape[1], dtype=np.float32)
-    return np.array_equal(observe(numbers), numbers)
-
-
-def with_goals(buffer, seed):
-    """The buffer of a maze with a goal for every trajectory, where it has none."""
-    name = buffer.metadata["env"].partition("ant-maze-")[2]
-    if "goals" in buffer.arrays or name not in maze.MAPS:
-        return buffer
-    ids = trajectories(buffer)  # D6
-    keys = jax.random.split(jax.random.key(seed), 1 + ids[-1])
-    goals = np.asarray(jax.vmap(lambda key: maze.sample_goal(name, key))(keys))
-    print(f"{buffer.path}: no goals in the data: drawn for {len(goals)} trajectories, as at a reset", flush=True)
-    return dataclasses.replace(
-        buffer, arrays={**buffer.arrays, "goals": goals[np.repeat(ids, buffer["episode_lengths"])]}
-    )
-
-
-def trajectories(buffer):
-    """(E,) number of the trajectory of each episode: what goes on beyond a terminal is one."""
-    return np.searchsorted(convert.runs(buffer.arrays), buffer["episode_ends"])
-
-
-def gear(buffer):
-    """{"gear": 30.0} as recorded, or {}: the one option of a task that changes the physics."""
-    return {k: v for k, v in buffer.metadata["task_options"].items() if k == "gear"}
 
 
 def open_sources(words, seed=0):
@@ -385,14 +301,6 @@ def rank_buffers(scores):
 
 
 # === distance ===
-
-
-def wasserstein(x, y):
-    """(5) Exact W1 of two samples of n points: min over permutations of mean ||x_i - y_p(i)||."""
-    cost = cdist(x, y)
-    # What is added to a row or a column leaves the best permutation the best; it is found up to four times as fast.
-    centred = cost - cost.mean(axis=0) - cost.mean(axis=1, keepdims=True)
-    return float(cost[linear_sum_assignment(centred)].mean())
 
 
 def told(items, what):
@@ -703,8 +611,7 @@ def main(args) -> dict[str, Any]:
     started = time.time()
     if not args.tasks:
         raise envs.InputError("--task: name at least one, e.g. --task ant-angle-60")
-    if min(args.size, args.w1_points, args.seed) < 0:
-        raise envs.InputError("--size, --w1-points and --seed: give 0 or a positive number")
+    runner.check(args)
     options = parse_options(args.task_options)
     names = dict.fromkeys(flatten(args.tasks))
     for name in names:
@@ -737,9 +644,4 @@ def main(args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (envs.InputError, OSError) as error:
-        sys.exit(f"udg_select.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("udg_select.py: stopped; run it again with --overwrite")
+    runner.launch(main, Args, doc=__doc__, again="--overwrite")

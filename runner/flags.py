@@ -163,10 +163,10 @@ def parse(Args, argv, preset_of=None, names=(), doc=""):
     return args
 
 
-def launch(main, Args, preset_of=None, names=(), doc=""):
-    """The whole command: whatever a user can mend ends in one line, a signal in one more."""
+def launch(main, Args, preset_of=None, names=(), doc="", again="--resume"):
+    """The whole command: whatever a user can mend ends in one line, a signal in one more (go on with `again`)."""
     script = Path(sys.argv[0]).name
-    listen()
+    listen(again)
     try:
         args = parse(Args, sys.argv[1:], preset_of, names, doc)
         if getattr(args, "num_devices", 0) > 1:  # of the CPU; accelerators are what they are

@@ -62,7 +62,8 @@ def help_text(Args, names, doc):
         for name, (home, text) in told.items():
             if home != group:
                 continue
-            flag, default = f"--{name.replace('_', '-')}", getattr(plain, name)
+            renamed = [m.name for m in getattr(kinds[name], "__metadata__", ()) if getattr(m, "name", None)]  # by tyro
+            flag, default = f"--{(renamed or [name])[0].replace('_', '-')}", getattr(plain, name)
             if isinstance(default, bool):
                 head = f"  {flag}, --no-{name.replace('_', '-')}" if default else f"  {flag}"
             else:

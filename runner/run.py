@@ -49,6 +49,7 @@ class Run:
         self.identity = {**flags, **identity, **envs.buffers.versions()}
         self.states, self.meta, self.phase, self.stopped = {}, {}, "", ""
         self._logger = self.shown = None
+        self.kept = 0  # bytes of the states of the phases that are compiled so far
         if args.resume and not there:
             print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
         elif args.resume:
@@ -91,7 +92,8 @@ class Run:
         """
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         have = devices.memory()
-        disk += 3 * size + size // 4  # newest state, the one before, the one being written
+        self.kept += 2 * size + disk  # of every phase the newest state and the one before
+        disk = self.kept + size + size // 4  # the one being written, and policy.npz
         free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in self.folder.glob("**/state*.npz"))
         print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
         if size > have or disk > free:

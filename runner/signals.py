@@ -1,19 +1,20 @@
 """SIGTERM and Ctrl-C: a run saves first, and says how to go on."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 from pathlib import Path
 
 
-def end_at_once(number, frame):
-    """Handler outside the training loops: says how to go on and ends the process, with what was saved.
+def end_at_once(number, frame, again="--resume"):
+    """Handler outside the training loops: says how to go on (`again`) and ends the process, with what was saved.
 
     It exits directly, without an exception: jax swallows exceptions that are raised in its callbacks, and an orderly
     end crashes while XLA compiles.
     """
-    said = f"stopped by {signal.Signals(number).name}; the same command with --resume goes on from what was saved"
+    said = f"stopped by {signal.Signals(number).name}; the same command with {again} goes on from what was saved"
     with contextlib.suppress(RuntimeError):  # in the middle of a print
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # the cursor, which the live progress line hides
@@ -22,10 +23,10 @@ def end_at_once(number, frame):
     os._exit(1)
 
 
-def listen():
+def listen(again="--resume"):
     """Let SIGTERM and Ctrl-C end the process at once, until a training loop begins."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end_at_once)
+        signal.signal(number, functools.partial(end_at_once, again=again))
 
 
 class StopSignal:

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ import pytest
 import envs
 import envs.buffers
 import mopo as M
+import runner
 from envs import tasks
 from envs.buffers import scripted
 from tests.oracles import mopo_oracle as oracle
@@ -704,134 +703,6 @@ def dataset(tmp_path_factory):
     return str(scripted.dataset(tmp_path_factory.mktemp("data")))
 
 
-@pytest.fixture(scope="module")
-def whole_run(dataset, tmp_path_factory):
-    """An uninterrupted run of two seeds -> args, folder, result, times that a chunk was compiled."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    args, made = tiny(dataset=dataset, out=str(folder), num_seeds=2), []
-    original = M.make_train
-
-    def spy(*inputs):
-        made.append(original(*inputs))
-        return made[-1]
-
-    M.make_train = spy
-    try:
-        result = M.main(args)
-    finally:
-        M.make_train = original
-    return args, folder, result, [chunk._cache_size() for _, chunk in made]
-
-
-def test_a_seed_is_evaluated_the_same_alone(whole_run, tmp_path):
-    """Training and evaluation of seed 1 do not know of seed 0, nor of each other's keys."""
-    args, folder, *_ = whole_run
-    M.main(dataclasses.replace(args, seed=1, num_seeds=1, out=str(tmp_path / "alone")))
-
-    def records(path):
-        lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()[1:]]
-        return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in lines if r["seed"] == 1]
-
-    among, alone = records(folder), records(tmp_path / "alone")
-    assert len(among) == len(alone) > 2
-    for a, b in zip(among, alone, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=2e-4, err_msg=key)
-
-
-def test_evaluation_keys_are_not_training_keys():
-    """fold_in(key, 1) is the second child of split(key), so small numbers would be keys of the training."""
-    bits = lambda k: np.asarray(jax.random.key_data(k)).tolist()
-    key = jax.random.key(1)
-    assert bits(jax.random.fold_in(key, 1)) == bits(jax.random.split(key)[1])
-    found = M.evaluation_keys(tiny(seed=0, num_seeds=2))
-    assert bits(found[1]) not in bits(jax.random.split(key, 5_000)) and bits(found[0]) != bits(found[1])
-    np.testing.assert_array_equal(bits(found[1:]), bits(M.evaluation_keys(tiny(seed=1, num_seeds=1))))
-
-
-def state_of(folder):
-    with np.load(folder / "state.npz", allow_pickle=False) as file:
-        return {k: file[k] for k in file.files if k != "meta_json"}
-
-
-def test_run_leaves_what_it_promises(whole_run):
-    _, folder, result, _ = whole_run
-    for name in ("learning_curve", "dynamics", "penalty"):
-        assert (folder / f"{name}.png").stat().st_size > 5_000
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert records[0]["args"]["horizon"] == 3
-    epochs = [r for r in records if "model/holdout_mse" in r]
-    assert len(epochs) == 6 and len(epochs[0]["model/holdout_mse"]) == 3
-    evaluations = [r for r in records if "eval/return" in r]
-    assert [(r["step"], r["seed"]) for r in evaluations] == [(40, 0), (40, 1), (80, 0), (80, 1)]
-    for key in (
-        "train/q", "train/alpha", "train/entropy", "train/critic_loss", "model/u_real", "model/u_model_p95",
-        "model/penalty_share", "model/world_rmse", "model/world_sigma", "eval/return_data_length",
-    ):  # fmt: skip
-        assert all(np.isfinite(r[key]) for r in evaluations), key
-    returns = [r["eval/return"] for r in evaluations]
-    np.testing.assert_allclose(result["score"], np.mean(returns), rtol=1e-4)
-    np.testing.assert_allclose(result["last"], np.mean(returns[2:]), rtol=1e-4)
-
-
-def test_chunk_is_compiled_once(whole_run):
-    assert sorted(whole_run[3]) == [0, 1]  # the first make_train is for its init
-
-
-def test_policy_file_is_the_policy(whole_run):
-    args, folder, _, _ = whole_run
-    obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    with np.load(folder / "policy.npz", allow_pickle=False) as file:
-        assert str(file["kind"]) == "tanh_gaussian"
-        kernel = [file[f"actor/params/MLP_0/Dense_{i}/kernel"] for i in range(3)]
-        bias = [file[f"actor/params/MLP_0/Dense_{i}/bias"] for i in range(3)]
-    assert kernel[0].shape == (2, 4, 16)
-    x = obs
-    for i in range(3):
-        x = x @ kernel[i][1] + bias[i][1]
-        x = np.maximum(x, 0) if i < 2 else x
-    params = {"params": {"MLP_0": {f"Dense_{i}": {"kernel": kernel[i][1], "bias": bias[i][1]} for i in range(3)}}}
-    mean, _ = M.policy_net(args, 2).apply(params, obs)
-    np.testing.assert_allclose(np.tanh(x[:, :2]), np.tanh(mean), atol=1e-6)
-
-
-@pytest.mark.parametrize("phase", ["model step", "update"])
-def test_interrupted_run_equals_the_whole_one(phase, whole_run, tmp_path, monkeypatch):
-    args, folder, result, _ = whole_run
-    args = dataclasses.replace(args, out=str(tmp_path / "run"))
-    line = M.progress_line
-
-    def interrupt(label, count, *rest):
-        line(label, count, *rest)
-        if label == phase:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(M, "progress_line", interrupt)
-    with pytest.raises(SystemExit, match="--resume"):
-        M.main(args)
-    monkeypatch.setattr(M, "progress_line", line)
-    again = M.main(dataclasses.replace(args, resume=True))
-    whole, resumed = state_of(folder), state_of(tmp_path / "run")
-    assert whole.keys() == resumed.keys()
-    for key in whole:
-        np.testing.assert_array_equal(whole[key], resumed[key], err_msg=key)
-    assert again == result
-    timeless = lambda lines: [
-        {k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in lines.splitlines()[1:]
-    ]
-    logs = [timeless((f / "log.jsonl").read_text()) for f in (folder, tmp_path / "run")]
-    assert logs[0] == logs[1]
-
-
-def test_resume_refuses_other_flags(whole_run):
-    args, _, _, _ = whole_run
-    with pytest.raises(envs.InputError, match=r"lam was 1\.0 and is now 2\.0"):
-        M.main(dataclasses.replace(args, lam=2.0, resume=True))
-    with pytest.raises(envs.InputError, match="already holds a run"):
-        M.main(args)
-
-
 def test_knn_runs_and_resumes(dataset, tmp_path):
     args = tiny(dataset=dataset, out=str(tmp_path / "run"), model="knn", knn_rows=300, num_updates=40, reward="known")
     result = M.main(args)
@@ -842,64 +713,58 @@ def test_knn_runs_and_resumes(dataset, tmp_path):
 # --- what a user can do wrong ---
 
 
+def test_run_leaves_what_it_promises(dataset, tmp_path):
+    folder = tmp_path / "run"
+    M.main(tiny(dataset=dataset, out=str(folder), num_seeds=2))
+    for name in ("dynamics", "penalty"):
+        assert (folder / f"{name}.png").stat().st_size > 5_000
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    epochs = [r for r in records if "model/holdout_mse" in r]
+    assert [(r["step"], r["seed"]) for r in epochs] == [(step, seed) for step in (1, 2, 3) for seed in (0, 1)]
+    assert len(epochs[0]["model/holdout_mse"]) == 3
+    wanted = {"model/u_real", "model/u_model_p95", "model/penalty_share", "model/world_rmse", "model/world_sigma"}
+    assert all(wanted <= r.keys() for r in records if "eval/return" in r)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(task="point-angle-60"), r"udg_select\.py --buffers .* --task point-angle-60"),
         (dict(chunk=15), "multiple of --rollout-freq"),
-        (dict(eval_every=50), "--chunk must divide"),
         (dict(num_elites=4), "--num-elites"),
         (dict(real_ratio=1.0), "--real-ratio"),
         (dict(rollout_batch=10_007), "--rollout-batch"),
-        (dict(horizon=0), "must be positive"),
-        (dict(eval_every=0), "must be positive"),
-        (dict(num_updates=0), "must be positive"),
-        (dict(model_batch_size=0), "must be positive"),
-        (dict(num_critics=0), r"^--num-critics must be positive$"),
-        (dict(holdout_rows=0), "--holdout-rows"),
+        (dict(num_critics=0), r"^--num-critics 0: must be at least 1$"),
         (dict(holdout_share=1.0), "--holdout-share"),
-        (dict(rollout_batch=8_000_000, retain=50), "lower --rollout-batch"),
+        (dict(rollout_batch=8_000_000, retain=50), "lower the seeds"),
     ],
-)  # fmt: skip
+)
 def test_refusals(changes, message, dataset, tmp_path):
     with pytest.raises(envs.InputError, match=message):
         M.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
 
 
-def test_reward_free_data_is_refused(tmp_path):
-    path = M.scripted.point_buffers(tmp_path, seed=0, num=1, episodes=2)[0]
-    with pytest.raises(envs.InputError, match="udg_select"):
-        M.main(tiny(dataset=str(path), out=str(tmp_path / "run")))
-
-
 def test_known_reward_is_refused_where_unknown():
     with pytest.raises(envs.InputError, match="--reward known"):
-        M.check_args(tiny(reward="known"), envs.task("ant-angle-60"), 1_000)
+        M.check_args(tiny(reward="known"), envs.task("ant-angle-60"))
 
 
-def test_presets(dataset, tmp_path, capsys):
-    assert M.parse_args(["--quick"], M.mopo_preset).num_updates == 3_000
-    args = M.parse_args(["--dataset", dataset, "--preset", "cpu", "--num-updates", "4000"], M.mopo_preset)
-    assert (args.max_epochs, args.rollout_batch, args.num_updates, args.horizon, args.lam) == (
-        20,
-        10_000,
-        4_000,
-        5,
-        0.3,
-    )
-    assert "nothing is published for point-angle-0-scripted" in capsys.readouterr().out
-    assert M.PRESETS["walker2d-medium-expert-v2"] == {"horizon": 1, "lam": 2.5, "num_updates": 3_000_000}
-    with pytest.raises(envs.InputError, match="--dataset"):
-        M.parse_args([], M.mopo_preset)
-    with pytest.raises(envs.InputError, match="unknown; one of"):
-        M.parse_args(["--quick", "--preset", "gpu"], M.mopo_preset)
-    with pytest.raises(envs.InputError, match="leave --preset out"):
-        M.parse_args(["--quick", "--preset", "cpu"], M.mopo_preset)
+def test_the_budget_is_ours_and_the_published_horizon_and_lambda_stay(dataset):
+    """Where nothing is published --preset cpu has a lambda of its own."""
+    parse = lambda *words: runner.parse(M.Args, ["--dataset", dataset, *words], M.preset)
+    assert (parse().lam, parse("--preset", "cpu").lam, parse("--preset", "cpu").max_epochs) == (1.0, 0.3, 20)
+    found = M.preset(tiny(dataset=dataset, preset="walker2d-medium-expert-v2"))[1]
+    assert found == {"horizon": 1, "lam": 2.5, "num_updates": 3_000_000}
+    M.PUBLISHED["point-angle-0-scripted"] = found
+    try:
+        args = parse("--preset", "cpu")
+    finally:
+        del M.PUBLISHED["point-angle-0-scripted"]
+    assert (args.horizon, args.lam, args.num_updates, args.rollout_batch) == (1, 2.5, 20_000, 10_000)
 
 
 def test_a_goal_that_cannot_be_seen_is_refused_before_the_fit():
     with pytest.raises(envs.InputError, match="ends at a goal that its observations do not tell"):
-        M.check_args(tiny(), envs.task("ant-maze-umaze"), 1_000)
+        M.check_args(tiny(), envs.task("ant-maze-umaze"))
 
 
 def test_scripted_dataset_is_relabelled(dataset):

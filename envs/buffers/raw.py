@@ -1,0 +1,98 @@
+"""Raw buffers of one world, opened to be relabelled: found by folder, file or glob, their large columns unread."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from envs import maze
+from envs.buffers.convert.common import runs
+from envs.buffers.fields import COLUMNS, STRUCTURE
+from envs.buffers.files import find
+from envs.buffers.load import load
+from envs.errors import InputError
+from envs.worlds import task as find_task
+
+CHECKED = ("actions", "root_positions", "root_velocities")  # columns whose values are checked when a buffer is opened
+
+
+def buffer_paths(words):
+    """Expand folders (or their `buffers` folder), files and globs -> list of files."""
+    paths = []
+    for word in words:
+        folder = Path(word)
+        if folder.is_dir():
+            folder = folder / "buffers" if (folder / "buffers").is_dir() else folder
+            found = sorted(folder.glob("*.npz"))
+            if not found:
+                raise InputError(f"{word}: no buffers (*.npz) here; has the run finished?")
+            paths += found
+        else:
+            paths += find(word)
+    unique = list({path.resolve(): path for path in paths}.values())
+    if not unique:
+        raise InputError("--buffers: no buffers given; name the folder of a wurl_sac.py run")
+    return unique
+
+
+def short_names(paths):
+    """Return file names, with as many parent folders as it takes to tell them apart."""
+    parts = [path.resolve().with_suffix("").parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(f"--buffers: {paths[0]} is named twice")
+
+
+def map_buffer(path):
+    """Open a raw buffer; only the columns that are scored are read and checked."""
+    read = {*CHECKED, *STRUCTURE}
+    lazy = tuple(key for key in COLUMNS if key not in read)
+    buffer = load(path, quiet=True, unchecked=lazy)
+    for key in CHECKED:
+        buffer[key]
+    if buffer.metadata["layout"] != "env" and not shows_world(buffer):
+        raise InputError(
+            f"{path}: layout: observations are those of task '{buffer.metadata['task']}', not of "
+            "the world. Remedy: use the original buffers, which this file was made from"
+        )
+    return buffer
+
+
+def shows_world(buffer):
+    """Whether a buffer in a task's layout, as an import is, holds all that the world shows."""
+    about = buffer.metadata
+    if about["reward_kind"] == "relabelled":  # its goals, terminals and ids are of another selection
+        return False
+    try:
+        observe = find_task(str(about["task"]), **about["task_options"]).observe
+    except (TypeError, ValueError, ArithmeticError):  # the metadata may be a stranger's
+        return False
+    numbers = np.arange(1, 1 + buffer["observations"].shape[1], dtype=np.float32)
+    return np.array_equal(observe(numbers), numbers)
+
+
+def with_goals(buffer, seed):
+    """The buffer of a maze with a goal for every trajectory, where it has none."""
+    name = buffer.metadata["env"].partition("ant-maze-")[2]
+    if "goals" in buffer.arrays or name not in maze.MAPS:
+        return buffer
+    ids = trajectories(buffer)  # D6
+    keys = jax.random.split(jax.random.key(seed), 1 + ids[-1])
+    goals = np.asarray(jax.vmap(lambda key: maze.sample_goal(name, key))(keys))
+    print(f"{buffer.path}: no goals in the data: drawn for {len(goals)} trajectories, as at a reset", flush=True)
+    return dataclasses.replace(
+        buffer, arrays={**buffer.arrays, "goals": goals[np.repeat(ids, buffer["episode_lengths"])]}
+    )
+
+
+def trajectories(buffer):
+    """(E,) number of the trajectory of each episode: what goes on beyond a terminal is one."""
+    return np.searchsorted(runs(buffer.arrays), buffer["episode_ends"])
+
+
+def gear(buffer):
+    """{"gear": 30.0} as recorded, or {}: the one option of a task that changes the physics."""
+    return {k: v for k, v in buffer.metadata["task_options"].items() if k == "gear"}
