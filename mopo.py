@@ -63,6 +63,8 @@ import optax
 
 import envs
 import runner
+from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
+from envs.distances import nearest
 from runner import plots
 
 
@@ -214,36 +216,6 @@ class Rows(NamedTuple):
 
 
 DATA_KEYS = Rows._fields[:-1]
-
-
-class Ring(NamedTuple):
-    """The newest rows of a stream: `rows` is a pytree of [capacity, ..], the oldest row is overwritten first."""
-
-    rows: Any
-    position: jax.Array  # next row to write
-    size: jax.Array  # rows that hold data; sampling looks at these only
-
-
-def ring_init(row, capacity):
-    """An empty ring for rows shaped like the pytree `row` (without a leading axis)."""
-    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
-    return Ring(rows, jnp.int32(0), jnp.int32(0))
-
-
-def ring_insert(ring, rows, mask):
-    """Write the rows [n, ..] whose mask [n] is True, in order; the others leave no trace. n <= capacity."""
-    capacity = jax.tree.leaves(ring.rows)[0].shape[0]
-    slots = (ring.position + jnp.cumsum(mask) - 1) % capacity
-    slots = jnp.where(mask, slots, capacity)  # out of range: dropped by the scatter
-    new = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), ring.rows, rows)
-    count = jnp.sum(mask, dtype=jnp.int32)
-    return Ring(new, (ring.position + count) % capacity, jnp.minimum(ring.size + count, capacity))
-
-
-def ring_sample(ring, key, batch_size):
-    """`batch_size` rows, uniformly with replacement, of those that hold data."""
-    index = jax.random.randint(key, (batch_size,), 0, ring.size)
-    return jax.tree.map(lambda x: x[index], ring.rows)
 
 
 # === networks ===
@@ -630,30 +602,6 @@ def knn_model(key, data, args):
     return Model(net, jnp.zeros(1, jnp.int32), scale, *data_range(data, args))
 
 
-def nearest(net, x, block=100):
-    """The nearest row of every x [B, S + A], exactly -> distance [B], targets [B, D].
-
-    The least distance over blocks of rows, then the place in the best block: XLA's argmin over all rows would take
-    several times as long as the distances themselves (CPU).
-    """
-    num_blocks = -(-len(net.inputs) // block)
-    fill = num_blocks * block - len(net.inputs)
-    rows = jnp.pad(net.inputs, ((0, fill), (0, 0))).reshape(num_blocks, block, -1)
-    squares = jnp.pad(jnp.sum(net.inputs**2, -1), (0, fill), constant_values=jnp.inf).reshape(num_blocks, block)
-    # |row - x|^2 of a block, less |x|^2: [block, B]
-    distances = lambda i, x: squares[i][:, None] - 2 * jnp.dot(rows[i], x.T, precision="highest")
-
-    def compare(best, i):
-        least = distances(i, x).min(0)
-        return (jnp.minimum(best[0], least), jnp.where(least < best[0], i, best[1])), None
-
-    nothing = jnp.full(len(x), jnp.inf), jnp.zeros(len(x), jnp.int32)
-    (_, best), _ = jax.lax.scan(compare, nothing, jnp.arange(num_blocks))
-    place = jax.lax.map(lambda row: distances(row[0], row[1][None])[:, 0].argmin(), (best, x), batch_size=512)
-    index = best * block + place
-    return jnp.linalg.norm(x - net.inputs[index], axis=-1), net.targets[index]
-
-
 def penalty(mean, std, elites, kind):
     """Line (5): u [B] from mean, std [E, B, D] of all members; the last of D is the reward."""
     norm = lambda x: jnp.linalg.norm(x, axis=-1)
@@ -675,7 +623,8 @@ def predict(model, observations, actions, args):
     """Mean and std [E, B, D] of (s' - s, r), and u [B]; the knn model is one member of std 0."""
     x = model_inputs(model.scale, observations, actions)
     if args.model == "knn":
-        distance, targets = nearest(model.net, x)
+        distance, index = nearest(model.net.inputs, x)
+        targets = model.net.targets[index]
         return targets[None], jnp.zeros_like(targets)[None], args.knn_scale * distance
     mean, raw = ensemble_apply(model.net, x)
     std = jnp.exp(0.5 * bound_logvar(model.net, raw))

@@ -68,6 +68,7 @@ import optax
 
 import envs
 import runner
+from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import distance_matrix, neighbour_distances, pairwise_apwd, unit_directions
 from runner import devices, plots, rows
 
@@ -207,36 +208,6 @@ class Transitions(NamedTuple):
     rewards: jax.Array  # [..]
     next_observations: jax.Array  # [.., S]
     terminals: jax.Array  # [..] 1.0 where the episode truly ended: stops bootstrapping, as no time limit does
-
-
-class Ring(NamedTuple):
-    """The newest rows of a stream: `rows` is a pytree of [capacity, ..], the oldest row is overwritten first."""
-
-    rows: Any
-    position: jax.Array  # next row to write
-    size: jax.Array  # rows that hold data; sampling looks at these only
-
-
-def ring_init(row, capacity):
-    """An empty ring for rows shaped like the pytree `row` (without a leading axis)."""
-    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
-    return Ring(rows, jnp.int32(0), jnp.int32(0))
-
-
-def ring_insert(ring, rows, mask):
-    """Write the rows [n, ..] whose mask [n] is True, in order; the others leave no trace. n <= capacity."""
-    capacity = jax.tree.leaves(ring.rows)[0].shape[0]
-    slots = (ring.position + jnp.cumsum(mask) - 1) % capacity
-    slots = jnp.where(mask, slots, capacity)  # out of range: dropped by the scatter
-    new = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), ring.rows, rows)
-    count = jnp.sum(mask, dtype=jnp.int32)
-    return Ring(new, (ring.position + count) % capacity, jnp.minimum(ring.size + count, capacity))
-
-
-def ring_sample(ring, key, batch_size):
-    """`batch_size` rows, uniformly with replacement, of those that hold data."""
-    index = jax.random.randint(key, (batch_size,), 0, ring.size)
-    return jax.tree.map(lambda x: x[index], ring.rows)
 
 
 # === networks ===
