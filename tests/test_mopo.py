@@ -729,7 +729,7 @@ def test_run_leaves_what_it_promises(dataset, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(chunk=15), "multiple of --rollout-freq"),
+        (dict(rollout_freq=15), "multiple of --rollout-freq"),
         (dict(num_elites=4), "--num-elites"),
         (dict(real_ratio=1.0), "--real-ratio"),
         (dict(rollout_batch=10_007), "--rollout-batch"),
