@@ -94,7 +94,8 @@ class Run:
         have = devices.memory()
         self.kept += 2 * size + disk  # of every phase the newest state and the one before
         disk = self.kept + size + size // 4  # the one being written, and policy.npz
-        free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in self.folder.glob("**/state*.npz"))
+        ours = [*self.folder.glob("**/state*.npz"), *self.folder.glob("**/*.rows")]  # of the run, before it was resumed
+        free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in ours)
         print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
         if size > have or disk > free:
             print()
@@ -110,8 +111,8 @@ class Run:
 
     def too_large(self, need, have, disk, free):
         return envs.InputError(
-            f"{self.folder}: the run needs {amount(need)} of {amount(have)} memory, {amount(disk)} of {amount(free)} "
-            "disk; lower the seeds, policies, widths or rows, or choose another --out"
+            f"{self.folder}: the run needs {amount(need)} of {amount(have)} memory, and {amount(disk)} on a disk where "
+            f"{amount(free)} are free; lower the seeds, policies, widths or rows, or choose another --out"
         )
 
     def restore(self, init, *inputs, phase=""):
