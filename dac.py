@@ -1,10 +1,10 @@
-"""DAC: a diffusion policy that predicts noise, and the noise is shifted along the gradient of Q.
+"""DAC: the policy is a diffusion model of the data's actions; the noise it predicts is shifted along the gradient of Q.
 
 Paper      Diffusion Actor-Critic: Formulating Constrained Policy Iteration as Diffusion Noise Regression
-           for Offline Reinforcement Learning (Fang et al., ICLR 2025), arXiv 2405.20555; equation
-           numbers are its. "Code" below: the authors' released code, which made the published numbers.
+           for Offline Reinforcement Learning (Fang et al., ICLR 2025), arXiv 2405.20555. Equation numbers
+           are the paper's. "Code" is the authors' released code, which produced the published numbers.
 Objective  max over pi of  E[ Q(s, a) ] - eta KL(pi || pi_beta), solved by pi* ~ pi_beta exp(Q / eta). At noise
-           level t its score is about that of the data plus grad Q(s, x_t) / eta, so that pi* is learnt by
+           level t the score of pi* is about that of the data plus grad Q(s, x_t) / eta. So pi* can be learnt by
            regression on noise (Theorems 1 and 2), and no gradient runs through the sampling chain.
 
 Algorithm  (1) draw:     rows (s, a, r, s') of the data; t ~ Unif{1..T}, eps ~ N(0, I) for each
@@ -31,18 +31,18 @@ Deviations
   D2  Eq. 15 is a square, whose minimiser is eps - sigma g / eta; Eq. 16 and code: eps - sigma g / (2 eta);
       here: Eq. 16, so that the temperature is 2 eta.
   D3  Algorithm 1 averages actor and critics at the end of every update; code: the critics before the actor's
-      step, which sees the new ones, and the actor as in line (7); here: the code's.
+      step, which uses the new averages, and the actor as in line (7); here: the code's.
   D4  Paper: no clip on the dual step; code: the excess within +-1, eta in [1e-3, 100]; here: the code's.
-  D5  Algorithm 1 takes the loss of the new actor for line (6); code: that of line (5); here: the code's.
+  D5  Algorithm 1 takes the error of the new actor for line (6); code: that of line (5); here: the code's.
   D6  Paper: ||eps_theta - eps||^2, a sum; code: a mean over the action's dimensions, which b refers to;
       here: the mean.
-  D7  Code visits all rows once an epoch; here: uniform draws with replacement, inside the jitted loop.
+  D7  Code visits every row once an epoch; here: uniform draws with replacement, inside the jitted loop.
   D8  Code: rewards times 1000 / (max - min episode return); here: the range is at least the mean absolute
-      return, since the episodes of one policy hardly differ.
-  D9  Published b = 1 leaves the data at once, and critics need 200k updates to repair what they then
-      overestimate; here: so in the published presets, and a fixed eta = 0.2 where nothing is published.
-  D10 Code, bandit: reverse steps not clipped, b = 1.3, T = 50, 20k updates; here: clipped (with denoised
-      guidance they ran away), b = 0.5, T = 20, 4k updates at four times the rate.
+      return, because the returns of one policy's episodes may hardly differ.
+  D9  At the published b = 1 the policy leaves the data at once, and the critics need 200k updates to unlearn
+      the overestimation; here: the same in the published presets, elsewhere a fixed eta = 0.2.
+  D10 Code, bandit: reverse steps not clipped, b = 1.3, T = 50, 20k updates; here: clipped (without it, denoised
+      guidance diverged), b = 0.5, T = 20, 4k updates at four times the rate.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/dac/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
@@ -50,9 +50,9 @@ Run        python dac.py --quick                          (point robot, under 2 
            python benchmark/dac_bandit.py                 (the paper's figure, soft, hard and denoised; D10)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 8    (2M updates)
-Expect     --quick: return 94 (data: mean -0.2, best 93.9), half a minute; --preset cpu on ant-angle-60, top-1,
-           seed 0: 225 in 200 steps, mean of the last 5 (data 108, cloning 114), 28 minutes; both on 2 CPU
-           cores that others shared; more in docs/dac.md
+Expect     on 2 shared CPU cores, mean of the last 5 evaluations; more in docs/dac.md
+           --quick: return 94 (data: mean -0.2, best 93.9), half a minute
+           --preset cpu on ant-angle-60, top-1, seed 0: 225 in 200 steps (data 108, cloning 114), 28 minutes
 """
 
 import functools
@@ -94,7 +94,7 @@ class Args(runner.Flags):
     eta_lr: runner.Rate = 1e-3
     """step of the dual ascent on eta, 0 for a fixed eta (code: 1e-3; antmaze 0)"""
     bc_threshold: runner.Rate = 1.0
-    """b: error of regression, per dimension, that eta aims at; 1 is predicting no noise (code: 0.05 to 1, D9)"""
+    """b: error of the regression, per dimension, that eta aims at; that of zero noise is 1 (code: 0.05 to 1, D9)"""
     eta_min: runner.Size = 1e-3
     """lower clip of eta (code: 1e-3)"""
     eta_max: runner.Size = 100.0
@@ -247,7 +247,7 @@ def time_features(t):
 
 
 class NoiseNet(nn.Module):
-    """eps_theta(s, x_t, t) [.., A]: `time` reads sinusoids of t, `trunk` reads [s, x_t, time's output]."""
+    """eps_theta(s, x_t, t) [.., A]: `time` reads sinusoids of t, `trunk` reads [s, x_t, output of `time`]."""
 
     hidden_sizes: tuple[int, ...]
 
@@ -258,25 +258,25 @@ class NoiseNet(nn.Module):
 
 
 class DacCritics(nn.Module):
-    """`num` independent Q_h(s, a), their weights on a leading axis: [num, ..]."""
+    """`num` independent Q_h(s, a), a leading axis: [num, ..]."""
 
     hidden_sizes: tuple[int, ...]
     num: int
 
     @nn.compact
     def __call__(self, observations, actions):
-        rules = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        members = nn.vmap(MishMLP, in_axes=None, axis_size=self.num, **rules)
-        return members((*self.hidden_sizes, 1), name="members")(joined(observations, actions))[..., 0]
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        members = nn.vmap(MishMLP, in_axes=None, axis_size=self.num, **axes)((*self.hidden_sizes, 1), name="members")
+        return members(joined(observations, actions))[..., 0]
 
 
 def predict_noise(actor, observations, x, t, args):
-    """eps_theta(s, x_t, t): x [.., A], t an integer or [..] -> [.., A]."""
+    """eps_theta(s, x, t): x [.., A], t an integer or [..] -> [.., A]."""
     return NoiseNet(args.hidden_sizes).apply(actor, observations, x, t)
 
 
 def q_values(critics, observations, actions, args):
-    """Q_h(s, a) [H, ..]; the leading axes of s and a need only broadcast."""
+    """Q_h(s, a) [H, ..]."""
     return DacCritics(args.hidden_sizes, args.num_critics).apply(critics, observations, actions)
 
 
@@ -331,7 +331,7 @@ def reverse_step(x, eps, t, args):
     return mean / (1 - alpha_bar[t]), args.temperature * jnp.sqrt(beta[t])
 
 
-def sample_actions(net, observations, prior, z, args):
+def sample_actions(actor, observations, prior, z, args):
     """Line (2): from x_T = prior [.., A] with the noise z [T - 1, .., A] of the steps T..2 -> actions [.., A].
 
     Step 1 has no noise. The leading axes of the observations need only broadcast with the prior's.
@@ -339,12 +339,12 @@ def sample_actions(net, observations, prior, z, args):
 
     def step(x, inputs):
         t, noise = inputs
-        mean, std = reverse_step(x, predict_noise(net, observations, x, t, args), t, args)
+        mean, std = reverse_step(x, predict_noise(actor, observations, x, t, args), t, args)
         return mean + std * noise, None
 
     steps = jnp.arange(args.num_steps, 1, -1)
     x, _ = jax.lax.scan(step, prior, (steps, z), unroll=min(args.num_steps, 5))
-    return reverse_step(x, predict_noise(net, observations, x, 1, args), 1, args)[0]
+    return reverse_step(x, predict_noise(actor, observations, x, 1, args), 1, args)[0]
 
 
 def dac_target(next_q, rewards, terminals, mix, args):
@@ -434,7 +434,7 @@ class DacState(NamedTuple):
 
 
 def draw_noise(key, actions, args):
-    """Noise for a batch whose actions are [B, A]."""
+    """Noise for a batch with actions [B, A]."""
     keys = jax.random.split(key, 5)
     (batch, size), T = actions.shape, args.num_steps
     normal = jax.random.normal(keys[0], (T, batch, args.num_q_samples, size))
@@ -557,7 +557,8 @@ def write_policy(run, state, args):
 
 def main(args):
     """Train the seeds, write policy and figures -> scores."""
-    runner.refuse({"--eta-min, --eta and --eta-max must be in this order": args.eta_min <= args.eta <= args.eta_max})
+    in_order = args.eta_min <= args.eta <= args.eta_max
+    runner.refuse({"--eta-min, --eta and --eta-max must be in ascending order": in_order})
     buffer, task = runner.open_task("dac", args, Transitions._fields)
     data, keys, eval_keys = dac_data(buffer, args), runner.seed_keys(args), runner.evaluation_keys(args)
     init, train_chunk = make_train(args, task.observation_size, task.action_size)

@@ -28,7 +28,6 @@ BANDIT_CODE = BANDIT | {
     "num_updates": 20_000, "eval_every": 20_000, "num_steps": 50, "actor_lr": 1e-3, "bc_threshold": 1.3,
 }  # fmt: skip
 PRESETS = {"bandit": BANDIT, "bandit-code": BANDIT_CODE}
-SHOWN = ("train/bc_loss", "train/eta", "train/q", "train/q_std", "train/critic_loss")
 GUIDANCES = ("soft", "hard", "denoised")
 CENTRES = np.array([(-0.6, 0.6), (0.4, 0.2)])  # of the data's two blobs
 BEST = np.array([0.4, -0.4])  # r = -|a - best|: off the data
@@ -77,7 +76,7 @@ def plot_bandit(path, critics, samples, args):
     grid = np.stack(np.meshgrid(*[np.linspace(-1.5, 1.5, 61)] * 2), -1).astype(np.float32)
     drawn, axes = plt.subplots(1, len(samples), figsize=(4 * len(samples), 4.2), sharey=True)
     for axis, (name, points) in zip(axes, samples.items(), strict=True):
-        q = np.asarray(dac.q_values(critics[name], jnp.zeros((*grid.shape[:-1], 1)), grid, args).mean(0))
+        q = np.asarray(dac.q_values(critics[name], jnp.zeros((1, 1)), grid, args).mean(0))
         axis.contourf(grid[..., 0], grid[..., 1], q, 20, cmap="viridis", alpha=0.8)
         axis.plot(*np.asarray(points).T, "o", ms=3, mfc="w", mec="0.3", mew=0.3, ls="")
         for centre in CENTRES:
@@ -105,7 +104,7 @@ def train(args, data):
         state = run.restore(init, keys)
         for step in run.chunks(args.guidance, args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
-            run.progress(step, metrics, SHOWN)
+            run.progress(step, metrics, dac.SHOWN)
             if run.due(step):
                 run.log(step, metrics | bandit_metrics(sample(state.actor, eval_keys)))
             run.save(state)

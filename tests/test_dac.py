@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dac as D
-import dac_bandit as B
 import envs
 import envs.buffers
 import runner
@@ -29,7 +30,7 @@ def tiny(**changes):
 
 
 @pytest.fixture
-def golden(request):
+def golden():
     """name -> arrays of a golden file in float64, in which the test then runs."""
     with jax.enable_x64(True):
         yield lambda name: dict(np.load(GOLDEN / f"dac_{name}.npz", allow_pickle=False))
@@ -48,10 +49,8 @@ def leaves_differ(a, b):
 def random_rows(num_rows=60, num_obs=3, num_act=2, seed=0):
     rng = np.random.default_rng(seed)
     shape = lambda size: rng.normal(size=(num_rows, size))
-    rows = D.Transitions(
-        shape(num_obs), rng.uniform(-1, 1, (num_rows, num_act)), shape(1)[:, 0], shape(num_obs), np.zeros(num_rows)
-    )
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rows)
+    s, a, r, after = shape(num_obs), rng.uniform(-1, 1, (num_rows, num_act)), shape(1)[:, 0], shape(num_obs)
+    return jax.tree.map(jnp.float32, D.Transitions(s, a, r, after, np.zeros(num_rows)))
 
 
 @functools.cache
@@ -69,7 +68,7 @@ draw_noise = jax.jit(D.draw_noise, static_argnums=2)
 sample_actions = jax.jit(D.sample_actions, static_argnums=4)
 q_values = jax.jit(D.q_values, static_argnums=3)
 q_gradient = jax.jit(D.q_gradient, static_argnums=4)
-noise_of = jax.jit(D.predict_noise, static_argnums=4)
+predict_noise = jax.jit(D.predict_noise, static_argnums=4)
 
 
 # --- goldens: float64, tolerance 1e-10 unless stated ---
@@ -84,12 +83,11 @@ def test_schedule_golden(name, golden):
         close(own.alpha, g[f"{name}_T{T}_alpha"])
         close(own.alpha_bar, g[f"{name}_T{T}_alpha_bar"])
         unclipped = dataclasses.replace(args, clip_samples=False)
-        for t in range(1, T + 1):  # the mean is c0 x0 + c1 x; x = 0 leaves c0, x0 = 0 leaves c1
-            abar = own.alpha_bar[t]
-            only_x0 = D.reverse_step(0.0, -np.sqrt(abar / (1 - abar)), t, unclipped)
-            only_x = D.reverse_step(1.0, 1 / np.sqrt(1 - abar), t, unclipped)
-            wanted = [g[f"{name}_T{T}_{key}"][t - 1] for key in ("post_c0", "post_c1", "sigma")]
-            np.testing.assert_allclose([only_x0[0], only_x[0], only_x[1]], wanted, atol=1e-9)
+        t, abar = np.arange(1, T + 1), own.alpha_bar[1:]  # the mean is c0 x0 + c1 x; x = 0 leaves c0, x0 = 0 leaves c1
+        only_x0 = D.reverse_step(0.0, -np.sqrt(abar / (1 - abar)), t, unclipped)
+        only_x = D.reverse_step(1.0, 1 / np.sqrt(1 - abar), t, unclipped)
+        wanted = [g[f"{name}_T{T}_{key}"] for key in ("post_c0", "post_c1", "sigma")]
+        np.testing.assert_allclose([only_x0[0], only_x[0], only_x[1]], wanted, atol=1e-9)
 
 
 def test_embedding_golden(golden):
@@ -125,7 +123,7 @@ def test_reverse_step_golden(t, golden):
 def test_chain_golden(temperature, clip, golden, monkeypatch):
     """The golden's predictor is linear; ours is put aside."""
     g = golden("chain")
-    linear = lambda net, s, x, t, args: x @ g["W"] + s @ g["V"] + t * g["c"]
+    linear = lambda actor, s, x, t, args: x @ g["W"] + s @ g["V"] + t * g["c"]
     monkeypatch.setattr(D, "predict_noise", linear)
     args = D.Args(temperature=float(temperature), clip_samples=bool(clip))
     actions = D.sample_actions(None, g["obs"], g["prior"], g["z"][:-1], args)
@@ -151,10 +149,8 @@ def test_actor_loss_golden(golden, monkeypatch):
     g = golden("actor_target")
     monkeypatch.setattr(D, "predict_noise", lambda actor, s, x, t, args: actor)
     data_action = np.zeros_like(g["eps"])
-    linear = lambda critics, s, a, args: (
-        g["q_data_actions"] if a is data_action else (g["q_grad_raw"] * a).sum(-1)[None]
-    )
-    monkeypatch.setattr(D, "q_values", linear)
+    linear = lambda a: (g["q_grad_raw"] * a).sum(-1)[None]
+    monkeypatch.setattr(D, "q_values", lambda _, s, a, args: g["q_data_actions"] if a is data_action else linear(a))
     batch = D.Transitions(np.zeros((12, 1)), data_action, None, None, None)
     noise = D.Noise(None, None, g["t"], g["eps"], None, None)
     for guidance in ("soft", "hard"):
@@ -184,11 +180,9 @@ def test_select_golden(golden, monkeypatch):
     g = golden("select")  # q [H, states, candidates]
     monkeypatch.setattr(D, "sample_actions", lambda *_: jnp.asarray(g["candidates"]))
     monkeypatch.setattr(D, "q_values", lambda *_: jnp.asarray(g["q"]))
-    choose = lambda args: D.choose_actions((None, None), np.zeros((4, 3)), jax.random.key(0), args, 6)
-    chosen = choose(D.Args())
-    close(chosen, np.clip(g["action"], -1, 1))
-    cloned = choose(D.Args(guidance="none"))
-    close(cloned, np.clip(g["candidates"][:, 0], -1, 1))
+    chosen = lambda args: D.choose_actions((None, None), np.zeros((4, 3)), jax.random.key(0), args, 6)
+    close(chosen(D.Args()), np.clip(g["action"], -1, 1))
+    close(chosen(D.Args(guidance="none")), np.clip(g["candidates"][:, 0], -1, 1))
 
 
 def test_optimiser_golden(golden):
@@ -207,13 +201,8 @@ def test_learning_rate_golden(golden):
     g = golden("lr")
     adam = D.dac_adam(3e-4, D.Args(num_updates=2_000_000))
     for count, rate in zip(g["count"], g["lr"], strict=True):
-        opt = adam.init(jnp.ones(1))
-        moment = {"mu": 1 - 0.9**count, "nu": 1 - 0.999**count, "count": count}
-        opt = jax.tree_util.tree_map_with_path(
-            lambda path, x, m=moment: jnp.full_like(x, next(m[k] for k in m if jax.tree_util.keystr(path).endswith(k))),
-            opt,
-        )
-        step, _ = adam.update(jnp.ones(1), opt)
+        moments = {"mu": np.array([1 - 0.9**count]), "nu": np.array([1 - 0.999**count]), "count": jnp.int32(count)}
+        step, _ = adam.update(jnp.ones(1), optax.tree_utils.tree_set(adam.init(jnp.ones(1)), **moments))
         np.testing.assert_allclose(-step[0], rate, rtol=1e-6, atol=1e-15)
     constant = D.dac_adam(3e-4, D.Args(lr_cosine=False, num_updates=1))
     opt = constant.init(jnp.ones(1))
@@ -223,17 +212,18 @@ def test_learning_rate_golden(golden):
 
 
 def layers_of(g, prefix):
+    """The golden's W0, b0, W1, .. as parameters of a MishMLP."""
     count = sum(re.fullmatch(prefix + r"W\d+", key) is not None for key in g)
-    return {f"Dense_{i}": {"kernel": jnp.asarray(g[f"{prefix}W{i}"]), "bias": jnp.asarray(g[f"{prefix}b{i}"])}
-            for i in range(count)}  # fmt: skip
+    layer = lambda i: {"kernel": jnp.asarray(g[f"{prefix}W{i}"]), "bias": jnp.asarray(g[f"{prefix}b{i}"])}
+    return {f"Dense_{i}": layer(i) for i in range(count)}
 
 
-def net_of(g, prefix):
-    return {"params": {"time": layers_of(g, f"{prefix}time_"), "trunk": layers_of(g, prefix)}}
-
-
-def critics_of(g, prefix):
-    return {"params": {"members": layers_of(g, prefix)}}
+def nets_of(g, when):
+    """Actor, target actor, critics and target critics before ("in") or after ("out") the golden's update."""
+    actor = lambda name: {"params": {"time": layers_of(g, f"{name}_time_"), "trunk": layers_of(g, f"{name}_")}}
+    critics = lambda name: {"params": {"members": layers_of(g, f"{name}_")}}
+    names = f"actor_{when}", f"actor_tar_{when}", f"critic_{when}", f"critic_tar_{when}"
+    return *map(actor, names[:2]), *map(critics, names[2:])
 
 
 def test_full_update_golden(golden):
@@ -245,12 +235,9 @@ def test_full_update_golden(golden):
         critic_lr=float(g["lr"]), actor_lr=float(g["lr"]), num_updates=int(g["lr_decay_steps"]),
         clip_norm=float(g["clip_norm"]),
     )  # fmt: skip
-    actor, critics = net_of(g, "actor_in_"), critics_of(g, "critic_in_")
-    state = D.DacState(
-        jax.random.key(0), jnp.int32(1005), actor, net_of(g, "actor_tar_in_"), critics, critics_of(g, "critic_tar_in_"),
-        D.dac_adam(args.actor_lr, args).init(actor), D.dac_adam(args.critic_lr, args).init(critics),
-        jnp.asarray(g["eta_in"]),
-    )  # fmt: skip
+    nets = nets_of(g, "in")
+    opts = D.dac_adam(args.actor_lr, args).init(nets[0]), D.dac_adam(args.critic_lr, args).init(nets[2])
+    state = D.DacState(jax.random.key(0), jnp.int32(1005), *nets, *opts, jnp.asarray(g["eta_in"]))
     batch = D.Transitions(*(jnp.asarray(g[k]) for k in ("obs", "action", "reward", "next_obs")), 1 - g["mask"])
     shape = lambda x: jnp.asarray(x).reshape(*x.shape[:-2], 8, 4, 3)
     noise = D.Noise(shape(g["prior"]), shape(g["z"][:-1]), jnp.asarray(g["t"]), jnp.asarray(g["eps"]), None, None)
@@ -269,17 +256,14 @@ def test_full_update_golden(golden):
     gradient, norm = q_gradient(after.target_critics, batch.observations, batch.actions, x, args)
     close(gradient, g["q_grad_normalised"])
     close(norm, g["Q_norm"], 1e-5)  # the golden's is without its 1e-6
-    close(noise_of(actor, batch.observations, x, noise.t, args), g["pred_eps"])
+    close(predict_noise(state.actor, batch.observations, x, noise.t, args), g["pred_eps"])
     for name in ("bc_loss", "actor_loss"):
         close(metrics[f"train/{name}"], g[name])
     close(metrics["train/guidance"], g["guidance_loss"])
     assert float(g["bc_loss_used_for_eta"]) != float(g["bc_loss_after_step_NOT_used"])
     close(after.eta, g["eta_out"])
-    wanted = {
-        "critics": critics_of(g, "critic_out_"), "target_critics": critics_of(g, "critic_tar_out_"),
-        "actor": net_of(g, "actor_out_"), "target_actor": net_of(g, "actor_tar_out_"),
-    }  # fmt: skip
-    for name, tree in wanted.items():
+    names = "actor", "target_actor", "critics", "target_critics"
+    for name, tree in zip(names, nets_of(g, "out"), strict=True):
         jax.tree.map(functools.partial(close, tolerance=1e-9), getattr(after, name), tree)
         assert any(leaves_differ(getattr(after, name), getattr(state, name))), name
     assert int(after.num_updates) == 1006
@@ -292,36 +276,38 @@ def mish64(x):
     return x * np.tanh(np.logaddexp(0, x))
 
 
-def mlp64(net, x, member=...):
-    for i in range(len(net)):
-        w, b = (np.asarray(net[f"Dense_{i}"][part], float)[member] for part in ("kernel", "bias"))
-        x = (mish64(x) if i else x) @ w + b
+def mlp64(layers, x):
+    for i in range(len(layers)):
+        layer = {k: np.asarray(v, float) for k, v in layers[f"Dense_{i}"].items()}
+        x = (mish64(x) if i else x) @ layer["kernel"] + layer["bias"]
     return x
 
 
 def test_networks_are_plain_concatenations():
     args, rng = tiny(), np.random.default_rng(0)
     state = one_state(args)
-    s, x, t = rng.normal(size=(7, 3)), rng.normal(size=(7, 5, 2)), rng.integers(1, 4, 7)
-    actor, critics = state.actor["params"], state.critics["params"]["members"]
-    time = mlp64(actor["time"], np.asarray(D.time_features(jnp.asarray(t)), float))
-    joined = np.concatenate([np.repeat(s[:, None], 5, 1), x, np.repeat(time[:, None], 5, 1)], -1)
-    found = noise_of(state.actor, jnp.asarray(s)[:, None], jnp.asarray(x), t[:, None], args)
-    close(found, mlp64(actor["trunk"], joined), 1e-5)
-    q = q_values(state.critics, jnp.asarray(s)[:, None], jnp.asarray(x), args)
+    s, x, nets = rng.normal(size=(7, 1, 3)), rng.normal(size=(7, 5, 2)), state.actor["params"]
+    joined = np.concatenate([np.repeat(s, 5, 1), x], -1)
+    for t in (rng.integers(1, 4, (7, 1)), 1, 3):  # a step for each row, one for all
+        time = mlp64(nets["time"], np.asarray(D.time_features(t), float))
+        inputs = np.concatenate([joined, np.broadcast_to(time, (7, 5, 32))], -1)
+        close(predict_noise(state.actor, s, x, t, args), mlp64(nets["trunk"], inputs), 1e-5)
+    q = q_values(state.critics, s, x, args)
     for h in range(3):
-        close(q[h], mlp64(critics, joined[..., :5], h)[..., 0], 1e-5)
+        member = jax.tree.map(lambda p, h=h: p[h], state.critics["params"]["members"])
+        close(q[h], mlp64(member, joined)[..., 0], 1e-5)
     assert q.shape == (3, 7, 5) and np.abs(q[0] - q[1]).max() > 0
 
 
 def test_published_sizes():
     init, _ = D.make_train(D.Args(), 17, 6)
     state = jax.eval_shape(init, jax.random.split(jax.random.key(0), 1))
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    assert count(state.actor) == 149_062 and count(state.critics) == 1_379_850
+    counts = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.actor, state.critics)]
+    assert counts == [149_062, 1_379_850]
     fresh = one_state(D.Args())
-    weight = fresh.actor["params"]["trunk"]["Dense_1"]["kernel"]
-    np.testing.assert_allclose(np.abs(weight).max(), (6 / 512) ** 0.5, rtol=1e-3)  # Xavier, uniform
+    for layers in (fresh.actor["params"]["trunk"], fresh.critics["params"]["members"]):  # Xavier, uniform
+        np.testing.assert_allclose(np.abs(layers["Dense_1"]["kernel"]).max(), (6 / 512) ** 0.5, rtol=1e-3)
+        assert not layers["Dense_1"]["bias"].any()
     assert not any(leaves_differ(fresh.actor, fresh.target_actor) + leaves_differ(fresh.critics, fresh.target_critics))
 
 
@@ -337,10 +323,9 @@ def loss_inputs(**changes):
 def test_noise_has_its_shapes():
     args, _, _, noise = loss_inputs(num_steps=4)
     assert noise.prior.shape == (16, 2, 2) and noise.z.shape == (3, 16, 2, 2) and noise.chain.shape == (4, 16, 2)
-    many = draw_noise(jax.random.key(0), jnp.zeros((4_000, 2)), args)
-    assert sorted(set(np.asarray(many.t))) == [1, 2, 3, 4]
-    many = jax.tree.map(np.asarray, many)
-    np.testing.assert_allclose(np.bincount(many.t)[1:], 1_000, atol=120)
+    many = jax.tree.map(np.asarray, draw_noise(jax.random.key(0), jnp.zeros((4_000, 2)), args))
+    np.testing.assert_allclose(np.bincount(many.t), [0, 1_000, 1_000, 1_000, 1_000], atol=120)
+    assert many.t.min() == 1
     for x in (many.prior, many.z, many.eps, many.chain):
         np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=0.05)
     assert np.abs(np.corrcoef(many.eps[:, 0], many.prior[:, 0, 0])[0, 1]) < 0.06
@@ -351,12 +336,11 @@ def test_gradients_go_where_the_equation_says(guidance):
     args, state, batch, noise = loss_inputs(guidance=guidance)
     loss = lambda actor: actor_loss(actor, state.target_critics, state.eta, batch, noise, args)[0]
     grads, _ = actor_grad(state.actor, state.target_critics, state.eta, batch, noise, args)
-    size = lambda tree: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
-    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(grads[0]))
-    if guidance in ("soft", "hard", "none"):
-        assert size(grads[1]) == 0  # g is a constant
+    assert all(x.any() for x in jax.tree.leaves(grads[0]))
+    if guidance != "denoised":
+        assert not any(x.any() for x in jax.tree.leaves(grads[1]))  # g is a constant
     direction = jax.tree.map(lambda x: np.sign(x + 1e-9), state.actor)
-    at = lambda h: float(loss(jax.tree.map(lambda p, d: np.float32(p + h * d), state.actor, direction)))
+    at = lambda h: float(loss(jax.tree.map(lambda p, d: p + np.float32(h) * d, state.actor, direction)))
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (grads[0], direction)), strict=True))
     if guidance != "denoised":  # the clip of the chain has corners
         np.testing.assert_allclose((at(1e-3) - at(-1e-3)) / 2e-3, slope, rtol=2e-2)
@@ -380,15 +364,11 @@ def test_denoised_guidance_is_q_of_whole_samples():
 
 def test_target_actor_follows_the_codes_rule():
     args, state, batch, noise = loss_inputs(ema_start=1_000, ema_every=5)
-    moved = []
-    tiny_update = jax.jit(D.actor_update, static_argnums=3)
+    moved, actor_update = [], jax.jit(D.actor_update, static_argnums=3)
     for count in (0, 5, 1_000, 1_004, 1_005, 1_006, 1_010):
-        after, _ = tiny_update(state._replace(num_updates=jnp.int32(count)), batch, noise, args)
+        after, _ = actor_update(state._replace(num_updates=jnp.int32(count)), batch, noise, args)
         moved.append(any(leaves_differ(after.target_actor, state.target_actor)))
-        weights = [
-            tree["params"]["trunk"]["Dense_0"]["kernel"]
-            for tree in (after.target_actor, state.target_actor, after.actor)
-        ]
+        weights = [jax.tree.leaves(tree)[-1] for tree in (after.target_actor, state.target_actor, after.actor)]
         np.testing.assert_allclose(weights[0], weights[1] + 0.005 * moved[-1] * (weights[2] - weights[1]), atol=1e-7)
     assert moved == [False, False, False, False, True, False, True]
 
@@ -427,7 +407,7 @@ def test_data_as_the_update_sees_it(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
     assert buffer["timeouts"].any() and np.abs(buffer["actions"]).max() == 1.0
     data = D.dac_data(buffer, D.Args())
-    assert np.abs(data.actions).max() < 1.0 and not data.terminals.any()  # a timeout bootstraps
+    assert float(jnp.abs(data.actions).max()) < 1.0 and not data.terminals.any()  # a timeout bootstraps
     scale = 1_000 / np.ptp(buffer["episode_returns"])
     np.testing.assert_allclose(data.rewards, scale * buffer["rewards"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(data.next_observations, buffer["next_observations"])
@@ -436,10 +416,8 @@ def test_data_as_the_update_sees_it(dataset):
 def test_value_of_a_constant_reward():
     """r = 1 for ever is worth 1 / (1 - gamma), and 1 where the step is terminal."""
     sides = jnp.where(jnp.arange(200) % 2 == 0, -1.0, 1.0)
-    rows = random_rows(200, num_obs=1, num_act=1)
-    data = rows._replace(
-        observations=sides[:, None], next_observations=sides[:, None], rewards=jnp.ones(200), terminals=sides > 0
-    )
+    sides, actions = sides[:, None], random_rows(200, num_act=1).actions
+    data = D.Transitions(sides, actions, jnp.ones(200), sides, 1.0 * (sides[:, 0] > 0))
     args = tiny(gamma=0.8, critic_lr=1e-2, tau=0.05, rho=0.0, chunk=600, num_updates=600, lr_cosine=False)
     init, chunk = D.make_train(args, 1, 1)
     state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), data)
@@ -447,72 +425,25 @@ def test_value_of_a_constant_reward():
     np.testing.assert_allclose([q[::2].mean(), q[1::2].mean()], [5.0, 1.0], rtol=0.05)
 
 
-# --- probe: the bandit, narrow support and two modes ---
-
-
-@functools.cache
-def bandit(guidance, b=0.4):
-    """3,500 updates on the two blobs (300 where it leaves them) -> what 1,000 samples are like, the samples."""
-    num = 300 if guidance == "denoised" else 3_500
-    args = D.Args(**{**B.BANDIT, "num_updates": num, "chunk": num, "guidance": guidance, "bc_threshold": b})
-    init, chunk = D.make_train(args, 1, 2)
-    state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), B.bandit_data())
-    samples = B.bandit_samples(jax.tree.map(lambda x: x[0], state.actor), jax.random.key(1), args)
-    return {k: float(v) for k, v in B.bandit_metrics(samples).items()}, np.asarray(samples)
-
-
-def test_cloning_covers_both_modes(optimised):
-    """An exact predictor puts 0.97 of the samples within 0.3 of a blob with these 20 steps."""
-    found, samples = bandit("none")
-    near = np.linalg.norm(samples[:, None] - B.CENTRES, axis=-1) < 0.35
-    assert found["eval/on_data"] > 0.85
-    assert 0.3 < near[:, 0].mean() < 0.6 and 0.3 < near[:, 1].mean() < 0.6
-
-
-def test_soft_guidance_improves_within_the_support(optimised):
-    """Probe: at most 0.2 of the samples off the data, and the true reward above its mean by 0.2."""
-    data, found = B.bandit_metrics(B.bandit_data().actions), bandit("soft")[0]
-    assert found["eval/on_data"] > 0.8, found
-    assert found["eval/reward"] > data["eval/reward"] + 0.2, (found, data)
-
-
-def test_hard_guidance_leaves_the_support_first(optimised):
-    """At the same b."""
-    soft, hard = bandit("soft")[0], bandit("hard")[0]
-    assert hard["eval/on_data"] < soft["eval/on_data"] - 0.08, (soft, hard)
-
-
-def test_denoised_guidance_leaves_it_altogether(optimised):
-    """At the same b, and for less: it runs to where only the critic is good."""
-    soft, denoised = bandit("soft")[0], bandit("denoised")[0]
-    assert denoised["eval/on_data"] < 0.2 and denoised["eval/reward"] < soft["eval/reward"], (soft, denoised)
-
-
-def test_bandit_draws_its_figure_and_goes_on(tmp_path, capsys):
-    flags = ["--num-updates", "40", "--eval-every", "40", "--chunk", "20", "--num-steps", "2", "--hidden-sizes", "16",
-             "16", "--num-critics", "2", "--out", str(tmp_path / "b")]  # fmt: skip
-    args = runner.parse(D.Args, flags, B.preset)
-    results = B.main(args)
-    assert "bandit, hard guidance: 1 seeds x 40 updates" in capsys.readouterr().out
-    assert set(results) == {"data", "soft", "hard", "denoised"} and -1.1 < results["data"]["eval/reward"] < -0.9
-    assert (tmp_path / "b" / "bandit.png").stat().st_size > 20_000
-    with pytest.raises(envs.InputError, match="already holds a run"):
-        B.main(args)
-    for path in (tmp_path / "b" / "denoised").iterdir():  # as after a kill before it had a state
-        path.unlink()
-    assert B.main(dataclasses.replace(args, resume=True)) == results
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [("--quick", "its own rows"), ("--dataset a.npz", "its own rows"), ("--preset cpu", "unknown; one of bandit")],
-)
-def test_the_bandit_is_a_world_of_its_own(flags, message):
-    with pytest.raises(envs.InputError, match=message):
-        runner.parse(D.Args, flags.split(), B.preset)
-
-
 # --- the whole script ---
+
+
+@pytest.fixture(scope="module")
+def whole_run(dataset, tmp_path_factory):
+    """A run of two seeds -> args, folder."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    args = tiny(dataset=dataset, out=str(folder), num_seeds=2)
+    D.main(args)
+    return args, folder
+
+
+def test_log_and_figures(whole_run):
+    _, folder = whole_run
+    assert (folder / "training.png").stat().st_size > 5_000
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    keys = ("actor_loss", "bc_loss", "critic_loss", "eta", "guidance", "q", "q_gradient", "q_std", "target")
+    assert {f"train/{k}" for k in keys} == {k for k in records[0] if k.startswith("train/")}
+    assert all(np.isfinite(r[f"train/{k}"]) for r in records for k in keys) and len(records) == 4
 
 
 class Recorded:
@@ -536,20 +467,21 @@ def load_policy():
     return names["load_policy"]
 
 
-def test_policy_file_is_the_policy(dataset, tmp_path):
-    args = tiny(dataset=dataset, num_seeds=2, out=str(tmp_path / "run"))
-    D.main(args)
-    arrays, about = runner.read_npz(tmp_path / "run" / "policy.npz", "metadata_json")
-    assert str(arrays["kind"]) == "diffusion" and about["num_action_samples"] == 4
+def test_policy_file_by_the_pages_sampler(whole_run):
+    """The numpy sampler of docs/dac.md acts as `choose_actions` does on the state that was saved."""
+    args, folder = whole_run
+    arrays, about = runner.read_npz(folder / "policy.npz", "metadata_json")
+    assert str(arrays["kind"]) == "diffusion" and arrays["actor/params/trunk/Dense_0/kernel"].shape == (2, 38, 16)
+    assert about["num_action_samples"] == 4
     like = jax.eval_shape(D.make_train(args, 4, 2)[0], runner.seed_keys(args))
-    state = runner.fill(like, runner.read_npz(tmp_path / "run" / "state.npz")[0], "state.npz")
+    state = runner.fill(like, runner.read_npz(folder / "state.npz")[0], folder)
     key = jax.random.key(3)
     noise = jax.random.normal(key, (3, 1, 4, 2))[:, 0]
     for index in (0, 1):
         nets = jax.tree.map(lambda x, i=index: x[i], (state.actor, state.target_critics))
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
         wanted = D.choose_actions(nets, obs[None], key, args, 2)[0]
-        policy = load_policy()(tmp_path / "run" / "policy.npz", index, Recorded(noise))
+        policy = load_policy()(folder / "policy.npz", index, Recorded(noise))
         np.testing.assert_allclose(policy(np.asarray(obs)), wanted, atol=1e-5)
 
 
@@ -558,52 +490,36 @@ def test_quick_beats_its_data(tmp_path, optimised):
     flags = ["--quick", "--num-updates", "1000", "--eval-every", "500", "--out", str(tmp_path / "run")]
     result = D.main(runner.parse(D.Args, flags, D.preset))
     assert result["last"] > result["data_mean"] + 60, result
-    assert result["data_best"] < 100
 
 
-def test_cloning_returns_the_datas_mean(dataset, tmp_path, optimised):
-    """Cloned walks in ten directions go nowhere on average, and no critic is in the policy file."""
-    flags = ["--dataset", dataset, "--guidance", "none", "--num-updates", "1000", "--eval-every", "500",
-             "--hidden-sizes", "64", "64", "--actor-lr", "1e-3", "--out", str(tmp_path / "run"),
-             "--eval-episodes", "50"]  # fmt: skip
-    result = D.main(runner.parse(D.Args, flags, D.preset))
-    assert abs(result["last"] - result["data_mean"]) < 45, result
-    with np.load(tmp_path / "run" / "policy.npz", allow_pickle=False) as file:
-        assert not any(key.startswith("critics") for key in file.files)
-    policy = load_policy()(tmp_path / "run" / "policy.npz", 0, np.random.default_rng(0))
-    assert policy(np.zeros(4)).shape == (2,) and np.abs(policy(np.zeros(4))).max() <= 1
+def test_a_cloned_policy_has_no_critics(dataset, tmp_path):
+    D.main(tiny(dataset=dataset, guidance="none", out=str(tmp_path / "run")))
+    arrays, about = runner.read_npz(tmp_path / "run" / "policy.npz", "metadata_json")
+    assert not any(key.startswith("critics") for key in arrays) and about["num_action_samples"] == 1
+    action = load_policy()(tmp_path / "run" / "policy.npz", 0, np.random.default_rng(0))(np.zeros(4))
+    assert action.shape == (2,) and np.abs(action).max() <= 1
 
 
 # --- flags ---
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(eval_every=50), "--chunk must divide"),
-        (dict(num_q_samples=0), "--num-q-samples 0: must be at least 1"),
-        (dict(eta=1e-4), "--eta-min, --eta and --eta-max"),
-        (dict(eta_lr=-1e-3), "--eta-lr -0.001: must be at least 0"),
-    ],
-)
-def test_refusals(changes, message, dataset, tmp_path):
-    with pytest.raises(envs.InputError, match=message):
-        D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+def test_eta_must_lie_within_its_clip(dataset, tmp_path):
+    for changes in (dict(eta=1e-4), dict(eta=200.0), dict(eta_min=2.0, eta_max=1.0)):
+        with pytest.raises(envs.InputError, match="--eta-min, --eta and --eta-max"):
+            D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
 
 
-def test_published_values():
-    maze = {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": 1.1, "critic_lr": 1e-3}
-    assert D.PUBLISHED["antmaze-large-play-v0"] == maze
-    hopper = {"eta": 1.0, "eta_lr": 1e-3, "bc_threshold": 0.05, "rho": 1.5}
-    assert D.PUBLISHED["hopper-medium-expert-v2"] == hopper
-    assert {k: D.PUBLISHED["hopper-medium-v2"][k] for k in ("bc_threshold", "rho")} == {"bc_threshold": 1.0, "rho": 1.5}
-    plain = D.Args()
-    assert (plain.num_critics, plain.num_q_samples, plain.num_action_samples, plain.num_steps) == (10, 10, 10, 5)
-
-
-def test_presets(dataset):
-    """Ours where nothing is published; not under a published set."""
-    args = runner.parse(D.Args, ["--dataset", dataset, "--preset", "cpu", "--rho", "0.5"], D.preset)
-    assert (args.num_updates, args.num_q_samples, args.rho, args.eta, args.eta_lr) == (20_000, 1, 0.5, 0.2, 0.0)
-    args = runner.parse(D.Args, ["--dataset", dataset, "--preset", "hopper-medium-expert-v2"], D.preset)
-    assert (args.bc_threshold, args.rho, args.eta, args.eta_lr) == (0.05, 1.5, 1.0, 1e-3)
+def test_published_values(dataset):
+    parsed = lambda *flags: runner.parse(D.Args, ["--dataset", dataset, *flags], D.preset)
+    fields = lambda args, *names: tuple(getattr(args, name) for name in names)
+    own = parsed("--preset", "cpu", "--rho", "0.5")
+    assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (20_000, 1, 0.5, 0.2, 0.0)
+    hopper = parsed("--preset", "hopper-medium-expert-v2")
+    assert fields(hopper, "bc_threshold", "rho", "eta", "eta_lr") == (0.05, 1.5, 1.0, 1e-3)  # not our fixed eta
+    maze = D.PUBLISHED["antmaze-large-play-v0"]
+    assert maze == {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": 1.1, "critic_lr": 1e-3}
+    cheetah = D.PUBLISHED["halfcheetah-medium-expert-v2"]
+    assert cheetah == {"eta": 1.0, "eta_lr": 1e-3, "bc_threshold": 0.1, "rho": 0.0}
+    assert len(D.PUBLISHED) == 15
+    sizes = fields(D.Args(), "num_critics", "num_q_samples", "num_action_samples", "num_steps", "batch_size")
+    assert sizes == (10, 10, 10, 5, 256)
