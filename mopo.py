@@ -780,7 +780,7 @@ class MopoState(NamedTuple):
 
 
 def make_fit(args):
-    """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds."""
+    """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds; of knn: model(keys, data), no fit."""
 
     def chunk(fit, data):
         go_on = lambda fit: fit_chunk(fit, data, args)
@@ -788,7 +788,8 @@ def make_fit(args):
         return runner.map_seeds(one, fit, args)
 
     init = lambda keys, data: runner.map_seeds(lambda key: fit_init(key, data, args), keys, args)
-    model = lambda fit, data: runner.map_seeds(lambda fit: fitted_model(fit, data, args), fit, args)
+    one_model = knn_model if args.model == "knn" else fitted_model
+    model = lambda source, data: runner.map_seeds(lambda x: one_model(x, data, args), source, args)
     return jax.jit(init), jax.jit(chunk, donate_argnums=0), jax.jit(model)
 
 
@@ -855,9 +856,9 @@ def check_args(args, task):
 
 def plot_run(run, points):
     """dynamics.png and penalty.png, from the log and calibration's points."""
-    errors, (u, error) = [], points[0]
-    for i, (seed, (epochs, mse)) in enumerate(plots.read(run.folder, "model/holdout_mse").items()):
-        errors += [(epochs, mse, {"color": f"C{i}", "lw": 0.8, "label": f"seed {seed}, each member"})]
+    fits, (u, error) = plots.read(run.folder, "model/holdout_mse"), points[0]
+    look = lambda i, seed: {"color": f"C{i}", "lw": 0.8, "label": f"seed {seed}, each member"}
+    errors = [(*fits[seed], look(i, seed)) for i, seed in enumerate(fits)]
     equal = np.array([np.nanmin(error), np.nanmax(error)])
     scatter = [(u, error, {"marker": ".", "ls": "", "ms": 2, "alpha": 0.5, "label": "one step of the policy"})]
     scatter += [(equal, equal, {"color": "k", "ls": "--", "lw": 1, "label": "error = u"})]
@@ -907,19 +908,15 @@ def main(args):
     init, train_chunk = make_train(args, task)
 
     with runner.Run("mopo", args, task, buffer) as run:
+        source = key_model  # of the model: what a fit has learnt, or the key that draws the rows of knn
         if args.model == "ensemble":
-            like = jax.eval_shape(fit_init, key_model, data)
-            fit_some = run.compile(fit_some, like, data)
-            shapes = jax.eval_shape(make_model, like, data)
-        else:
-            make_model = jax.jit(lambda keys, data: runner.map_seeds(lambda k: knn_model(k, data, args), keys, args))
-            shapes = jax.eval_shape(make_model, key_model, data)
+            source = jax.eval_shape(fit_init, key_model, data)
+            fit_some = run.compile(fit_some, source, data)
+        shapes = jax.eval_shape(make_model, source, data)
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_policy), shapes, data)
-
-        seen = key_model
         if args.model == "ensemble":
-            seen = train_model(run, fit_some, run.restore(fit_init, key_model, data, phase="model"), data)
-        model = make_model(seen, data)
+            source = train_model(run, fit_some, run.restore(fit_init, key_model, data, phase="model"), data)
+        model = make_model(source, data)
         state = run.restore(init, key_policy)
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, model, data)

@@ -156,9 +156,9 @@ class Args(runner.Flags):
     """LayerNorm in the critics (code: antmaze-large)"""
     batch_size: runner.Count = 256
     """B: rows per update (code: 256)"""
-    actor_lr: runner.Size = 3e-4
+    actor_lr: runner.Rate = 3e-4
     """Adam rate of the actor at the start (code: 3e-4; D10)"""
-    critic_lr: runner.Size = 3e-4
+    critic_lr: runner.Rate = 3e-4
     """Adam rate of the critics (code: 3e-4)"""
     max_grad_norm: runner.Size = 10.0
     """the critics' gradient is scaled down to this norm (code: 10, AntMaze 7 and 3)"""

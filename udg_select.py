@@ -129,7 +129,7 @@ def open_sources(words, seed=0):
     ids = [buffer.metadata.get("policy_id") for buffer in opened]
     if len(set(ids)) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
         ids = range(len(opened))  # buffers of several runs: number them as they come
-    opened = [with_goals(buffer, seed + k) for k, buffer in enumerate(opened)]
+    opened = [with_goals(buffer, seed + k) for k, buffer in enumerate(opened)]  # D6
     return [Source(*item) for item in zip(short_names(paths), opened, ids, strict=True)]
 
 

@@ -745,7 +745,7 @@ def test_learns_on_the_point_robot(whole_run, dataset, tmp_path, optimised):
         (dict(beta=1.0), "--beta must be above 0 and below 1"),
         (dict(nodes=1), "--nodes"),
         (dict(num_levels=2), "--num-levels"),
-        (dict(actor_lr=0.0), "--actor-lr 0.0: must be above 0"),
+        (dict(teacher_lr=0.0), "--teacher-lr 0.0: must be above 0"),
         (dict(student_tau=0.0), "--student-tau must"),
         (dict(log_std_min=3.0), "--log-std-min"),
         (dict(weight="antmaze"), "--no-w-max --no-sign-aware"),

@@ -79,7 +79,7 @@ def with_goals(buffer, seed):
     name = buffer.metadata["env"].partition("ant-maze-")[2]
     if "goals" in buffer.arrays or name not in maze.MAPS:
         return buffer
-    ids = trajectories(buffer)  # D6
+    ids = trajectories(buffer)
     keys = jax.random.split(jax.random.key(seed), 1 + ids[-1])
     goals = np.asarray(jax.vmap(lambda key: maze.sample_goal(name, key))(keys))
     print(f"{buffer.path}: no goals in the data: drawn for {len(goals)} trajectories, as at a reset", flush=True)
