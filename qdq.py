@@ -970,8 +970,8 @@ def main(args):
     keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)
     act = lambda actor, s, key: policy_mean(actor.mean, (s - mean) / std, args, task.action_size)
     evaluate = runner.each_seed(runner.returns_of(act, envs.make(task, args.backend), task, buffer, args), args)
-    measure = lambda model: model_metrics(model, data, entries, eval_keys[0], args)
-    judge_all = jax.jit(lambda model: runner.map_seeds(measure, model, args))
+    measure = lambda seed: model_metrics(seed[0], data, entries, seed[1], args)
+    judge_all = jax.jit(lambda model: runner.map_seeds(measure, (model, eval_keys), args))
 
     first = jax.eval_shape(teacher.init, keys[0])
     second = jax.eval_shape(student.init, keys[1], first.net)

@@ -18,7 +18,8 @@ import cells
 import udg_select
 import wurl_sac
 from cells import Cell
-from envs import buffers, scripted
+from envs import buffers
+from envs.buffers import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "import os, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True); "

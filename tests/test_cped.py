@@ -167,9 +167,9 @@ def test_losses_golden():
 
 def test_alpha_schedule_golden():
     g = golden("alpha_schedule")
-    mujoco = dataclasses.replace(C.Args(), **C.PRESETS["hopper-medium-v2"])
-    maze = dataclasses.replace(C.Args(), **C.PRESETS["antmaze-umaze-v2"])
-    large = dataclasses.replace(C.Args(), **C.PRESETS["antmaze-large-play-v2"])
+    mujoco = dataclasses.replace(C.Args(), **C.PUBLISHED["hopper-medium-v2"])
+    maze = dataclasses.replace(C.Args(), **C.PUBLISHED["antmaze-umaze-v2"])
+    large = dataclasses.replace(C.Args(), **C.PUBLISHED["antmaze-large-play-v2"])
     assert (mujoco.flow_updates, mujoco.num_updates, maze.flow_updates, maze.num_updates) == (5e5, 1e6, 3e5, 7e5)
     assert (large.flow_updates, large.num_updates) == (4e5, 6e5)
     for args in (mujoco, maze, large):  # 30k and 50k after T0

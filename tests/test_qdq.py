@@ -739,7 +739,7 @@ def test_learns_on_the_point_robot(whole_run, dataset, tmp_path, optimised):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(chunk=15), "multiple of --policy-delay"),
+        (dict(policy_delay=3), "multiple of --policy-delay"),
         (dict(teacher_updates=30), "--chunk must divide"),
         (dict(group_size=5), "multiples of --group-size"),
         (dict(beta=1.0), "--beta must be above 0 and below 1"),

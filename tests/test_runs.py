@@ -95,7 +95,7 @@ def test_a_run_leaves_its_files(name, whole):
     records = records_of(folder)
     assert all(np.isfinite(v).all() for r in records for k, v in r.items() if k != "seed")
     evaluations = [r for r in records if "eval/return" in r]
-    steps = range(args.eval_every, args.num_updates + 1, args.eval_every)
+    steps = [step for step in range(1, args.num_updates + 1) if step % args.eval_every == 0 or step == args.num_updates]
     assert [(r["step"], r["seed"]) for r in evaluations] == [(step, seed) for step in steps for seed in (0, 1)]
     assert {"train/q", "eval/return_data_length", "eval/return_std", "eval/score"} <= evaluations[0].keys()
     last = [[r["eval/return"] for r in evaluations if r["seed"] == seed][-5:] for seed in (0, 1)]

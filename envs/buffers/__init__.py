@@ -27,8 +27,8 @@ from envs.buffers.fields import (
     fail,
 )  # fmt: skip
 from envs.buffers.files import available_memory, check_is_file, find, sha256, write_npz
-from envs.buffers.load import digests, import_command, load, load_task, read_metadata
-from envs.buffers.save import git_commit, save, versions
+from envs.buffers.reading import digests, import_command, load, load_task, read_metadata
+from envs.buffers.writing import git_commit, save, versions
 
 __all__ = [
     "ACTION_LIMIT", "COLUMNS", "EPISODE_KEYS", "METADATA", "METADATA_DEFAULTS", "METADATA_TYPES", "REQUIRED", "SCHEMA",

@@ -6,7 +6,7 @@ import sys
 from envs.buffers.convert import commands as convert
 from envs.buffers.convert.physics import describe_checks
 from envs.buffers.fields import Buffer
-from envs.buffers.load import load
+from envs.buffers.reading import load
 from envs.errors import InputError
 
 

@@ -10,7 +10,7 @@ from envs import maze
 from envs.buffers.convert.common import runs
 from envs.buffers.fields import COLUMNS, STRUCTURE
 from envs.buffers.files import find
-from envs.buffers.load import load
+from envs.buffers.reading import load
 from envs.errors import InputError
 from envs.worlds import task as find_task
 

@@ -20,7 +20,7 @@ from envs.buffers.convert.common import runs
 from envs.buffers.convert.physics import describe_checks, replay_agreement
 from envs.buffers.convert.write import write
 from envs.buffers.fields import fail
-from envs.buffers.load import load
+from envs.buffers.reading import load
 from envs.worlds import task as find_task
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 
 from envs.buffers.convert import d4rl
 from envs.buffers.fields import Buffer, fail
-from envs.buffers.load import load
+from envs.buffers.reading import load
 from envs.errors import InputError
 from envs.robots import ROBOTS
 from envs.task import Task

@@ -9,8 +9,8 @@ import numpy as np
 from envs.buffers.convert import physics
 from envs.buffers.convert.common import CLIPPED_SHARE, Imported
 from envs.buffers.fields import ACTION_LIMIT, fail
-from envs.buffers.load import load
-from envs.buffers.save import save
+from envs.buffers.reading import load
+from envs.buffers.writing import save
 from envs.task import Task
 from envs.worlds import task as find_task
 
