@@ -13,7 +13,7 @@ import pytest
 import envs
 import runner
 import wurl_sac as W
-from envs.buffers import reading, scripted
+from envs.buffers import files, reading, scripted
 from runner import devices
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
 sys.path[:0] = ["tests", "benchmark"]
-import cped, mopo, qdq, test_cped, test_mopo, test_qdq
+import cped, mopo, qdq, runner, test_cped, test_mopo, test_qdq
 
 def mopo_run(args):
     data, task = test_mopo.random_data(), test_mopo.AbstractTask()
@@ -106,7 +106,7 @@ def qdq_run(args):
     return run
 
 def close(one, other):
-    one, other = map(mopo.flat_arrays, (one, other))
+    one, other = map(runner.flat_arrays, (one, other))
     assert one.keys() == other.keys()
     for name, x in one.items():
         np.testing.assert_allclose(x, other[name], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -259,7 +259,8 @@ def test_drawn_episodes_are_whole_and_of_every_shard(tmp_path):
 
 def test_rows_that_do_not_fit_are_refused_with_the_remedy(tmp_path, monkeypatch):
     path = scripted.dataset(tmp_path)
-    monkeypatch.setattr(reading, "available_memory", lambda: 200_000.0)
+    for module in (files, reading):
+        monkeypatch.setattr(module, "available_memory", lambda: 200_000.0)
     with pytest.raises(envs.InputError, match=r"needs 0.0 GB of memory.*--max-rows \d+"):
         envs.buffers.load_task(path, None)
     few, _ = envs.buffers.load_task(path, None, max_rows=1_000)
