@@ -45,15 +45,16 @@ Deviations
       for the first tenth of the updates (--q-from), since the likelihood holds nothing while its std is wide.
   D14 Code: rows of a batch without replacement; here: with.
   D15 Paper and code differ in alpha, in beta and gamma_ent of some sets, and in layers and loss of AntMaze's actor
-      (Eq. 9 in the paper, advantage-weighted in the code); here: the code's, PRESETS.
+      (Eq. 9 in the paper, advantage-weighted in the code); here: the code's, PUBLISHED.
   D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; here: so in the published presets,
       elsewhere a' is around its mean (--sample-target).
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
-           (docs/policy.md), q_model.npz, log.jsonl, state.npz of the three phases, four figures
+           (docs/policy.md), q_model.npz, log.jsonl, state.npz of the three phases, learning_curve.png, training.png
 Run        python qdq.py --quick                          (point robot, under 2 minutes on 2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
+           python benchmark/qdq_figures.py runs/qdq/ant-angle-60/seed0    (H and returns on and off the data)
 Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; ant-angle-60, top-1, 50k rows, seed 0, --preset cpu
            with 20k steps of teacher and student: 667 in 1000 steps, mean of the last 5 (cloning 231), 52 minutes;
            both on a CPU core that others shared; docs/qdq.md

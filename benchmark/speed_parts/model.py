@@ -131,7 +131,7 @@ def mopo_sac(bench, args, parts, num_updates, shape, plain_refresh):
 
 def mopo_part(bench):
     """halfcheetah size (17 observations, 6 actions), 100k rows, horizon 5, one seed."""
-    args = dataclasses.replace(mopo.Args(), **mopo.PRESETS["halfcheetah-medium-v2"])
+    args = dataclasses.replace(mopo.Args(), **mopo.PUBLISHED["halfcheetah-medium-v2"])
     num_rows, num_updates, plain_sizes = 100_000, 500, (60, 5_000, 150)
     if bench.small:
         num_rows, num_updates, plain_sizes = 4_000, 50, (4, 500, 10)
