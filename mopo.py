@@ -856,20 +856,23 @@ def check_args(args, task):
 
 def plot_run(run, points):
     """dynamics.png and penalty.png, from the log and calibration's points."""
-    fits, (u, error) = plots.read(run.folder, "model/holdout_mse"), points[0]
-    look = lambda i, seed: {"color": f"C{i}", "lw": 0.8, "label": f"seed {seed}, each member"}
-    errors = [(*fits[seed], look(i, seed)) for i, seed in enumerate(fits)]
-    equal = np.array([np.nanmin(error), np.nanmax(error)])
-    scatter = [(u, error, {"marker": ".", "ls": "", "ms": 2, "alpha": 0.5, "label": "one step of the policy"})]
-    scatter += [(equal, equal, {"color": "k", "ls": "--", "lw": 1, "label": "error = u"})]
+    fits, (u, error) = plots.read(run.folder, "model/holdout_mse").items(), points[0]
+    errors = [(*fit, {"lw": 0.8, "color": f"C{i}", "label": f"seed {seed}"}) for i, (seed, fit) in enumerate(fits)]
+    line = (
+        *[np.array([np.nanmin(error), np.nanmax(error)])] * 2,
+        {"color": "k", "ls": "--", "lw": 1, "label": "error = u"},
+    )
+    scatter = [(u, error, {"marker": ".", "ls": "", "ms": 2, "alpha": 0.5, "label": "one step of the policy"}), line]
     plots.figure(run.folder / "dynamics.png", [
-        {"title": "hold-out error of the model", "xlabel": "epoch", "ylabel": "MSE of (s' - s, r)",
+        {"title": "hold-out error of the model, each member", "xlabel": "epoch", "ylabel": "MSE of (s' - s, r)",
          "scale": "semilogy", "lines": errors},
         {"title": "final policy in the world, first seed", "xlabel": "penalty u",
          "ylabel": "one-step error of the elites", "scale": "loglog", "lines": scatter},
     ])  # fmt: skip
-    parts = {"": "mean", "_p50": "median", "_p95": "95 %"}
-    keys = {f"model/u_{rows}{p}": f"{rows} rows, {label}" for rows in ("real", "model") for p, label in parts.items()}
+    keys = {}
+    for rows, color in (("real", "C0"), ("model", "C1")):
+        for part, style, label in (("", "-", "mean"), ("_p50", "--", "median"), ("_p95", ":", "95 %")):
+            keys[f"model/u_{rows}{part}"] = f"{rows} rows, {label}", {"color": color, "ls": style, "marker": ""}
     plots.training(run.folder / "penalty.png", run.folder, [
         (keys, f"{run.task.name}: penalty, mean over seeds", "u, before lambda", "linear"),
     ])  # fmt: skip

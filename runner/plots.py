@@ -112,7 +112,7 @@ def training(path, folder, panels):
     """Curves of the log side by side, one a seed.
 
     panels: (key or {key: label}, title, unit, scale), scale as in `figure`. Several keys in one panel: each the mean
-    over seeds, with its label. A panel whose keys the log lacks is left out.
+    over seeds, with its label, or (label, keywords of matplotlib's plot). A panel whose keys the log lacks is left out.
     """
     drawn = []
     for keys, title, unit, scale in panels:
@@ -122,9 +122,10 @@ def training(path, folder, panels):
             lines = [(x, y, {"lw": 1, "marker": ".", "label": f"seed {seed}"}) for seed, (x, y) in seeds]
         for key, label in keys.items() if isinstance(keys, dict) else ():
             seeds = list(read(folder, key).values())
+            label, style = label if isinstance(label, tuple) else (label, {})
             if seeds:
                 mean = np.mean([values for _, values in seeds], 0)
-                lines += [(seeds[0][0], mean, {"lw": 1, "marker": ".", "label": label})]
+                lines += [(seeds[0][0], mean, {"lw": 1, "marker": ".", "label": label, **style})]
         if lines:
             drawn += [{"title": title, "xlabel": "updates", "ylabel": unit, "scale": scale, "lines": lines}]
     if drawn:
