@@ -1,16 +1,16 @@
-"""MOPO: learn a model of the world from one buffer, train SAC inside it, pay for what it does not know.
+"""MOPO: fit a model of the world to one buffer and train SAC inside it, with a penalty where the model is uncertain.
 
 Paper      MOPO: Model-based Offline Policy Optimization (Yu et al., NeurIPS 2020), arXiv 2005.13239.
            Last stage of UDG (Unsupervised Data Generation for Offline RL), arXiv 2506.19643.
-           Codes named below: orig = the authors', ORLKit = OfflineRL-Kit.
-Objective  max over pi of  E[ sum_t gamma^t ( r - lam u(s, a) ) ]  in the learned model. Where u bounds
-           the model's error, that is a lower bound of the true return (paper, section 4).
+           "orig" is the authors' code, "ORLKit" is OfflineRL-Kit, "codes" are both.
+Objective  max over pi of  E[ sum_t gamma^t ( r - lam u(s, a) ) ]  in the learned model. If u bounds the
+           model's error, this is a lower bound of the true return (paper, section 4).
 
-Algorithm  (1) split:     hold out min(20 %, 1000) rows; standardise inputs (s, a) on the others
+Algorithm  (1) split:     hold out min(20 %, 1000) rows; standardise the inputs (s, a) on the others
            (2) model:     E Gaussian networks p_i(s' - s, r | s, a), each on its own bootstrap
            (3) stop:      when no member gained 1 % on the hold-out for 5 epochs; restore every
-                          member's best epoch; the M best are the elites
-           (4) roll out:  from b real states h steps of the policy; a random elite per row and step
+                          member's best epoch; the M best members are the elites
+           (4) roll out:  from b real states, h steps of the policy; a random elite per row and step
            (5) penalise:  r~ = r - lam u(s, a),  u = max_i || sigma_i(s, a) ||     (section 4.3)
            (6) store:     rows alive at the start of their step, in a ring of `retain` refreshes
            (7) learn:     `rollout_freq` SAC updates on 5 % real and 95 % model rows: critics, actor
@@ -23,32 +23,32 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets: (
            b rollout_batch | S also num_seeds, as a leading axis | alpha entropy weight | gamma discount
 
 Deviations
-  D1  paper: norm of the covariance; all codes: norm of the std vector; here: the codes'.
-  D2  paper: the model's mean reward; all codes: the sampled one; here: sampled.
-  D3  paper: spectral normalisation; released code: none; here: none.
-  D4  orig stops after more than 5 idle epochs, ORLKit after 5, neither has a cap; here: 5, and
-      `max_epochs`.
-  D5  orig, ORLKit: an epoch visits every row of the bootstrap once; here: as many random draws of
-      it (--exact-epochs for theirs), N rounded down to whole batches.
-  D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: it
-      ends outside the data's range plus a margin, and the value there is min(V, 0): V is a guess that
-      SAC inflates, and 0, a terminal's value, is a prize wherever Q < 0. Rows not finite are dropped.
-  D7  orig: target entropy -3 in every task, one rate, log std >= -20; here: ORLKit's -A, rates, cosine,
-      alpha <= 1, log std >= -5.
+  D1  Paper: the norm of the covariance; codes: the norm of the vector of stds; here: the codes'.
+  D2  Paper: the model's mean reward; codes: a sampled reward; here: sampled.
+  D3  Paper: spectral normalisation; released code: none; here: none.
+  D4  orig stops after more than 5 epochs without a gain, ORLKit after 5, with no cap; here: 5, and `max_epochs`.
+  D5  Codes: an epoch visits every row of the bootstrap once; here: an epoch makes as many random draws
+      from it, N rounded down to whole batches (--exact-epochs for the codes' way).
+  D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: a
+      rollout ends outside the data's range plus a margin, and the value there is min(V, 0). SAC inflates
+      V there, and 0, the value of a terminal, rewards leaving where Q < 0. Rows not finite are dropped.
+  D7  orig: target entropy -3 in every task, one learning rate, log std >= -20; here: ORLKit's target
+      entropy -A, three rates, the actor's with a cosine, alpha <= 1, log std >= -5.
   D8  ORLKit corrects tanh by log(1 - a^2 + 1e-6); here: exactly, as orig.
-  D9  orig: all gradients from the weights before the update, half the squared error; here: ORLKit's
-      order, line (7), and the whole.
-  D10 codes divide by any input std above 1e-12; here: above 1e-6 of the mean, what float32 leaves of a
-      constant.
-  D11 all: 2 critics; here: --num-critics. Next states of a rollout's last step are never trained on, and
-      two critics may overrate them far and for long (docs/mopo.md, "When Q climbs").
+  D9  orig: all gradients at the weights before the update, half the squared error; here: ORLKit's order,
+      line (7), and the whole squared error.
+  D10 Codes divide by any input std above 1e-12; here: only above 1e-6 of the mean, because in float32 a
+      constant column may have a std of that order.
+  D11 Codes: 2 critics; here: --num-critics. The states after a rollout's last step are never trained on,
+      and two critics may overrate them far and for long (docs/mopo.md, "When Q climbs").
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, three figures
+           policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, three figures (*.png)
 Run        python mopo.py --quick                         (point robot, under 2 minutes on 2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     see docs/mopo.md and results/mopo/
+Expect     --quick: return 93 (data: mean -0.2, best 93.9), half a minute on 2 CPU cores; --preset cpu on ant-angle-60,
+           top-1, seed 0: 157 in 200 steps (data 108); each the mean of the last 5 evaluations; more in docs/mopo.md
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class Args(runner.Flags):
     """gradient steps in one jitted call; a multiple of rollout_freq, a divisor of eval_every and num_updates"""
     # --- model ---
     model: Literal["ensemble", "knn"] = "ensemble"
-    """ensemble (MOPO) or knn: what the nearest data row did, the model of UDG's theory"""
+    """ensemble (MOPO), or knn: the change and reward of the nearest data row, the model of UDG's theory"""
     ensemble_size: runner.Count = 7
     """E: members (paper: 7)"""
     num_elites: runner.Count = 5
@@ -130,9 +130,9 @@ class Args(runner.Flags):
     real_ratio: runner.Share = 0.05
     """share of real rows in a batch (both: 0.05)"""
     range_margin: runner.Rate = 0.5
-    """rollouts end outside the data's range by this share of it, at least of 1 (ours, D6)"""
+    """rollouts end farther outside the data's range than this share of it, or of 1 if that is more (ours, D6)"""
     range_value: Literal["worst", "bootstrap", "zero"] = "worst"
-    """value of a state out of range: the critics' V, zero, or the lesser of the two (ours, D6)"""
+    """value of a state out of range: worst: the lesser of V and 0; bootstrap: the critics' V; zero: 0 (ours, D6)"""
     # --- SAC ---
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
