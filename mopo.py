@@ -836,12 +836,10 @@ def preset(args):
     return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own)
 
 
-def check_args(args, task):
-    """Refuse flags that do not fit one another or the task."""
+def check_args(args):
+    """Refuse flags that do not fit one another."""
     runner.check_run(args)
     runner.refuse({
-        f"--reward known: the observations of {task.name} do not tell its reward; use learned":
-            args.reward == "learned" or task.model_reward is not None,
         "--chunk must be a multiple of --rollout-freq": args.chunk % args.rollout_freq == 0,
         "--num-elites must be at most --ensemble-size": args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
@@ -850,7 +848,12 @@ def check_args(args, task):
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             rows_at_once(args) >= min(args.rollout_batch, 256),
     })  # fmt: skip
-    # A task whose end its observations do not tell says so here, and not after the fit.
+
+
+def check_task(args, task):
+    """Refuse a task whose reward or end the observations do not tell, before the fit and not after it."""
+    told = args.reward == "learned" or task.model_reward is not None
+    runner.refuse({f"--reward known: the observations of {task.name} do not tell its reward; use learned": told})
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
 
@@ -902,8 +905,9 @@ def train_model(run, fit_some, fit, data):
 
 def main(args):
     """Fit the model, train the policy in it, write policy and figures -> scores."""
+    check_args(args)
     buffer, task = runner.open_task("mopo", args, DATA_KEYS)
-    check_args(args, task)
+    check_task(args, task)
     data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     (key_model, key_policy), eval_keys = runner.seed_keys(args, 2), runner.evaluation_keys(args)
     evaluate = make_evaluation(args, envs.make(task, args.backend), task, buffer)

@@ -745,7 +745,7 @@ def test_refusals(changes, message, dataset, tmp_path):
 
 def test_known_reward_is_refused_where_unknown():
     with pytest.raises(envs.InputError, match="--reward known"):
-        M.check_args(tiny(reward="known"), envs.task("ant-angle-60"))
+        M.check_task(tiny(reward="known"), envs.task("ant-angle-60"))
 
 
 def test_the_budget_is_ours_and_the_published_horizon_and_lambda_stay(dataset):
@@ -764,7 +764,7 @@ def test_the_budget_is_ours_and_the_published_horizon_and_lambda_stay(dataset):
 
 def test_a_goal_that_cannot_be_seen_is_refused_before_the_fit():
     with pytest.raises(envs.InputError, match="ends at a goal that its observations do not tell"):
-        M.check_args(tiny(), envs.task("ant-maze-umaze"))
+        M.check_task(tiny(), envs.task("ant-maze-umaze"))
 
 
 def test_scripted_dataset_is_relabelled(dataset):

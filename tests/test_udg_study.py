@@ -121,7 +121,8 @@ def test_learners_are_accepted_by_their_scripts(tmp_path, monkeypatch, learner):
         shutil.copy(data, words[1])
         args = args_of(learner, words)
         if learner is mopo:
-            mopo.check_args(args, envs.task(task_name))
+            mopo.check_args(args)
+            mopo.check_task(args, envs.task(task_name))
         assert args.num_updates // args.eval_every >= udg_figures.LAST, "the score needs five evaluations"
 
 
