@@ -196,13 +196,13 @@ TRAINING = (  # panels of training.png
 
 
 class Transitions(NamedTuple):
-    """What is learnt from; leading axes free, features last."""
+    """Rows to learn from; any leading axes, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
     rewards: jax.Array  # [..]
     next_observations: jax.Array  # [.., S]
-    terminals: jax.Array  # [..] 1.0 where the episode truly ended: stops bootstrapping, as no time limit does
+    terminals: jax.Array  # [..] 1.0 where the episode ended by itself: no bootstrap; 0.0 at a time limit
 
 
 class CpedData(NamedTuple):

@@ -1,20 +1,21 @@
-"""DAC: the policy is a diffusion model of the data's actions; the noise it predicts is shifted along the gradient of Q.
+"""DAC: the policy is a diffusion model that learns the data's noise minus a multiple of grad Q: its actions climb Q.
 
 Paper      Diffusion Actor-Critic: Formulating Constrained Policy Iteration as Diffusion Noise Regression
            for Offline Reinforcement Learning (Fang et al., ICLR 2025), arXiv 2405.20555. Equation numbers
            are the paper's. "Code" is the authors' released code, which produced the published numbers.
-Objective  max over pi of  E[ Q(s, a) ] - eta KL(pi || pi_beta), solved by pi* ~ pi_beta exp(Q / eta). At noise
-           level t the score of pi* is about that of the data plus grad Q(s, x_t) / eta. So pi* can be learnt by
-           regression on noise (Theorems 1 and 2), and no gradient runs through the sampling chain.
+Objective  max over pi of  E[ Q(s, a) ] - eta KL(pi || pi_beta), solved by pi* proportional to pi_beta exp(Q / eta).
+           At noise level t the score of pi* is about that of the data plus grad Q(s, x_t) / eta. A score is
+           -eps / sigma_t, so the noise to learn is eps - sigma_t grad Q / eta (Theorems 1 and 2), and no gradient
+           runs through the sampling chain.
 
 Algorithm  (1) draw:     rows (s, a, r, s') of the data; t ~ Unif{1..T}, eps ~ N(0, I) for each
            (2) sample:   a'_n ~ target actor at s', n = 1..N: x_T ~ N(0, I), then T reverse steps
            (3) target:   y = r + gamma (1 - terminal) [ mean_h v_h - rho std_h v_h ],
                          v_h = mean_n (or max_n) Qtar_h(s', a'_n)                               (Eq. 18)
-           (4) critics:  a step on mean_h (Q_h(s, a) - y)^2; then Qtar <- Polyak average of Q
+           (4) critics:  a step on <(Q_h(s, a) - y)^2>; then Qtar <- Polyak average of Q
            (5) actor:    a step on  eta <(eps_theta - eps)^2> + <sigma_t g eps_theta>           (Eq. 16)
                          x_t = sqrt(abar_t) a + sigma_t eps,  sigma_t = sqrt(1 - abar_t),
-                         g = grad_x mean_h Qtar_h(s, x) at x_t / mean |Qtar(s, a)|              (Eq. 19)
+                         g = G / <|Qtar_h(s, a)|>,  G = grad_x mean_h Qtar_h(s, x) at x = x_t    (Eq. 19)
            (6) dual:     eta <- eta + eta_lr (<(eps_theta - eps)^2> - b)
            (7) target actor: every 5th update after the first 1000, Polyak average of the actor
            To act: N_a samples of the actor, and of these the one with the greatest mean_h Qtar_h(s, a)
@@ -24,12 +25,13 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets [B
            beta, alpha, abar: alpha_bar [T + 1], index 0 for no noise | sigma sqrt(1 - abar)
            T num_steps | H num_critics | N num_q_samples | N_a num_action_samples | B batch
            eta weight of the regression | b bc_threshold | rho pessimism | gamma discount
-           tau Polyak rate | S also num_seeds, as a leading axis
+           tau Polyak rate | E episodes | S also num_seeds, as a leading axis
+           <.> mean over the batch, the action's dimensions and the critics h
 
 Deviations
   D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, --num-q-samples 1 for the paper's.
   D2  Eq. 15 is a square, whose minimiser is eps - sigma g / eta; Eq. 16 and code: eps - sigma g / (2 eta);
-      here: Eq. 16, so that the temperature is 2 eta.
+      here: Eq. 16, so pi tends to pi_beta exp(Q / (2 eta <|Qtar|>)).
   D3  Algorithm 1 averages actor and critics at the end of every update; code: the critics before the actor's
       step, which uses the new averages, and the actor as in line (7); here: the code's.
   D4  Paper: no clip on the dual step; code: the excess within +-1, eta in [1e-3, 100]; here: the code's.
@@ -39,10 +41,13 @@ Deviations
   D7  Code visits every row once an epoch; here: uniform draws with replacement, inside the jitted loop.
   D8  Code: rewards times 1000 / (max - min episode return); here: the range is at least the mean absolute
       return, because the returns of one policy's episodes may hardly differ.
-  D9  At the published b = 1 the policy leaves the data at once, and the critics need 200k updates to unlearn
-      the overestimation; here: the same in the published presets, elsewhere a fixed eta = 0.2.
-  D10 Code, bandit: reverse steps not clipped, b = 1.3, T = 50, 20k updates; here: clipped (without it, denoised
-      guidance diverged), b = 0.5, T = 20, 4k updates at four times the rate.
+  D9  At the published b = 1 the policy leaves the data at once, and the critics may need 200k updates to unlearn
+      the overestimation (walker2d-medium); here: the same in the published presets, elsewhere a fixed eta = 0.2.
+  D10 Code, bandit: reverse steps clipped in the chain of denoised guidance only, b = 1.3, T = 50, 20k updates at a
+      nearly constant rate, fresh reward noise in every batch; here: all clipped, b = 0.5, T = 20, 4k updates, the
+      actor's at four times the rate, cosine to 0, and one draw of noise for each row.
+  D11 Code also evaluates before the first update, with fresh noise each time; here: from eval_every on, and always
+      from the same starts with the same noise.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/dac/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
@@ -84,23 +89,23 @@ class Args(runner.Flags):
     schedule: Literal["vp", "cosine", "linear"] = "vp"
     """beta_t: variance preserving from 0.1 to 10 (code), cosine, or linear from 1e-4 to 2e-2"""
     clip_samples: bool = True
-    """clip the predicted action into [-1, 1] in every reverse step (code; not in the bandit)"""
+    """clip the predicted action into [-1, 1] in every reverse step (code; its bandit: D10)"""
     temperature: runner.Rate = 1.0
-    """scale of the noise of the reverse steps (code: 1, in the target and in the evaluation)"""
+    """scale of the noise in the reverse steps, which has nothing to do with eta (code: 1)"""
     guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
     """soft (DAC): sigma_t g; hard: g; denoised: Q of whole samples (Diffusion-QL); none: cloning"""
     eta: runner.Size = 1.0
-    """eta: weight of the regression on the data, at the start (code: 1; antmaze 0.1)"""
+    """eta: weight of the regression on the data, at the start (code: 1; antmaze 0.1; on other data 0.2, D9)"""
     eta_lr: runner.Rate = 1e-3
-    """step of the dual ascent on eta, 0 for a fixed eta (code: 1e-3; antmaze 0)"""
+    """step of the dual ascent on eta, 0 for a fixed eta (code: 1e-3; antmaze 0; on other data 0, D9)"""
     bc_threshold: runner.Rate = 1.0
-    """b: error of the regression, per dimension, that eta aims at; that of zero noise is 1 (code: 0.05 to 1, D9)"""
+    """b: error of the regression, per dimension, that eta aims at; always predicting 0 gives 1 (code: 0.05 to 1, D9)"""
     eta_min: runner.Size = 1e-3
     """lower clip of eta (code: 1e-3)"""
     eta_max: runner.Size = 100.0
     """upper clip of eta (code: 100)"""
     ema_every: runner.Count = 5
-    """updates between two averages of the target actor (code: 5)"""
+    """updates between two Polyak steps of the target actor (code: 5)"""
     ema_start: runner.Natural = 1_000
     """updates after which these begin (code: 1,000)"""
     num_action_samples: runner.Count = 10
@@ -128,7 +133,7 @@ class Args(runner.Flags):
     lr_cosine: bool = True
     """let both rates fall to 0 over the run by a cosine (code)"""
     clip_norm: runner.Size = 1.0
-    """greatest norm of a gradient, of all critics together (code: 1)"""
+    """largest global norm of a gradient; all critics share one (code: 1)"""
     gamma: runner.Share = 0.99
     """discount (code: 0.99)"""
     tau: runner.Share = 0.005
@@ -183,13 +188,13 @@ TRAINING = (  # panels of training.png
 
 
 class Transitions(NamedTuple):
-    """What is learnt from; leading axes free, features last."""
+    """Rows to learn from; any leading axes, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
     rewards: jax.Array  # [..]
     next_observations: jax.Array  # [.., S]
-    terminals: jax.Array  # [..] 1.0 where the episode truly ended: stops bootstrapping, as no time limit does
+    terminals: jax.Array  # [..] 1.0 where the episode ended by itself: no bootstrap; 0.0 at a time limit
 
 
 def sample_batch(data, key, batch_size):
@@ -258,16 +263,17 @@ class NoiseNet(nn.Module):
 
 
 class DacCritics(nn.Module):
-    """`num` independent Q_h(s, a), a leading axis: [num, ..]."""
+    """H = `num` independent critics, Q_h(s, a) [H, ..]; the parameters have the same leading axis."""
 
     hidden_sizes: tuple[int, ...]
     num: int
 
     @nn.compact
     def __call__(self, observations, actions):
-        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        members = nn.vmap(MishMLP, in_axes=None, axis_size=self.num, **axes)((*self.hidden_sizes, 1), name="members")
-        return members(joined(observations, actions))[..., 0]
+        ensemble = nn.vmap(
+            MishMLP, in_axes=None, axis_size=self.num, variable_axes={"params": 0}, split_rngs={"params": True}
+        )
+        return ensemble((*self.hidden_sizes, 1), name="members")(joined(observations, actions))[..., 0]
 
 
 def predict_noise(actor, observations, x, t, args):
@@ -285,11 +291,11 @@ def polyak(target, online, tau):
     return jax.tree.map(lambda t, o: (1 - tau) * t + tau * o, target, online)
 
 
-# === losses ===
+# === diffusion ===
 
 
 class Schedule(NamedTuple):
-    """alpha_t = 1 - beta_t and alpha_bar_t = alpha_1 .. alpha_t, all [T + 1]; index 0: no noise."""
+    """alpha_t = 1 - beta_t and alpha_bar_t = alpha_1 * .. * alpha_t, all [T + 1]; index 0: no noise."""
 
     beta: np.ndarray
     alpha: np.ndarray
@@ -298,8 +304,8 @@ class Schedule(NamedTuple):
 
 @functools.cache
 def noise_schedule(name, num_steps):
-    """vp: beta_t = 1 - exp(-0.1 / T - (10 - 0.1) (2t - 1) / (2 T^2)); cosine, linear: as in DDPM and after."""
-    t = np.arange(1, num_steps + 1)
+    """vp: beta_t = 1 - exp(-0.1 / T - (10 - 0.1) (2t - 1) / (2 T^2)); linear: DDPM's; cosine: the improved one."""
+    t = np.arange(1, num_steps + 1)  # numpy: a cached array of jax could belong to a trace
     if name == "vp":
         beta = 1 - np.exp(-0.1 / num_steps - 0.5 * 9.9 * (2 * t - 1) / num_steps**2)
     elif name == "cosine":
@@ -322,7 +328,8 @@ def reverse_step(x, eps, t, args):
     """Mean and std of x_{t-1} given x_t = x and the predicted noise, for one t.
 
     x0 = clip((x - sigma_t eps) / sqrt(abar_t), -1, 1)
-    mean = (sqrt(abar_{t-1}) beta_t x0 + sqrt(alpha_t) (1 - abar_{t-1}) x) / (1 - abar_t),  std = sqrt(beta_t)
+    mean = (sqrt(abar_{t-1}) beta_t x0 + sqrt(alpha_t) (1 - abar_{t-1}) x) / (1 - abar_t)
+    std = temperature sqrt(beta_t), not the smaller one of the posterior (code)
     """
     beta, alpha, alpha_bar = map(jnp.asarray, noise_schedule(args.schedule, args.num_steps))
     x0 = (x - jnp.sqrt(1 - alpha_bar[t]) * eps) / jnp.sqrt(alpha_bar[t])
@@ -331,10 +338,10 @@ def reverse_step(x, eps, t, args):
     return mean / (1 - alpha_bar[t]), args.temperature * jnp.sqrt(beta[t])
 
 
-def sample_actions(actor, observations, prior, z, args):
-    """Line (2): from x_T = prior [.., A] with the noise z [T - 1, .., A] of the steps T..2 -> actions [.., A].
+def sample_actions(actor, observations, x_T, z, args):
+    """Line (2): from x_T [.., A] through the steps T..1 -> actions [.., A].
 
-    Step 1 has no noise. The leading axes of the observations need only broadcast with the prior's.
+    z [T - 1, .., A]: noise of the steps T..2; step 1 adds none. The observations' leading axes need only broadcast.
     """
 
     def step(x, inputs):
@@ -343,8 +350,11 @@ def sample_actions(actor, observations, prior, z, args):
         return mean + std * noise, None
 
     steps = jnp.arange(args.num_steps, 1, -1)
-    x, _ = jax.lax.scan(step, prior, (steps, z), unroll=min(args.num_steps, 5))
+    x, _ = jax.lax.scan(step, x_T, (steps, z), unroll=min(args.num_steps, 5))
     return reverse_step(x, predict_noise(actor, observations, x, 1, args), 1, args)[0]
+
+
+# === losses ===
 
 
 def dac_target(next_q, rewards, terminals, mix, args):
@@ -379,8 +389,8 @@ def q_gradient(critics, observations, actions, x, args):
 def dac_actor_loss(actor, target_critics, eta, batch, noise, args):
     """Line (5), Eq. 16: eta <(eps_theta - eps)^2> + <w g eps_theta>, means over B and A -> scalar, metrics.
 
-    w = sigma_t (soft) or 1 (hard); denoised: -mean_HB Qtar(s, a_theta) / mean |Qtar| in its place, a_theta
-    sampled through the whole chain; none: the regression alone.
+    w = sigma_t (soft) or 1 (hard). Other second terms: denoised -<Qtar_h(s, a_theta)> / <|Qtar_h|>, with a_theta
+    sampled through the whole chain; none.
     """
     s, a = batch.observations, batch.actions
     x, sigma = noised_actions(a, noise.eps, noise.t, args)
@@ -395,8 +405,10 @@ def dac_actor_loss(actor, target_critics, eta, batch, noise, args):
     else:
         guidance = jnp.mean((sigma if args.guidance == "soft" else 1.0) * g * eps_theta)  # D2
     loss = eta * bc_loss + guidance
-    metrics = {"train/actor_loss": loss, "train/bc_loss": bc_loss, "train/guidance": guidance}
-    return loss, {**metrics, "train/q_gradient": jnp.abs(g).mean(), "train/eta": eta}
+    return loss, {
+        "train/actor_loss": loss, "train/bc_loss": bc_loss, "train/guidance": guidance,
+        "train/q_gradient": jnp.abs(g).mean(), "train/eta": eta,
+    }  # fmt: skip
 
 
 def dual_step(eta, bc_loss, args):
@@ -409,14 +421,14 @@ def dual_step(eta, bc_loss, args):
 
 
 class Noise(NamedTuple):
-    """All randomness of an update but the choice of its rows."""
+    """All randomness of an update except the choice of rows."""
 
-    prior: jax.Array  # [B, N, A] x_T of the next actions
+    x_T: jax.Array  # [B, N, A] of the next actions
     z: jax.Array  # [T - 1, B, N, A] of their reverse steps
     t: jax.Array  # [B] 1..T
     eps: jax.Array  # [B, A]
     mix: jax.Array  # [H, B] weights of rand_convex
-    chain: jax.Array  # [T, B, A] the whole chain of denoised guidance
+    chain: jax.Array  # [T, B, A] x_T and z of denoised guidance
 
 
 class DacState(NamedTuple):
@@ -434,29 +446,34 @@ class DacState(NamedTuple):
 
 
 def draw_noise(key, actions, args):
-    """Noise for a batch with actions [B, A]."""
-    keys = jax.random.split(key, 5)
-    (batch, size), T = actions.shape, args.num_steps
-    normal = jax.random.normal(keys[0], (T, batch, args.num_q_samples, size))
-    t = jax.random.randint(keys[1], (batch,), 1, T + 1)
-    eps = jax.random.normal(keys[2], actions.shape)
-    mix = jax.random.uniform(keys[3], (args.num_critics, batch))
-    return Noise(normal[0], normal[1:], t, eps, mix, jax.random.normal(keys[4], (T, *actions.shape)))
+    """Noise for a batch with actions [B, A]; what a setting does not use, the compiler drops."""
+    key_next, key_t, key_eps, key_mix, key_chain = jax.random.split(key, 5)
+    T, (B, A) = args.num_steps, actions.shape
+    next_noise = jax.random.normal(key_next, (T, B, args.num_q_samples, A))
+    return Noise(
+        x_T=next_noise[0],
+        z=next_noise[1:],
+        t=jax.random.randint(key_t, (B,), 1, T + 1),
+        eps=jax.random.normal(key_eps, (B, A)),
+        mix=jax.random.uniform(key_mix, (args.num_critics, B)),
+        chain=jax.random.normal(key_chain, (T, B, A)),
+    )
 
 
 def dac_adam(rate, args):
-    """Gradients within clip_norm, then Adam with its cosine."""
+    """Gradients clipped to clip_norm, then Adam; lr_cosine: at a rate that falls to 0."""
     rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_cosine else rate
     return optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(rate))
 
 
 def critic_update(state, batch, noise, args):
-    """Lines (2) to (4) -> state, metrics. Without a discount y = r, and nothing is sampled."""
-    y = batch.rewards
-    if args.gamma > 0:
-        s = batch.next_observations[:, None]
-        next_actions = sample_actions(state.target_actor, s, noise.prior, noise.z, args)
-        next_q = q_values(state.target_critics, s, next_actions, args)
+    """Lines (2) to (4) -> state, metrics. With gamma = 0 (the bandit) y is r, and no actions are sampled."""
+    if args.gamma == 0:
+        y = batch.rewards
+    else:
+        next_s = batch.next_observations[:, None]  # [B, 1, S], for all N actions
+        next_actions = sample_actions(state.target_actor, next_s, noise.x_T, noise.z, args)
+        next_q = q_values(state.target_critics, next_s, next_actions, args)
         y = dac_target(next_q, batch.rewards, batch.terminals, noise.mix, args)
     grads, metrics = jax.grad(dac_critic_loss, has_aux=True)(state.critics, batch, y, args)
     step, critic_opt = dac_adam(args.critic_lr, args).update(grads, state.critic_opt)
@@ -474,7 +491,7 @@ def actor_update(state, batch, noise, args):
     step, actor_opt = dac_adam(args.actor_lr, args).update(grads, state.actor_opt)
     actor = optax.apply_updates(state.actor, step)
     eta = state.eta if args.guidance == "none" else dual_step(state.eta, metrics["train/bc_loss"], args)  # D5
-    due = (state.num_updates % args.ema_every == 0) & (state.num_updates > args.ema_start)
+    due = (state.num_updates % args.ema_every == 0) & (state.num_updates > args.ema_start)  # 1005 is the first (code)
     target_actor = polyak(state.target_actor, actor, jnp.where(due, args.tau, 0.0))  # D3
     state = state._replace(actor=actor, target_actor=target_actor, actor_opt=actor_opt, eta=eta)
     return state, metrics
@@ -498,13 +515,14 @@ def candidates(args):
 
 
 def choose_actions(nets, observations, key, args, num_act):
-    """N_a samples of the actor at each state [E, S], the one of greatest mean_h Q_h(s, a) -> [E, A]."""
-    (actor, critics), s = nets, observations[:, None]
+    """N_a samples of the actor at each state [E, S], of these the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
+    actor, target_critics = nets
+    s = observations[:, None]  # [E, 1, S]
     noise = jax.random.normal(key, (args.num_steps, len(observations), candidates(args), num_act))
     actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)  # [E, N_a, A]
     if candidates(args) == 1:
         return actions[:, 0]
-    best = jnp.argmax(q_values(critics, s, actions, args).mean(0), -1)
+    best = jnp.argmax(q_values(target_critics, s, actions, args).mean(0), -1)
     return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
 
 
@@ -521,8 +539,8 @@ def make_train(args, num_obs, num_act):
         critics = DacCritics(args.hidden_sizes, args.num_critics).init(key_critics, s, a)
         actor_opt = dac_adam(args.actor_lr, args).init(actor)
         critic_opt = dac_adam(args.critic_lr, args).init(critics)
-        eta = jnp.float32(args.eta)
-        return DacState(key, jnp.int32(0), actor, actor, critics, critics, actor_opt, critic_opt, eta)
+        nets = actor, actor, critics, critics  # targets start as copies
+        return DacState(key, jnp.int32(0), *nets, actor_opt, critic_opt, jnp.float32(args.eta))
 
     def one_update(state, data):
         key, key_batch, key_noise = jax.random.split(state.key, 3)
@@ -530,10 +548,10 @@ def make_train(args, num_obs, num_act):
         return dac_update(state._replace(key=key), batch, draw_noise(key_noise, batch.actions, args), args)
 
     def one_chunk(state, data):
-        state, metrics = jax.lax.scan(lambda s, _: one_update(s, data), state, length=args.chunk)
+        state, metrics = jax.lax.scan(lambda state, _: one_update(state, data), state, length=args.chunk)
         return state, jax.tree.map(jnp.mean, metrics)
 
-    chunk = lambda state, data: runner.map_seeds(lambda s: one_chunk(s, data), state, args)
+    chunk = lambda state, data: runner.map_seeds(lambda state: one_chunk(state, data), state, args)
     return jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)
 
 
@@ -546,13 +564,14 @@ def preset(args):
 
 
 def write_policy(run, state, args):
-    """policy.npz: actor, target critics to choose by (none for cloning), and the schedule."""
+    """policy.npz: actor, target critics to choose by (none where an action is one sample), and the schedule."""
     params = {"actor": state.actor, "schedule": noise_schedule(args.schedule, args.num_steps)}
     if candidates(args) > 1:
         params["critics"] = state.target_critics
-    about = {"num_action_samples": candidates(args), "temperature": args.temperature}
-    about |= {"clip_samples": args.clip_samples, "action_size": run.task.action_size}
-    run.write_policy("diffusion", params, **about)
+    run.write_policy(
+        "diffusion", params, num_action_samples=candidates(args), temperature=args.temperature,
+        clip_samples=args.clip_samples, action_size=run.task.action_size,
+    )  # fmt: skip
 
 
 def main(args):
@@ -560,7 +579,8 @@ def main(args):
     in_order = args.eta_min <= args.eta <= args.eta_max
     runner.refuse({"--eta-min, --eta and --eta-max must be in ascending order": in_order})
     buffer, task = runner.open_task("dac", args, Transitions._fields)
-    data, keys, eval_keys = dac_data(buffer, args), runner.seed_keys(args), runner.evaluation_keys(args)
+    data = dac_data(buffer, args)
+    keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
     init, train_chunk = make_train(args, task.observation_size, task.action_size)
     act = functools.partial(choose_actions, args=args, num_act=task.action_size)
     env = envs.make(task, args.backend)
@@ -568,11 +588,12 @@ def main(args):
 
     with runner.Run("dac", args, task, buffer) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)
-        state, data = run.restore(init, keys), jax.device_put(data)
+        state = run.restore(init, keys)
+        data = jax.device_put(data)  # all rows stay on the device
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
             run.progress(step, metrics, SHOWN)
-            if run.due(step):
+            if run.due(step):  # D11
                 run.log(step, metrics | evaluate((state.actor, state.target_critics), eval_keys))
             run.save(state)
         write_policy(run, state, args)

@@ -1,14 +1,15 @@
-"""QDQ: learn the distribution of returns Q | s, a of the data, and shrink the bootstrap where it is wide.
+"""QDQ: learn how the return is distributed given (s, a), and bootstrap a little less where that distribution is wide.
 
 Paper      Q-Distribution guided Q-learning for offline reinforcement learning: Uncertainty penalized Q-value
-           via consistency model (Zhang et al., NeurIPS 2024), arXiv 2410.20312; equation numbers are its.
+           via consistency model (Zhang et al., NeurIPS 2024), arXiv 2410.20312; equation numbers are the paper's.
            "Code" below: the authors' repository at the last commit that still had all its parts.
-Idea       Far from the data a critic's value is a guess, and the spread H of the return distribution is wide
-           there too. The rows of a batch with the widest H at (s', a') bootstrap a little less than the others.
+Idea       Far from the data a critic's value is a guess, and the return distribution should be wide there too; H is
+           its std. The rows of a batch with the widest H at (s', a') bootstrap a little less than the others.
 
 Algorithm  (1) data set: q = sum_m gamma^m r over a window of T steps, started at every k-th step     (Eq. 5)
            (2) teacher:  a denoiser D(x_t, t | s, a) of x = q scaled to [-1, 1]
-           (3) student:  a consistency model f(x_t, t | s, a), distilled from one Heun step of D
+           (3) student:  a consistency model f(x_t, t | s, a), pulled at each level t to its target at the next one,
+                         which a Heun step of D leads to
            (4) spread:   H(s, a) = std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return         (Eq. 6)
            (5) target:   a' ~ target actor at s' with noise; U: the rows of the batch with H(s', a') above
                          its beta quantile; w = 1/H in U, else beta                                (Eq. 8)
@@ -24,25 +25,27 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
 
 Deviations
-  D1  Eq. 5 counts m from the episode's start, ends a window k steps on and drops the reward of a terminal step;
-      code: m from the window's start, T steps, all rewards; here: the code's.
-  D2  Code: T = 200, k = 10; here: so for episodes of 1000 steps and on AntMaze, else T = length / 5, k = T / 20.
-  D3  Paper: 80k and 160k steps for teacher and student, stored models: 800k and 1.6M; here: the latter.
+  D1  Eq. 5 counts m from the start of the episode, ends a window after k steps and drops the reward of a terminal
+      step; code: m from the start of the window, T steps, all rewards; here: the code's.
+  D2  Code: T = 200, k = 10, for episodes of 1000 steps; here: T = length / 5, k = T / 20, on AntMaze the code's.
+  D3  Paper: 80k and 160k steps for teacher and student, stored models: 800k and 1.6M; here: the latter. --quick and
+      --preset cpu have fewer steps, 18 levels and a target rate of 0.05.
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
-  D6  Eq. 6: std of n samples with n - 1; code: 50 samples with n; here: a Gauss-Hermite sum over the scalar z,
+  D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n; here: a Gauss-Hermite sum over the scalar z,
       --uncertainty mc for the code's.
   D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'); here: the code's.
   D8  Eq. 8 is not what the code does on AntMaze; here: the code's three weights, --weight.
-  D9  1/H > beta, and any w < 1 where Qm < 0, turn the penalty into a bonus; code: so; here: so in the published
-      presets, elsewhere w <= beta (--w-max) and the value falls by its magnitude (--sign-aware).
+  D9  The penalty is a bonus where 1/H is above the weight of other rows, and, for w < 1, where Qm < 0 (paper, code);
+      here: the same in the published presets, elsewhere w is bounded (--w-max) and the value falls by a share of its
+      magnitude (--sign-aware).
   D10 Paper: constant rate of the actor; code: cosine over num_updates counted in actor steps, which ends half
       way; here: the code's.
   D11 Code: raw states, raw Q beside the likelihood; here: so in the published presets, elsewhere standardised
       states (--normalize) and Q over its mean magnitude (--q-norm), so that gamma_ent has no unit.
   D12 Code: one student for the policies of all seeds; here: one each, --student to share one.
   D13 Paper, code: Q and likelihood from the start; here: so in the published presets, elsewhere the actor clones
-      for the first tenth of the updates (--q-from), since the likelihood holds nothing while its std is wide.
+      for the first tenth of the updates (--q-from), because the likelihood does not hold it while its std is wide.
   D14 Code: rows of a batch without replacement; here: with.
   D15 Paper and code differ in alpha, in beta and gamma_ent of some sets, and in layers and loss of AntMaze's actor
       (Eq. 9 in the paper, advantage-weighted in the code); here: the code's, PUBLISHED.
@@ -60,7 +63,7 @@ Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; ant-angle-60, 
            both on a CPU core that others shared; docs/qdq.md
 """
 
-import itertools
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -92,7 +95,7 @@ class Args(runner.Flags):
     """gradient steps between two evaluations (code: 5,000)"""
     # --- distribution of Q ---
     window: runner.Natural = 0
-    """T: steps of a windowed return; 0: 200 for episodes of 1000 steps, else a fifth of their length (code: 200; D2)"""
+    """T: steps of a windowed return; 0: a fifth of an episode (code: 200; D2)"""
     window_step: runner.Natural = 0
     """k: steps between two windows; 0: T / 20 (code: 10; D2)"""
     max_windows: runner.Count = 100
@@ -129,9 +132,9 @@ class Args(runner.Flags):
     beta: runner.Share = 0.9
     """beta: quantile above which a row is flagged, and weight of the others (code: 0.8 or 0.9 by dataset; D15)"""
     weight: Literal["mujoco", "antmaze", "antmaze-diverse"] = "mujoco"
-    """w: 1/H if flagged, else beta; 1 + 0.1 (1 - 1/H), else 1; 1/H, else 1 (code; D8)"""
+    """w of flagged rows, of others: mujoco 1/H, beta; antmaze 1 + 0.1 (1 - 1/H), 1; antmaze-diverse 1/H, 1 (D8)"""
     w_max: bool = True
-    """bound w by beta, so that a flagged row never bootstraps more than another (ours, D9)"""
+    """bound w by that of the rows not flagged, so that a flagged row never bootstraps more than another (ours, D9)"""
     sign_aware: bool = True
     """where Qm < 0 lower the value by as much of its magnitude, instead of raising it (ours, D9)"""
     # --- actor-critic ---
@@ -142,7 +145,7 @@ class Args(runner.Flags):
     sample_target: bool = False
     """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0; D16)"""
     q_from: runner.Share = 0.1
-    """share of num_updates during which the actor of loss q only clones; with gamma_ent 0 it rests (ours, D13)"""
+    """share of num_updates in which the actor of loss q only clones; with gamma_ent 0 it stands still (ours, D13)"""
     q_norm: bool = True
     """divide Q by its mean magnitude in the actor's loss q (ours, D11)"""
     awr_temperature: runner.Rate = 6.0
@@ -172,7 +175,7 @@ class Args(runner.Flags):
     target_noise: runner.Rate = 0.2
     """std of the noise on a' (code: 0.2)"""
     target_noise_clip: runner.Rate = 0.5
-    """its bound (code: 0.5)"""
+    """bound of that noise (code: 0.5)"""
     log_std_min: float = -5.0
     """lower clip of the actor's free log standard deviation (code: -5)"""
     log_std_max: float = 2.0
@@ -243,13 +246,13 @@ QUICK = SHORT | {
 
 
 class Transitions(NamedTuple):
-    """What is learnt from; leading axes free, features last."""
+    """Rows to learn from; any leading axes, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
     rewards: jax.Array  # [..]
     next_observations: jax.Array  # [.., S]
-    terminals: jax.Array  # [..] 1.0 where the episode truly ended: stops bootstrapping, as no time limit does
+    terminals: jax.Array  # [..] 1.0 where the episode ended by itself: no bootstrap; 0.0 at a time limit
 
 
 class Entries(NamedTuple):
@@ -269,7 +272,7 @@ def sample_batch(data, key, batch_size):
 
 def window_sizes(args, episode_length):
     """-> T, k of the flags, or of the rule for this length of episodes."""
-    window = args.window or (200 if episode_length == 1000 else max(episode_length // 5, 1))  # D2
+    window = args.window or max(episode_length // 5, 1)  # D2
     step = args.window_step or max(window // 20, 1)
     if step > window:
         raise envs.InputError(f"--window-step {step}: must be at most the window, {window} steps here; 0: a twentieth")
@@ -283,22 +286,15 @@ def windowed_returns(rewards, ends, gamma, window, step, cap):
     start; a longer one starts windows every k steps until the first that its end cuts, `cap` at most.
     -> rows j [M], q [M], lengths w [M]
     """
-    ends = np.asarray(ends, int)
-    to_go, total = np.zeros(len(rewards) + 1), 0.0  # discounted return until the episode's end
-    last = np.isin(np.arange(1, len(rewards) + 1), ends)
-    for i in range(len(rewards) - 1, -1, -1):
-        total = float(rewards[i]) + (0.0 if last[i] else gamma * total)  # D1
-        to_go[i] = total
+    rewards, powers = np.asarray(rewards, float), gamma ** np.arange(window)
     rows, widths = [], []
-    for begin, end in zip(np.append(0, ends[:-1]), ends, strict=True):
-        num = 1 + min(cap - 1, max(0, -(-(end - begin - window) // step)))
-        starts = begin + step * np.arange(num)
-        rows.append(starts)
-        widths.append(np.minimum(window, end - starts))
+    for begin, end in zip((0, *ends[:-1]), ends, strict=True):
+        first_cut = max(begin, end - window)  # a window from here on reaches the end
+        rows.append(np.arange(begin, first_cut + step, step)[:cap])
+        widths.append(np.minimum(window, end - rows[-1]))
     rows, widths = np.concatenate(rows), np.concatenate(widths)
-    after = rows + widths
-    rest = np.where(np.isin(after, ends), 0.0, to_go[after])
-    return rows, to_go[rows] - gamma**widths * rest, widths
+    q = np.array([powers[:w] @ rewards[j : j + w] for j, w in zip(rows, widths, strict=True)])  # D1
+    return rows, q, widths
 
 
 def scaled(q, low, high):
@@ -314,20 +310,20 @@ def unscaled(x, low, high):
 def qdq_data(buffer, args):
     """Buffer -> Transitions [N], Entries [M], and mean, std [S] that observations are standardised with."""
     rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
-    mean, std = np.zeros(rows.observations.shape[1], np.float32), np.ones(rows.observations.shape[1], np.float32)
-    if args.normalize:  # D11
-        mean, std = rows.observations.mean(0), rows.observations.std(0) + np.float32(1e-3)
+    s = rows.observations
+    mean, std = (s.mean(0), s.std(0) + 1e-3) if args.normalize else (np.zeros_like(s[0]), np.ones_like(s[0]))  # D11
     rows = rows._replace(
-        observations=(rows.observations - mean) / std,
+        observations=(s - mean) / std,
         actions=np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5),
         next_observations=(rows.next_observations - mean) / std,
-        rewards=rows.rewards + np.float32(args.reward_shift),
+        rewards=rows.rewards + args.reward_shift,
     )
     sizes = window_sizes(args, buffer.metadata["episode_length"])
     starts, q, _ = windowed_returns(rows.rewards, buffer["episode_ends"], args.gamma, *sizes, args.max_windows)
     conditions = np.concatenate([rows.observations, rows.actions], -1)[starts]
     limits = np.float32(q.min()), np.float32(q.max())
     entries = Entries(conditions, scaled(q, q.min(), q.max()).astype(np.float32), *limits)
+    check_entries(entries, *sizes, args)
     return jax.tree.map(jnp.asarray, rows), jax.tree.map(jnp.asarray, entries), (mean, std)
 
 
@@ -341,98 +337,77 @@ def mish(x):
     return x * n / (n + 2.0)
 
 
-class Layers(NamedTuple):
-    """Fully connected layers, or those of an ensemble on a leading axis."""
+class GroupNorm(nn.Module):
+    """Every `size` features to mean 0, variance 1, then scale and bias. By hand: nn.GroupNorm takes 10 times longer."""
 
-    weights: tuple[jax.Array, ...]  # [.., in, out]
-    biases: tuple[jax.Array, ...]  # [.., out]
+    size: int
 
-
-def layers_init(key, widths, *members):
-    """Xavier-uniform weights and zero biases; members: an ensemble's leading axis."""
-    pairs = list(itertools.pairwise(widths))
-    bound = lambda pair: (6.0 / sum(pair)) ** 0.5
-    weights = tuple(
-        jax.random.uniform(k, (*members, *pair), minval=-bound(pair), maxval=bound(pair))
-        for k, pair in zip(jax.random.split(key, len(pairs)), pairs, strict=True)
-    )
-    return Layers(weights, tuple(jnp.zeros((*members, pair[1])) for pair in pairs))
+    @nn.compact
+    def __call__(self, x):
+        groups = x.reshape(*x.shape[:-1], -1, self.size)
+        groups = groups - groups.mean(-1, keepdims=True)
+        groups = groups * jax.lax.rsqrt(jnp.square(groups).mean(-1, keepdims=True) + 1e-6)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return groups.reshape(x.shape) * scale + self.param("bias", nn.initializers.zeros, x.shape[-1:])
 
 
-class QNet(NamedTuple):
-    """F(x, t | c): the network inside teacher and student."""
+class QNet(nn.Module):
+    """F(x, t | c), the network inside teacher and student: c [.., C]; x, t [..] -> [..]; the axes need only broadcast.
 
-    fourier: jax.Array  # [8] frequencies, never trained
-    time: Layers  # 16 sinusoids of t -> 32
-    trunk: Layers  # [c, c_in x, time's output] -> hidden -> 1
-    scales: tuple[jax.Array, ...]  # of the GroupNorms
-    shifts: tuple[jax.Array, ...]
+    The first layer is the sum of three, on c, on c_in x and on e(t): c passes it once for all x of a row, and a scalar
+    t once for all rows.
+    """
+
+    hidden_sizes: tuple[int, ...]
+    group_size: int
+
+    @nn.compact
+    def __call__(self, c, x, t):
+        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+        fourier = jax.lax.stop_gradient(self.param("fourier", nn.initializers.normal(16.0), (FOURIER,)))
+        angles = 2 * jnp.pi * (0.25 * jnp.log(t))[..., None] * fourier
+        e = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        for _ in range(2):
+            e = nn.silu(dense(TIME_WIDTH)(e))
+
+        c_in = jax.lax.rsqrt(jnp.square(t) + SIGMA_DATA**2)
+        first = functools.partial(dense, self.hidden_sizes[0], use_bias=False)
+        hidden = first(use_bias=True)(c) + first()((c_in * x)[..., None]) + first()(e)
+        for width in (*self.hidden_sizes[1:], 1):
+            hidden = dense(width)(nn.silu(GroupNorm(self.group_size)(hidden)))
+        return hidden[..., 0]
 
 
 class QModel(NamedTuple):
     """The student, and the range of returns that its x stands for."""
 
-    net: QNet
+    net: Any  # parameters of a QNet
     low: jax.Array
     high: jax.Array
 
 
-def q_net_init(key, num_conditions, args):
-    """A fresh network; frequencies ~ N(0, 16^2)."""
-    key_fourier, key_time, key_trunk = jax.random.split(key, 3)
-    widths = (num_conditions + 1 + TIME_WIDTH, *args.model_hidden_sizes, 1)
-    return QNet(
-        16.0 * jax.random.normal(key_fourier, (FOURIER,)),
-        layers_init(key_time, (2 * FOURIER, TIME_WIDTH, TIME_WIDTH)),
-        layers_init(key_trunk, widths),
-        tuple(jnp.ones(width) for width in args.model_hidden_sizes),
-        tuple(jnp.zeros(width) for width in args.model_hidden_sizes),
-    )
+def q_net(args):
+    """The architecture of teacher and student."""
+    return QNet(args.model_hidden_sizes, args.group_size)
 
 
-def group_norm(x, scale, shift, group_size):
-    """Every `group_size` features of x [.., W] to mean 0 and variance 1, then times scale, plus shift."""
-    groups = x.reshape(*x.shape[:-1], -1, group_size)
-    groups = groups - groups.mean(-1, keepdims=True)
-    groups = groups * jax.lax.rsqrt(jnp.square(groups).mean(-1, keepdims=True) + 1e-6)
-    return groups.reshape(x.shape) * scale + shift
-
-
-def time_embedding(net, t):
-    """e(t) [.., 32] of noise levels t [..]: two layers on sin and cos of 2 pi W (ln t) / 4."""
-    angles = 2 * jnp.pi * (0.25 * jnp.log(t))[..., None] * jax.lax.stop_gradient(net.fourier)
-    e = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-    for w, b in zip(*net.time, strict=True):
-        e = nn.silu(e @ w + b)
-    return e
-
-
-def raw_output(net, c, x, t, args):
-    """F(x, t | c) [..]: c [.., C], x and t [..], whose axes need only broadcast.
-
-    The first layer is split into c W_c + c_in x w_x + e(t) W_e: c passes it once for all x, a scalar t once
-    for all rows.
-    """
-    w_c, w_x, w_e = jnp.split(net.trunk.weights[0], (c.shape[-1], c.shape[-1] + 1))
-    c_in = jax.lax.rsqrt(jnp.square(t) + SIGMA_DATA**2)
-    hidden = c @ w_c + (c_in * x)[..., None] * w_x[0] + time_embedding(net, jnp.asarray(t)) @ w_e + net.trunk.biases[0]
-    for i, (w, b) in enumerate(zip(net.trunk.weights[1:], net.trunk.biases[1:], strict=True)):
-        hidden = nn.silu(group_norm(hidden, net.scales[i], net.shifts[i], args.group_size)) @ w + b
-    return hidden[..., 0]
+def q_model(net, entries, args):
+    """The students [S] of all seeds, with the range of D_Q."""
+    return QModel(net, jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high))
 
 
 def denoiser(net, c, x, t, args):
     """D(x, t | c) = c_skip x + c_out F: the mean of x_0 given x at level t."""
     c_skip = SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2)
     c_out = t * SIGMA_DATA / jnp.sqrt(t**2 + SIGMA_DATA**2)
-    return c_skip * x + c_out * raw_output(net, c, x, t, args)
+    return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
 
 
 def consistency(net, c, x, t, args):
     """f(x, t | c) = c_skip x + c_out F: the end of the path through x at level t; f(x, T_MIN) = x."""
     c_skip = SIGMA_DATA**2 / ((t - T_MIN) ** 2 + SIGMA_DATA**2)
     c_out = (t - T_MIN) * SIGMA_DATA / jnp.sqrt(t**2 + SIGMA_DATA**2)
-    return c_skip * x + c_out * raw_output(net, c, x, t, args)
+    return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
 
 
 def noise_levels(num):
@@ -449,7 +424,7 @@ def heun_step(denoise, x, t, s):
 
 
 def q_samples(model, c, z, args):
-    """Returns f(80 z, 80 | c): c [.., C], noise z [.., K] -> [.., K], not clipped to the data's range."""
+    """Samples of the return, f(80 z, 80 | c) unscaled: c [.., C], z [K] or [.., K] -> [.., K], not clipped."""
     x = consistency(model.net, c[..., None, :], T_MAX * z, T_MAX, args)
     return unscaled(x, model.low, model.high)
 
@@ -465,18 +440,6 @@ def q_moments(model, c, key, args):
     q = q_samples(model, c, z, args)
     mean = q @ weights
     return mean, jnp.sqrt(jnp.square(q - mean[..., None]) @ weights)
-
-
-class MLP(nn.Module):
-    """Fully connected layers of the given widths, ReLU between them, Xavier-uniform weights, zero biases."""
-
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x):
-        for width in self.widths[:-1]:
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
-        return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
 
 
 class QdqCritics(nn.Module):
@@ -498,30 +461,25 @@ class QdqCritics(nn.Module):
         return jnp.stack(values)
 
 
-class QdqActor(NamedTuple):
-    """A Gaussian around tanh(MLP(s)); its std is one free vector for all states."""
+class QdqActor(nn.Module):
+    """mu(s) = tanh(MLP(s)) [.., A], and one free log std [A]. Weights Xavier-uniform, those of the last orthogonal."""
 
-    mean: Any  # parameters of the MLP
-    log_std: jax.Array  # [A], before the clip
+    hidden_sizes: tuple[int, ...]
+    action_size: int
 
-
-def actor_init(key, num_obs, num_actions, args):
-    """Xavier-uniform layers, the last one orthogonal with gain sqrt 2; log std 0."""
-    key_net, key_head = jax.random.split(key)
-    params = MLP((*args.hidden_sizes, num_actions)).init(key_net, jnp.zeros(num_obs))
-    head = params["params"][f"Dense_{len(args.hidden_sizes)}"]
-    head["kernel"] = nn.initializers.orthogonal(2**0.5)(key_head, head["kernel"].shape)
-    return QdqActor(params, jnp.zeros(num_actions))
+    @nn.compact
+    def __call__(self, x):
+        for width in self.hidden_sizes:
+            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
+        x = nn.Dense(self.action_size, kernel_init=nn.initializers.orthogonal(2**0.5))(x)
+        return jnp.tanh(x), self.param("log_std", nn.initializers.zeros, (self.action_size,))
 
 
-def policy_mean(params, observations, args, num_actions):
-    """mu(s) = tanh(MLP(s)) [.., A]."""
-    return jnp.tanh(MLP((*args.hidden_sizes, num_actions)).apply(params, observations))
-
-
-def clipped_log_std(actor, args):
-    """log std [A] as it is used."""
-    return jnp.clip(actor.log_std, args.log_std_min, args.log_std_max)
+def policy(actor, observations, args):
+    """The actor's Gaussian: mu(s) [.., A], and its log std [A] within the clip."""
+    net = QdqActor(args.hidden_sizes, actor["params"]["log_std"].shape[-1])
+    mean, log_std = net.apply(actor, observations)
+    return mean, jnp.clip(log_std, args.log_std_min, args.log_std_max)
 
 
 def polyak(target, online, tau):
@@ -574,13 +532,13 @@ def bootstrap_weight(h, args):
     """Line (5): w [B] from H [B], and the flagged rows `ood` [B] (Eq. 8)."""
     ood = h > jnp.quantile(h, args.beta)  # D7
     inverse = 1.0 / jnp.maximum(h, 1e-6)
-    flagged, other = {  # D8
+    w_flagged, w_other = {  # D8
         "mujoco": (inverse, args.beta),
         "antmaze": (1.0 + 0.1 * (1.0 - inverse), 1.0),
         "antmaze-diverse": (inverse, 1.0),
     }[args.weight]
-    w = jnp.where(ood, flagged, other)
-    return (jnp.minimum(w, args.beta) if args.w_max else w), ood  # D9
+    w_flagged = jnp.minimum(w_flagged, w_other) if args.w_max else w_flagged  # D9
+    return jnp.where(ood, w_flagged, w_other), ood
 
 
 def mixed_target(batch, next_q, h, args):
@@ -606,9 +564,9 @@ def mixed_target(batch, next_q, h, args):
 def next_actions(actor, observations, key, args):
     """a' [B, A]: mu(s'), or a sample of the Gaussian around it; then clipped noise, within [-1, 1]."""
     key_sample, key_noise = jax.random.split(key)
-    actions = policy_mean(actor.mean, observations, args, actor.log_std.shape[-1])
+    actions, log_std = policy(actor, observations, args)
     if args.sample_target:  # D16
-        actions += jnp.exp(clipped_log_std(actor, args)) * jax.random.normal(key_sample, actions.shape)
+        actions += jnp.exp(log_std) * jax.random.normal(key_sample, actions.shape)
     noise = args.target_noise * jax.random.normal(key_noise, actions.shape)
     return jnp.clip(actions + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
 
@@ -644,7 +602,7 @@ def climbing_loss(q, log_p, with_q, args):
 
 
 def awr_loss(q, value, log_p, args):
-    """-mean_B min(exp(6 (Q(s, a) - V(s))), 100) log N(a; mu(s), std); no gradient through the weight."""
+    """-mean_B min(exp(temperature (Q(s, a) - V(s))), 100) log N(a; mu(s), std); no gradient through the weight."""
     weight = jnp.minimum(jnp.exp(args.awr_temperature * (q - value)), 100.0)
     return -jnp.mean(jax.lax.stop_gradient(weight) * log_p)
 
@@ -652,32 +610,46 @@ def awr_loss(q, value, log_p, args):
 def qdq_actor_loss(actor, target_actor, critic, with_q, batch, key, args):
     """Line (7), with Q(s, mu(s)) or by advantages (--actor-loss) -> scalar, metrics."""
     critics = QdqCritics(args.hidden_sizes, args.layer_norm)
-    mean = policy_mean(actor.mean, batch.observations, args, batch.actions.shape[-1])
-    log_std = clipped_log_std(actor, args)
+    mean, log_std = policy(actor, batch.observations, args)
     log_p = log_likelihood(batch.actions, mean, log_std)
     if args.actor_loss == "awr":
-        old = policy_mean(target_actor.mean, batch.observations, args, batch.actions.shape[-1])
-        noise = jax.random.normal(key, (args.awr_samples, *old.shape))
-        samples = old + jnp.exp(clipped_log_std(target_actor, args)) * noise
+        old_mean, old_log_std = policy(target_actor, batch.observations, args)
+        samples = old_mean + jnp.exp(old_log_std) * jax.random.normal(key, (args.awr_samples, *old_mean.shape))
         observations = jnp.broadcast_to(batch.observations, (args.awr_samples, *batch.observations.shape))
         value = critics.apply(critic, observations, samples).min(0).mean(0)
         loss = awr_loss(critics.apply(critic, batch.observations, batch.actions).min(0), value, log_p, args)
     else:
         loss = climbing_loss(critics.apply(critic, batch.observations, mean).min(0), log_p, with_q, args)
-    distance = jnp.abs(mean - batch.actions).mean()
-    metrics = {"train/actor_loss": loss, "train/log_p": log_p.mean(), "train/log_std": log_std.mean()}
-    return loss, metrics | {"train/distance": distance}
+    return loss, {
+        "train/actor_loss": loss, "train/log_p": log_p.mean(), "train/log_std": log_std.mean(),
+        "train/distance": jnp.abs(mean - batch.actions).mean(),
+    }  # fmt: skip
 
 
 # === update ===
 
 
-class QdqNets(NamedTuple):
-    """Parameters and optimiser states of one seed's actor and critics, or of several with a leading axis."""
+class Teacher(NamedTuple):
+    """Parameters of D and their Adam state, of one seed or of several with a leading axis; so the two below."""
 
-    actor: QdqActor
+    net: Any
+    opt: Any
+
+
+class Student(NamedTuple):
+    """Parameters of f, its target's, and their RAdam state."""
+
+    net: Any
+    target: Any
+    opt: Any
+
+
+class QdqNets(NamedTuple):
+    """Parameters and optimiser states of actor and critics."""
+
+    actor: Any
     critic: Any
-    target_actor: QdqActor
+    target_actor: Any
     target_critic: Any
     actor_opt: Any
     critic_opt: Any
@@ -691,6 +663,22 @@ def qdq_optimisers(args):
     actor = optax.adam(decay(args.actor_lr, args.num_updates))  # D10
     critic = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.critic_lr))
     return teacher, student, actor, critic
+
+
+def teacher_update(teacher, entries, step, key, args):
+    """Line (2): one Adam step -> teacher, metrics."""
+    loss, grads = jax.value_and_grad(teacher_loss)(teacher.net, entries, key, args)
+    change, opt = qdq_optimisers(args)[0].update(grads, teacher.opt)
+    return Teacher(optax.apply_updates(teacher.net, change), opt), {"teacher/loss": loss}
+
+
+def student_update(student, teacher, entries, step, key, args):
+    """Line (3): one RAdam step; the target follows in every student_tau_every-th -> student, metrics."""
+    loss, grads = jax.value_and_grad(student_loss)(student.net, student.target, teacher, entries, key, args)
+    change, opt = qdq_optimisers(args)[1].update(grads, student.opt)
+    net = optax.apply_updates(student.net, change)
+    tau = jnp.where(step % args.student_tau_every == 0, args.student_tau, 0.0)
+    return Student(net, polyak(student.target, net, tau), opt), {"student/loss": loss}
 
 
 def critic_update(nets, model, batch, key, args):
@@ -730,22 +718,6 @@ def qdq_update(nets, model, data, step, key, args):
     return nets, metrics | actor_metrics
 
 
-def teacher_update(net, opt, entries, key, args):
-    """Line (2): one Adam step -> net, optimiser state, loss."""
-    loss, grads = jax.value_and_grad(teacher_loss)(net, entries, key, args)
-    step, opt = qdq_optimisers(args)[0].update(grads, opt)
-    return optax.apply_updates(net, step), opt, loss
-
-
-def student_update(net, target, opt, step, teacher, entries, key, args):
-    """Line (3): one RAdam step, and of every few one of the target -> net, target, optimiser state, loss."""
-    loss, grads = jax.value_and_grad(student_loss)(net, target, teacher, entries, key, args)
-    change, opt = qdq_optimisers(args)[1].update(grads, opt)
-    net = optax.apply_updates(net, change)
-    tau = jnp.where(step % args.student_tau_every == 0, args.student_tau, 0.0)
-    return net, polyak(target, net, tau), opt, loss
-
-
 # === evaluation ===
 
 
@@ -758,50 +730,31 @@ def probe_actions(actions, key):
 
 def model_metrics(model, data, entries, key, args):
     """How the student fits D_Q, and H on the data's, near and far actions -> metrics."""
-    key_rows, key_entries, key_probe, key_h = jax.random.split(key, 4)
+    key_rows, key_entries, key_probe, key_h, key_fit = jax.random.split(key, 5)
     rows = sample_batch(data, key_rows, 1024)
     actions = probe_actions(rows.actions, key_probe)
     c = jnp.concatenate([jnp.broadcast_to(rows.observations, (3, *rows.observations.shape)), actions], -1)
     _, h = q_moments(model, c, key_h, args)
     index = jax.random.randint(key_entries, (1024,), 0, len(entries.x))
-    mean, spread = q_moments(model, entries.conditions[index], key_h, args)
+    mean, spread = q_moments(model, entries.conditions[index], key_fit, args)
     q = unscaled(entries.x[index], model.low, model.high)
-    medians = jnp.median(h, -1)
-    metrics = {f"student/h_{name}": medians[i] for i, name in enumerate(("data", "near", "far"))}
-    metrics["student/h_far_above_data"] = jnp.mean(h[2] > h[0])
-    error = jnp.sqrt(jnp.mean((q - mean) ** 2))
-    metrics |= {"student/error": error, "student/spread": jnp.sqrt(jnp.mean(spread**2)), "student/q_std": q.std()}
-    return metrics
+    on_data, near, far = jnp.median(h, -1)
+    return {
+        "student/h_data": on_data, "student/h_near": near, "student/h_far": far,
+        "student/h_far_above_data": jnp.mean(h[2] > h[0]), "student/error": jnp.sqrt(jnp.mean((q - mean) ** 2)),
+        "student/spread": jnp.sqrt(jnp.mean(spread**2)), "student/q_std": q.std(),
+    }  # fmt: skip
 
 
 # === training ===
 
 
-class TeacherState(NamedTuple):
-    """What the fit of the teacher needs to go on; all leaves have a leading seed axis."""
+class State(NamedTuple):
+    """What a phase needs to go on; all leaves have a leading seed axis."""
 
     key: jax.Array
-    num_updates: jax.Array
-    net: QNet
-    opt: Any
-
-
-class StudentState(NamedTuple):
-    """What the distillation needs to go on, beside its teacher; all leaves have a leading seed axis."""
-
-    key: jax.Array
-    num_updates: jax.Array
-    net: QNet
-    target: QNet
-    opt: Any
-
-
-class QdqState(NamedTuple):
-    """What the policy's training needs to go on, beside its student; all leaves have a leading seed axis."""
-
-    key: jax.Array
-    num_updates: jax.Array
-    nets: QdqNets
+    num_updates: jax.Array  # of this phase
+    nets: Any  # Teacher, Student or QdqNets
 
 
 class Phase(NamedTuple):
@@ -813,64 +766,46 @@ class Phase(NamedTuple):
 
 def make_train(args, num_obs, num_actions):
     """-> Phases: teacher (chunk: entries), student (init: teacher's net; chunk: it, entries), policy (model, data)."""
+    teacher_adam, student_radam, actor_adam, critic_adam = qdq_optimisers(args)
 
     def teacher_init(key):
         key, key_net = jax.random.split(key)
-        net = q_net_init(key_net, num_obs + num_actions, args)
-        return TeacherState(key, jnp.int32(0), net, qdq_optimisers(args)[0].init(net))
-
-    def teacher_chunk(state, entries):
-        key, key_updates = jax.random.split(state.key)
-
-        def step(carry, key):
-            net, opt, loss = teacher_update(*carry, entries, key, args)
-            return (net, opt), loss
-
-        (net, opt), loss = jax.lax.scan(step, (state.net, state.opt), jax.random.split(key_updates, args.chunk))
-        return TeacherState(key, state.num_updates + args.chunk, net, opt), {"teacher/loss": loss.mean()}
+        net = q_net(args).init(key_net, jnp.zeros(num_obs + num_actions), *jnp.ones(2))
+        return State(key, jnp.int32(0), Teacher(net, teacher_adam.init(net)))
 
     def student_init(key, teacher):
-        copies = jax.tree.map(jnp.copy, (teacher, teacher))  # D5
-        return StudentState(key, jnp.int32(0), *copies, qdq_optimisers(args)[1].init(teacher))
-
-    def student_chunk(state, teacher, entries):
-        key, key_updates = jax.random.split(state.key)
-
-        def step(carry, xs):
-            *carry, loss = student_update(*carry, xs[0], teacher, entries, xs[1], args)
-            return tuple(carry), loss
-
-        xs = state.num_updates + jnp.arange(args.chunk), jax.random.split(key_updates, args.chunk)
-        carry, loss = jax.lax.scan(step, (state.net, state.target, state.opt), xs)
-        return StudentState(key, state.num_updates + args.chunk, *carry), {"student/loss": loss.mean()}
+        copies = jax.tree.map(jnp.copy, (teacher, teacher))  # the chunk overwrites them, not the teacher  # D5
+        return State(key, jnp.int32(0), Student(*copies, student_radam.init(teacher)))
 
     def policy_init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
-        actor = actor_init(key_actor, num_obs, num_actions, args)
-        critics = QdqCritics(args.hidden_sizes, args.layer_norm)
-        critic = critics.init(key_critic, jnp.zeros(num_obs), jnp.zeros(num_actions))
-        _, _, actor_adam, critic_adam = qdq_optimisers(args)
-        copies = jax.tree.map(jnp.copy, (actor, critic))
-        nets = QdqNets(actor, critic, *copies, actor_adam.init(actor), critic_adam.init(critic))
-        return QdqState(key, jnp.int32(0), nets)
+        s, a = jnp.zeros(num_obs), jnp.zeros(num_actions)
+        actor = QdqActor(args.hidden_sizes, num_actions).init(key_actor, s)
+        critic = QdqCritics(args.hidden_sizes, args.layer_norm).init(key_critic, s, a)
+        nets = QdqNets(actor, critic, actor, critic, actor_adam.init(actor), critic_adam.init(critic))
+        return State(key, jnp.int32(0), nets)
 
-    def policy_chunk(state, model, data):
-        key, key_updates = jax.random.split(state.key)
-        keys = jax.random.split(key_updates, args.chunk // args.policy_delay)
-        steps = state.num_updates + args.policy_delay * jnp.arange(len(keys))
-        step = lambda nets, xs: qdq_update(nets, model, data, *xs, args)
-        nets, metrics = jax.lax.scan(step, state.nets, (steps, keys))
-        return QdqState(key, state.num_updates + args.chunk, nets), jax.tree.map(jnp.mean, metrics)
+    def phase(init, update, num_own, stride=1):
+        """update(nets, *inputs, step, key, args) takes `stride` steps; the first num_own inputs have a seed axis."""
 
-    def over_seeds(init, one, num_states):
-        """one(states of a seed.., shared) -> Phase of all seeds; the first num_states inputs have a seed axis."""
-        each = lambda *xs: runner.map_seeds(lambda seeds: one(*seeds, *xs[num_states:]), xs[:num_states], args)
-        return Phase(jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(each, donate_argnums=0))
+        def one_chunk(state, *inputs):
+            key, key_updates = jax.random.split(state.key)
+            keys = jax.random.split(key_updates, args.chunk // stride)
+            steps = state.num_updates + stride * jnp.arange(len(keys))
+            step = lambda nets, xs: update(nets, *inputs, *xs, args)
+            nets, metrics = jax.lax.scan(step, state.nets, (steps, keys))
+            return State(key, state.num_updates + args.chunk, nets), jax.tree.map(jnp.mean, metrics)
+
+        def chunk(state, *inputs):
+            own, shared = (state, *inputs[:num_own]), inputs[num_own:]
+            return runner.map_seeds(lambda own: one_chunk(*own, *shared), own, args)
+
+        return Phase(jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0))
 
     return (
-        over_seeds(teacher_init, teacher_chunk, 1),
-        over_seeds(student_init, student_chunk, 2),
-        over_seeds(policy_init, policy_chunk, 2),
+        phase(teacher_init, teacher_update, 0),
+        phase(student_init, student_update, 1),
+        phase(policy_init, qdq_update, 1, args.policy_delay),
     )
 
 
@@ -885,11 +820,10 @@ def preset(args):
 def check_args(args):
     """Refuse flags that do not fit one another."""
     runner.check_run(args)
-    totals = args.eval_every, args.teacher_updates, args.student_updates, args.num_updates
     runner.refuse({
         "--chunk must be a multiple of --policy-delay": args.chunk % args.policy_delay == 0,
-        "--chunk must divide --eval-every, --teacher-updates, --student-updates and --num-updates":
-            all(total % args.chunk == 0 for total in totals),
+        "--chunk must divide --teacher-updates and --student-updates":
+            args.teacher_updates % args.chunk == args.student_updates % args.chunk == 0,
         "--model-hidden-sizes must be multiples of --group-size":
             all(width % args.group_size == 0 for width in args.model_hidden_sizes),
         "--beta must be above 0 and below 1": 0 < args.beta < 1,
@@ -904,13 +838,11 @@ def check_args(args):
 
 def check_entries(entries, window, step, args):
     """Say what D_Q holds; InputError where it holds too little to learn from."""
-    low, high = float(entries.low), float(entries.high)
-    print(f"D_Q: {len(entries.x)} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
+    num, low, high = len(entries.x), float(entries.low), float(entries.high)
+    print(f"D_Q: {num} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
     remedy = "give more rows, lower --window and --window-step, or raise --max-windows"
-    runner.refuse({
-        f"--dataset: D_Q has {len(entries.x)} entries of {args.min_entries} that --min-entries asks for; {remedy}":
-            len(entries.x) >= args.min_entries,
-    })  # fmt: skip
+    few = f"--dataset: D_Q has {num} entries of {args.min_entries} that --min-entries asks for; {remedy}"
+    runner.refuse({few: num >= args.min_entries})
 
 
 def student_identity(args, buffer):
@@ -940,26 +872,31 @@ def load_q_model(path, like, identity):
     return jax.tree_util.tree_map_with_path(restore, like)
 
 
-def learn_distribution(run, phases, programs, keys, entries, judge):
-    """Lines (2), (3): the teachers, then the students of all seeds -> their networks [S]; judge(net) -> metrics [S]."""
-    args, (teacher, student) = run.args, phases
+def learn_model(run, teacher, student, keys, entries, judge):
+    """Lines (2), (3): the teachers, then the students of all seeds -> QModel [S]; judge(model) -> metrics [S]."""
+    args = run.args
+    first = jax.eval_shape(teacher.init, keys[0])
+    second = jax.eval_shape(student.init, keys[1], first.nets.net)
+    teach = run.compile(teacher.chunk, first, entries)
+    distil = run.compile(student.chunk, second, first.nets.net, entries)
+
     state = run.restore(teacher.init, keys[0], phase="teacher")
     for step in run.chunks("teacher step", args.teacher_updates, state.num_updates):
-        state, metrics = programs[0](state, entries)
+        state, metrics = teach(state, entries)
         run.progress(step, metrics, ("teacher/loss",))
         if run.due(step):
             run.log(step, metrics)
         run.save(state)
 
-    net = state.net
+    net = state.nets.net
     state = run.restore(student.init, keys[1], net, phase="student")
     for step in run.chunks("student step", args.student_updates, state.num_updates):
-        state, metrics = programs[1](state, net, entries)
+        state, metrics = distil(state, net, entries)
         run.progress(step, metrics, ("student/loss",))
         if run.due(step):
-            run.log(step, metrics | judge(state.net))
+            run.log(step, metrics | judge(q_model(state.nets.net, entries, args)))
         run.save(state)
-    return state.net
+    return q_model(state.nets.net, entries, args)
 
 
 def main(args):
@@ -967,43 +904,37 @@ def main(args):
     check_args(args)
     buffer, task = runner.open_task("qdq", args, Transitions._fields)
     data, entries, (mean, std) = qdq_data(buffer, args)
-    teacher, student, policy = make_train(args, task.observation_size, task.action_size)
+    teacher, student, agent = make_train(args, task.observation_size, task.action_size)
     keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)
-    act = lambda actor, s, key: policy_mean(actor.mean, (s - mean) / std, args, task.action_size)
+    act = lambda actor, s, key: policy(actor, (s - mean) / std, args)[0]
     evaluate = runner.each_seed(runner.returns_of(act, envs.make(task, args.backend), task, buffer, args), args)
-    measure = lambda seed: model_metrics(seed[0], data, entries, seed[1], args)
-    judge_all = jax.jit(lambda model: runner.map_seeds(measure, (model, eval_keys), args))
+    one_seed = lambda x: model_metrics(x[0], data, entries, x[1], args)
+    judge = jax.jit(lambda model: runner.map_seeds(one_seed, (model, eval_keys), args))
 
-    first = jax.eval_shape(teacher.init, keys[0])
-    second = jax.eval_shape(student.init, keys[1], first.net)
-    limits = jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high)
-    like, belongs = QModel(second.net, *limits), student_identity(args, buffer)
-    model = load_q_model(args.student, like, belongs) if args.student else None
-    given = {"student": envs.buffers.sha256(np.asarray(model.net.trunk.weights[-1]))} if args.student else {}
+    model = q_model(jax.eval_shape(teacher.init, keys[0]).nets.net, entries, args)  # shapes, until it is learnt
+    belongs, given = student_identity(args, buffer), {}
+    if args.student:
+        model = load_q_model(args.student, model, belongs)
+        weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(model)])
+        given = {"student": envs.buffers.sha256(weights)}  # what a resumed run must find, wherever its file lies
 
     with runner.Run("qdq", args, task, buffer, **given) as run:
-        check_entries(entries, *window_sizes(args, buffer.metadata["episode_length"]), args)
-        if model is None:
-            programs = (
-                run.compile(teacher.chunk, first, entries),
-                run.compile(student.chunk, second, first.net, entries),
-            )
-        train_chunk = run.compile(policy.chunk, jax.eval_shape(policy.init, keys[2]), like, data)
-        if model is None:
-            judge = lambda net: judge_all(QModel(net, *limits))
-            model = QModel(learn_distribution(run, (teacher, student), programs, keys, entries, judge), *limits)
+        train_chunk = run.compile(agent.chunk, jax.eval_shape(agent.init, keys[2]), model, data)
+        if not args.student:
+            model = learn_model(run, teacher, student, keys, entries, judge)  # lines (2), (3)
         run.write_policy("q_consistency", model, "q_model.npz", **belongs)
-        state = run.restore(policy.init, keys[2])
+        state = run.restore(agent.init, keys[2])
         for step in run.chunks("update", args.num_updates, state.num_updates):
-            state, metrics = train_chunk(state, model, data)
+            state, metrics = train_chunk(state, model, data)  # lines (4) to (7)
             run.progress(step, metrics, SHOWN)
             if run.due(step):
                 run.log(step, metrics | evaluate(state.nets.actor, eval_keys))
             run.save(state)
 
-        scale = {"observation_mean": mean, "observation_std": std}
-        scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
-        run.write_policy("tanh_deterministic", {"actor": state.nets.actor.mean, **scale})
+        params = {k: x for k, x in state.nets.actor["params"].items() if k != "log_std"}
+        each = lambda row: jnp.tile(row, (args.num_seeds, 1))
+        scale = {"observation_mean": each(mean), "observation_std": each(std)}
+        run.write_policy("tanh_deterministic", {"actor": {"params": params}, **scale})
         return run.finish(TRAINING)
 
 

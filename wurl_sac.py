@@ -7,47 +7,52 @@ Objective  max over pi_1..pi_K of  min over i != j of  W1(rho_i, rho_j)     (UDG
 Algorithm  one round, all K policies at once:
   (1) roll out:  N episodes of L steps with every policy, a ~ pi_k(. | s), from fresh resets
   (2) project:   M unit directions v_m; sort the features f(s_{t+1}) of every policy along each    (APWD, section 3)
-  (3) couple:    rank-to-rank transport plan P between policies k and l; cost in the full space
-                 c_kl(t) = 1/M sum_m D sum_j P_ij ||a_i - b_j||,   i = rank of step t along v_m
-                 (lines 2 and 3: envs/distances.py)
+  (3) couple:    rank-to-rank transport plan P between policies k and l; cost in all d features, not along v_m
+                 c_kl(t) = 1/M sum_m n sum_j P_ij ||f_i - g_j||,   i = rank of step t along v_m
+                 (lines 2 and 3: pairwise_apwd in envs/distances.py)
   (4) nearest:   l* = argmin_l sum_t c_kl(t), one l* for a whole episode
   (5) pay:       r_t = w_div * scale * c_kl*(t) * (L / episode length) + w_task * r_task(s, a, s')
   (6) store:     the round in policy k's replay (the newest R transitions) and in its buffer file (all transitions)
-  (7) learn:     U SAC updates per policy: critics, actor with the new critics, alpha, Polyak target
+  (7) learn:     updates_per_step N L SAC updates of each policy: critics, actor with the new critics, alpha,
+                 Polyak target
 
-Symbols    s observations [.., S] | a actions [.., A] | f features [.., d] | v directions [M, d] | c cost [K, K, n]
-           K policies | N environments a policy | L episode_length | n = N L points | y target [B] | q [2, B]
-           alpha entropy weight | gamma discount | tau Polyak rate | scale (paper: reward scale)
+Symbols    s observations [.., S] | a actions [.., A] | f features [.., d], g those of policy l | v directions [M, d]
+           c cost [K, K, n] | K policies | N environments a policy | L episode_length | n = N L points
+           w_div, w_task weights | scale (paper: reward scale) | y target [B] | q [2, B]
+           alpha entropy weight | gamma discount | tau Polyak rate
 
 Deviations
   D1  paper's APWD pays each step its own transport cost; reference code re-sorts in place, so that for M > 1 the
       costs land on the wrong steps; here: as the paper says.
-  D2  reference code pays a_t for s_{t-1} and the first step for the episode before; here: r_t is the cost of s_{t+1}.
-  D3  reference code: one policy moves at a time against cached states; here: all K move at once against this round.
+  D2  reference code pays a_t for the state s_{t-1}, and the first step for a state of the episode before; here: for
+      s_{t+1}.
+  D3  reference code: one random policy acts per episode and is compared with stored states of the others; here: all K
+      act, and are compared with this round's states.
   D4  reference code stores time limits of some environments as terminal; here: always bootstrap through them.
   D5  reference code learns from all transitions so far; here: from the newest `replay_size`, because
       pseudo-rewards go stale as the other policies move. The buffer file keeps all of them.
   D6  reference code gives the random warm-up steps reward 0 (here --warmup-zero-reward); here: their real reward.
-  D7  reference configs scale the cost by 10 to 100, but the shipped checkpoints fit a scale near 1; here: a preset
-      for each world.
+  D7  reference configs scale the cost by 10 to 100, but the shipped checkpoints fit a scale near 1; here: 8 on robots,
+      1 in the point worlds.
   D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
   D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy)
       or the height (cheetah), times --feature-scales.
   D10 reference code keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run. The
-      policies then stop chasing one another, and the distances that were reached are those that are saved.
+      policies then stop chasing one another before they are saved.
   D11 reference code updates once per real step; here: once per nominal step, N L a round even if episodes end early
       (humanoid), so that a round is one program; there are then more updates per real step than --updates-per-step.
-      Without a pseudo-reward, which compares whole episodes, a new episode begins where one ends: all N L steps happen.
+      Without a diversity reward an episode that ends is followed by a new one, so that all N L steps are real.
   D12 reference code draws 5 directions for each pair of an episode and a cache; here: one draw of M serves all pairs
       of a round, whose N episodes are pooled into one sample a policy.
-  D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics, both learn from all rows so far; here:
-      the features of s_{t+1}, this round's rows and their standard deviation.
+  D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics with a gain of 0.1; both learn after the
+      warm-up, from all rows so far, one step for each step of any policy. Here: the features of s_{t+1}, this round's
+      rows and their standard deviation, gain 1, from the start, and one step for each step of a policy: K times fewer.
 
 Files      writes runs/wurl_sac/<task>/seed<seed>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
            log.jsonl, state.npz, trajectories.png, distances.png; rows/ grows during the run and is removed at its end
 Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
-           python wurl_sac.py --num-policies 10          (ant, within 30 minutes on 2 cores)
-           python wurl_sac.py --num-policies 10 --preset paper      (200k steps and updates a policy)
+           python wurl_sac.py                            (ten ant policies, within 30 minutes on 2 cores)
+           python wurl_sac.py --preset paper             (200k steps and updates a policy)
 Expect     --quick: minimum-W (distance to the nearest other policy, mean over policies) 6.9 in 50 s on 2 cores
            ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 4.98 after 2 h 27 min on one core
            point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
@@ -70,7 +75,8 @@ import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import distance_matrix, neighbour_distances, pairwise_apwd, unit_directions
-from runner import devices, plots, rows
+from runner import devices, plots
+from runner.rows import PolicyRows, are_finished, write_buffers
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ class Args(runner.RunFlags):
     """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; the reward of a task is recorded; to
     learn from it, set task_weight"""
     preset: str = ""
-    """a setting by name, see the list above; empty: our own for the world; paper: the published budget of ant and
-    cheetah"""
+    """a setting by name (PRESETS); empty: our own for the world; paper: the published number of steps and updates on
+    ant and cheetah, all else ours"""
     seed: runner.Natural = 0
     """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
     quick: bool = False
@@ -96,7 +102,7 @@ class Args(runner.RunFlags):
     num_updates: runner.Count = 36_000
     """gradient steps per policy; environment steps per policy = num_updates / updates_per_step"""
     updates_per_step: runner.Rate = 0.25
-    """U: gradient steps per environment step of a policy (reference code: 1; ours on a CPU: 0.25)"""
+    """gradient steps per environment step of a policy (reference code: 1; ours on a CPU: 0.25)"""
     num_envs: runner.Count = 2
     """N: episodes per policy and round (reference code: 1)"""
     episode_length: runner.Natural = 0
@@ -104,7 +110,7 @@ class Args(runner.RunFlags):
     warmup_steps: runner.Count = 2_000
     """environment steps per policy with uniform random actions at the start (reference code: 20,000 over all)"""
     chunk: runner.Count = 100
-    """gradient steps per policy in one jitted call; a multiple of a round's, a divisor of eval_every"""
+    """gradient steps per policy in one jitted call; rounded, as all three, to whole rounds of N L steps"""
     eval_every: runner.Count = 4_000
     """gradient steps per policy between two evaluations"""
     eval_episodes: runner.Count = 10
@@ -124,9 +130,9 @@ class Args(runner.RunFlags):
     """orthogonal directions in blocks of d (reference: OPWD), lower variance"""
     rescale_episodes: bool = True
     """multiply by L / length of the episode, so that short episodes earn the same total (Humanoid: False)"""
-    div_features: str = "task"
-    """space of the distance: task (its own features), full (all observations) or indices such as 0,1. Ours for the
-    cheetah: 0, its height; in (v_x, z) a policy would be paid for spreading its own states (docs/udg.md)"""
+    div_features: str = ""
+    """space of the distance: task (its own features), full (all observations) or indices such as 0,1; empty: task, for
+    the cheetah 0, its height (APWD over (v_x, z) also pays a policy for the spread of its own states, docs/udg.md)"""
     feature_scales: tuple[float, ...] = ()
     """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 10"""
     warmup_zero_reward: bool = False
@@ -201,13 +207,13 @@ SHOWN = ("train/min_w", "train/reward", "train/q", "train/entropy")  # in the pr
 
 
 class Transitions(NamedTuple):
-    """What is learnt from; leading axes free, features last."""
+    """Rows to learn from; any leading axes, features last."""
 
     observations: jax.Array  # [.., S]
     actions: jax.Array  # [.., A]
     rewards: jax.Array  # [..]
     next_observations: jax.Array  # [.., S]
-    terminals: jax.Array  # [..] 1.0 where the episode truly ended: stops bootstrapping, as no time limit does
+    terminals: jax.Array  # [..] 1.0 where the episode ended by itself: no bootstrap; 0.0 at a time limit
 
 
 # === networks ===
@@ -277,33 +283,26 @@ def polyak(target, online, tau):
 # === pseudo-reward ===
 
 
-def apwd_reward(source, alive, target, target_alive, directions, args):
-    """Pseudo-reward [K, N, L] and pair distances [K, K] (header, lines 2 to 5).
+def apwd_reward(cost, alive, args):
+    """Lines (4) and (5): costs of all pairs [K, K, n], alive [K, N, L] -> pseudo-reward [K, N, L].
 
-    source, target [K, N, L, d] features of the round's states s_{t+1}, alive [K, N, L]; in training source = target.
     r_t = scale * c_kl*(t) * (L / length),   l* = argmin over l != k of the episode's sum of c_kl
     """
-    K, N, L, _ = source.shape
-    flat = lambda x: x.reshape(K, -1, *x.shape[3:])
-    own = flat(source), flat(alive)
-    shared = target is source and target_alive is alive  # then sorted once: half of the time
-    others = own if shared else (flat(target), flat(target_alive))
-    cost = pairwise_apwd(*own, *others, directions)  # D1
-    distances = cost.sum(-1) / jnp.maximum(alive.sum((1, 2)), 1)[:, None]
+    K, N, L = alive.shape
     cost = cost.reshape(K, K, N, L)
-    sums = jnp.where(jnp.eye(K, dtype=bool)[:, :, None], jnp.inf, cost.sum(-1))
-    nearest = jnp.argmin(sums, 1)  # [K, N]: l*, one for each episode
+    totals = jnp.where(jnp.eye(K, dtype=bool)[:, :, None], jnp.inf, cost.sum(-1))
+    nearest = jnp.argmin(totals, 1)  # [K, N]: l*, one for each episode
     reward = jnp.take_along_axis(cost, nearest[:, None, :, None], 1)[:, 0]
     lengths = jnp.maximum(alive.sum(-1, keepdims=True), 1)
     if args.objective == "pwd":  # the whole distance at the last step, nothing before
         reward = jnp.where(jnp.arange(L) == lengths - 1, reward.sum(-1, keepdims=True) / lengths, 0.0)
     elif args.rescale_episodes:
         reward = reward * (L / lengths)
-    return args.reward_scale * reward, distances
+    return args.reward_scale * reward
 
 
 def diayn_reward(net, features, args):
-    """DIAYN-I: r_t = scale * max(log q(k | f_t), 10 log(1/K)); features [K, N, L, d] -> [K, N, L]."""
+    """DIAYN-I: r_t = scale * max(log q(k | f(s_{t+1})), 10 log(1/K)); features [K, N, L, d] -> [K, N, L]."""
     logits = MLP((*args.hidden_sizes, args.num_policies)).apply(net, features)
     log_q = jnp.moveaxis(nn.log_softmax(logits), -1, 1)  # [K, K, N, L]
     own = jnp.arange(args.num_policies)
@@ -317,7 +316,7 @@ def diayn_loss(net, features, index, args):
 
 
 def dads_log_prob(net, features, change, index, args):
-    """log N(change; g(f, k), 1) up to a constant: features, change [.., d], index [..] -> [..]."""
+    """log N(change; net(f(s_t), k), 1) up to a constant: features, change [.., d], index [..] -> [..]."""
     x = jnp.concatenate([features, jax.nn.one_hot(index, args.num_policies)], -1)
     return -0.5 * jnp.sum((change - MLP((256, 256, change.shape[-1])).apply(net, x)) ** 2, -1)
 
@@ -332,20 +331,15 @@ def dads_reward(net, features, change, args):
     return args.reward_scale * (jnp.log(args.num_policies) - jnp.log(ratio))
 
 
-def dads_loss(net, features, change, index, args):
-    """-mean log N(change; g(f, k), 1)."""
-    return -dads_log_prob(net, features, change, index, args).mean()
-
-
-def fit_net(net, net_opt, loss, rows, mask, key, rate, num_steps, batch_size=200):
-    """Adam steps on loss(net, *rows) over rows [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state."""
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rows)
+def fit_net(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200):
+    """Adam steps on loss(net, *data) over data [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state."""
+    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), data)
     valid = jnp.argsort(~mask.reshape(-1), stable=True)  # rows with mask first
 
     def step(carry, key):
         net, opt = carry
         i = valid[jax.random.randint(key, (batch_size,), 0, mask.sum())]
-        grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], rows))
+        grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], data))
         updates, opt = optax.adam(rate).update(grads, opt)
         return (optax.apply_updates(net, updates), opt), None
 
@@ -360,23 +354,29 @@ def pseudo_reward(net, net_opt, features, alive, key, args):
     K, d = args.num_policies, features.shape[-1]
     if K == 1:  # there is no other
         return jnp.zeros(alive.shape), jnp.zeros((1, 1)), net, net_opt
-    key_directions, key_net = jax.random.split(key)  # D12
-    directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)
-    reward, distances = apwd_reward(features, alive, features, alive, directions, args)
+    key_directions, key_net = jax.random.split(key)
+    directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)  # D12
+    points, valid = features.reshape(K, -1, d), alive.reshape(K, -1)
+    cost = pairwise_apwd(points, valid, points, valid, directions)  # D1
+    distances = cost.sum(-1) / jnp.maximum(valid.sum(-1, keepdims=True), 1)  # logged whatever the objective
+
     index = jnp.broadcast_to(jnp.arange(K)[:, None, None], alive.shape)
-    fit = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # of this round's rows alone: D13
+    fit = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # as many as a policy took  # D13
     if args.objective == "diayn":
         reward, loss = diayn_reward(net, features, args), functools.partial(diayn_loss, args=args)
         net, net_opt = fit_net(net, net_opt, loss, (features, index), alive, **fit)
-    if args.objective == "dads":
+    elif args.objective == "dads":
         before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
-        change = (features - before) / jnp.maximum((features - before).std((0, 1, 2)), 1e-6)
-        known = alive & (jnp.arange(alive.shape[-1]) > 0)  # the feature before the first step is not
+        known = alive & (jnp.arange(alive.shape[-1]) > 0)  # f(s_0) is not among the features
+        change = features - before
+        change = change / jnp.maximum(change.std((0, 1, 2), where=known[..., None]), 1e-6)
         reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
-        loss = functools.partial(dads_loss, args=args)
+        loss = lambda net, *rows: -dads_log_prob(net, *rows, args).mean()
         net, net_opt = fit_net(net, net_opt, loss, (before, change, index), known, **fit)
-    if args.objective == "none":
-        reward = jnp.zeros_like(reward)
+    elif args.objective == "none":
+        reward = jnp.zeros(alive.shape)
+    else:
+        reward = apwd_reward(cost, alive, args)
     return reward, distances, net, net_opt
 
 
@@ -491,23 +491,19 @@ def rollout(actor, key, env, args, observe, num_envs, length, random=False, rest
 
     def step(carry, key):
         state, alive = carry
-        key_normal, key_uniform = jax.random.split(key)
+        key_normal, key_uniform, key_reset = jax.random.split(key, 3)
         mean, log_std = net.apply(actor, observe(state.obs))
         actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key_normal, mean.shape))
         if random:
             actions = jax.random.uniform(key_uniform, mean.shape, minval=-1.0, maxval=1.0)
             log_probs = jnp.full(log_probs.shape, -mean.shape[-1] * jnp.log(2.0))
         after = jax.vmap(env.step)(state, actions)
-        transition = envs.Transition(
-            state.obs, actions, after.obs, state.info["root_position"], after.info["root_velocity"],
-            state.info.get("goal"),
-        )  # fmt: skip
         terminals = after.done > 0.5
-        steps = Rollout(transition, terminals, log_probs, alive)
+        steps = Rollout(envs.transition(state, actions, after), terminals, log_probs, alive)
         if restart:
-            fresh = jax.vmap(env.reset)(jax.random.split(jax.random.fold_in(key, 2), num_envs))
-            pick = lambda new, old: jnp.where(terminals.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-            return (jax.tree.map(pick, fresh, after), alive), steps
+            fresh = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
+            choose = lambda ended, new, old: jax.tree.map(lambda x, y: jnp.where(ended, x, y), new, old)
+            return (jax.vmap(choose)(terminals, fresh, after), alive), steps
         return (after, alive & ~terminals), steps
 
     start = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
@@ -522,7 +518,7 @@ def rollout(actor, key, env, args, observe, num_envs, length, random=False, rest
 def feature_function(args, task):
     """Transition [..] -> features [.., d] of the next state, by `--div-features` and `--feature-scales`."""  # D9, D2
     scales = jnp.array(args.feature_scales or 1.0)
-    if args.div_features == "task":
+    if args.div_features in ("", "task"):
         return lambda transition: scales * task.feature(transition)
     if args.div_features == "full":
         return lambda transition: scales * transition.next_observations
@@ -532,7 +528,7 @@ def feature_function(args, task):
 
 def feature_names(args, task):
     """Names [d] of the features that are measured, without their scales."""
-    if args.div_features == "task":
+    if args.div_features in ("", "task"):
         return task.feature_names
     index = range(task.env_observation_size) if args.div_features == "full" else args.div_features.split(",")
     return tuple(f"s'[{i}]" for i in index)
@@ -573,13 +569,16 @@ def make_evaluation(args, task, rollouts):
             "eval/direction_deg": jnp.degrees(angle) % 360,
             "eval/length": alive.sum(-1).mean(1),
         }
-        distances = distance_matrix(features, alive, 32)
+        distances = distance_matrix(features, alive, 32)  # directions, the same in every evaluation
         if args.num_policies > 1:
             in_full = neighbour_distances(distance_matrix(full, alive, 8))
             metrics |= {f"eval/{name}": x for name, x in neighbour_distances(distances).items()}
             metrics |= {f"eval/{name}_full": x for name, x in in_full.items()}
-            even = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
-            splits = ("", alive, alive, key_all), ("_held_out", even, alive & ~even, key_half)
+            first_half = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
+            splits = [  # suffix, rows to train on, rows to judge
+                ("", alive, alive, key_all),
+                ("_held_out", first_half, alive & ~first_half, key_half),
+            ]
             for name, train, test, k in splits:
                 success, accuracy = discriminator_success(full, train, test, k, args)
                 metrics |= {f"eval/disc_success{name}": success, f"eval/disc_accuracy{name}": accuracy}
@@ -633,19 +632,21 @@ def round_sizes(args, episode_length):
     """Rounds of warm-up, updates per round, rounds of training."""
     steps = args.num_envs * episode_length
     updates = max(round(args.updates_per_step * steps), 1)  # D11
-    return -(-args.warmup_steps // steps), updates, -(-args.num_updates // updates)
+    return -(-args.warmup_steps // steps), updates, args.num_updates // updates
 
 
 def state_sharding(args):
     """Where a WurlState lies: agents and replays on the device of their policy, the rest on all."""
-    split, all_devices = (devices.placed(args.num_policies, args, *axes) for axes in (("share",), ()))
+    split = devices.placed(args.num_policies, args, "share")
+    all_devices = devices.placed(args.num_policies, args)
     return WurlState(all_devices, all_devices, split, split, all_devices, all_devices)
 
 
 def make_train(args, env, task, observe, episode_length):
-    """-> init(key), warmup(state), train_chunk(state), rollouts(actor, keys, num_envs).
+    """-> init(key), warm_up(state), train_chunk(state), rollouts(actor, keys, num_envs).
 
-    warmup and train_chunk return state, (metrics [R, K], distances [R, K, K], Rollout and reward [R, K, N, L, ..]).
+    warm_up and train_chunk return state, (metrics [.., K], distances [.., K, K], Rollout and pseudo-reward
+    [.., K, N, L, ..]) with the rounds on the first axis.
     """
     num_warmup, updates_per_round, _ = round_sizes(args, episode_length)
     features_of, sharding = feature_function(args, task), state_sharding(args)
@@ -678,28 +679,29 @@ def make_train(args, env, task, observe, episode_length):
         return agent, jax.tree.map(jnp.mean, metrics)
 
     def train_round(state, warmup):
+        """Lines (1) to (7); warmup: random actions, no updates -> state, what is logged and stored of the round."""
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
         keys = jax.random.split(key_rollout, K)
-        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # D3
+        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # (1), D3
         t = steps.transition
         reward, distances, net, net_opt = pseudo_reward(
             state.net, state.net_opt, features_of(t), steps.alive, key_reward, args
-        )
-        mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)
+        )  # (2) to (5)
+        mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)  # (5)
         if warmup and args.warmup_zero_reward:  # D6
             mixed = jnp.zeros_like(mixed)
         seen = Transitions(t.observations, t.actions, mixed, t.next_observations, steps.terminals * 1.0)
         flat = jax.tree.map(lambda x: x.reshape(K, -1, *x.shape[3:]), (seen, steps.alive))
-        replay = jax.vmap(ring_insert)(state.replay, *flat)
+        replay = jax.vmap(ring_insert)(state.replay, *flat)  # (6)
         agent, metrics, count = state.agent, {}, state.num_updates
         if not (warmup or args.random):
             keys = jax.random.split(key_update, K)
             train = lambda *x: jax.lax.map(lambda x: train_policy(*x), x, batch_size=at_once)
-            agent, metrics = runner.over_devices(train, args)(agent, replay, keys)
+            agent, metrics = runner.over_devices(train, args)(agent, replay, keys)  # (7)
         if not warmup:
             count = count + updates_per_round
-        metrics["train/pseudo_reward"] = reward.mean((1, 2))
+        metrics["train/pseudo_reward"] = reward.mean((1, 2), where=steps.alive)
         state = WurlState(key, count, agent, replay, net, net_opt)
         return state, (metrics, distances, steps, reward)
 
@@ -709,48 +711,49 @@ def make_train(args, env, task, observe, episode_length):
         out = sharding, (sharding.key, sharding.key, split, split)
         return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
-    warmup, chunk = rounds(num_warmup, True), rounds(args.chunk // updates_per_round, False)
-    return jax.jit(init, out_shardings=sharding), warmup, chunk, rollouts
+    warm_up, chunk = rounds(num_warmup, True), rounds(args.chunk // updates_per_round, False)
+    return jax.jit(init, out_shardings=sharding), warm_up, chunk, rollouts
 
 
 # === run ===
 
 
-def whole_rounds(preset, args, episode_length):
-    """The preset with chunk, eval_every and num_updates in whole rounds; task and flags give the size of a round."""
-    own = {name: getattr(args, name) for name in ("num_envs", "updates_per_step")}
-    own = {name: value for name, value in own.items() if value != getattr(Args, name) and not args.preset}
-    fields = dataclasses.replace(Args(), **preset | own)
-    updates = round_sizes(fields, episode_length)[1]
-    if fields.chunk % updates == 0:
-        return preset
-    chunk = max(round(fields.chunk / updates), 1) * updates
-    eval_every = max(round(fields.eval_every / chunk), 1) * chunk
-    num_updates = max(round(fields.num_updates / eval_every), 1) * eval_every
-    return preset | dict(chunk=chunk, eval_every=eval_every, num_updates=num_updates)
-
-
 def preset(args):
-    """The published budget, --quick, or our setting for the world -> name, {field: value}."""
-    runner.refuse({f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}": args.preset in ("", *PRESETS)})
-    quick = QUICK if args.quick else {}
-    task = envs.task(quick.get("task", args.task))
-    values = PRESETS.get(task.env, {}) | PRESETS.get(args.preset, {}) | quick
-    values = whole_rounds(values, args, args.episode_length or task.episode_length)
-    if args.div_features not in ("task", values.get("div_features")):  # the scales are those of other features
+    """A named setting, --quick, or ours for the world -> name, {field: value}."""
+    runner.refuse({
+        f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}": args.preset in ("", *PRESETS),
+        "--quick is a preset of its own; leave --preset out": not (args.quick and args.preset),
+    })  # fmt: skip
+    if args.quick:
+        return "quick", POINT | QUICK
+    world = envs.task(args.task).env
+    values = PRESETS.get(world, {}) | PRESETS.get(args.preset, {})
+    if args.div_features not in ("", values.get("div_features")):  # the scales are those of other features
         values = {k: v for k, v in values.items() if k != "feature_scales"}
-    return args.preset or ("quick" if args.quick else task.env), values
+    return args.preset or world, values
+
+
+def whole_rounds(args, episode_length):
+    """The flags with chunk, eval_every and num_updates in whole rounds and multiples of one another."""
+    updates = round_sizes(args, episode_length)[1]
+    chunk = max(round(args.chunk / updates), 1) * updates
+    eval_every = max(round(args.eval_every / chunk), 1) * chunk
+    num_updates = max(round(args.num_updates / chunk), 1) * chunk
+    rounded = dict(chunk=chunk, eval_every=eval_every, num_updates=num_updates)
+    changed = {k: v for k, v in rounded.items() if v != getattr(args, k)}
+    if changed:
+        print(f"in whole rounds of {updates} updates:", *(f"{k}={v}" for k, v in changed.items()), flush=True)
+    return dataclasses.replace(args, **rounded)
 
 
 def check_args(args, task, episode_length):
     """Refuse flags that cannot work together, before any long work starts."""
     runner.check_run(args)
-    _, updates, _ = round_sizes(args, episode_length)
     steps, num_obs = args.num_envs * episode_length, task.env_observation_size
     index, num_features = args.div_features.split(","), len(feature_names(args, task))
     runner.refuse({
         f"--div-features: task, full or indices below {num_obs}, such as 0,1":
-            args.div_features in ("task", "full") or all(i.isdigit() and int(i) < num_obs for i in index),
+            args.div_features in ("", "task", "full") or all(i.isdigit() and int(i) < num_obs for i in index),
         f"--feature-scales: none, or {num_features} positive numbers, one for each feature":
             len(args.feature_scales) in (0, num_features) and min(args.feature_scales, default=1) > 0,
         "--eval-episodes must be at least 2: half of them are held out": args.eval_episodes >= 2,
@@ -760,23 +763,25 @@ def check_args(args, task, episode_length):
             args.task_weight == 0 or task.has_reward,
         f"--replay-size must hold a round ({steps} steps) and a batch":
             args.replay_size >= max(steps, args.batch_size),
-        f"--chunk must be a multiple of a round's updates ({updates})": args.chunk % updates == 0,
         f"--num-policies must be at least {jax.process_count()}: one for each process":
             args.num_policies >= jax.process_count(),
-        "--num-envs times the episode length must stay under 46341": steps < 46341,
+        "--num-envs times the episode length must stay under 46341": steps < 46341,  # its square fits int32
     })  # fmt: skip
 
 
 def open_world(args):
-    """Refuse bad flags -> task, env, steps of an episode."""
+    """Refuse bad flags -> args in whole rounds, task, env, steps of an episode."""
+    runner.check(args)
     task = envs.task(args.task)
     if task.env.startswith("brax/"):  # brax's rewards are not functions of a recorded transition
-        task = dataclasses.replace(task, has_reward=False, reward=lambda t: np.zeros_like(t.root_positions[..., 0]))
+        task = dataclasses.replace(task, has_reward=False, reward=lambda t: 0.0 * t.root_positions[..., 0])
     env = envs.make(task.env, args.backend)
     episode_length = args.episode_length or task.episode_length
+    args = whole_rounds(args, episode_length)
     check_args(args, task, episode_length)
-    env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50))
-    return task, env, episode_length
+    fresh = args.rollout_episodes if args.collect == "rollouts" else 0
+    env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50, fresh))
+    return args, task, env, episode_length
 
 
 def announce(args, task, env, episode_length):
@@ -791,8 +796,8 @@ def announce(args, task, env, episode_length):
     return 2 * args.num_policies * steps * row
 
 
-def record(files, task, steps, pseudo_rewards):
-    """Append rollouts [R, K, N, L] to the buffer files, with the task's reward (zeros where there is none)."""
+def append_rows(files, task, steps, pseudo_rewards):
+    """Append the rollouts [.., K, N, L] of some rounds to the row files, with the task's reward (zeros if none)."""
     steps, pseudo_rewards = files.own((steps, pseudo_rewards))
     rewards = np.asarray(task.reward(steps.transition), np.float32)
     columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
@@ -801,15 +806,15 @@ def record(files, task, steps, pseudo_rewards):
 
 def collapse(metrics, step, args):
     """A warning if policies that are paid to differ do the same, else ""."""
-    if args.num_policies == 1 or not is_diverse(args):
+    if args.num_policies == 1 or args.random or not is_diverse(args):
         return ""
     smallest, mean, accuracy = (metrics[f"eval/{k}"] for k in ("smallest_w", "min_w", "disc_accuracy_held_out"))
-    told_apart = args.num_policies * float(accuracy)  # of m modes shared evenly: accuracy m / K, so m
+    modes = args.num_policies * float(accuracy)  # if policies share m modes evenly, the accuracy is m / K
     if smallest < 0.25 * mean:
         return "two policies nearly coincide (mode collapse); see --div-features, --reward-scale"
-    if told_apart < (args.num_policies + 1) / 2 and 4 * step >= args.num_updates:  # earlier none has gone its way yet
-        told = f"{told_apart:.1f} of {args.num_policies} policies apart (mode collapse, or fewer modes)"
-        return f"a classifier tells {told}; see --num-policies, --div-features, --reward-scale"
+    if modes < (args.num_policies + 1) / 2 and 4 * step >= args.num_updates:  # before that they have hardly moved
+        found = f"a classifier tells {modes:.1f} of {args.num_policies} policies apart"
+        return f"{found} (mode collapse, or fewer modes); see --num-policies, --div-features, --reward-scale"
     return ""
 
 
@@ -831,9 +836,9 @@ def log_evaluation(run, step, train, metrics, actor, files):
     run.record(step, train | metrics)
     show_evaluation(step, metrics, run.args)
     if run.args.keep_policies:
-        told = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
-        told |= {"update": step, "rows": files.rows()}
-        write_policy(run, actor, f"policies/update_{step:07d}.npz", **told)
+        about = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
+        about |= {"update": step, "rows": files.rows()}
+        write_policy(run, actor, f"policies/update_{step:07d}.npz", **about)
 
 
 def write_policy(run, actor, name="policy.npz", **about):
@@ -863,63 +868,64 @@ def write_figures(run, snapshot):
 def fresh_rollouts(run, env, rollouts, actor, key):
     """--collect rollouts: new episodes of the final policies -> their row files."""
     args = run.args
-    files = rows.PolicyRows(run.folder / "rollouts", args.num_policies, env)
+    files = PolicyRows(run.folder / "rollouts", args.num_policies, env)
 
     @functools.partial(jax.jit, out_shardings=devices.placed(args.num_policies, args, None, "share"))
     def collect(actor, keys):
         steps = jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
         return steps, jnp.zeros_like(steps.log_probs)
 
-    record(files, run.task, *collect(actor, jax.random.split(key, args.num_policies)))
+    append_rows(files, run.task, *collect(actor, jax.random.split(key, args.num_policies)))
     return files
 
 
 def main(args):
     """Train K policies and write their buffers -> metrics of the last evaluation; {} if a resumed run is finished."""
-    task, env, episode_length = open_world(args)
+    args, task, env, episode_length = open_world(args)
     observe = (lambda x: x) if is_diverse(args) else task.observe  # a diverse policy must see where it is
-    init, warmup, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
+    init, warm_up, train_chunk, rollouts = make_train(args, env, task, observe, episode_length)
     evaluation = make_evaluation(args, task, rollouts)
     key_train, key_eval, key_collect = jax.random.split(jax.random.key(args.seed), 3)
+    on_devices = jax.jit(lambda state: state, out_shardings=state_sharding(args))
 
     with runner.Run("wurl_sac", args, task, gather=lambda x: devices.whole(x, args.num_policies, args)) as run:
-        if rows.are_finished(run, args.num_policies):
+        if are_finished(run, args.num_policies):
             return {}
         disk = announce(args, task, env, episode_length)
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_train), placed=True, disk=disk)
-        files = rows.PolicyRows(run.folder / "rows", args.num_policies, env, run.meta.get("rows"))
-        state = jax.jit(lambda state: state, out_shardings=state_sharding(args))(run.restore(init, key_train))
+        files = PolicyRows(run.folder / "rows", args.num_policies, env, run.meta.get("rows"))  # cut to the saved state
+        state = on_devices(run.restore(init, key_train))
         if "warmup" not in run.meta:
-            state, (_, _, *data) = warmup(state)
-            record(files, task, *data)
+            state, (_, _, *data) = warm_up(state)
+            append_rows(files, task, *data)
             run.write(state, rows=files.rows(), warmup=files.rows(), train={})
-            taken = f"{files.counts[0]} steps per policy, {time.time() - run.began:.0f} s after start"
-            print(f"warm-up: {taken}", flush=True)
+            print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - run.began:.0f} s", flush=True)
 
-        train = run.meta["train"]
+        logged = run.meta["train"]
         for step in run.chunks("update", args.num_updates, state.num_updates):
-            state, (metrics, distances, *data) = train_chunk(state)
+            state, (metrics, distances, *data) = train_chunk(state)  # lines (1) to (7), round after round
             metrics, distances = jax.tree.map(np.asarray, (metrics, distances))
             metrics |= {f"train/{name}": x for name, x in neighbour_distances(distances[-1]).items()}
             run.progress(step, metrics, SHOWN)
-            record(files, task, *data)
-            train = {k: float(np.mean(v)) for k, v in metrics.items()} | {"time/updates_per_s": run.rate()}
+            append_rows(files, task, *data)
+            logged = {k: float(np.mean(v)) for k, v in metrics.items()} | {"time/updates_per_s": run.rate()}
             if run.due(step) and step < args.num_updates:
-                metrics, _ = evaluation(state.agent.actor, key_eval, args.eval_episodes)
-                log_evaluation(run, step, train, metrics, state.agent.actor, files)
-            run.save(state, rows=files.rows(), train=train)
+                scores, _ = evaluation(state.agent.actor, key_eval, args.eval_episodes)
+                log_evaluation(run, step, logged, scores, state.agent.actor, files)
+            run.save(state, rows=files.rows(), train=logged)
 
         actor = state.agent.actor
-        metrics, snapshot = evaluation(actor, key_eval, 50)  # the authors' protocol
-        log_evaluation(run, args.num_updates, train, metrics, actor, files)
-        write_policy(run, actor)
+        scores, snapshot = evaluation(actor, key_eval, 50)  # the authors' protocol
+        log_evaluation(run, args.num_updates, logged, scores, actor, files)
+        if not args.random:  # the networks of random policies never act
+            write_policy(run, actor)
         if run.is_first:
             write_figures(run, snapshot)
         fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
-        rows.write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
-        print(f"{run.folder}: buffers/policy_*.npz, policy.npz, figures; {time.time() - run.began:.0f} s")
+        write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
+        print(f"{run.folder}: buffers, policies, figures; {time.time() - run.began:.0f} s")
         print(f"next: python udg_select.py --buffers {run.folder}/buffers --task ...", flush=True)
-        return metrics
+        return scores
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def load_run(folder):
     buffer, task = envs.buffers.load_task(path, qdq.Transitions._fields, args.task, args.max_rows)
     data, entries, _ = qdq.qdq_data(buffer, args)
     teacher = qdq.make_train(args, task.observation_size, task.action_size)[0]
-    net = jax.eval_shape(teacher.init, runner.seed_keys(args)).net
+    net = jax.eval_shape(teacher.init, runner.seed_keys(args)).nets.net
     number = jax.ShapeDtypeStruct((args.num_seeds,), jnp.float32)
     arrays, _ = runner.read_npz(folder / "q_model.npz", "metadata_json")
     model = runner.fill(qdq.QModel(net, number, number), arrays, folder / "q_model.npz")

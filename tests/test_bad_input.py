@@ -303,7 +303,7 @@ def test_data_that_cannot_be_learnt_from(tmp_path, script):
             arrays["rewards"][:] = 0.0
         buffers.save(path, arrays, {**LABELLED, **labels})
         message = message_of(run, script, "--dataset", path, "--out", out, *flags)
-        assert listing(out).keys() <= {"args.json"}  # qdq.py counts its windows after it made the folder
+        assert not listing(out)
         return message
 
     free = refused((30, 10), zero=True, reward_kind="none")
@@ -324,7 +324,7 @@ POINT, SELECT, LEARN = "--task point", "--task point-angle-0 --buffers {data}", 
 FLAGS = {  # script -> command line: a word of the error
     "wurl_sac": {
         "--task moon": "moon", f"{POINT} --preset x": "x", f"{POINT} --num-policies 0": "num-policies",
-        f"{POINT} --chunk 0": "chunk", f"{POINT} --chunk 130": "chunk", f"{POINT} --num-updates -5": "num-updates",
+        f"{POINT} --chunk 0": "chunk", f"{POINT} --num-updates -5": "num-updates",
         f"{POINT} --num-policies 1": "neighbour", f"{POINT} --task-weight 1": "reward",
         f"{POINT} --replay-size 10": "replay-size", f"{POINT} --replay-size 2000000000": "GB memory",
         f"{POINT} --lr-decay 2": "lr-decay",
@@ -415,6 +415,7 @@ def test_a_run_is_not_written_over(tmp_path, data, script):
     """A folder that holds a run, a file in the folder's place: refused, and as before."""
     start = {"wurl_sac": ["--task", "point"], "udg_select": ["--task", "point-angle-0", "--buffers", data["{data}"]]}
     start = start.get(script, ["--dataset", data["{labelled}"]])
+    start += ["--min-entries", "0"] if script == "qdq" else []
     run_folder = tmp_path / ("point-angle-0" if script == "udg_select" else "")
     run_folder.mkdir(exist_ok=True)
     names = ("top1.npz", "scores.json") if script == "udg_select" else ("state.npz", "policy.npz")

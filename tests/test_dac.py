@@ -243,7 +243,7 @@ def test_full_update_golden(golden):
     noise = D.Noise(shape(g["prior"]), shape(g["z"][:-1]), jnp.asarray(g["t"]), jnp.asarray(g["eps"]), None, None)
 
     s = batch.next_observations[:, None]
-    next_actions = sample_actions(state.target_actor, s, noise.prior, noise.z, args)
+    next_actions = sample_actions(state.target_actor, s, noise.x_T, noise.z, args)
     close(next_actions, shape(g["next_actions"]))
     next_q = q_values(state.target_critics, s, next_actions, args)
     close(next_q, g["next_q"])
@@ -322,13 +322,13 @@ def loss_inputs(**changes):
 
 def test_noise_has_its_shapes():
     args, _, _, noise = loss_inputs(num_steps=4)
-    assert noise.prior.shape == (16, 2, 2) and noise.z.shape == (3, 16, 2, 2) and noise.chain.shape == (4, 16, 2)
+    assert noise.x_T.shape == (16, 2, 2) and noise.z.shape == (3, 16, 2, 2) and noise.chain.shape == (4, 16, 2)
     many = jax.tree.map(np.asarray, draw_noise(jax.random.key(0), jnp.zeros((4_000, 2)), args))
     np.testing.assert_allclose(np.bincount(many.t), [0, 1_000, 1_000, 1_000, 1_000], atol=120)
     assert many.t.min() == 1
-    for x in (many.prior, many.z, many.eps, many.chain):
+    for x in (many.x_T, many.z, many.eps, many.chain):
         np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=0.05)
-    assert np.abs(np.corrcoef(many.eps[:, 0], many.prior[:, 0, 0])[0, 1]) < 0.06
+    assert np.abs(np.corrcoef(many.eps[:, 0], many.x_T[:, 0, 0])[0, 1]) < 0.06
 
 
 @pytest.mark.parametrize("guidance", ["soft", "hard", "denoised", "none"])
@@ -383,7 +383,7 @@ def test_cloning_leaves_the_critics_alone():
 
 def test_without_a_discount_nothing_is_sampled():
     args, state, batch, noise = loss_inputs(gamma=0.0)
-    _, metrics = update(state, batch, noise._replace(prior=None, z=None), args)
+    _, metrics = update(state, batch, noise._replace(x_T=None, z=None), args)
     np.testing.assert_allclose(metrics["train/target"], batch.rewards.mean(), rtol=1e-6)
 
 

@@ -111,24 +111,30 @@ def test_data_is_prepared(dataset):
 
 # --- consistency model ---
 
-GROUPS_OF_2 = D.Args(group_size=2)
+GROUPS_OF_2 = D.Args(group_size=2, model_hidden_sizes=(64, 64, 64))
 
 
 def golden_net(name):
     g = golden("consistency")
-    layers = lambda kind, n: D.Layers(
-        tuple(jnp.asarray(g[f"{name}.{kind}{i}.kernel"]) for i in range(n)),
-        tuple(jnp.asarray(g[f"{name}.{kind}{i}.bias"]) for i in range(n)),
-    )
-    norms = [tuple(jnp.asarray(g[f"{name}.gn{i}.{kind}"]) for i in range(3)) for kind in ("scale", "bias")]
-    return D.QNet(jnp.asarray(g[f"{name}.fourier_W"]), layers("time", 2), layers("dense", 4), *norms)
+    arrays = lambda layer, *kinds: {kind: jnp.asarray(g[f"{name}.{layer}.{kind}"]) for kind in kinds}
+    first, num_conditions = arrays("dense0", "kernel", "bias"), g["net_c"].shape[-1]
+    of_c, of_x, of_e = jnp.split(first["kernel"], (num_conditions, num_conditions + 1))
+    dense = [arrays(f"time{i}", "kernel", "bias") for i in range(2)]
+    dense += [first | {"kernel": of_c}, {"kernel": of_x}, {"kernel": of_e}]
+    dense += [arrays(f"dense{i}", "kernel", "bias") for i in range(1, 4)]
+    params = {"fourier": jnp.asarray(g[f"{name}.fourier_W"])} | {f"Dense_{i}": x for i, x in enumerate(dense)}
+    return {"params": params | {f"GroupNorm_{i}": arrays(f"gn{i}", "scale", "bias") for i in range(3)}}
+
+
+def fresh_net(args, num_conditions, seed=1):
+    return D.q_net(args).init(jax.random.key(seed), jnp.zeros(num_conditions), *jnp.ones(2))
 
 
 def test_network_golden():
     g = golden("consistency")
     with jax.enable_x64():
         net, inputs = golden_net("f"), (g["net_c"], g["net_x"][:, 0], g["sigma"], GROUPS_OF_2)
-        close(D.raw_output(net, *inputs), g["net_F"][:, 0], 1e-10)
+        close(D.q_net(GROUPS_OF_2).apply(net, *inputs[:3]), g["net_F"][:, 0], 1e-10)
         close(D.denoiser(net, *inputs), g["net_denoiser"][:, 0], 1e-10)
         f = D.consistency(net, *inputs)
         close(f, g["net_consistency"][:, 0], 1e-10)
@@ -143,10 +149,10 @@ def test_first_layer_is_shared_in_form_only():
         net = jax.tree.map(lambda x: x.astype(jnp.float32), golden_net("f"))
     c = jnp.asarray(golden("consistency")["cd_c"], jnp.float32)
     x = jax.random.normal(jax.random.key(0), (len(c), 6)) * 80.0
-    raw_output = jax.jit(D.raw_output, static_argnums=4)
-    together = raw_output(net, c[:, None], x, 80.0, GROUPS_OF_2)
+    raw_output = jax.jit(D.q_net(GROUPS_OF_2).apply)
+    together = raw_output(net, c[:, None], x, jnp.float32(80.0))
     for k in range(6):
-        alone = raw_output(net, c, x[:, k], jnp.full(len(c), 80.0), GROUPS_OF_2)
+        alone = raw_output(net, c, x[:, k], jnp.full(len(c), 80.0))
         np.testing.assert_allclose(together[:, k], alone, atol=2e-4)  # groups of 2 are steep
 
 
@@ -167,9 +173,9 @@ def test_distillation_golden():
         rows = g["cd_c"], g["cd_q"][:, 0], g["cd_z"][:, 0], (g["pair_t"], g["pair_s"]), GROUPS_OF_2
         loss, grads = jax.value_and_grad(D.distillation_loss, (0, 1, 2))(*nets, *rows)
         close(loss, g["cd_loss"], 1e-10)
-        close(grads[0].trunk.weights[-1], g["cd_grad_last_kernel"], 1e-10)
-        assert size_of(grads[1:]) == 0 and size_of(grads[0].fourier) == 0
-        assert all(size_of(x) > 0 for x in jax.tree.leaves(grads[0]._replace(fourier=jnp.ones(1))))
+        assert size_of(grads[1:]) == 0 and size_of(grads[0]["params"].pop("fourier")) == 0
+        close(grads[0]["params"]["Dense_7"]["kernel"], g["cd_grad_last_kernel"], 1e-10)
+        assert all(size_of(x) > 0 for x in jax.tree.leaves(grads[0]))
 
 
 def test_denoising_golden():
@@ -198,7 +204,7 @@ def test_uncertainty_golden():
 
 def test_monte_carlo_is_the_population_std():
     args = tiny(uncertainty="mc", num_samples=6)
-    net = D.q_net_init(jax.random.key(0), 5, args)
+    net = fresh_net(args, 5)
     model, key = D.QModel(net, jnp.float32(-3.0), jnp.float32(7.0)), jax.random.key(1)
     c = jax.random.normal(jax.random.key(2), (4, 5))
     mean, h = jax.jit(D.q_moments, static_argnums=3)(model, c, key, args)
@@ -223,20 +229,20 @@ def test_all_levels_are_drawn(monkeypatch):
 
 def test_student_starts_as_the_teacher_and_its_target_follows_every_fifth_step():
     args = tiny(student_tau=0.5)
-    teacher = jax.vmap(lambda key: D.q_net_init(key, 5, args))(jax.random.split(jax.random.key(0), 2))
+    teacher = jax.tree.map(lambda *x: jnp.stack(x), *(fresh_net(args, 5, seed) for seed in range(2)))
     state = D.make_train(args, 3, 2)[1].init(jax.random.split(jax.random.key(1), 2), teacher)
-    for a, b, c in zip(*map(jax.tree.leaves, (state.net, state.target, teacher)), strict=True):
+    for a, b, c in zip(*map(jax.tree.leaves, (state.nets.net, state.nets.target, teacher)), strict=True):
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, c)
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)
     rng = np.random.default_rng(0)
     entries = D.Entries(jnp.float32(rng.normal(size=(50, 5))), jnp.float32(rng.uniform(-1, 1, 50)), 0.0, 1.0)
-    step = jax.jit(lambda n: D.student_update(
-        first(state.net), first(state.target), first(state.opt), n, first(teacher), entries, jax.random.key(2), args
-    ))  # fmt: skip
+    before, key = first(state.nets), jax.random.key(2)
+    step = jax.jit(lambda n: D.student_update(before, first(teacher), entries, n, key, args)[0])
     for n, moves in ((0, True), (1, False), (4, False), (5, True)):
-        net, target, _, _ = step(n)
-        old, new, online = (np.asarray(x.trunk.weights[1]) for x in (first(state.target), target, net))
+        after = step(n)
+        nets = before.target, after.target, after.net
+        old, new, online = (np.asarray(net["params"]["Dense_5"]["kernel"]) for net in nets)
         assert np.abs(online - old).max() > 0
         np.testing.assert_allclose(new, 0.5 * (old + online) if moves else old, atol=1e-7)
 
@@ -309,7 +315,7 @@ def test_actor_golden(case):
     g = {k.removeprefix(case + "."): v for k, v in golden("target").items() if k.startswith(case + ".")}
     args = D.Args(gamma_ent=float(g["gamma"]), q_norm=False)
     with jax.enable_x64():
-        log_std = D.clipped_log_std(D.QdqActor(None, jnp.asarray(g["log_std"])), args)
+        log_std = jnp.clip(g["log_std"], args.log_std_min, args.log_std_max)
         log_p = D.log_likelihood(g["action"], g["mean"], log_std)
         close(log_p, g["logp"], 1e-10)
         if "awr" in case:
@@ -350,7 +356,7 @@ def test_optimisers_take_the_steps_they_should():
 
 
 def numpy_actor(params, obs):
-    layers = params["params"]
+    layers = {k: v for k, v in params["params"].items() if k != "log_std"}
     x = np.asarray(obs, float)
     for i in range(len(layers)):
         x = x @ np.asarray(layers[f"Dense_{i}"]["kernel"], float) + np.asarray(layers[f"Dense_{i}"]["bias"], float)
@@ -379,7 +385,7 @@ def small_world(**changes):
     nets = jax.tree.map(lambda x: x[0], state.nets)
     moved = lambda tree: jax.tree.map(lambda x: 0.9 * x + 0.03, tree)
     nets = nets._replace(target_actor=moved(nets.actor), target_critic=moved(nets.critic))
-    model = D.QModel(D.q_net_init(jax.random.key(1), 5, args), jnp.float32(-40.0), jnp.float32(90.0))
+    model = D.QModel(fresh_net(args, 5), jnp.float32(-40.0), jnp.float32(90.0))
     return args, nets, model, random_batch(40)
 
 
@@ -391,9 +397,9 @@ def test_critic_loss_is_the_equation(sample_target):
         nets.critic, nets.target_critic, nets.target_actor, model, batch, key, args
     )
     key_sample, key_noise = jax.random.split(jax.random.split(key)[0])
-    actions = numpy_actor(nets.target_actor.mean, batch.next_observations)
+    actions = numpy_actor(nets.target_actor, batch.next_observations)
     if sample_target:
-        std = np.exp(np.asarray(nets.target_actor.log_std))
+        std = np.exp(np.asarray(nets.target_actor["params"]["log_std"]))
         actions = actions + std * np.asarray(jax.random.normal(key_sample, actions.shape))
     noise = np.clip(0.2 * np.asarray(jax.random.normal(key_noise, actions.shape)), -0.5, 0.5)
     actions = np.clip(actions + noise, -1, 1)
@@ -420,13 +426,13 @@ def test_actor_loss_is_the_equation(kind):
     inputs = nets.target_actor, nets.critic, 1.0, batch, key, args
     loss, _ = jax.jit(D.qdq_actor_loss, static_argnums=6)(nets.actor, *inputs)
     obs, a = np.asarray(batch.observations, float), np.asarray(batch.actions, float)
-    mean = numpy_actor(nets.actor.mean, obs)
+    mean = numpy_actor(nets.actor, obs)
     log_p = (-0.5 * (a - mean) ** 2 - 0.5 * np.log(2 * np.pi)).sum(-1)  # log std is 0 at first
     if kind == "q":
         q = numpy_critics(nets.critic, obs, mean).min(0)
         wanted = -q.mean() / np.abs(q).mean() - args.gamma_ent * log_p.mean()
     else:
-        old, std = numpy_actor(nets.target_actor.mean, obs), np.exp(np.asarray(nets.target_actor.log_std, float))
+        old, std = numpy_actor(nets.target_actor, obs), np.exp(np.asarray(nets.target_actor["params"]["log_std"]))
         samples = old + std * np.asarray(jax.random.normal(key, (30, *old.shape)), float)
         tiled = np.broadcast_to(obs, (30, *obs.shape))
         value = numpy_critics(nets.critic, tiled, samples).min(0).mean(0)
@@ -446,7 +452,7 @@ def test_gradients_stop_where_the_equations_say():
     grads = actor_grad(nets.actor, args)
     assert all(size_of(x) > 0 for x in jax.tree.leaves(grads))
     grads = actor_grad(nets.actor, dataclasses.replace(args, gamma_ent=0.0))
-    assert size_of(grads.log_std) == 0 and size_of(grads.mean) > 0  # Q sees the mean only
+    assert size_of(grads["params"].pop("log_std")) == 0 and size_of(grads) > 0  # Q sees the mean only
 
 
 def test_timeouts_bootstrap_and_terminals_do_not():
@@ -490,7 +496,7 @@ def test_actor_clones_first():
     update = jax.jit(D.qdq_update, static_argnums=5)
     others = nets._replace(critic=jax.tree.map(lambda x: -x, nets.critic))
     for step, same in ((6, True), (8, False)):  # a tenth of 80
-        actors = [update(x, model, batch, step, jax.random.key(0), args)[0].actor.mean for x in (nets, others)]
+        actors = [update(x, model, batch, step, jax.random.key(0), args)[0].actor for x in (nets, others)]
         kernels = [actor["params"]["Dense_0"]["kernel"] for actor in actors]
         assert np.array_equal(*kernels) == same
 
@@ -513,11 +519,11 @@ def fit_student(entries, args, num_obs, num_actions, seed=0):
     state = teacher.init(jax.random.key(seed)[None])
     while int(state.num_updates[0]) < args.teacher_updates:
         state, _ = teacher.chunk(state, entries)
-    net = state.net
+    net = state.nets.net
     state = student.init(jax.random.key(seed + 1)[None], net)
     while int(state.num_updates[0]) < args.student_updates:
         state, _ = student.chunk(state, net, entries)
-    return D.QModel(jax.tree.map(lambda x: x[0], state.net), entries.low, entries.high)
+    return D.QModel(jax.tree.map(lambda x: x[0], state.nets.net), entries.low, entries.high)
 
 
 FIT = dict(
@@ -562,13 +568,13 @@ def bandit_policy(**changes):
     rates = dict(actor_lr=3e-3, critic_lr=3e-3)
     nets = dict(hidden_sizes=(32, 32), model_hidden_sizes=(8,), nodes=2, batch_size=128)
     args = tiny(**{**FIT, **nets, **rates, **changes})
-    model = D.QModel(D.q_net_init(jax.random.key(1), 2, args), jnp.float32(0.0), jnp.float32(2.0))  # no bootstrap
+    model = D.QModel(fresh_net(args, 2), jnp.float32(0.0), jnp.float32(2.0))  # no bootstrap
     policy = D.make_train(args, 1, 1)[2]
     state = policy.init(jax.random.key(2)[None])
     while int(state.num_updates[0]) < args.num_updates:
         state, _ = policy.chunk(state, jax.tree.map(lambda x: jnp.asarray(x)[None], model), bandit())
     s = np.linspace(-1, 1, 200)[:, None]
-    return numpy_actor(jax.tree.map(lambda x: x[0], state.nets.actor.mean), s)[:, 0] - 0.3 * s[:, 0]
+    return numpy_actor(jax.tree.map(lambda x: x[0], state.nets.actor), s)[:, 0] - 0.3 * s[:, 0]
 
 
 def test_policy_stays_in_the_support_and_climbs(optimised):
@@ -593,11 +599,11 @@ def chunk_of_all_phases(seeds):
     entries = D.Entries(c, jnp.float32(rng.uniform(-1, 1, len(c))), jnp.float32(-5.0), jnp.float32(9.0))
     teacher, student, policy = D.make_train(args, 3, 2)
     first, _ = teacher.chunk(teacher.init(keys), entries)
-    second, _ = student.chunk(student.init(keys, first.net), first.net, entries)
+    second, _ = student.chunk(student.init(keys, first.nets.net), first.nets.net, entries)
     full = lambda x: jnp.full(len(keys), x)
-    model = D.QModel(second.net, full(entries.low), full(entries.high))
+    model = D.QModel(second.nets.net, full(entries.low), full(entries.high))
     third, _ = policy.chunk(policy.init(keys), model, data)
-    return first.net, second, third.nets
+    return first.nets.net, second, third.nets
 
 
 @functools.cache
@@ -610,7 +616,7 @@ def test_a_seed_alone_is_the_seed_among_others():
     for a, b in zip(*map(jax.tree.leaves, (both, alone)), strict=True):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             np.testing.assert_allclose(a[1], b[0], rtol=1e-5, atol=1e-6)
-    assert not np.allclose(*both[2].actor.mean["params"]["Dense_0"]["kernel"])
+    assert not np.allclose(*both[2].actor["params"]["Dense_0"]["kernel"])
 
 
 def test_vmapped_seeds_are_mapped_seeds(monkeypatch):
@@ -673,7 +679,7 @@ def test_student_of_another_run(whole_run, dataset, tmp_path):
     whole, again = state_of(folder), state_of(tmp_path / "run")
     for key in whole:
         np.testing.assert_array_equal(whole[key], again[key], err_msg=key)
-    last = max(k for k in arrays if k.startswith("net/trunk/weights"))
+    last = max(k for k in arrays if k.endswith("kernel"))
     envs.buffers.write_npz(student, arrays | {last: arrays[last] + 1.0})
     with pytest.raises(envs.InputError, match="student was"):
         D.main(dataclasses.replace(args, resume=True))

@@ -1,6 +1,7 @@
 """wurl_sac.py against goldens, plain numpy and worlds with known answers."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import envs
 import runner
 import wurl_sac as W
-from envs.distances import unit_directions
+from envs.distances import pairwise_apwd, unit_directions
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +36,14 @@ def golden(name):
         return {key: file[key] for key in file.files}
 
 
-apwd_reward = jax.jit(W.apwd_reward, static_argnames="args")
+@functools.partial(jax.jit, static_argnames="args")
+def apwd_reward(source, alive, target, target_alive, directions, args):
+    """Lines (2) to (5): features [K, N, L, d] of source and target -> pseudo-reward, distances [K, K]."""
+    points = lambda x: x.reshape(len(x), -1, *x.shape[3:])
+    cost = pairwise_apwd(*map(points, (source, alive, target, target_alive)), directions)
+    return W.apwd_reward(cost, alive, args), cost.sum(-1) / alive.sum((1, 2))[:, None]
+
+
 critic_loss = jax.jit(W.wurl_critic_loss, static_argnames="args")
 actor_loss = jax.jit(W.wurl_actor_loss, static_argnames="args")
 
@@ -396,7 +404,6 @@ def test_other_objectives_train(objective):
         (dict(num_policies=1), "one policy has no neighbour"),
         (dict(task_weight=1.0), "has no reward"),
         (dict(replay_size=50), "--replay-size"),
-        (dict(chunk=5), "--chunk must be a multiple"),
         (dict(eval_episodes=1), "--eval-episodes"),
         (dict(div_features="0,99"), "--div-features"),
         (dict(task="ponit"), "point"),
@@ -406,6 +413,26 @@ def test_bad_flags_are_refused_before_work(tmp_path, changes, message):
     with pytest.raises(envs.InputError, match=message):
         W.main(tiny(out=str(tmp_path / "no"), **changes))
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [  # rounds of 2 x 200 x 0.25 = 100, 3 x 100 and 200 updates
+        ("--task ant", (100, 4_000, 36_000)),
+        ("--task point --num-envs 3", (600, 1_200, 30_000)),
+        ("--task point --num-envs 2", (400, 1_600, 30_000)),  # 2 is also the default of the ant
+        ("--quick --num-envs 2 --chunk 50", (200, 1_600, 6_000)),
+        ("--task ant --num-updates 130 --eval-every 1", (100, 100, 100)),
+    ],
+)
+def test_budgets_are_rounded_to_whole_rounds(flags, wanted):
+    args = W.open_world(runner.parse(W.Args, flags.split(), W.preset))[0]
+    assert (args.chunk, args.eval_every, args.num_updates) == wanted
+
+
+def test_quick_refuses_a_preset():
+    with pytest.raises(envs.InputError, match="leave --preset out"):
+        W.preset(W.Args(quick=True, preset="paper"))
 
 
 def test_discriminator_success():
@@ -489,6 +516,7 @@ def test_supervised_data(tmp_path):
 
 def test_fresh_rollouts_of_random_policies(tmp_path):
     W.main(tiny(out=str(tmp_path), num_updates=20, random=True, collect="rollouts", rollout_episodes=3))
+    assert not (tmp_path / "policy.npz").exists()  # of untrained networks, which made none of the data
     buffers = [envs.buffers.load(p) for p in sorted((tmp_path / "buffers").glob("*.npz"))]
     assert len(buffers) == 3 and not (tmp_path / "rollouts").exists() and not (tmp_path / "rows").exists()
     for buffer in buffers:
@@ -538,7 +566,7 @@ def test_feature_scales():
     args = parse()
     assert (args.div_features, args.feature_scales) == ("0", (10.0,))
     assert parse("--div-features", "0").feature_scales == (10.0,)
-    assert parse("--div-features", "full").feature_scales == ()
+    assert parse("--div-features", "full").feature_scales == parse("--div-features", "task").feature_scales == ()
     both = parse("--div-features", "task", "--feature-scales", "1", "10")
     assert both.feature_scales == (1.0, 10.0)
     W.check_args(both, task, 200)

@@ -110,7 +110,7 @@ def qdq_phases(args, data, entries, name):
     """Cases of the three phases; a policy update is a critic step and half an actor step."""
     teacher, student, policy = qdq.make_train(args, NUM_OBS, NUM_ACT)
     keys = seed_keys(args.num_seeds)
-    net = teacher.init(keys).net
+    net = teacher.init(keys).nets.net
     full = lambda x: jnp.full(args.num_seeds, x)
     model = qdq.QModel(jax.tree.map(jnp.copy, net), full(entries.low), full(entries.high))
     case = lambda phase, state, chunk: chunk_case(f"{name}: {phase}", args, state, chunk)
