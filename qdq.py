@@ -849,7 +849,7 @@ def student_identity(args, buffer):
     """What a student belongs to: the data, and the flags behind D_Q and its network that shapes do not show."""
     flags = {k: getattr(args, k) for k in ("gamma", "max_windows", "reward_shift", "normalize", "group_size")}
     windows = list(window_sizes(args, buffer.metadata["episode_length"]))
-    return flags | {"windows": windows, "data": envs.buffers.digests(buffer, ("observations", "actions", "rewards"))}
+    return flags | {"windows": windows, "data": envs.buffers.digests(buffer, runner.DIGESTED)}
 
 
 def load_q_model(path, like, identity):

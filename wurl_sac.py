@@ -824,11 +824,11 @@ def show_evaluation(step, metrics, args):
     shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in names if f"eval/{n}" in metrics}
     if args.num_policies > 1:
         shown["told_apart"] = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])
-    print(f"  evaluation at {step}:", *(f"{n} {v:.3f} " for n, v in shown.items()))
-    print("  travel", *(f"{x:.1f}" for x in metrics["eval/travel"]), flush=True)
+    runner.say(f"  evaluation at {step}:", *(f"{n} {v:.3f} " for n, v in shown.items()))
+    runner.say("  travel", *(f"{x:.1f}" for x in metrics["eval/travel"]))
     warning = collapse(metrics, step, args)
     if warning:
-        print(f"  warning: {warning}", flush=True)
+        runner.say(f"  warning: {warning}")
 
 
 def log_evaluation(run, step, train, metrics, actor, files):

@@ -261,7 +261,7 @@ def run_cell(cell, base, core, stopping):
         if is_done(cell, base):  # by that other process, a moment ago
             return ""
         began, resume = time.time(), []
-        if cell.runs and any(cell.runs.glob("**/state*.npz")):
+        if cell.runs and runner.state_files(cell.runs):
             resume = ["--resume"]
         elif not cell.runs:
             cell.done.unlink(missing_ok=True)  # of another command: it must not pass for this one's

@@ -31,7 +31,7 @@ import numpy as np
 
 from cells import ROOT, args_of, write_whole
 from envs import InputError, buffers
-from runner import plots
+from runner import plots, state_files
 
 ALGORITHMS = ("mopo.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
@@ -69,7 +69,7 @@ class Run:
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
             file.flush()
             learner = importlib.import_module(script.removesuffix(".py"))
-            resume = ["--resume"] if any(folder.glob("**/state*.npz")) else []
+            resume = ["--resume"] if state_files(folder) else []
             try:
                 learner.main(args_of(learner, [*flags, "--out", str(folder), *resume]))
             except InputError as error:

@@ -34,12 +34,13 @@ from runner.flags import (
     parse,
     refuse,
 )
-from runner.folder import folder_of, open_task
+from runner.folder import folder_of, open_task, state_files
+from runner.log import say
 from runner.presets import preset
-from runner.run import Run
+from runner.run import DIGESTED, Run
 
 __all__ = [
-    "Count", "Data", "Flags", "Natural", "Rate", "Run", "RunFlags", "Share", "Size", "check", "check_run",
+    "DIGESTED", "Count", "Data", "Flags", "Natural", "Rate", "Run", "RunFlags", "Share", "Size", "check", "check_run",
     "each_seed", "evaluation_keys", "fill", "flat_arrays", "folder_of", "launch", "map_seeds", "open_task",
-    "over_devices", "parse", "play", "preset", "read_npz", "refuse", "returns_of", "seed_keys",
+    "over_devices", "parse", "play", "preset", "read_npz", "refuse", "returns_of", "say", "seed_keys", "state_files",
 ]  # fmt: skip

@@ -33,7 +33,7 @@ def fill(like, arrays, path):
     def leaf(place, x):
         name = jax.tree_util.keystr(place, simple=True, separator="/")
         if name in arrays and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))
+            return jax.random.wrap_key_data(jnp.asarray(arrays[name]))  # the bits of a typed key
         if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
             raise envs.InputError(
                 f"{path}: {name} does not fit: another version of this script wrote the file; start anew with "
@@ -71,13 +71,12 @@ def read_state(folder, identity):
 
     Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
     """
-    for path in (folder / "state.new.npz", folder / "state.npz", folder / "state.prev.npz"):
-        if path.name == "state.new.npz" and not path.exists():  # whole, but a kill came before it had its name
-            continue
+    names = ("state.new.npz", "state.npz", "state.prev.npz")  # the first: whole, but a kill came before it had its name
+    for path in (folder / name for name in names if (folder / name).exists()):
         try:
             arrays, meta = read_npz(path)
             break
-        except Exception as error:  # missing, torn or corrupt: the one before may be whole
+        except Exception as error:  # torn or corrupt: the one before may be whole
             print(f"cannot read {path}: {error}", file=sys.stderr)
     else:
         raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")

@@ -102,7 +102,7 @@ def agreed(stop, due):
     if jax.process_count() == 1:
         return stop, due
     told, due = multihost_utils.process_allgather(np.array([bool(stop), due])).any(0)
-    return stop or "a signal to another process" * bool(told), due
+    return stop or ("a signal to another process" if told else ""), due
 
 
 def join_processes():

@@ -116,11 +116,12 @@ def check(args):
     for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         bounds, many = bounds_of(kind)
-        refuse({f"{flag} needs at least one number": bool(value) or not (many and bounds)})
-        for x in value if isinstance(value, tuple) else (value,):
+        numbers = value if isinstance(value, tuple) else (value,)
+        refuse({f"{flag} needs at least one number": bool(numbers) or not (many and bounds)})
+        for x in (x for x in numbers if x is not None):
             refuse({f"{flag} {x}: must be finite": not isinstance(x, float) or math.isfinite(x)})
-            for wanted in (b.refusal(x) for b in bounds if x is not None):
-                refuse({f"{flag} {x}: must be {wanted}": not wanted})
+            for wanted in filter(None, (b.refusal(x) for b in bounds)):
+                raise envs.InputError(f"{flag} {x}: must be {wanted}")
 
 
 def check_run(args):

@@ -10,13 +10,23 @@ from runner.flags import check_run
 QUICK_TASK = "point-angle-0"
 
 
-def folder_of(args, script, task):
-    """The run's folder -> path; InputError where it holds another run.
+def places(folder):
+    """The folder of a run and those inside it, its phases' among them; not those that hold runs of their own."""
+    return [folder, *(x for x in folder.glob("*/") if not (x / "args.json").exists())]
 
-    With --resume it must hold one.
-    """
+
+def state_files(folder):
+    """The states of a run, of all its phases."""
+    names = ("state.new.npz", "state.npz", "state.prev.npz")  # newest first
+    return [place / name for place in places(folder) for name in names if (place / name).exists()]
+
+
+def folder_of(args, script, task):
+    """The run's folder -> path, whether it holds a run; InputError where it does and --resume is not given."""
     folder = Path(args.out or f"runs/{script}/{task}/seed{args.seed}")
-    there = any(folder.glob("**/state*.npz")) or (folder / "policy.npz").exists()
+    log = folder / "log.jsonl"
+    logged = log.exists() and log.read_bytes().count(b"\n") > 1  # the states may have been deleted to save space
+    there = bool(state_files(folder)) or logged or (folder / "policy.npz").exists()
     if there and not args.resume:
         raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
     return folder, there
@@ -32,7 +42,7 @@ def open_task(script, args, keys):
     if not path:
         path = scripted.dataset(folder_of(args, script, QUICK_TASK)[0])
     buffer, task = envs.buffers.load_task(path, keys, args.task, args.max_rows)
-    folder_of(args, script, task.name)
+    folder_of(args, script, task.name)  # refused before any long work
     if len(buffer) < 20:
         raise envs.InputError(f"--dataset: {len(buffer)} rows are too few")
     return buffer, task

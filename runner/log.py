@@ -1,7 +1,9 @@
 """The log of a run: log.jsonl, TensorBoard, Weights & Biases, and the progress line."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 
@@ -12,6 +14,12 @@ import envs
 import envs.buffers
 
 LINE_EVERY = 60.0  # seconds between two progress lines in a file
+
+
+def say(*words):
+    """Print at once. A reader that is gone, as `| tee` is after the same Ctrl-C, must not keep a run from saving."""
+    with contextlib.suppress(BrokenPipeError):
+        print(*words, flush=True)
 
 
 def start_wandb(folder, config):
@@ -41,7 +49,7 @@ class Logger:
         header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
         self.wandb = start_wandb(folder, header["args"]) if args.track else None
-        for events in folder.glob("events.out.tfevents.*"):
+        for events in folder.glob("events.out.tfevents.*") if (folder / "log.jsonl").exists() else ():
             events.unlink()
         self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
         self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
@@ -52,8 +60,17 @@ class Logger:
             self.write(header)
 
     def write(self, record):
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            remedy = "free space, then go on with --resume"
+            raise envs.InputError(f"{self.file.name}: cannot be written ({error.strerror}); {remedy}") from None
+
+    def position(self):
+        """Bytes of the log by now, all of them on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
 
     def show(self, record):
         """A record's numbers, named with its labels, to TensorBoard and W&B."""
@@ -93,13 +110,14 @@ class Progress:
 
     def show(self, count, rate, metrics, last=False):
         """`label count/total (p%)  rate  ETA  metrics`, rate in counts per second; last: the loop ends here."""
-        eta = time.strftime("%H:%M:%S", time.gmtime((self.total - count) / max(rate, 1e-9)))
+        left = int((self.total - count) / max(rate, 1e-9))
+        eta = f"{left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
         numbers = "  ".join(f"{k.split('/')[-1]} {float(v):.4g}" for k, v in metrics.items())
         line = f"{count}/{self.total} ({count / self.total:.0%})  {rate:.4g}/s  ETA {eta}  {numbers}"
         if self.bar:
             self.bar.update(self.task, completed=count, numbers=line, refresh=True)
         elif last or time.time() - self.told >= LINE_EVERY:
-            print(f"{self.label} {line}", flush=True)
+            say(f"{self.label} {line}")
             self.told = time.time()
 
     def close(self):

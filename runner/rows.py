@@ -36,9 +36,8 @@ class PolicyRows(EpisodeFiles):
 
 def are_finished(run, count):
     """Whether a resumed run has all its buffers and has begun to remove row files, its last act; removes the rest."""
-    names = [f"policy_{k:02d}" for k in range(count)]
-    whole = run.states and all((run.folder / "buffers" / f"{name}.npz").exists() for name in names)
-    if not whole or all((run.folder / "rows" / f"{name}.rows").exists() for name in names):
+    there = lambda folder, kind: [(run.folder / folder / f"policy_{k:02d}.{kind}").exists() for k in range(count)]
+    if not (run.states and all(there("buffers", "npz"))) or all(there("rows", "rows")):
         return False
     for left in ("rows", "rollouts"):
         shutil.rmtree(run.folder / left, ignore_errors=True)

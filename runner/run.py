@@ -1,6 +1,7 @@
 """One run: its folder, log, checkpoints, progress, figures and score."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -14,13 +15,13 @@ import envs
 import envs.buffers
 from runner import devices, plots
 from runner.checkpoint import fill, flat_arrays, name_state, read_state, save_state
-from runner.folder import folder_of
-from runner.log import Logger, Progress
+from runner.folder import folder_of, places, state_files
+from runner.log import Logger, Progress, say
 from runner.signals import StopSignal
 
 FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound")  # flags that may change at a resume
 SAVE_EVERY = 60.0  # seconds between two checkpoints
-DIGESTED = ("observations", "actions", "rewards")  # the columns that tell one data set from another
+DIGESTED = ("observations", "actions", "rewards", "terminals", "timeouts")  # what tells data from others
 
 
 def amount(size):
@@ -48,34 +49,55 @@ class Run:
             identity["data"] = envs.buffers.digests(buffer, DIGESTED)
         self.identity = {**flags, **identity, **envs.buffers.versions()}
         self.states, self.meta, self.phase, self.stopped = {}, {}, "", ""
-        self._logger = self.shown = None
+        self._logger = self.shown = self.lock = None
         self.kept = 0  # bytes of the states of the phases that are compiled so far
-        if args.resume and not there:
-            print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
-        elif args.resume:
-            self.read_states()
-        self.resumed = bool(self.states)
+        self.redone = 0  # of a phase that had ended and that a torn state set back: where its records in the log end
         self.make_folder()
+        try:
+            if args.resume and not there:
+                print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
+            elif args.resume:
+                self.read_states()
+            self.resumed = bool(self.states)
+            for torn in (x for place in places(self.folder) for x in place.glob(".*.npz.*.tmp") if self.is_first):
+                torn.unlink(missing_ok=True)  # a kill left it while a file was being written
+        except BaseException:
+            self.release()
+            raise
 
     def make_folder(self):
+        """Make the folder, and let no other process write into it until this one ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.is_first:
-                return
-            for torn in self.folder.glob("**/.*.npz.*.tmp"):  # a kill left it while a file was being written
-                torn.unlink(missing_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise OSError("no permission, or a read-only disk")
+            self.lock = os.open(self.folder, os.O_RDONLY) if self.is_first else None
         except OSError as error:
             raise envs.InputError(f"{self.folder}: cannot be written ({error}); choose another --out") from None
+        try:
+            if self.is_first:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise envs.InputError(f"{self.folder}: another process runs in it; wait, or choose another --out") from None
+        except OSError:  # a file system that cannot lock a folder
+            self.release()
+
+    def release(self):
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = None
 
     def read_states(self):
         """The states of all phases that the run has reached, and what the newest one says beside them (`meta`)."""
-        places = {path.parent for path in self.folder.glob("**/state*.npz")} or {self.folder}
-        for place in places:
+        for place in {path.parent for path in state_files(self.folder)} or {self.folder}:
             arrays, meta, path = read_state(place, self.identity)
-            self.states[str(place.relative_to(self.folder))] = arrays, path
+            self.states[str(place.relative_to(self.folder))] = arrays, path, meta["log"]
             self.meta = max(self.meta, meta, key=lambda x: x.get("log", -1))
+        log = self.folder / "log.jsonl"
+        if self.is_first and (log.stat().st_size if log.exists() else 0) < self.meta["log"]:
+            remedy = "put it back, or start anew with another --out"
+            raise envs.InputError(f"{log}: is shorter than its state says, or gone; {remedy}")
 
     @property
     def logger(self):
@@ -93,8 +115,9 @@ class Run:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         have = devices.memory()
         self.kept += 2 * size + disk  # of every phase the newest state and the one before
-        disk = self.kept + size + size // 4  # the one being written, and policy.npz
-        ours = [*self.folder.glob("**/state*.npz"), *self.folder.glob("**/*.rows")]  # of the run, before it was resumed
+        disk = self.kept + size + size // 4  # beside what is kept: the state being written, and policy.npz
+        ours = [x for kind in ("*.rows", "policy_*.npz") for x in self.folder.glob(f"*/{kind}")]  # made before
+        ours += state_files(self.folder)
         free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in ours)
         print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
         if size > have or disk > free:
@@ -106,8 +129,8 @@ class Run:
         print(f", {amount(need)} of {amount(have)} memory on each device", flush=True)
         if need > have:
             raise self.too_large(need, have, disk, free)
-        alone = placed or devices.device_mesh(len(jax.tree.leaves(state)[0]), self.args)[0].size == 1
-        return program if alone else chunk
+        one_device = placed or devices.device_mesh(len(jax.tree.leaves(state)[0]), self.args)[0].size == 1
+        return program if one_device else chunk  # compiled for shapes, it does not know how arrays are spread
 
     def too_large(self, need, have, disk, free):
         return envs.InputError(
@@ -118,28 +141,33 @@ class Run:
     def restore(self, init, *inputs, phase=""):
         """The state of a phase: exactly where a resumed run was, else init(*inputs), which is saved at once."""
         self.leave_if_stopped()
-        self.phase = phase
+        self.phase, self.redone = phase, 0
         saved = self.states.pop(phase or ".", None)
         if saved is None:
             state = init(*inputs)
             self.write(state)
             return state
-        arrays, path = saved
+        arrays, path, log = saved
         state = fill(jax.eval_shape(init, *inputs), arrays, path)
-        if path.name == "state.new.npz" and jax.process_count() == 1:  # others may be reading it
-            name_state(path)
+        if log < self.meta["log"]:  # a later phase has begun: whatever is missing here is in the log
+            self.redone = log
+        if jax.process_count() == 1:  # others may be reading it
+            if path.name == "state.new.npz":
+                name_state(path)
+            if path.name == "state.prev.npz":  # the newer one is torn, and must not take the place of this one
+                path.with_name("state.npz").unlink(missing_ok=True)
         return state
 
     def write(self, state, **meta):
         """Save the state of the present phase; meta: numbers and lists to find in `run.meta` when it is resumed."""
         self.meta = {**self.meta, **meta}
         state = self.gather(state)
-        if self.is_first:
-            where = self.folder / self.phase
-            where.mkdir(exist_ok=True)
-            if not self.resumed and not self._logger:  # the first file of a run: nothing can refuse it any more
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
-            save_state(where, state, {**self.meta, "identity": self.identity, "log": self.logger.file.tell()})
+        if not self.is_first:
+            return
+        if not self.resumed and not self._logger:  # the first file of a run: nothing can refuse it any more
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+        log = self.redone or self.logger.position()
+        save_state(self.folder / self.phase, state, {**self.meta, "identity": self.identity, "log": log})
 
     def chunks(self, label, total, done, size=None):
         """Count updates after each chunk of `size` (--chunk), from `done` on to `total`.
@@ -147,8 +175,9 @@ class Run:
         A signal ends the process at the next `save`, once the state is on disk.
         """
         self.leave_if_stopped()
-        start = self.first = self.step = int(np.max(done))
-        self.label, self.total, self.since, self.saved = label, total, time.time(), time.time()
+        self.label, self.total, self.step = label, total, int(np.max(done))
+        self.first, self.since, self.saved = self.step, time.time(), time.time()  # the pace counts from here
+        start = self.step
         if start >= total:
             return
         self.shown = Progress(label, total, start)
@@ -161,8 +190,7 @@ class Run:
                         self.first, self.since = self.step, time.time()
         finally:
             self.shown.close()
-            if self.signal.name and not self.stopped:  # the script left the loop before it ended
-                self.stopped = self.signal.name
+            self.stopped = self.stopped or self.signal.name  # the script may have left the loop before it ended
         self.leave_if_stopped()
 
     def leave_if_stopped(self):
@@ -191,7 +219,7 @@ class Run:
 
     def record(self, step, metrics, **labels):
         """One record of the log: numbers and lists by name; labels such as seed=0."""
-        if self.is_first:
+        if self.is_first and not self.redone:
             self.logger.log(int(step), metrics, **labels)
 
     def log(self, step, metrics, seeds=None):
@@ -201,7 +229,7 @@ class Run:
             metrics_of = {k: v[s] for k, v in metrics.items()} | {"time/updates_per_s": self.rate()}
             self.record(step, metrics_of, seed=self.args.seed + int(s))
         if "eval/return" in metrics:
-            print(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]), flush=True)
+            say(f"  return at {step}:", *(f"{x:.2f}" for x in metrics["eval/return"]))
 
     def save(self, state, last=False, **meta):
         """A checkpoint where one is due: each minute, at the end of a phase (`last`: it ends here), before a signal."""
@@ -233,3 +261,4 @@ class Run:
             self.shown.close()
         if self._logger:
             self._logger.file.close()
+        self.release()

@@ -15,11 +15,12 @@ def end_at_once(number, frame, again="--resume"):
     end crashes while XLA compiles.
     """
     said = f"stopped by {signal.Signals(number).name}; the same command with {again} goes on from what was saved"
-    with contextlib.suppress(RuntimeError):  # in the middle of a print
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # in the middle of a print, or its reader is gone
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # the cursor, which the live progress line hides
         sys.stdout.flush()
-    os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{Path(sys.argv[0]).name}: {said}\n".encode())
     os._exit(1)
 
 

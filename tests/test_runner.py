@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,18 +187,21 @@ def test_interrupted_run_equals_the_whole_one(whole, args, monkeypatch, at, numb
     assert_same_run(whole[0], Path(args.out))
 
 
-@pytest.mark.parametrize("place", [".", "fit"])
-def test_a_torn_state_falls_back_and_the_log_with_it(whole, args, monkeypatch, place):
-    """The state before is whole; the log is cut back to it, though the torn one belongs to more."""
+@pytest.mark.parametrize("place, at", [(".", ("update", 30)), ("fit", ("fit step", 30)), ("fit", ("update", 30))])
+def test_a_torn_state_falls_back_and_the_log_with_it(whole, args, monkeypatch, place, at):
+    """The state before is whole; the log is cut back to it, though the torn one belongs to more. Where a later phase
+    has begun, the log keeps what it has, and what is computed again is not logged again."""
     monkeypatch.setattr(run, "SAVE_EVERY", -1.0)
     with monkeypatch.context() as patched:
-        strike(patched, *{".": ("update", 30), "fit": ("fit step", 30)}[place])
+        strike(patched, *at)
         with pytest.raises(SystemExit):
             learn(args)
     newest = Path(args.out) / place / "state.npz"
     newest.write_bytes(newest.read_bytes()[:300])
     assert learn(dataclasses.replace(args, resume=True)) == whole[1]
     assert_same_run(whole[0], Path(args.out))
+    newest.with_name("state.npz").write_bytes(b"torn again")  # the one before is whole, not the torn one of above
+    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
 
 
 def test_torn_states_are_refused_and_nothing_is_changed(whole, args):
@@ -205,10 +209,49 @@ def test_torn_states_are_refused_and_nothing_is_changed(whole, args):
     shutil.copytree(whole[0], folder)
     for path in folder.glob("state*.npz"):  # those of the fit are whole
         path.write_bytes(path.read_bytes()[:300])
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(envs.InputError, match="no state to resume from; start anew"):
+    assert_refused_and_unchanged(args, "no state to resume from; start anew")
+
+
+def assert_refused_and_unchanged(args, message):
+    files = lambda: {path: path.read_bytes() for path in Path(args.out).rglob("*") if path.is_file()}
+    before = files()
+    with pytest.raises(envs.InputError, match=message):
         learn(dataclasses.replace(args, resume=True))
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert files() == before
+
+
+def test_a_log_that_was_cut_or_lost_is_refused_and_nothing_is_changed(whole, args):
+    shutil.copytree(whole[0], args.out)
+    log_file = Path(args.out) / "log.jsonl"
+    log_file.write_bytes(log_file.read_bytes()[:-30])
+    assert_refused_and_unchanged(args, r"log\.jsonl: is shorter than its state says, or gone; put it back")
+    log_file.unlink()
+    assert_refused_and_unchanged(args, r"log\.jsonl")
+
+
+def test_a_run_without_its_states_is_not_written_over(whole, args):
+    shutil.copytree(whole[0], args.out)
+    for path in (*Path(args.out).rglob("state*.npz"), Path(args.out) / "policy.npz"):
+        path.unlink()
+    with pytest.raises(envs.InputError, match="already holds a run"):
+        learn(args)
+
+
+def test_files_of_ones_own_do_not_stop_a_resume(whole, args):
+    """A folder of notes with a file states.npz, and another run inside this one."""
+    shutil.copytree(whole[0], args.out)
+    (Path(args.out) / "notes").mkdir()
+    np.savez(Path(args.out) / "notes" / "states.npz", x=1)
+    learn(dataclasses.replace(args, gamma=0.5, out=f"{args.out}/other"))
+    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
+
+
+def test_a_folder_in_use_is_refused(args):
+    buffer, task = runner.open_task("toy", args, KEYS)
+    with runner.Run("toy", args, task, buffer), pytest.raises(envs.InputError, match="another process runs in it"):
+        runner.Run("toy", dataclasses.replace(args, resume=True), task, buffer)
+    with runner.Run("toy", args, task, buffer):  # free again
+        pass
 
 
 def test_a_state_that_waits_for_its_name_is_the_newest(whole, args):
@@ -232,6 +275,15 @@ def test_a_state_that_waits_for_its_name_is_the_newest(whole, args):
 def test_another_run_is_refused(whole, args, changes, message):
     with pytest.raises(envs.InputError, match=message):
         learn(dataclasses.replace(args, **{"out": str(whole[0]), "resume": True, **changes}))
+
+
+def test_other_terminals_are_other_data(args, tmp_path):
+    path, buffer = tmp_path / "data.npz", envs.buffers.load(args.dataset, quiet=True)
+    args = dataclasses.replace(args, dataset=str(envs.buffers.save(path, buffer.arrays, buffer.metadata)))
+    learn(args)
+    swapped = {**buffer.arrays, "terminals": buffer["timeouts"], "timeouts": buffer["terminals"]}
+    envs.buffers.save(path, swapped, buffer.metadata)
+    assert_refused_and_unchanged(args, "data was")
 
 
 def test_other_data_and_older_versions_are_refused(whole, args, tmp_path, monkeypatch):
@@ -304,7 +356,22 @@ def test_what_does_not_fit_is_refused(args, monkeypatch, capsys):
     np.testing.assert_allclose(float(need), (rows + 2 * state) / 1e6, atol=0.06)
 
 
+def test_buffers_that_are_written_count_as_free(args, monkeypatch):
+    """A disk that filled while the last files of a run were written, and has room for the missing ones now."""
+    (buffer, task), (init, chunk) = runner.open_task("toy", args, KEYS), make_train(args)
+    with runner.Run("toy", args, task, buffer) as r:
+        (r.folder / "buffers").mkdir()
+        (r.folder / "buffers" / "policy_00.npz").write_bytes(bytes(1000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 600))
+        r.compile(chunk, jax.eval_shape(init, runner.seed_keys(args)), jnp.asarray(buffer["rewards"]), disk=1000)
+
+
 # --- progress and divergence ---
+
+
+def test_an_eta_of_days(capsys):
+    log.Progress("update", 10**6, 0).show(0, 10.0, {})
+    assert "ETA 27:46:40" in capsys.readouterr().out
 
 
 class Clock:
@@ -383,6 +450,35 @@ def test_divergence_keeps_the_state_and_can_go_on(whole, args):
         learn(dataclasses.replace(args, q_bound=1e-9))
     assert learn(dataclasses.replace(args, resume=True, q_bound=0.0)) == whole[1]
     assert_same_run(whole[0], Path(args.out))
+
+
+def test_ctrl_c_that_ends_the_reader_too_still_saves(args, monkeypatch):
+    """As in `python dac.py | tee run.txt`: every print fails after it."""
+
+    def gone(*words, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(log, "LINE_EVERY", -1.0)
+    monkeypatch.setattr(log, "print", gone, raising=False)
+    with pytest.raises(SystemExit, match="stopped by SIGINT at fit step 10"):
+        learn(args)
+    assert arrays_of(Path(args.out) / "fit" / "state.npz")["num_updates"].max() == 10
+
+
+def test_a_signal_ends_a_process_whose_output_is_gone():
+    code = """
+        import os
+        from runner import signals
+        read, write = os.pipe()
+        os.dup2(write, 2), os.close(read), os.close(write)
+        signals.listen()
+        try:
+            os.kill(os.getpid(), 15)
+        except OSError:
+            os._exit(7)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT).returncode == 1
 
 
 def test_a_second_signal_ends_at_once():

@@ -5,6 +5,7 @@ A run appends every step of every policy here, one file of fixed-width rows per 
 """
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,8 @@ class EpisodeFiles:
             try:
                 with open(path, "ab") as file:
                     file.write(rows.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())  # before the state that counts them
             except OSError as error:
                 remedy = "free space, then go on with --resume"
                 raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
