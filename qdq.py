@@ -370,9 +370,9 @@ class QNet(nn.Module):
         for _ in range(2):
             e = nn.silu(dense(TIME_WIDTH)(e))
 
-        c_in = jax.lax.rsqrt(jnp.square(t) + SIGMA_DATA**2)
-        first = functools.partial(dense, self.hidden_sizes[0], use_bias=False)
-        hidden = first(use_bias=True)(c) + first()((c_in * x)[..., None]) + first()(e)
+        c_in, width = jax.lax.rsqrt(jnp.square(t) + SIGMA_DATA**2), self.hidden_sizes[0]
+        w_x = self.param("w_x", nn.initializers.xavier_uniform(), (1, width))
+        hidden = dense(width)(c) + (c_in * x)[..., None] * w_x[0] + dense(width, use_bias=False)(e)
         for width in (*self.hidden_sizes[1:], 1):
             hidden = dense(width)(nn.silu(GroupNorm(self.group_size)(hidden)))
         return hidden[..., 0]
