@@ -1,5 +1,7 @@
 """The folder of a run, and the data that a learner opens."""
 
+import fcntl
+import os
 from pathlib import Path
 
 import envs
@@ -30,6 +32,40 @@ def folder_of(args, script, task):
     if there and not args.resume:
         raise envs.InputError(f"{folder} already holds a run: go on with --resume or choose another --out")
     return folder, there
+
+
+class Hold:
+    """The folder, made, and this process's alone: no other may write into it until this one ends or releases it."""
+
+    def __init__(self, folder, is_first):
+        """is_first: of several processes that share a run, the one that holds the folder for all."""
+        self.folder, self.file = folder, None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise OSError("no permission, or a read-only disk")
+            self.file = os.open(folder, os.O_RDONLY) if is_first else None
+        except OSError as error:
+            raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
+        try:
+            if is_first:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise envs.InputError(f"{folder}: another process runs in it; wait, or choose another --out") from None
+        except OSError:  # a file system that cannot lock a folder
+            self.release()
+
+    def tidy(self):
+        """Remove what a kill left while a file was being written."""
+        for place in places(self.folder) if self.file is not None else ():
+            for torn in place.glob(".*.npz.*.tmp"):
+                torn.unlink(missing_ok=True)
+
+    def release(self):
+        if self.file is not None:
+            os.close(self.file)
+        self.file = None
 
 
 def open_task(script, args, keys):

@@ -1,9 +1,7 @@
 """One run: its folder, log, checkpoints, progress, figures and score."""
 
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 import sys
 import time
@@ -15,7 +13,7 @@ import envs
 import envs.buffers
 from runner import devices, plots
 from runner.checkpoint import fill, flat_arrays, name_state, read_state, save_state
-from runner.folder import folder_of, places, state_files
+from runner.folder import Hold, folder_of, state_files
 from runner.log import Logger, Progress, say
 from runner.signals import StopSignal
 
@@ -49,44 +47,20 @@ class Run:
             identity["data"] = envs.buffers.digests(buffer, DIGESTED)
         self.identity = {**flags, **identity, **envs.buffers.versions()}
         self.states, self.meta, self.phase, self.stopped = {}, {}, "", ""
-        self._logger = self.shown = self.lock = None
+        self._logger = self.shown = None
         self.kept = 0  # bytes of the states of the phases that are compiled so far
         self.redone = 0  # of a phase that had ended and that a torn state set back: where its records in the log end
-        self.make_folder()
+        self.hold = Hold(self.folder, self.is_first)
         try:
             if args.resume and not there:
                 print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
             elif args.resume:
                 self.read_states()
             self.resumed = bool(self.states)
-            for torn in (x for place in places(self.folder) for x in place.glob(".*.npz.*.tmp") if self.is_first):
-                torn.unlink(missing_ok=True)  # a kill left it while a file was being written
+            self.hold.tidy()
         except BaseException:
-            self.release()
+            self.hold.release()
             raise
-
-    def make_folder(self):
-        """Make the folder, and let no other process write into it until this one ends."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise OSError("no permission, or a read-only disk")
-            self.lock = os.open(self.folder, os.O_RDONLY) if self.is_first else None
-        except OSError as error:
-            raise envs.InputError(f"{self.folder}: cannot be written ({error}); choose another --out") from None
-        try:
-            if self.is_first:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise envs.InputError(f"{self.folder}: another process runs in it; wait, or choose another --out") from None
-        except OSError:  # a file system that cannot lock a folder
-            self.release()
-
-    def release(self):
-        if self.lock is not None:
-            os.close(self.lock)
-        self.lock = None
 
     def read_states(self):
         """The states of all phases that the run has reached, and what the newest one says beside them (`meta`)."""
@@ -261,4 +235,4 @@ class Run:
             self.shown.close()
         if self._logger:
             self._logger.file.close()
-        self.release()
+        self.hold.release()

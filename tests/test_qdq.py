@@ -122,7 +122,8 @@ def golden_net(name):
     dense = [arrays(f"time{i}", "kernel", "bias") for i in range(2)]
     dense += [first | {"kernel": of_c}, {"kernel": of_e}]
     dense += [arrays(f"dense{i}", "kernel", "bias") for i in range(1, 4)]
-    params = {"fourier": jnp.asarray(g[f"{name}.fourier_W"]), "w_x": of_x} | {f"Dense_{i}": x for i, x in enumerate(dense)}
+    params = {f"Dense_{i}": x for i, x in enumerate(dense)}
+    params |= {"fourier": jnp.asarray(g[f"{name}.fourier_W"]), "w_x": of_x}
     return {"params": params | {f"GroupNorm_{i}": arrays(f"gn{i}", "scale", "bias") for i in range(3)}}
 
 
