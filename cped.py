@@ -277,12 +277,9 @@ def act(actor, observations, args, action_size):
     return jnp.tanh(MLP((*args.hidden_sizes, action_size)).apply(actor, observations))
 
 
-def uniform_dense(key, fan_in, fan_out, bound, bias):
-    """A layer's weights, uniform within the bound, and its constant bias."""
-    return {
-        "w": jax.random.uniform(key, (fan_in, fan_out), minval=-bound, maxval=bound),
-        "b": jnp.full(fan_out, bias, jnp.float32),
-    }
+def within(bound):
+    """Initialiser: uniform between -bound and bound."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def cond_init(key, actions, num_obs, args):
@@ -329,39 +326,47 @@ def cond_inverse(flow, observations, z, args):
     return observations, x * jnp.exp(-flow["log_scale"]) + flow["shift"]
 
 
+class NiceShift(nn.Module):
+    """Fully connected, leaky ReLU after every layer, the last one too (codes); close to 0 at the start."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.leaky_relu(nn.Dense(width, kernel_init=within(0.01))(x))
+        return x
+
+
 def nice_init(key, num_inputs, args):
     """NICE on x = (s, a), which starts close to the identity."""
-    low, layers = num_inputs // 2, []
+    halves, layers = (num_inputs // 2, num_inputs - num_inputs // 2), []
     for i, key_layer in enumerate(jax.random.split(key, args.flow_layers)):
-        ends = (low, num_inputs - low) if i % 2 == 0 else (num_inputs - low, low)
-        widths = (ends[0], *args.flow_hidden_sizes, ends[1])
-        keys = jax.random.split(key_layer, len(widths) - 1)
-        layers.append([uniform_dense(k, *sizes, 0.01, 0.0) for k, *sizes in zip(keys, widths, widths[1:])])  # noqa: B905
+        reads, moves = halves if i % 2 == 0 else halves[::-1]
+        layers.append(NiceShift((*args.flow_hidden_sizes, moves)).init(key_layer, jnp.zeros(reads)))
     return {"layers": layers, "log_scale": jnp.zeros(num_inputs)}
 
 
-def nice_shift(layer, x):
-    """Fully connected, leaky ReLU after every layer, the last one too (codes)."""
-    for dense in layer:
-        x = nn.leaky_relu(x @ dense["w"] + dense["b"])
-    return x
+def nice_shift(layer, reads, moves, args):
+    """By how much a layer shifts the half `moves`, given the other one."""
+    return NiceShift((*args.flow_hidden_sizes, moves.shape[-1])).apply(layer, reads)
 
 
-def nice_forward(flow, observations, actions):
+def nice_forward(flow, observations, actions, args):
     """z = f(s, a) and log |det df/dx|, one number for all x: the halves move each other in turn."""
     x = jnp.concatenate([observations, actions], -1)
     a, b = jnp.split(x, [x.shape[-1] // 2], -1)
     for i, layer in enumerate(flow["layers"]):
-        a, b = (a, b + nice_shift(layer, a)) if i % 2 == 0 else (a + nice_shift(layer, b), b)
+        a, b = (a, b + nice_shift(layer, a, b, args)) if i % 2 == 0 else (a + nice_shift(layer, b, a, args), b)
     return jnp.concatenate([a, b], -1) * jnp.exp(flow["log_scale"]), jnp.sum(flow["log_scale"])
 
 
-def nice_inverse(flow, z, num_obs):
+def nice_inverse(flow, z, num_obs, args):
     """(s, a) = f^-1(z): first the scale, then the halves backwards -> s, a."""
     x = z * jnp.exp(-flow["log_scale"])  # D2
     a, b = jnp.split(x, [x.shape[-1] // 2], -1)
     for i, layer in reversed(list(enumerate(flow["layers"]))):
-        a, b = (a, b - nice_shift(layer, a)) if i % 2 == 0 else (a - nice_shift(layer, b), b)
+        a, b = (a, b - nice_shift(layer, a, b, args)) if i % 2 == 0 else (a - nice_shift(layer, b, a, args), b)
     return jnp.split(jnp.concatenate([a, b], -1), [num_obs], -1)
 
 
@@ -376,14 +381,14 @@ def flow_forward(flow, observations, actions, args):
     """z = f(a; s), or f(s, a) for nice, and log |det df|."""  # D1
     if args.flow == "cond":
         return cond_forward(flow, observations, actions, args)
-    return nice_forward(flow, observations, actions)
+    return nice_forward(flow, observations, actions, args)
 
 
 def flow_inverse(flow, observations, z, args):
     """f^-1: s as given and a = f^-1(z; s), or both from z for nice -> s, a."""
     if args.flow == "cond":
         return cond_inverse(flow, observations, z, args)
-    return nice_inverse(flow, z, observations.shape[-1])
+    return nice_inverse(flow, z, observations.shape[-1], args)
 
 
 def flow_nll(flow, observations, actions, args):
@@ -400,24 +405,18 @@ def flow_sample(flow, observations, action_size, key, args):
     return jnp.concatenate(flow_inverse(flow, observations, z, args), -1)
 
 
-def disc_init(key, num_inputs):
-    """Discriminator d -> 2 d -> 4 d -> d outputs, of which the mean counts (C24)."""
-    widths = (num_inputs, 2 * num_inputs, 4 * num_inputs)
-    keys = jax.random.split(key, 4)
-    layers = [uniform_dense(keys[i], widths[i], widths[i + 1], widths[i + 1] ** -0.5, 0.1) for i in range(2)]
-    layers = [layer | {"centre": jnp.zeros_like(layer["b"])} for layer in layers]
-    last = uniform_dense(keys[2], widths[2], num_inputs, 3e-3, 0.0)
-    last["b"] = jax.random.uniform(keys[3], (num_inputs,), minval=-3e-3, maxval=3e-3)
-    return [*layers, last]
+class Discriminator(nn.Module):
+    """D(x) [.., d], of which the mean counts: d -> 2 d -> 4 d -> d (C24), with a layer norm that has no gain."""
 
-
-def disc_apply(disc, x):
-    """D(x) [.., d]: layer norm without gain, then leaky ReLU, after each hidden layer."""
-    for layer in disc[:-1]:
-        x = x @ layer["w"] + layer["b"]
-        x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True, ddof=1) + 1e-6) + layer["centre"]
-        x = nn.leaky_relu(x)
-    return x @ disc[-1]["w"] + disc[-1]["b"]
+    @nn.compact
+    def __call__(self, x):
+        size = x.shape[-1]
+        for width in (2 * size, 4 * size):
+            dense = nn.Dense(width, kernel_init=within(width**-0.5), bias_init=nn.initializers.constant(0.1))
+            x = dense(x)
+            x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True, ddof=1) + 1e-6)
+            x = nn.leaky_relu(x + self.param(f"centre_{width}", nn.initializers.zeros, (width,)))
+        return nn.Dense(size, kernel_init=within(3e-3), bias_init=within(3e-3))(x)
 
 
 # === losses ===
@@ -426,13 +425,13 @@ def disc_apply(disc, x):
 def gradient_penalty(disc, real, fake, mix):
     """mean_B (||grad_x sum_d D(x~)||_2 - 1)^2,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
     x = mix * real + (1 - mix) * fake
-    grads = jax.grad(lambda x: disc_apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
+    grads = jax.grad(lambda x: Discriminator().apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
     return jnp.mean((jnp.linalg.norm(grads, axis=-1) - 1.0) ** 2)
 
 
 def wgan_loss(disc, real, fake, mix, gp_weight):
     """Line (1): mean D(fake) - mean D(real) + gp_weight * penalty; real, fake [B, S + A] -> scalar, metrics."""
-    values = disc_apply(disc, jnp.concatenate([fake, real])).reshape(2, *fake.shape)
+    values = Discriminator().apply(disc, jnp.concatenate([fake, real])).reshape(2, *fake.shape)
     gap, penalty = values[1].mean() - values[0].mean(), gradient_penalty(disc, real, fake, mix)
     return gp_weight * penalty - gap, {"flow/disc_gap": gap, "flow/gradient_penalty": penalty}
 
@@ -456,7 +455,7 @@ def cped_flow_loss(flow, disc, batch, key, args):
         loss, metrics = args.nll_weight * nll, {"flow/nll": nll}
     if args.adv_weight:
         fake = flow_sample(flow, batch.observations, batch.actions.shape[-1], key_fake, args)
-        adv = -disc_apply(disc, fake).mean()
+        adv = -Discriminator().apply(disc, fake).mean()
         loss, metrics = loss + args.adv_weight * adv, metrics | {"flow/adversarial": adv}
     return loss, metrics
 
@@ -656,7 +655,7 @@ def cped_init(key, data, args):
         flow = cond_init(key_flow, data.rows.actions, num_obs, args)
     else:
         flow = nice_init(key_flow, num_obs + size, args)
-    disc = disc_init(key_disc, num_obs + size)
+    disc = Discriminator().init(key_disc, jnp.zeros(num_obs + size))
     actor = MLP((*args.hidden_sizes, size)).init(key_actor, obs)
     critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
     params = flow, disc, actor, critic, log_alpha

@@ -757,6 +757,7 @@ def check_args(args, task, episode_length):
         f"--feature-scales: none, or {num_features} positive numbers, one for each feature":
             len(args.feature_scales) in (0, num_features) and min(args.feature_scales, default=1) > 0,
         "--eval-episodes must be at least 2: half of them are held out": args.eval_episodes >= 2,
+        "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
         "--num-policies 1: one policy has no neighbour; add --diversity-weight 0 --task-weight 1":
             args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
         f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":

@@ -54,3 +54,11 @@ def optimise():
 
 optimised = pytest.fixture(optimise)
 all_optimised = pytest.fixture(optimise, scope="module")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """The scripted data of --quick, which no test changes -> their path."""
+    from envs.buffers import scripted
+
+    return str(scripted.dataset(tmp_path_factory.mktemp("data")))

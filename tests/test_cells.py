@@ -1,12 +1,14 @@
-"""What studies, suite and reference scores share (benchmark/cells.py): real commands, tiny ones."""
+"""What studies, suite and reference scores share (benchmark/cells.py): real commands, tiny ones; then their own."""
 
-import dataclasses
+import argparse
+import collections
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,15 +17,19 @@ import pytest
 import tyro
 
 import cells
+import envs
+import reference_scores
+import suite
 import udg_select
+import udg_study
 import wurl_sac
 from cells import Cell
 from envs import buffers
 from envs.buffers import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTE = "import os, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True); "
-TRACE = "open(out.parent / 'trace', 'a').write(out.name + ' '); "
+NOTE = "import os, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True)\n"
+TRACE = "open(out.parent / 'trace', 'a').write(out.name + ' ')\n"
 
 
 def tiny(tmp_path, name, *needs, code="out.write_text('x')", **fields):
@@ -33,8 +39,7 @@ def tiny(tmp_path, name, *needs, code="out.write_text('x')", **fields):
 
 
 def trace(tmp_path):
-    path = tmp_path / "cells" / "trace"
-    return path.read_text().split() if path.exists() else []
+    return (tmp_path / "cells" / "trace").read_text().split()
 
 
 def run(made, tmp_path, jobs=1):
@@ -44,6 +49,14 @@ def run(made, tmp_path, jobs=1):
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+
+
+def wait_for(path, seconds=120):
+    end = time.time() + seconds
+    while not (path.exists() and path.read_text()):
+        assert time.time() < end, f"{path} never came"
+        time.sleep(0.02)
+    return path.read_text()
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -94,10 +107,9 @@ def test_other_rows_make_what_read_them_anew(tmp_path):
 
 
 def test_a_run_goes_on_from_its_state(tmp_path):
-    folder = tmp_path / "cells" / "run"
-    code = "(out.parent / 'run').mkdir(exist_ok=True); (out.parent / 'run' / 'state.npz').touch(); "
+    code = "(out.parent / 'run').mkdir(exist_ok=True); (out.parent / 'run' / 'state.npz').touch()\n"
     code += "out.write_text(sys.argv[-1]) if '--resume' in sys.argv else sys.exit('stopped')"
-    cell = tiny(tmp_path, "learner", code=code, runs=folder)
+    cell = tiny(tmp_path, "learner", code=code, runs=tmp_path / "cells" / "run")
     assert run([cell], tmp_path) == ({"learner"}, "")
     assert run([cell], tmp_path) == (set(), "") and cell.done.read_text() == "--resume"
     assert cells.read_record(cell, tmp_path / "base")["resumed"] is True
@@ -117,11 +129,10 @@ def test_jobs_run_at_once_on_cores_of_their_own(tmp_path):
 def test_a_cell_at_work_is_heard(tmp_path, monkeypatch, capsys):
     """It waits until its own second line was told."""
     monkeypatch.setattr(cells, "HEARD_EVERY", 0.05)
-    told, code = tmp_path / "told", "import time; end = time.time() + 60\n"
-    code += "print('update 1/2', flush=True)\nprint('update 2/2', flush=True)\n"
-    code += f"while not pathlib.Path({str(told)!r}).exists() and time.time() < end: time.sleep(0.02)\n"
-    code += f"out.write_text(str(pathlib.Path({str(told)!r}).exists()))"
-    cell, say = tiny(tmp_path, "slow", code=code), cells.tell_at_work
+    told, say = tmp_path / "told", cells.tell_at_work
+    code = "import time; end = time.time() + 60; print('update 1/2\\nupdate 2/2', flush=True)\n"
+    code += f"told = pathlib.Path({str(told)!r})\nwhile not told.exists() and time.time() < end: time.sleep(0.02)\n"
+    cell = tiny(tmp_path, "slow", code=code + "out.write_text(str(told.exists()))")
 
     def listen(at_work, base):
         say(at_work, base)
@@ -133,66 +144,51 @@ def test_a_cell_at_work_is_heard(tmp_path, monkeypatch, capsys):
 
 
 def test_cells_share_what_they_compile(tmp_path, monkeypatch):
-    """jax itself says where it keeps its programs: beside the cells, or where its user wants them."""
-    code = "import jax; c = jax.config; "
-    code += "out.write_text(f'{c.jax_compilation_cache_dir} {c.jax_persistent_cache_min_compile_time_secs}')"
-    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
-    for name, chosen in (("cell", ""), ("other", "elsewhere")):
-        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        if chosen:
-            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", chosen)
-        cell = tiny(tmp_path, name, code=code)
-        assert run([cell], tmp_path) == (set(), "")
-        assert cell.done.read_text() == f"{chosen or tmp_path / 'base' / 'jax_cache'} 0.3"
+    """jax itself says where it keeps its programs: beside the cells; or where its user wants them."""
+    least, place = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_COMPILATION_CACHE_DIR"
+    monkeypatch.delenv(least, raising=False)
+    monkeypatch.delenv(place, raising=False)
+    names = f"{place.lower()} {least.lower()}".split()
+    ours = tiny(tmp_path, "ours", code=f"import jax; out.write_text(str([getattr(jax.config, x) for x in {names}]))")
+    theirs = tiny(tmp_path, "theirs", code=f"out.write_text(os.environ[{place!r}])")
+    assert run([ours], tmp_path) == (set(), "")
+    assert ours.done.read_text() == str([str(tmp_path / "base" / "jax_cache"), 0.3])
+    monkeypatch.setenv(place, "elsewhere")
+    assert run([theirs], tmp_path) == (set(), "") and theirs.done.read_text() == "elsewhere"
 
 
-DRIVER = """
-import sys
-from pathlib import Path
-import cells
-done, base = Path(sys.argv[2]), Path(sys.argv[3])
-code = '''
-import os, pathlib, signal, sys, time
-out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True)
+SLOW = """
+import signal, time
 def save(*_): out.with_suffix(".saved").write_text("whole"); sys.exit("stopped by SIGTERM")
 signal.signal(signal.SIGTERM, save)
 out.with_suffix(".pid").write_text(str(os.getpid()))
 time.sleep(120)
-'''
-made = {"slow": cells.Cell("slow", ["-c", code, str(done)], done, ())}
-if sys.argv[1] == "both":
-    made["next"] = cells.Cell("next", ["-c", "raise SystemExit('never')"], done.with_suffix(".next"), ())
-print(cells.run_cells(made, base, 1), flush=True)
 """
 
 
-def wait_for(path, seconds=120):
-    end = time.time() + seconds
-    while not (path.exists() and path.read_text()):
-        assert time.time() < end, f"{path} never came"
-        time.sleep(0.05)
-    return path.read_text()
+def test_a_stopped_launcher_stops_its_cells(tmp_path, capsys):
+    slow, later = tiny(tmp_path, "slow", code=SLOW), tiny(tmp_path, "later")
+    pid = slow.done.with_suffix(".pid")
+    ctrl_c = threading.Thread(target=lambda: (wait_for(pid), os.kill(os.getpid(), signal.SIGINT)))
+    ctrl_c.start()
+    assert run([slow, later], tmp_path) == ({"slow", "later"}, "SIGINT") and trace(tmp_path) == ["slow"]
+    ctrl_c.join()
+    out = capsys.readouterr().out
+    assert slow.done.with_suffix(".saved").read_text() == "whole"
+    assert "stopped slow: exit 1: stopped by SIGTERM" in out and "left out" not in out and "later" not in out
 
 
-def test_a_stopped_launcher_stops_its_cells_and_a_killed_one_keeps_their_lock(tmp_path):
-    slow, base = tmp_path / "cells" / "slow", tmp_path / "base"
-    command = lambda which: [sys.executable, "-c", DRIVER, which, str(slow), str(base)]
-    first = subprocess.Popen(command("both"), stdout=subprocess.PIPE, text=True, cwd=ROOT / "benchmark")
-    wait_for(slow.with_suffix(".pid"))
-    first.send_signal(signal.SIGINT)
-    out, _ = first.communicate(timeout=60)
-    assert slow.with_suffix(".saved").read_text() == "whole"
-    assert "stopped slow: exit 1: stopped by SIGTERM" in out and "never" not in out and "left out" not in out
-    assert "'SIGINT'" in out and "'slow'" in out and "'next'" in out, "what was not made, and why"
-
-    slow.with_suffix(".pid").unlink()
-    second = subprocess.Popen(command("slow"), stdout=subprocess.DEVNULL, cwd=ROOT / "benchmark")
-    child = int(wait_for(slow.with_suffix(".pid")))
-    second.kill()
-    second.wait()
+def test_a_killed_launcher_leaves_its_cell_the_lock(tmp_path):
+    slow, base = tiny(tmp_path, "slow", code=SLOW), tmp_path / "base"
+    program = "import pathlib, sys; from cells import *; name, code, done, base = sys.argv[1:]; done = Path(done)\n"
+    program += "run_cells({name: Cell(name, ['-c', code, str(done)], done, ())}, Path(base), 1)"
+    words = [sys.executable, "-c", program, slow.name, slow.command[1], slow.done, base]
+    launcher = subprocess.Popen(words, cwd=ROOT / "benchmark")
+    child = int(wait_for(slow.done.with_suffix(".pid")))
+    launcher.kill()
+    launcher.wait()
     try:
-        cell = Cell("slow", ["-c", "raise SystemExit('twice')"], slow, ())
-        assert cells.run_cell(cell, base, None, cells.Stopping()) == "another process is making it now"
+        assert cells.run_cell(slow, base, None, cells.Stopping()) == "another process is making it now"
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -200,26 +196,12 @@ def test_a_stopped_launcher_stops_its_cells_and_a_killed_one_keeps_their_lock(tm
 # --- cells that were made by hand ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, counts", [({}, True), ({"seed": 3}, False), (None, False)])
-def test_a_run_counts_where_its_flags_are_the_commands(tmp_path, capsys, changes, counts):
-    folder, base = tmp_path / "run", tmp_path / "base"
-    words = ["--task", "point", "--num-policies", "2", "--out", str(folder)]
-    cell = Cell("source", ["wurl_sac.py", *words], folder / "buffers" / "policy_01.npz", (), folder)
-    cell.done.parent.mkdir(parents=True)
-    cell.done.touch()
-    left = dataclasses.asdict(cells.args_of(wurl_sac, words))
-    del left["keep_policies"]  # a flag that is younger than the cell
-    if changes is not None:
-        write(folder / "args.json", left | changes)
-    cells.adopt({"source": cell}, base)
-    assert cells.is_done(cell, base) == counts
-    out = capsys.readouterr().out
-    assert ("made by another command" in out) == (not counts) and ("(seed differ)" in out) == bool(changes)
+OTHER = "made by another command (seed differ): it does not count"
 
 
-@pytest.mark.parametrize("same_rows", [False, True])
-def test_cells_from_other_rows_do_not_count(tmp_path, capsys, same_rows):
-    """Same flags, but the selection was made of another source's buffers, or the learner learnt from another file."""
+@pytest.mark.parametrize("seed, same_rows, told", [(0, True, ""), (3, True, OTHER), (0, False, "made from other rows")])
+def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(tmp_path, capsys, seed, same_rows, told):
+    """A selection, perhaps of another source's buffers; a learner, perhaps with another seed or from another file."""
     base, out, folder = tmp_path / "base", tmp_path / "data", tmp_path / "learn"
     source, file = tmp_path / "source", out / "point-angle-60" / "top1.npz"
     command = ["udg_select.py", "--buffers", str(source), "--task", "point-angle-60", "--out", str(out)]
@@ -229,20 +211,79 @@ def test_cells_from_other_rows_do_not_count(tmp_path, capsys, same_rows):
     for path in (source / "policy_00.npz", file):
         path.parent.mkdir(parents=True)
         shutil.copy(scripted.dataset(tmp_path), path)
-    rows = list(cells.digests_of(file).values())
     sha = udg_select.file_sha256(source / "policy_00.npz")
     parent = {"name": "policy_00", "sha256": sha if same_rows else "0" * 64}
     flags = udg_select.portable_flags(tyro.cli(udg_select.Args, args=data.command[1:]))
     write(data.done, {"flags": flags, "selections": {"top1": {"parents": [parent]}}})
     write(learner.done, "")
-    write(folder / "args.json", cells.flags_of(learner))
-    meta = {"identity": {"data": rows if same_rows else ["1"]}}
-    np.savez(folder / "state.npz", meta_json=json.dumps(meta))
+    left = cells.flags_of(learner) | {"seed": seed}
+    del left["track"]  # a flag that is younger than the cell
+    write(folder / "args.json", left)
+    rows = list(cells.digests_of(file).values()) if same_rows else ["1"]
+    np.savez(folder / "state.npz", meta_json=json.dumps({"identity": {"data": rows}}))
     made = {"data": data, "learn": learner}
     cells.adopt(made, base)
-    assert [cells.is_done(cell, base) for cell in made.values()] == [same_rows] * 2
-    assert capsys.readouterr().out.count("made from other rows: it does not count") == 2 * (not same_rows)
-    if same_rows:
+    assert [cells.is_done(cell, base) for cell in made.values()] == [same_rows, not told]
+    assert capsys.readouterr().out.count(told or "does not count") == (0 if not told else 1 if same_rows else 2)
+    if not told:
         other = buffers.load(file, quiet=True)
         buffers.save(file, dict(other.arrays) | {"rewards": other["rewards"] + 1}, other.metadata)
         assert not cells.is_done(learner, base)
+        (folder / "args.json").unlink()
+        cells.record_file(learner, base).unlink()
+        cells.adopt(made, base)
+        assert not cells.is_done(learner, base), "which says nothing of its flags"
+
+
+# --- the cells of all benchmarks ----------------------------------------------------------------
+
+
+def plans():
+    """Folder and {name: cell} of every study, of the reference scores and of the suite, at every budget."""
+    for budget in ("cpu", "gpu"):
+        base = Path("runs", "study", budget)
+        yield from ((base, udg_study.cells_of(name, base, budget)[0]) for name in udg_study.STUDIES)
+        args = argparse.Namespace(budget=budget, updates=200_000 * (budget == "gpu"), seeds=2)
+        for random, experts in (reference_scores.plan(name, args) for name in reference_scores.MIRRORS):
+            yield reference_scores.RUNS, {cell.name: cell for cell in (random, *experts)}
+    for budget in ("cpu", "paper"):
+        args = suite.parse(["--budget", budget])
+        yield suite.base_folder(args), suite.cells_of(args, list(suite.SETS))
+
+
+PLANS = list(plans())
+
+
+def test_cells_stand_after_what_they_need_and_name_no_place():
+    for base, made in PLANS:
+        for i, (key, cell) in enumerate(made.items()):
+            assert key == cell.name and set(cell.needs) <= set(list(made)[:i]), key
+            line, out = cells.portable(cell.command), Path(cell.command[cell.command.index("--out") + 1])
+            assert (ROOT / cell.command[0]).exists() and str(ROOT) not in line and " /" not in line
+            assert cell.done.is_relative_to(out) and (out.is_relative_to(base) or str(out) == "data")
+
+
+def test_one_name_is_one_command_one_file_one_record():
+    """What two studies ask for is made once; what differs lies apart."""
+    kinds, users = collections.defaultdict(set), collections.Counter()
+    for base, made in PLANS:
+        for cell in made.values():
+            kinds[base, cell.name].add((tuple(cell.command), cell.done, cell.needs, cell.runs, cell.reads))
+            users[cell.name] += 1
+    assert all(len(found) == 1 for found in kinds.values())
+    assert len({(base, done) for (base, _), ((_, done, *_),) in kinds.items()}) == len(kinds)
+    assert len({cells.record_file(Cell(name, [], Path(), ()), base) for base, name in kinds}) == len(kinds)
+    assert users["learn point-angle-0 point:1 mopo"] > 4
+
+
+def test_runs_are_accepted_by_wurl_sac():
+    """Every flag exists, and what wurl_sac.py refuses before long work it does not refuse."""
+    every = [cell for _, made in PLANS for cell in made.values() if cell.command[0] == "wurl_sac.py"]
+    different = {tuple(cell.command[:-2]): cell for cell in every}.values()  # but for --out
+    assert len(different) > len(udg_study.SOURCES) + len(reference_scores.MIRRORS) + len(suite.RUNS)
+    for cell in different:
+        args = cells.args_of(wurl_sac, cell.command[1:])
+        task = envs.task(args.task)
+        wurl_sac.check_args(args, task, args.episode_length or task.episode_length)
+        assert cell.done.name == f"policy_{args.num_policies - 1:02d}.npz", "done by the last policy's buffer"
+        assert cell.runs == Path(args.out)

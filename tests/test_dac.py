@@ -16,9 +16,9 @@ import dac as D
 import envs
 import envs.buffers
 import runner
-from envs.buffers import scripted
+from tests.oracles import common
+from tests.oracles.common import close, mish, mlp, of_seed
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
     hidden_sizes=(16, 16), num_critics=3, num_q_samples=2, batch_size=16, num_action_samples=4, num_steps=3,
     chunk=20, eval_every=40, num_updates=80, eval_episodes=2, ema_start=10,
@@ -33,13 +33,7 @@ def tiny(**changes):
 def golden():
     """name -> arrays of a golden file in float64, in which the test then runs."""
     with jax.enable_x64(True):
-        yield lambda name: dict(np.load(GOLDEN / f"dac_{name}.npz", allow_pickle=False))
-
-
-def close(found, wanted, tolerance=1e-10):
-    """Relative to the largest entry."""
-    wanted = np.asarray(wanted)
-    np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max(), rtol=tolerance)
+        yield lambda name: common.golden(f"dac_{name}")
 
 
 def leaves_differ(a, b):
@@ -57,13 +51,12 @@ def random_rows(num_rows=60, num_obs=3, num_act=2, seed=0):
 def one_state(args, num_obs=3, num_act=2):
     """A fresh state without a seed axis."""
     init, _ = D.make_train(args, num_obs, num_act)
-    return jax.tree.map(lambda x: x[0], init(jax.random.split(jax.random.key(0), 1)))
+    return of_seed(init(jax.random.split(jax.random.key(0), 1)))
 
 
 # Eager JAX compiles operation by operation, which costs more than everything these tests compute.
 update = jax.jit(D.dac_update, static_argnums=3)
-actor_loss = jax.jit(D.dac_actor_loss, static_argnums=5)
-actor_grad = jax.jit(jax.grad(D.dac_actor_loss, (0, 1, 2), has_aux=True), static_argnums=5)
+actor_grad = jax.jit(jax.value_and_grad(D.dac_actor_loss, (0, 1), has_aux=True), static_argnums=5)
 draw_noise = jax.jit(D.draw_noise, static_argnums=2)
 sample_actions = jax.jit(D.sample_actions, static_argnums=4)
 q_values = jax.jit(D.q_values, static_argnums=3)
@@ -118,8 +111,7 @@ def test_reverse_step_golden(t, golden):
     assert D.reverse_step(g["x_t"], g["eps_pred"], t, D.Args(temperature=0.5))[1] == 0.5 * std
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("clip", [0, 1])
+@pytest.mark.parametrize("temperature, clip", [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_chain_golden(temperature, clip, golden, monkeypatch):
     """The golden's predictor is linear; ours is put aside."""
     g = golden("chain")
@@ -131,17 +123,19 @@ def test_chain_golden(temperature, clip, golden, monkeypatch):
     assert (np.abs(actions).max() <= 1) == bool(clip)
 
 
-@pytest.mark.parametrize("max_q", [0, 1])
-@pytest.mark.parametrize("kind", ["lcb_rho0.0", "lcb_rho1.1", "lcb_rho1.5", "convex_rho1.1", "convex_rho0.0", "min",
-                                  "rand_convex"])  # fmt: skip
-def test_target_golden(kind, max_q, golden):
+TARGETS = "lcb_rho0.0", "lcb_rho1.1", "lcb_rho1.5", "convex_rho1.1", "convex_rho0.0", "min", "rand_convex"
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_target_golden(kind, golden):
     g = golden("lcb_target")
-    name, _, rho = kind.partition("_rho")
-    args = D.Args(q_target=name, rho=float(rho or 1), max_q=bool(max_q), gamma=float(g["discount"]))
-    y = D.dac_target(g["Q"], g["reward"], 1 - g["mask"], g["rand_alpha"], args)
-    close(y, g[f"maxQ{max_q}_{kind}"])
-    np.testing.assert_array_equal(y[g["mask"] == 0], g["reward"][g["mask"] == 0])  # terminal: y = r
     assert (g["mask"] == 0).any()
+    name, _, rho = kind.partition("_rho")
+    for max_q in (0, 1):
+        args = D.Args(q_target=name, rho=float(rho or 1), max_q=bool(max_q), gamma=float(g["discount"]))
+        y = D.dac_target(g["Q"], g["reward"], 1 - g["mask"], g["rand_alpha"], args)
+        close(y, g[f"maxQ{max_q}_{kind}"])
+        np.testing.assert_array_equal(y[g["mask"] == 0], g["reward"][g["mask"] == 0])  # terminal: y = r
 
 
 def test_actor_loss_golden(golden, monkeypatch):
@@ -272,30 +266,18 @@ def test_full_update_golden(golden):
 # --- networks against numpy ---
 
 
-def mish64(x):
-    return x * np.tanh(np.logaddexp(0, x))
-
-
-def mlp64(layers, x):
-    for i in range(len(layers)):
-        layer = {k: np.asarray(v, float) for k, v in layers[f"Dense_{i}"].items()}
-        x = (mish64(x) if i else x) @ layer["kernel"] + layer["bias"]
-    return x
-
-
 def test_networks_are_plain_concatenations():
     args, rng = tiny(), np.random.default_rng(0)
     state = one_state(args)
     s, x, nets = rng.normal(size=(7, 1, 3)), rng.normal(size=(7, 5, 2)), state.actor["params"]
     joined = np.concatenate([np.repeat(s, 5, 1), x], -1)
     for t in (rng.integers(1, 4, (7, 1)), 1, 3):  # a step for each row, one for all
-        time = mlp64(nets["time"], np.asarray(D.time_features(t), float))
+        time = mlp(nets["time"], D.time_features(t), mish)
         inputs = np.concatenate([joined, np.broadcast_to(time, (7, 5, 32))], -1)
-        close(predict_noise(state.actor, s, x, t, args), mlp64(nets["trunk"], inputs), 1e-5)
+        close(predict_noise(state.actor, s, x, t, args), mlp(nets["trunk"], inputs, mish), 1e-5)
     q = q_values(state.critics, s, x, args)
     for h in range(3):
-        member = jax.tree.map(lambda p, h=h: p[h], state.critics["params"]["members"])
-        close(q[h], mlp64(member, joined)[..., 0], 1e-5)
+        close(q[h], mlp(of_seed(state.critics["params"]["members"], h), joined, mish)[..., 0], 1e-5)
     assert q.shape == (3, 7, 5) and np.abs(q[0] - q[1]).max() > 0
 
 
@@ -334,31 +316,30 @@ def test_noise_has_its_shapes():
 @pytest.mark.parametrize("guidance", ["soft", "hard", "denoised", "none"])
 def test_gradients_go_where_the_equation_says(guidance):
     args, state, batch, noise = loss_inputs(guidance=guidance)
-    loss = lambda actor: actor_loss(actor, state.target_critics, state.eta, batch, noise, args)[0]
-    grads, _ = actor_grad(state.actor, state.target_critics, state.eta, batch, noise, args)
-    assert all(x.any() for x in jax.tree.leaves(grads[0]))
-    if guidance != "denoised":
-        assert not any(x.any() for x in jax.tree.leaves(grads[1]))  # g is a constant
+    inputs = state.target_critics, state.eta, batch, noise, args
+    _, (own, critics) = actor_grad(state.actor, *inputs)
+    assert all(x.any() for x in jax.tree.leaves(own))
+    if guidance == "denoised":  # which goes through Q on purpose; the clip of its chain has corners
+        return
+    assert not any(x.any() for x in jax.tree.leaves(critics))  # g is a constant
     direction = jax.tree.map(lambda x: np.sign(x + 1e-9), state.actor)
-    at = lambda h: float(loss(jax.tree.map(lambda p, d: p + np.float32(h) * d, state.actor, direction)))
-    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (grads[0], direction)), strict=True))
-    if guidance != "denoised":  # the clip of the chain has corners
-        np.testing.assert_allclose((at(1e-3) - at(-1e-3)) / 2e-3, slope, rtol=2e-2)
+    moved = lambda h: jax.tree.map(lambda p, d: p + np.float32(h) * d, state.actor, direction)
+    at = lambda h: float(actor_grad(moved(h), *inputs)[0][0])
+    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (own, direction)), strict=True))
+    np.testing.assert_allclose((at(1e-3) - at(-1e-3)) / 2e-3, slope, rtol=2e-2)
 
 
 def test_denoised_guidance_is_q_of_whole_samples():
     args, state, batch, noise = loss_inputs(guidance="denoised", clip_samples=False)
-    _, metrics = actor_loss(state.actor, state.target_critics, 1.0, batch, noise, args)
-    samples = sample_actions(state.actor, batch.observations, noise.chain[0], noise.chain[1:], args)
-    q = q_values(state.target_critics, batch.observations, samples, args)
-    norm = jnp.abs(q_values(state.target_critics, batch.observations, batch.actions, args)).mean()
-    close(metrics["train/guidance"], -q.mean() / norm, 1e-4)
     with jax.enable_x64(True):
         wide = lambda x: np.asarray(x, np.float64) if x.dtype == jnp.float32 else np.asarray(x)
         actor, target, rows, eps = jax.tree.map(wide, (state.actor, state.target_critics, batch, noise))
-        grads, _ = actor_grad(actor, target, 0.0, rows, eps, args)
-        slope = sum(float(g.sum()) for g in jax.tree.leaves(grads[0]))
-        at = lambda h: float(actor_loss(jax.tree.map(lambda p: p + h, actor), target, 0.0, rows, eps, args)[0])
+        (_, metrics), (grads, _) = actor_grad(actor, target, 0.0, rows, eps, args)
+        samples = sample_actions(actor, rows.observations, eps.chain[0], eps.chain[1:], args)
+        norm = jnp.abs(q_values(target, rows.observations, rows.actions, args)).mean()
+        close(metrics["train/guidance"], -q_values(target, rows.observations, samples, args).mean() / norm, 1e-4)
+        slope = sum(float(g.sum()) for g in jax.tree.leaves(grads))
+        at = lambda h: float(actor_grad(jax.tree.map(lambda p: p + h, actor), target, 0.0, rows, eps, args)[0][0])
         np.testing.assert_allclose((at(1e-5) - at(-1e-5)) / 2e-5, slope, rtol=1e-5)
 
 
@@ -398,11 +379,6 @@ def test_reward_scale():
     assert np.isfinite(D.reward_scale(np.array([0.0]), args))
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return str(scripted.dataset(tmp_path_factory.mktemp("data")))
-
-
 def test_data_as_the_update_sees_it(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
     assert buffer["timeouts"].any() and np.abs(buffer["actions"]).max() == 1.0
@@ -411,18 +387,6 @@ def test_data_as_the_update_sees_it(dataset):
     scale = 1_000 / np.ptp(buffer["episode_returns"])
     np.testing.assert_allclose(data.rewards, scale * buffer["rewards"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(data.next_observations, buffer["next_observations"])
-
-
-def test_value_of_a_constant_reward():
-    """r = 1 for ever is worth 1 / (1 - gamma), and 1 where the step is terminal."""
-    sides = jnp.where(jnp.arange(200) % 2 == 0, -1.0, 1.0)
-    sides, actions = sides[:, None], random_rows(200, num_act=1).actions
-    data = D.Transitions(sides, actions, jnp.ones(200), sides, 1.0 * (sides[:, 0] > 0))
-    args = tiny(gamma=0.8, critic_lr=1e-2, tau=0.05, rho=0.0, chunk=600, num_updates=600, lr_cosine=False)
-    init, chunk = D.make_train(args, 1, 1)
-    state, _ = chunk(init(jax.random.split(jax.random.key(0), 1)), data)
-    q = q_values(jax.tree.map(lambda x: x[0], state.critics), data.observations, data.actions, args).mean(0)
-    np.testing.assert_allclose([q[::2].mean(), q[1::2].mean()], [5.0, 1.0], rtol=0.05)
 
 
 # --- the whole script ---
@@ -477,18 +441,18 @@ def test_policy_file_by_the_pages_sampler(whole_run):
     state = runner.fill(like, runner.read_npz(folder / "state.npz")[0], folder)
     key = jax.random.key(3)
     noise = jax.random.normal(key, (3, 1, 4, 2))[:, 0]
+    choose = jax.jit(D.choose_actions, static_argnums=(3, 4))
     for index in (0, 1):
-        nets = jax.tree.map(lambda x, i=index: x[i], (state.actor, state.target_critics))
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
-        wanted = D.choose_actions(nets, obs[None], key, args, 2)[0]
+        wanted = choose(of_seed((state.actor, state.target_critics), index), obs[None], key, args, 2)[0]
         policy = load_policy()(folder / "policy.npz", index, Recorded(noise))
         np.testing.assert_allclose(policy(np.asarray(obs)), wanted, atol=1e-5)
 
 
-def test_quick_beats_its_data(tmp_path, optimised):
+def test_quick_beats_its_data(dataset, tmp_path, optimised):
     """Probe: the data's mean return is about 0, its best episode 94; stated margin over the mean: 60."""
-    flags = ["--quick", "--num-updates", "1000", "--eval-every", "500", "--out", str(tmp_path / "run")]
-    result = D.main(runner.parse(D.Args, flags, D.preset))
+    flags = {**D.QUICK, "num_updates": 750, "eval_every": 750, "eval_episodes": 5}
+    result = D.main(D.Args(dataset=dataset, out=str(tmp_path / "run"), **flags))
     assert result["last"] > result["data_mean"] + 60, result
 
 
@@ -503,23 +467,15 @@ def test_a_cloned_policy_has_no_critics(dataset, tmp_path):
 # --- flags ---
 
 
-def test_eta_must_lie_within_its_clip(dataset, tmp_path):
-    for changes in (dict(eta=1e-4), dict(eta=200.0), dict(eta_min=2.0, eta_max=1.0)):
-        with pytest.raises(envs.InputError, match="--eta-min, --eta and --eta-max"):
-            D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **changes))
+@pytest.mark.parametrize("changes", [dict(eta=1e-4), dict(eta=200.0), dict(eta_min=2.0, eta_max=1.0)])
+def test_eta_must_lie_within_its_clip(changes):
+    with pytest.raises(envs.InputError, match="--eta-min, --eta and --eta-max"):
+        D.main(tiny(**changes))
 
 
-def test_published_values(dataset):
+def test_eta_is_fixed_where_nothing_is_published(dataset):
     parsed = lambda *flags: runner.parse(D.Args, ["--dataset", dataset, *flags], D.preset)
     fields = lambda args, *names: tuple(getattr(args, name) for name in names)
     own = parsed("--preset", "cpu", "--rho", "0.5")
     assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (20_000, 1, 0.5, 0.2, 0.0)
-    hopper = parsed("--preset", "hopper-medium-expert-v2")
-    assert fields(hopper, "bc_threshold", "rho", "eta", "eta_lr") == (0.05, 1.5, 1.0, 1e-3)  # not our fixed eta
-    maze = D.PUBLISHED["antmaze-large-play-v0"]
-    assert maze == {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": 1.1, "critic_lr": 1e-3}
-    cheetah = D.PUBLISHED["halfcheetah-medium-expert-v2"]
-    assert cheetah == {"eta": 1.0, "eta_lr": 1e-3, "bc_threshold": 0.1, "rho": 0.0}
-    assert len(D.PUBLISHED) == 15
-    sizes = fields(D.Args(), "num_critics", "num_q_samples", "num_action_samples", "num_steps", "batch_size")
-    assert sizes == (10, 10, 10, 5, 256)
+    assert fields(parsed("--preset", "hopper-medium-expert-v2"), "eta", "eta_lr") == (1.0, 1e-3)

@@ -6,6 +6,7 @@ python tests/test_form.py --fix      copies every shared block from its canonica
 import ast
 import functools
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = ("wurl_sac", "udg_select", "mopo", "cped", "qdq", "dac")
-SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
-LEARNERS = [name for name in SCRIPTS if name != "udg_select"]
+SCRIPTS = ("wurl_sac", "udg_select", "mopo", "cped", "qdq", "dac")
 BANNERS = ("data", "networks", "losses", "update", "evaluation", "training", "run")
 PACKAGES = {"jax", "flax", "optax", "chex", "tyro", "numpy", "scipy", "envs", "runner"}
 # Names that are a script's own by nature: its flags, networks, rules between flags, measurements and figures.
@@ -56,9 +55,13 @@ def shared():
     return {block: names for block, names in homes.items() if len(names) > 1 and not is_own(block)}
 
 
-def lines_of(name, node):
-    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    return source(name).splitlines()[first - 1 : node.end_lineno]
+def place_of(node):
+    """The lines of a block, decorators and all."""
+    return slice(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno)
+
+
+def lines_of(name, block):
+    return source(name).splitlines()[place_of(blocks(name)[block])]
 
 
 def test_same_name_is_same_code():
@@ -66,19 +69,18 @@ def test_same_name_is_same_code():
         f"{block}: {home} and {other}"
         for block, (home, *others) in shared().items()
         for other in others
-        if lines_of(home, blocks(home)[block]) != lines_of(other, blocks(other)[block])
+        if lines_of(home, block) != lines_of(other, block)
     ]
     assert not differ, f"{differ}; run: python tests/test_form.py --fix"
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-def test_banners_in_order(name):
-    found = re.findall(r"^# === (.+) ===$", source(name), re.M)
-    assert [b for b in found if b in BANNERS] == list(BANNERS), found
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_imports(name):
+def test_header_imports_and_banners(name):
+    header = ast.get_docstring(tree(name))
+    for field in ("Paper", "arXiv", "Algorithm", "Symbols", "Deviations", "Files", "Run", "Expect"):
+        assert field in header, field
+    found = [banner for banner in re.findall(r"^# === (.+) ===$", source(name), re.M) if banner in BANNERS]
+    assert found == list(BANNERS) or name == "udg_select", found
     imported = {
         (alias.name if isinstance(node, ast.Import) else node.module).split(".")[0]
         for node in ast.walk(tree(name))
@@ -86,13 +88,6 @@ def test_imports(name):
         for alias in node.names
     }
     assert imported <= PACKAGES | set(sys.stdlib_module_names)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_header(name):
-    header = ast.get_docstring(tree(name))
-    for field in ("Paper", "arXiv", "Algorithm", "Symbols", "Deviations", "Files", "Run", "Expect"):
-        assert field in header, field
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -145,7 +140,9 @@ def nesting(node, depth=0):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_functions_are_short_and_flat(name):
+def test_a_script_is_read_in_one_sitting(name):
+    """Its functions are short and flat."""
+    assert source(name).count("\n") <= 1.1 * LINES[name]
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.FunctionDef) and node.name != "make_train":
             assert node.end_lineno - node.lineno < MAX_FUNCTION, node.name
@@ -153,21 +150,18 @@ def test_functions_are_short_and_flat(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_works(name):
+def test_help_works(name, monkeypatch, capsys):
     """The header's first paragraph and every flag; nothing of the header's tables."""
-    done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
-    fields = [x.target.id for x in blocks(name)["Args"].body if isinstance(x, ast.AnnAssign)]
-    flags = re.findall(r"^  --([\w-]+)", done.stdout, re.M)
-    wanted = {"tasks": "task"} if name == "udg_select" else {}
-    assert {wanted.get(field, field).replace("_", "-") for field in fields} | {"seed"} <= set(flags)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    monkeypatch.setattr("runner.flags.listen", lambda again: None)  # the tests keep their handlers of signals
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    fields = {x.target.id for x in blocks(name)["Args"].body if isinstance(x, ast.AnnAssign)} | {"seed"}
+    flags = {"task" if field == "tasks" else field.replace("_", "-") for field in fields}
+    assert not ended.value.code and flags <= set(re.findall(r"^  --([\w-]+)", said, re.M))
     first = " ".join(ast.get_docstring(tree(name)).split("\n\n")[0].split())
-    assert first in " ".join(done.stdout.split()) and "Deviations" not in done.stdout
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_is_read_in_one_sitting(name):
-    assert source(name).count("\n") <= 1.1 * LINES[name]
+    assert first in " ".join(said.split()) and "Deviations" not in said
 
 
 # --- the packages ---
@@ -224,13 +218,12 @@ def test_ruff(words):
 
 def fix():
     for block, (home, *others) in shared().items():
-        wanted = lines_of(home, blocks(home)[block])
+        wanted = lines_of(home, block)
         for other in others:
             for cached in (source, tree, blocks):
                 cached.cache_clear()
-            node, lines = blocks(other)[block], source(other).splitlines()
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            lines[first - 1 : node.end_lineno] = wanted
+            lines = source(other).splitlines()
+            lines[place_of(blocks(other)[block])] = wanted
             (ROOT / f"{other}.py").write_text("\n".join(lines) + "\n")
 
 

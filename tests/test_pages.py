@@ -31,8 +31,10 @@ def dead_links(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_and_commands_lead_somewhere(page):
     assert not dead_links(page)
+    commands = re.findall(r"\bpython (?!-)([\w/]+\.py)", page.read_text())
+    assert not [name for name in commands if not (ROOT / name).exists()]
 
 
 def test_a_dead_link_is_found(tmp_path):
@@ -41,12 +43,6 @@ def test_a_dead_link_is_found(tmp_path):
         "# One (`two`), three\n[a](#one-two-three) [b](#four) [c](none.md) [d](page.md#one-two-three) ![e](no.png)\n"
     )
     assert dead_links(page) == ["#four", "none.md", "no.png"]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_files_that_exist(page):
-    commands = re.findall(r"\bpython (?!-)([\w/]+\.py)", page.read_text())
-    assert not [name for name in commands if not (ROOT / name).exists()]
 
 
 def test_every_study_has_its_section():

@@ -1,6 +1,8 @@
 """runner/ on a small learner of two phases: flags, folder, log, checkpoints, signals, progress, evaluation."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich
 from tensorboardX.proto import event_pb2
 
 import envs
@@ -108,19 +112,19 @@ def dataset(tmp_path_factory):
     return str(scripted.dataset(tmp_path_factory.mktemp("data")))
 
 
+SMALL = dict(num_seeds=2, chunk=10, num_updates=40, eval_every=20, eval_episodes=2)
+
+
 @pytest.fixture
 def args(dataset, tmp_path):
-    return Args(
-        dataset=dataset, out=str(tmp_path / "run"), num_seeds=2, chunk=10, num_updates=40, eval_every=20,
-        eval_episodes=2,
-    )  # fmt: skip
+    return Args(dataset=dataset, out=str(tmp_path / "run"), **SMALL)
 
 
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
+    """An uninterrupted run -> its folder, its result."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, learn(Args(dataset=dataset, out=str(folder), num_seeds=2, chunk=10, num_updates=40, eval_every=20,
-                              eval_episodes=2))  # fmt: skip
+    return folder, learn(Args(dataset=dataset, out=str(folder), **SMALL))
 
 
 def arrays_of(path):
@@ -144,16 +148,19 @@ def assert_same_run(one, other):
     assert records_of(one) == records_of(other)
 
 
-def strike(monkeypatch, label, count, number=signal.SIGTERM):
-    """A signal while the progress of `label` at `count` is shown."""
+def stop(args, monkeypatch, label, count, number=signal.SIGTERM):
+    """Run until a signal strikes while the progress of `label` at `count` is shown."""
     show = log.Progress.show
 
-    def strike_once(self, step, *rest, **more):
+    def strike(self, step, *rest, **more):
         show(self, step, *rest, **more)
         if (self.label, step) == (label, count):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(log.Progress, "show", strike_once)
+    with monkeypatch.context() as patched:
+        patched.setattr(log.Progress, "show", strike)
+        with pytest.raises(SystemExit, match=f"stopped by {number.name} at {label} {count}; go on .* --resume"):
+            learn(args)
 
 
 # --- a run and its resumption ---
@@ -174,31 +181,27 @@ def test_a_run_leaves_its_files(whole):
     assert checkpoint.read_npz(folder / "state.npz")[1]["note"] == 40
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", [("fit step", 20), ("fit step", 40), ("update", 10), ("update", 40)])
-def test_interrupted_run_equals_the_whole_one(whole, args, monkeypatch, at, number):
+def test_a_run_stopped_often_equals_the_whole_one(whole, args, monkeypatch):
     """Also where the signal comes at the end of a phase: the next one waits for --resume."""
-    with monkeypatch.context() as patched:
-        strike(patched, *at, number)
-        with pytest.raises(SystemExit, match=f"stopped by {number.name} at {at[0]} {at[1]}; go on .* --resume"):
-            learn(args)
-    assert signal.getsignal(number) is signal.getsignal(signal.SIGTERM) or number == signal.SIGINT
-    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for at in (("fit step", 20), ("fit step", 40, signal.SIGINT), ("update", 10, signal.SIGINT), ("update", 40)):
+        stop(args, monkeypatch, *at)
+        args = dataclasses.replace(args, resume=True)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert learn(args) == whole[1]
     assert_same_run(whole[0], Path(args.out))
 
 
-@pytest.mark.parametrize("place, at", [(".", ("update", 30)), ("fit", ("fit step", 30)), ("fit", ("update", 30))])
-def test_a_torn_state_falls_back_and_the_log_with_it(whole, args, monkeypatch, place, at):
-    """The state before is whole; the log is cut back to it, though the torn one belongs to more. Where a later phase
-    has begun, the log keeps what it has, and what is computed again is not logged again."""
+def test_a_torn_state_falls_back_and_the_log_with_it(whole, args, monkeypatch):
+    """The state before is whole; the log is cut back to it, though the torn one belongs to more. In both phases; and in
+    the first one while the second goes on: then the log keeps what it has, and gets nothing twice."""
     monkeypatch.setattr(run, "SAVE_EVERY", -1.0)
-    with monkeypatch.context() as patched:
-        strike(patched, *at)
-        with pytest.raises(SystemExit):
-            learn(args)
-    newest = Path(args.out) / place / "state.npz"
-    newest.write_bytes(newest.read_bytes()[:300])
-    assert learn(dataclasses.replace(args, resume=True)) == whole[1]
+    for place, *at in (("fit", "fit step", 30), (".", "update", 30), ("fit", "update", 40)):
+        stop(args, monkeypatch, *at)
+        newest = Path(args.out) / place / "state.npz"
+        newest.write_bytes(newest.read_bytes()[:300])
+        args = dataclasses.replace(args, resume=True)
+    assert learn(args) == whole[1]
     assert_same_run(whole[0], Path(args.out))
     newest.with_name("state.npz").write_bytes(b"torn again")  # the one before is whole, not the torn one of above
     assert learn(dataclasses.replace(args, resume=True)) == whole[1]
@@ -264,68 +267,44 @@ def test_a_state_that_waits_for_its_name_is_the_newest(whole, args):
     assert_same_run(whole[0], folder)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(resume=False), "already holds a run: go on with --resume or choose another --out"),
-        (dict(rate=0.25), r"state.npz: rate was 0\.5 and is now 0\.25; resume with the old one, or start anew"),
-        (dict(task="point-angle-60"), r"udg_select\.py --buffers .* --task point-angle-60"),
-    ],
-)
-def test_another_run_is_refused(whole, args, changes, message):
-    with pytest.raises(envs.InputError, match=message):
-        learn(dataclasses.replace(args, **{"out": str(whole[0]), "resume": True, **changes}))
+def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
+    """Without --resume; with other flags, other data (here: one reward) or another version."""
 
+    def refused(message, **changes):
+        with pytest.raises(envs.InputError, match=message):
+            learn(dataclasses.replace(args, **{"out": str(whole[0]), "resume": True, **changes}))
 
-def test_other_terminals_are_other_data(args, tmp_path):
-    path, buffer = tmp_path / "data.npz", envs.buffers.load(args.dataset, quiet=True)
-    args = dataclasses.replace(args, dataset=str(envs.buffers.save(path, buffer.arrays, buffer.metadata)))
-    learn(args)
-    swapped = {**buffer.arrays, "terminals": buffer["timeouts"], "timeouts": buffer["terminals"]}
-    envs.buffers.save(path, swapped, buffer.metadata)
-    assert_refused_and_unchanged(args, "data was")
-
-
-def test_other_data_and_older_versions_are_refused(whole, args, tmp_path, monkeypatch):
-    other = dataclasses.replace(args, out=str(whole[0]), resume=True)
-    parts = scripted.point_buffers(tmp_path, seed=5, num=1, episodes=80, warmup=0)
-    buffer = envs.buffers.load(parts[0], quiet=True)
-    about = {**buffer.metadata, "task": "point-angle-0", "layout": "task", "reward_kind": "task"}
-    arrays = {**buffer.arrays, "rewards": buffer["observations"][:, 2]}
-    path = envs.buffers.save(tmp_path / "other.npz", arrays, about)
-    with pytest.raises(envs.InputError, match=r"data was .* and is now"):
-        learn(dataclasses.replace(other, dataset=str(path)))
+    refused("already holds a run: go on with --resume or choose another --out", resume=False)
+    refused(r"state.npz: rate was 0\.5 and is now 0\.25; resume with the old one, or start anew", rate=0.25)
+    buffer = envs.buffers.load(args.dataset, quiet=True)
+    rewards = np.append(buffer["rewards"][:-1], np.float32(0.5))
+    swapped = {"terminals": buffer["timeouts"], "timeouts": buffer["terminals"]}
+    for changes in ({"rewards": rewards}, swapped):
+        other = envs.buffers.save(tmp_path / "other.npz", {**buffer.arrays, **changes}, buffer.metadata)
+        refused("data was .* and is now", dataset=str(other))
+    refused("already holds a run", dataset="", quick=True, resume=False)
+    assert not (whole[0] / "point-angle-0.npz").exists(), "--quick asks before it writes its data"
     old = {**envs.buffers.versions(), "udg-jax": "0.1.0"}
     monkeypatch.setattr(envs.buffers, "versions", lambda: old)
-    with pytest.raises(envs.InputError, match=r"udg-jax was .* and is now '0.1.0'"):
-        learn(other)
+    refused("udg-jax was .* and is now '0.1.0'")
     with pytest.raises(envs.InputError, match="x does not fit: another version"):
         runner.fill({"x": jnp.zeros(3)}, {"x": np.zeros(4, np.float32)}, "state.npz")
 
 
 def test_resuming_nothing_begins_anew(whole, args, capsys):
+    """What a kill left behind in the folder is removed."""
+    torn = Path(args.out) / "fit" / ".state.new.npz.7.tmp"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"")
     assert learn(dataclasses.replace(args, resume=True)) == whole[1]
     assert "nothing was saved here yet; starting from the beginning" in capsys.readouterr().out
+    assert not torn.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(args, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(envs.InputError, match=r"file/run: cannot be written .*; choose another --out"):
         learn(dataclasses.replace(args, out=str(tmp_path / "file" / "run")))
-
-
-def test_quick_asks_for_a_run_before_it_writes_its_data(whole, args):
-    with pytest.raises(envs.InputError, match="already holds a run"):
-        learn(dataclasses.replace(args, dataset="", quick=True, out=str(whole[0])))
-    assert not (whole[0] / "point-angle-0.npz").exists()
-
-
-def test_a_kills_leftovers_are_removed(args):
-    torn = Path(args.out) / "fit" / ".state.new.npz.7.tmp"
-    torn.parent.mkdir(parents=True)
-    torn.write_bytes(b"")
-    learn(args)
-    assert not torn.exists()
 
 
 def test_a_seed_alone_is_the_seed_among_others(whole, args):
@@ -374,19 +353,10 @@ def test_an_eta_of_days(capsys):
     assert "ETA 27:46:40" in capsys.readouterr().out
 
 
-class Clock:
-    def __init__(self):
-        self.now = 1e9
-
-    def time(self):
-        return self.now
-
-    strftime, gmtime = staticmethod(__import__("time").strftime), staticmethod(__import__("time").gmtime)
-
-
 def test_a_file_gets_a_line_a_minute_and_the_last(args, dataset, monkeypatch, capsys):
     """The pace leaves out the first chunk, which compiles: 100 s for it, then 25 s for each."""
-    clock = Clock()
+    now = [1e9]
+    clock = types.SimpleNamespace(time=lambda: now[0], strftime=time.strftime, gmtime=time.gmtime)
     for module in (run, log):
         monkeypatch.setattr(module, "time", clock)
     buffer, task = runner.open_task("toy", args, KEYS)
@@ -394,7 +364,7 @@ def test_a_file_gets_a_line_a_minute_and_the_last(args, dataset, monkeypatch, ca
     with runner.Run("toy", args, task, buffer) as r:
         capsys.readouterr()
         for step in r.chunks("update", 80, 0):
-            clock.now += 25.0 if step > 10 else 100.0
+            now[0] += 25.0 if step > 10 else 100.0
             r.progress(step, {"train/q": np.array([1.0, 2.0])}, ("train/q",))
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -405,43 +375,43 @@ def test_a_file_gets_a_line_a_minute_and_the_last(args, dataset, monkeypatch, ca
     ]
 
 
-def test_a_terminal_gets_one_live_line(tmp_path):
-    """A process that believes in its terminal: escape codes that rewrite the line, prints above it, a cursor again."""
-    code = """
-import sys
-sys.stdout.isatty = lambda: True
-from runner.log import Progress
-shown = Progress("update", 20, 0)
-shown.show(10, 5.0, {"train/q": 1.5})
-print("  return at 10: 3.00")
-shown.show(20, 5.0, {"train/q": 2.5}, last=True)
-shown.close()
-"""
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", done.stdout)
+class Terminal(io.StringIO):
+    isatty = lambda self: True
+
+
+def test_a_terminal_gets_one_live_line(monkeypatch):
+    """Escape codes that rewrite the line, prints above it, a cursor again."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "120", "FORCE_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rich, "_console", None)  # one of this environment
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    shown = log.Progress("update", 20, 0)
+    shown.show(10, 5.0, {"train/q": 1.5})
+    print("  return at 10: 3.00")
+    shown.show(20, 5.0, {"train/q": 2.5}, last=True)
+    shown.close()
+    said = sys.stdout.getvalue()
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", said)
     assert "10/20 (50%)  5/s  ETA 00:00:02  q 1.5" in plain and "20/20 (100%)" in plain
-    assert "return at 10: 3.00" in plain and done.stdout.rstrip().endswith("\x1b[?25h")
+    assert "return at 10: 3.00" in plain and said.rstrip().endswith("\x1b[?25h") and "\x1b[2K" in said
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_metric_that_is_not_finite_is_named(args, value):
+def test_a_metric_that_diverges_is_named(args):
     """Of any seed; with --q-bound 0 nothing is refused."""
     buffer, task = runner.open_task("toy", args, KEYS)
+    broken = [("train/q is 1.01e\\+06", {"train/q": np.array([0.0, -1.01e6])})]
+    for value in (np.nan, np.inf, -np.inf):
+        metrics = {"train/q": np.zeros(2), "train/nll": np.array([1e9, value])}
+        broken += [(f"train/nll is {abs(value)}", metrics)]
     for bound in (1e6, 0.0):
         given = dataclasses.replace(args, q_bound=bound, out=f"{args.out}{bound}")
         with runner.Run("toy", given, task, buffer) as r:
             for step in r.chunks("update", 10, 0):
                 r.progress(step, {"train/q": np.array([1e6, -1e6])}, ())
-                metrics = {"train/q": np.zeros(2), "train/nll": np.array([1e9, value])}
-                if not bound:
-                    r.progress(step, metrics, ())
-                    continue
-                with pytest.raises(envs.InputError, match=r"update 10: train/nll is (nan|inf).*--resume --q-bound 0"):
-                    r.progress(step, metrics, ())
-                with pytest.raises(envs.InputError, match=r"update 10: train/q is 1.01e\+06"):
-                    r.progress(step, {"train/q": np.array([0.0, -1.01e6])}, ())
+                for said, metrics in broken:
+                    refused = pytest.raises(envs.InputError, match=f"update 10: {said}.*--resume --q-bound 0")
+                    with refused if bound else contextlib.nullcontext():
+                        r.progress(step, metrics, ())
 
 
 def test_divergence_keeps_the_state_and_can_go_on(whole, args):
@@ -766,11 +736,13 @@ def test_training_draws_what_the_log_has(whole, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["envs", "runner"])
 @pytest.mark.parametrize("package", [True, False])
 def test_a_folder_that_hides_a_package_is_named(tmp_path, name, package):
+    """By what a copied script imports of ours, in its order."""
     (tmp_path / name).mkdir()
     if package:
         (tmp_path / name / "__init__.py").write_text("")
-    shutil.copy(ROOT / "dac.py", tmp_path / "mine.py")
+    imports = re.findall(r"^(?:import|from) (?:envs|runner).*\n", (ROOT / "dac.py").read_text(), re.M)
+    (tmp_path / "mine.py").write_text("".join(imports) + "runner.launch()\n")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # as after `pip install -e .`
-    done = subprocess.run([sys.executable, "mine.py", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and f"`{name}` is hidden by {tmp_path / name}" in line and "rename that folder" in line

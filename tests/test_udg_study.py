@@ -1,6 +1,5 @@
-"""The UDG studies (benchmark/udg_study.py): their cells, what they gather, and what they need not make again."""
+"""The UDG studies (benchmark/udg_study.py): their commands, what they gather, and what they need not make again."""
 
-import collections
 import functools
 import itertools
 import json
@@ -20,71 +19,22 @@ import qdq
 import udg_figures
 import udg_select
 import udg_study as study
-import wurl_sac
 from cells import Cell, args_of, record_file, write_record
 from envs.buffers import scripted
 
-ROOT = Path(__file__).resolve().parents[1]
-BASE = Path("runs") / "study"
 EVERY = {
-    (name, budget): study.cells_of(name, BASE / budget, budget) for name in study.STUDIES for budget in ("cpu", "gpu")
+    (name, budget): study.cells_of(name, Path("runs", "study", budget), budget)
+    for name in study.STUDIES
+    for budget in ("cpu", "gpu")
 }
 
 
-# --- the studies as they are --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, budget", EVERY)
-def test_cells_stand_after_what_they_need_and_name_no_place(name, budget):
-    (cells, learning), wanted, seen = EVERY[name, budget], study.STUDIES[name], set()
-    for key, cell in cells.items():
-        assert key == cell.name and set(cell.needs) <= seen, key
-        seen.add(key)
-        line = study.portable(cell.command)
-        assert line.startswith("python ") and str(ROOT) not in line and " /" not in line
-        assert f" --out runs/study/{budget}/" in line and (ROOT / cell.command[0]).exists()
-    for task, label, pick, learner, cell in learning:
-        assert cells[cell.name] == cell and wanted.picks[label] == pick
-        assert cell.name == f"learn {task} {pick} {learner}"
-        assert cell.reads == (Path(cell.command[cell.command.index("--dataset") + 1]),)
-    assert len(learning) == len(wanted.tasks) * len(wanted.picks or ()) * len(wanted.learners)
-    assert all(f"source {source}" in cells for source in wanted.sources)
-
-
-@pytest.mark.parametrize("budget", ["cpu", "gpu"])
-def test_studies_share_cells_and_nothing_else(budget):
-    """One name is one command, one folder, one record; what two studies ask for is made once."""
-    by_name, users = collections.defaultdict(set), collections.Counter()
-    for (_, at), (cells, _) in EVERY.items():
-        for cell in cells.values() if at == budget else ():
-            by_name[cell.name].add((tuple(cell.command), cell.done, cell.needs, cell.runs, cell.reads))
-            users[cell.name] += 1
-    assert all(len(kinds) == 1 for kinds in by_name.values())
-    done = [kind[1] for (kind,) in by_name.values()]
-    records = {record_file(Cell(name, [], Path(), ()), BASE) for name in by_name}
-    assert len(set(done)) == len(done) == len(records)
-    assert users["source point"] > 4 and users["learn point-angle-0 point:1 mopo"] > 2
+# --- the studies as they are; what holds for the cells of all benchmarks is in test_cells.py -----
 
 
 def commands_of(script):
     cells = itertools.chain.from_iterable(cells.values() for cells, _ in EVERY.values())
     return {tuple(cell.command[1:]): cell for cell in cells if cell.command[0] == script}
-
-
-def test_sources_are_accepted_by_wurl_sac():
-    """Every flag exists, and what wurl_sac.py refuses before long work it does not refuse."""
-    seen = set()
-    for words, cell in commands_of("wurl_sac.py").items():
-        flags = words[:-2]  # without --out
-        if flags in seen:
-            continue
-        seen.add(flags)
-        args = args_of(wurl_sac, words)
-        task = envs.task(args.task)
-        wurl_sac.check_args(args, task, args.episode_length or task.episode_length)
-        assert cell.done.name == f"policy_{args.num_policies - 1:02d}.npz", "done by the last policy's buffer"
-        assert cell.runs == Path(args.out) and study.world(cell.name.split()[1]) in (task.env, "point")
-    assert len(seen) >= len(study.SOURCES)
 
 
 @functools.cache
@@ -100,10 +50,10 @@ def test_selections_are_accepted_by_udg_select():
         flags = study.SOURCES[source].split()
         num = int(flags[flags.index("--num-policies") + 1]) if "--num-policies" in flags else 10
         udg_select.parse_top(args.top, 1 if "/" in picked else num)
-        world = envs.task(flags[flags.index("--task") + 1]).env
-        for name in udg_select.flatten(args.tasks):
-            assert envs.task(name).env == world and envs.task(name).has_reward
-        assert cell.done == Path(args.out) / udg_select.flatten(args.tasks)[-1] / "scores.json"
+        world, tasks = envs.task(flags[flags.index("--task") + 1]).env, udg_select.flatten(args.tasks)
+        assert all(envs.task(name).env == world and envs.task(name).has_reward for name in tasks)
+        assert study.world(source) in (world, "point"), "whose budget and size it has"
+        assert cell.done == Path(args.out) / tasks[-1] / "scores.json"
         assert args.overwrite and (args.w1_points or cell.name.startswith("data"))
 
 
@@ -111,38 +61,39 @@ def test_selections_are_accepted_by_udg_select():
 def test_learners_are_accepted_by_their_scripts(tmp_path, monkeypatch, learner):
     """Every distinct set of flags, on a small file; mopo's also with the task."""
     monkeypatch.chdir(tmp_path)
-    seen, name, data = {}, learner.__name__, scripted.dataset(tmp_path)
-    for words, cell in commands_of(f"{name}.py").items():
+    seen, data = {}, scripted.dataset(tmp_path)
+    for words, cell in commands_of(f"{learner.__name__}.py").items():
         task = cell.name.split()[1]
         seen.setdefault((study.world(task), words[2:-2]), (words, task))
     assert {world for world, _ in seen} == {"point", "ant", "cheetah"}
-    for words, task_name in seen.values():
+    for words, task in seen.values():
         Path(words[1]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(data, words[1])
         args = args_of(learner, words)
         if learner is mopo:
             mopo.check_args(args)
-            mopo.check_task(args, envs.task(task_name))
+            mopo.check_task(args, envs.task(task))
         assert args.num_updates // args.eval_every >= udg_figures.LAST, "the score needs five evaluations"
 
 
 def test_a_step_reward_has_its_own_budget():
     """At the budget of the other point tasks a third of the runs still stand at 0 (results/udg/goal.jsonl)."""
-    updates = lambda task, budget: study.flags_of_learner(task, "mopo", budget)
-    assert "20000" in updates("point-goal-60", "cpu") and "6000" not in updates("point-goal-60", "cpu")
-    assert "6000" in updates("point-angle-60", "cpu") and "6000" in updates("tree-maze-end-1", "cpu")
-    assert updates("point-goal-60", "gpu") == updates("point-angle-60", "gpu")
+    updates = {task: study.flags_of_learner(f"{task}-60", "mopo", "cpu") for task in ("point-goal", "point-angle")}
+    assert "20000" in updates["point-goal"] and "6000" in updates["point-angle"]
 
 
 def test_picks_name_what_their_data_cells_write():
     """The file that a learner reads is one that the selection it needs writes, for this task, at this size."""
     for (name, budget), (cells, learning) in EVERY.items():
-        for task, _, pick, _, cell in learning:
-            select = selection_args(tuple(cells[cell.needs[0]].command[1:]))
-            top = pick.split(":")[1]
+        wanted = study.STUDIES[name]
+        assert len(learning) == len(wanted.tasks) * len(wanted.picks or ()) * len(wanted.learners)
+        assert all(f"source {source}" in cells for source in wanted.sources)
+        for task, label, pick, learner, cell in learning:
+            assert cells[f"learn {task} {pick} {learner}"] == cell and wanted.picks[label] == pick
+            select, top = selection_args(tuple(cells[cell.needs[0]].command[1:])), pick.split(":")[1]
             assert top in select.top and task in udg_select.flatten(select.tasks), (name, pick)
-            label = "all" if top == "all" else f"top{top}"
-            assert cell.reads[0] == Path(select.out) / task / f"{label}-size{select.size}.npz", (name, budget)
+            data = Path(select.out) / task / f"{'all' if top == 'all' else f'top{top}'}-size{select.size}.npz"
+            assert cell.reads == (data,) == (Path(cell.command[cell.command.index("--dataset") + 1]),), (name, budget)
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -184,13 +135,20 @@ def write(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def read(folder):
+    """Header and rows of the study `toy`."""
+    header, *rows = map(json.loads, (folder / "toy.jsonl").read_text().splitlines())
+    return header, rows
+
+
 LEARNER = "learn point-angle-0 point:1 mopo"
+BEGUN = {"commit": "then", "versions": {"jax": "1"}}
 
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A small study by hand, its cells finished but for one learner -> its cells, a function that gathers them."""
-    picks, base = {"best": "point:1", "mixed": "point:all"}, tmp_path / "runs"
+    picks, base, results = {"best": "point:1", "mixed": "point:all"}, tmp_path / "runs", tmp_path / "results"
     monkeypatch.setattr(study, "STUDIES", {"toy": study.Study("Why?", ("point-angle-0",), picks, seeds=2)})
     cells, _ = study.cells_of("toy", base, "cpu")
     source, data, learner = cells["source point"], cells["data point"], cells[LEARNER]
@@ -208,20 +166,19 @@ def made(tmp_path, monkeypatch):
         for step, seed in itertools.product((100, 200), (0, 1))
     ]
     evaluations += [{"step": step, "seed": 1, "train/q": 0.1 * step} for step in (50, 100, 200)]  # seed 0 has none
-    write(learner.runs / "log.jsonl", {"args": {}}, {"step": 1, "seed": 0, "model/idle": 0}, *evaluations)
+    write(learner.runs / "log.jsonl", {"args": {}} | BEGUN, {"step": 1, "seed": 0, "model/idle": 0}, *evaluations)
     write(learner.done)
     write(source.done)
     np.savez(source.done, metadata_json=json.dumps({"sha256": {}}))
     for cell in (source, data, learner):
         write_record(cell, base, {"seconds": 5})
 
-    def gather(**flags):
-        """-> whether the file was written, its header, its rows."""
-        written = study.gather("toy", base, "cpu", tmp_path / "results", **flags)
-        header, *rows = [json.loads(line) for line in (tmp_path / "results" / "toy.jsonl").read_text().splitlines()]
-        return written, header, rows
+    def gather(forget=None, **flags):
+        """-> whether the file was written, its header, its rows; forget: a cell that counts as not made."""
+        if forget:
+            record_file(cells[forget], base).unlink()
+        return study.gather("toy", base, "cpu", results, **flags), *read(results)
 
-    gather.forget = lambda name: record_file(cells[name], base).unlink()
     return cells, gather
 
 
@@ -232,6 +189,7 @@ def test_gathered_rows_are_exact(made):
     assert set(header["cells"]) == {"source point", "data point", LEARNER}
     out = cells["source point"].runs
     assert header["cells"]["source point"]["command"] == f"python wurl_sac.py --task point --out {out}"
+    assert header["cells"][LEARNER].items() >= BEGUN.items(), "commit and versions that the run began with"
     assert header["picks"] == {"best": "point:1", "mixed": "point:all"} and header["seeds"] == 2
     last = {"step": 20, "eval/min_w": 2.0, "eval/smallest_w": 1.0, "eval/min_w_full": 3.0}
     last["eval/disc_accuracy_held_out"] = 0.9
@@ -260,43 +218,30 @@ def test_w1_rows_are_exact(tmp_path):
     }  # fmt: skip
 
 
-def test_pictures_of_wanted_sources_are_kept(made, monkeypatch, tmp_path):
+def test_what_is_gathered_is_drawn_with_the_pictures_of_wanted_sources(made, monkeypatch, capsys, tmp_path):
     cells, gather = made
+    gather()
+    udg_figures.main(["--folder", str(tmp_path / "results")])
+    out = capsys.readouterr().out
+    assert "| point-angle-0 | 150.5 +- 0.5 | missing |" in out and "Not made yet: 1 cells" in out
+    assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
     monkeypatch.setitem(study.STUDIES, "toy", study.Study("Why?", sources=("point",)))
     (cells["source point"].runs / "trajectories.png").write_bytes(b"a picture")
     assert gather()[0] and (tmp_path / "results" / "toy-point.png").read_bytes() == b"a picture"
 
 
 def test_a_learner_without_its_selection_is_left_out(made):
-    _, gather = made
-    gather.forget("data point")
-    written, _, rows = gather()
+    written, _, rows = made[1](forget="data point")
     assert written and not any("learner" in row for row in rows)
-
-
-def test_commit_and_versions_are_those_a_run_began_with(made):
-    cells, gather = made
-    log, begun = cells[LEARNER].runs / "log.jsonl", {"commit": "then", "versions": {"jax": "1"}}
-    log.write_text(log.read_text().replace('{"args": {}}', json.dumps({"args": {}} | begun)))
-    assert gather()[1]["cells"][LEARNER].items() >= begun.items()
 
 
 def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
     """A fresh clone has committed results and no cells: gathering must not empty them."""
     _, gather = made
     before = gather()[1:]
-    gather.forget("source point")
-    assert gather() == (False, *before)
+    assert gather(forget="source point") == (False, *before)
     assert "3 of its cells are not made here, e.g. source point; --force" in capsys.readouterr().out
     assert gather(force=True)[1]["missing"][0] == "source point"
-
-
-def test_what_is_gathered_can_be_drawn(made, capsys, tmp_path):
-    made[1]()
-    udg_figures.main(["--folder", str(tmp_path / "results")])
-    out = capsys.readouterr().out
-    assert "| point-angle-0 | 150.5 +- 0.5 | missing |" in out and "Not made yet: 1 cells" in out
-    assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
 
 
 # --- results of another machine -----------------------------------------------------------------
@@ -347,9 +292,10 @@ def elsewhere(tmp_path, monkeypatch):
 
     def again(**other):
         content.update(other)
+        made.clear()
         assert study.make("toy", base, "cpu", 1, results, True) == (set(), "")
         kept = study.gather("toy", base, "cpu", results, keep=True)
-        header, *rows = [json.loads(line) for line in (results / "toy.jsonl").read_text().splitlines()]
+        header, rows = read(results)
         return kept, header["missing"], rows
 
     again.cells, again.base = cells, base
@@ -362,12 +308,11 @@ def test_what_is_known_is_not_made_again(elsewhere):
     # With source a made anew, W1 to source b is of unknown rows until b is there, too.
     assert made == ["source a", "data 1", "learn t 1 mopo", "source b", "w1 t"] and kept and not missing
     about = [(row.get("source"), row.get("label"), row.get("returns")) for row in rows]
-    first, second = ("label 0", [1.0]), ("label 1", [2.0])
-    assert about == [("a", None, None), ("b", None, None), (None, None, None)] + [
-        (None, *learner) for learner in (first, first, second, second)
-    ]
-    made.clear()
+    learners = [(None, f"label {k}", [value]) for k, value in ((0, 1.0), (1, 2.0)) for _ in range(2)]
+    assert about == [("a", None, None), ("b", None, None), (None, None, None), *learners]
     assert again() == (kept, missing, rows) and not made
+    again.cells["data 1"].done.unlink()
+    assert again() == (kept, missing, rows) and not made, "a learner whose data are gone keeps its rows"
 
 
 def test_other_rows_are_no_substitute(elsewhere):
@@ -378,20 +323,12 @@ def test_other_rows_are_no_substitute(elsewhere):
     assert [row["returns"] for row in rows if "label" in row] == [[2.0]] * 4
 
 
-def test_a_learner_whose_data_are_gone_keeps_its_rows(elsewhere):
-    again, made = elsewhere
-    _, _, rows = again()
-    again.cells["data 1"].done.unlink()
-    made.clear()
-    assert again() == (True, [], rows) and not made
-
-
 def test_another_command_is_no_substitute(elsewhere, capsys, tmp_path):
     """Results of another command are not overwritten; the command is run."""
     again, made = elsewhere
     again.cells["w1 t"].command.append("--more")
-    before = (tmp_path / "results" / "toy.jsonl").read_text()
+    before = read(tmp_path / "results")
     assert not study.gather("toy", again.base, "cpu", tmp_path / "results", keep=True)
     assert "another command or other rows than those here, e.g. w1 t" in capsys.readouterr().out
-    assert (tmp_path / "results" / "toy.jsonl").read_text() == before
+    assert read(tmp_path / "results") == before
     assert again()[0] and made == ["source a", "source b", "data 1", "w1 t", "learn t 1 mopo"]

@@ -17,10 +17,11 @@ import envs
 import runner
 import wurl_sac as W
 from envs.distances import pairwise_apwd, unit_directions
+from tests.oracles import common
+from tests.oracles.common import leaves_close, mlp, of_seed, size_of
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(__file__).parent / "golden"
-PAIRS = sorted(p.name for p in GOLDEN.glob("apwd_pairwise_*.npz"))
+PAIRS = sorted(path.stem for path in common.GOLDEN.glob("apwd_pairwise_*.npz"))
 TINY = dict(
     task="point", num_policies=3, num_envs=1, updates_per_step=0.1, num_updates=40, chunk=10, eval_every=20,
     warmup_steps=200, hidden_sizes=(16, 16), batch_size=32, replay_size=500, eval_episodes=4, reward_scale=1.0,
@@ -31,9 +32,9 @@ def tiny(**changes):
     return W.Args(**{**TINY, **changes})
 
 
-def golden(name):
-    with np.load(GOLDEN / name, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+def same(observations):
+    """A task that observes all of its world."""
+    return observations
 
 
 @functools.partial(jax.jit, static_argnames="args")
@@ -53,7 +54,7 @@ actor_loss = jax.jit(W.wurl_actor_loss, static_argnames="args")
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_reward_golden(name):
-    g = golden(name)
+    g = common.golden(name)
     K, D, _ = g["S"].shape
     f = lambda x: jnp.asarray(x, jnp.float32)
     ones = lambda x: jnp.ones(x.shape[:2], bool)
@@ -84,26 +85,28 @@ def test_reward_pays_the_state_an_action_leads_to():
     np.testing.assert_allclose(distances, [[0, 11], [11, 0]], atol=1e-5)
 
 
-def test_pwd_pays_the_same_total_at_the_last_step():
-    features = jax.random.normal(jax.random.key(1), (3, 2, 8, 2))
-    alive = jnp.arange(8) < jnp.array([8, 5])[None, :, None]
-    alive = jnp.broadcast_to(alive, (3, 2, 8))
-    directions = unit_directions(jax.random.key(2), 4, 2)
-    dense, _ = apwd_reward(features, alive, features, alive, directions, args=tiny(rescale_episodes=False))
-    sparse, _ = apwd_reward(features, alive, features, alive, directions, args=tiny(objective="pwd"))
-    lengths = np.array([8, 5])
+@pytest.mark.parametrize("lengths", [(8, 5), (8, 8)])
+def test_rescaling_gives_short_episodes_the_same_total_and_pwd_pays_it_at_the_last_step(lengths):
+    features, lengths = jax.random.normal(jax.random.key(1), (3, 2, 8, 2)), np.array(lengths)
+    alive = jnp.broadcast_to((jnp.arange(8) < lengths[:, None])[None], (3, 2, 8))
+    inputs = features, alive, features, alive, unit_directions(jax.random.key(2), 4, 2)
+    dense, _ = apwd_reward(*inputs, args=tiny(rescale_episodes=False))
+    rescaled, _ = apwd_reward(*inputs, args=tiny())
+    np.testing.assert_allclose(rescaled, dense * (8 / lengths)[:, None], rtol=1e-5)
+    sparse, _ = apwd_reward(*inputs, args=tiny(objective="pwd"))
     np.testing.assert_allclose(sparse.sum(-1), dense.sum(-1) / lengths, rtol=1e-5)
-    assert np.count_nonzero(np.asarray(sparse)) == 6
-    assert np.all(np.asarray(sparse)[:, 1, 4] > 0)
+    assert np.count_nonzero(sparse) == 6 and np.all(sparse[:, [0, 1], lengths - 1] > 0)
 
 
-def test_episode_rescaling_gives_short_episodes_the_same_total():
-    features = jax.random.normal(jax.random.key(1), (2, 1, 10, 2))
-    for length in (10, 4):
-        alive = jnp.broadcast_to(jnp.arange(10) < length, (2, 1, 10))
-        directions = unit_directions(jax.random.key(2), 4, 2)
-        reward, distances = apwd_reward(features, alive, features, alive, directions, args=tiny())
-        np.testing.assert_allclose(reward.sum(-1)[0, 0], 10 * distances[0, 1], rtol=1e-4)
+def test_nearest_is_chosen_for_each_episode():
+    """Policy 0's two episodes lie beside different neighbours: each is paid the distance to its own."""
+    near = lambda x: jnp.full((4, 1), x) + jnp.linspace(0, 0.01, 4)[:, None]
+    features = jnp.stack([jnp.stack([near(0.0), near(10.0)]), jnp.stack([near(1.0)] * 2), jnp.stack([near(12.0)] * 2)])
+    alive = jnp.ones((3, 2, 4), bool)
+    # each policy's points are pooled as targets; policy 0's episodes as sources meet half of a target's points each
+    reward, _ = apwd_reward(features, alive, features, alive, jnp.ones((1, 1)), args=tiny(num_policies=3))
+    np.testing.assert_allclose(reward[0, 0], 1.0, atol=0.02)
+    np.testing.assert_allclose(reward[0, 1], 2.0, atol=0.02)
 
 
 # --- baselines' rewards ---
@@ -111,101 +114,85 @@ def test_episode_rescaling_gives_short_episodes_the_same_total():
 
 def test_diayn_and_dads_rewards_against_numpy():
     args = tiny(objective="diayn", reward_scale=2.0)
-    K, shape = args.num_policies, (args.num_policies, 2, 5)
-    features = jax.random.normal(jax.random.key(0), (*shape, 2))
-    net = W.MLP((16, 16, K)).init(jax.random.key(1), features[0, 0])
-    logits = np.asarray(W.MLP((16, 16, K)).apply(net, features), np.float64)
+    K, (features, change) = 3, jax.random.normal(jax.random.key(0), (2, 3, 2, 5, 2))
+    net = W.init_net(jax.random.key(1), 2, args)
+    logits = mlp(net["params"], features)
     log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = [[[2 * max(log_q[k, n, t, k], -10 * np.log(K)) for t in range(5)] for n in range(2)] for k in range(K)]
-    np.testing.assert_allclose(W.diayn_reward(net, features, args), expected, atol=1e-5)
+    own = np.moveaxis(np.diagonal(log_q, axis1=0, axis2=-1), -1, 0)
+    np.testing.assert_allclose(W.diayn_reward(net, features, args), 2 * np.maximum(own, -10 * np.log(K)), atol=1e-5)
 
-    net = W.MLP((256, 256, 2)).init(jax.random.key(1), jnp.zeros(2 + K))
-    change = jax.random.normal(jax.random.key(2), (*shape, 2))
+    net = W.init_net(jax.random.key(1), 2, tiny(objective="dads"))
     reward = np.asarray(W.dads_reward(net, features, change, args))
     for k in range(K):
-        x = np.asarray(features[k, 1, 3])
-        log_p = []
-        for other in range(K):
-            mean = W.MLP((256, 256, 2)).apply(net, np.concatenate([x, np.eye(K)[other]]).astype(np.float32))
-            log_p.append(-0.5 * np.sum((np.asarray(change[k, 1, 3]) - np.asarray(mean)) ** 2))
+        means = [mlp(net["params"], np.concatenate([features[k, 1, 3], row])) for row in np.eye(K)]
+        log_p = [-0.5 * np.sum((np.asarray(change[k, 1, 3]) - mean) ** 2) for mean in means]
         ratio = sum(np.exp(np.clip(log_p[other] - log_p[k], -20, 1)) for other in range(K) if other != k)
         np.testing.assert_allclose(reward[k, 1, 3], 2 * (np.log(K) - np.log(1 + ratio)), atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["diayn", "dads"])
+def test_other_objectives_learn_their_network(objective):
+    args, env, task = tiny(objective=objective), envs.make("point"), envs.task("point")
+    init, warmup, train_chunk, _ = W.make_train(args, env, task, same, 100)
+    begun = jax.eval_shape(init, jax.random.key(0))
+    state, (_, _, steps, _) = jax.eval_shape(warmup, begun)  # both programs fit together
+    jax.eval_shape(train_chunk, state)
+
+    rng = np.random.default_rng(0)
+    features = jnp.cumsum(jnp.float32(rng.normal(size=(3, 1, 100, 2))), 2)
+    net = W.init_net(jax.random.key(0), 2, args)
+    like = jax.tree.map(lambda x: x.shape, net)
+    assert jax.tree.map(lambda x: x.shape, begun.net) == like and steps.alive.shape[-3:] == features.shape[:3]
+    learn = jax.jit(functools.partial(W.pseudo_reward, args=args))
+    opt = W.optax.adam(args.discriminator_lr).init(net)
+    reward, _, after, _ = learn(net, opt, features, jnp.ones((3, 1, 100), bool), jax.random.key(1))
+    again, *_ = learn(after, opt, features, jnp.ones((3, 1, 100), bool), jax.random.key(1))
+    assert all(size_of(x) > 0 for x in jax.tree.leaves(jax.tree.map(jnp.subtract, after, net)))
+    assert np.isfinite(reward).all() and again.mean() > reward.mean()  # it tells the policies apart better than before
 
 
 # --- SAC ---
 
 
-def sac_case(seed=0, B=6):
-    args = tiny(alpha=0.3)
-    keys = jax.random.split(jax.random.key(seed), 8)
-    obs, actions = jax.random.normal(keys[0], (B, 4)), jnp.tanh(jax.random.normal(keys[1], (B, 2)))
-    batch = W.Transitions(obs, actions, jax.random.normal(keys[2], (B,)), obs + 0.1, jnp.array([0.0, 1.0, 0, 0, 1, 0]))
-    net = W.actor_net(args, 2)
-    actor = net.init(keys[3], obs)
-    critic = W.Critics(args.hidden_sizes).init(keys[4], obs, actions)
-    target = W.Critics(args.hidden_sizes).init(keys[5], obs, actions)
-    return args, batch, net, actor, critic, target, keys[6]
-
-
-def numpy_q(params, obs, actions):
-    """The twin Q networks from their arrays alone."""
-    out = []
-    for i in range(2):
-        x = np.concatenate([obs, actions], -1).astype(np.float64)
-        layers = params["params"][f"MLP_{i}"]
-        for j in range(3):
-            x = x @ np.asarray(layers[f"Dense_{j}"]["kernel"]) + np.asarray(layers[f"Dense_{j}"]["bias"])
-            x = np.maximum(x, 0) if j < 2 else x
-        out.append(x[:, 0])
-    return np.stack(out)
-
-
-def numpy_tanh_normal(mean, log_std, noise):
-    mean, log_std, noise = (np.asarray(x, np.float64) for x in (mean, log_std, noise))
-    u = mean + np.exp(log_std) * noise
-    a = np.tanh(u)
-    log_prob = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - np.log(1 - a**2)
-    return a, log_prob.sum(-1)
+@functools.cache
+def sac_case():
+    """args, an agent whose target is another critic, six rows, two of them terminal, a key."""
+    args, keys = tiny(alpha=0.3, batch_size=6, lr_decay=0.0), jax.random.split(jax.random.key(0), 5)
+    agents = jax.jit(jax.vmap(lambda key: W.init_agent(key, args, envs.make("point"), same)))(keys[:2])
+    obs, actions = jax.random.normal(keys[2], (6, 4)), jnp.tanh(jax.random.normal(keys[3], (6, 2)))
+    batch = W.Transitions(obs, actions, obs[:, 0], obs + 0.1, jnp.array([0.0, 1.0, 0, 0, 1, 0]))
+    return args, of_seed(agents)._replace(target=of_seed(agents.critic, 1)), batch, keys[4]
 
 
 def test_critic_loss_oracle_and_gradients():
-    args, batch, net, actor, critic, target, key = sac_case()
-    loss, _ = critic_loss(critic, target, actor, 0.3, batch, key, args=args)
-    mean, log_std = net.apply(actor, batch.next_observations)
-    a, log_prob = numpy_tanh_normal(mean, log_std, jax.random.normal(key, mean.shape))
-    next_q = numpy_q(target, batch.next_observations, a).min(0)
+    args, agent, batch, key = sac_case()
+    loss = lambda *params: critic_loss(*params, 0.3, batch, key, args=args)[0]
+    noise = jax.random.normal(key, batch.actions.shape)
+    actions, log_prob = common.gaussian_actor(agent.actor, batch.next_observations, noise, args)
+    next_q = common.twin_q(agent.target, batch.next_observations, actions).min(0)
     live = 1 - np.asarray(batch.terminals)  # a terminal stops bootstrapping, nothing else does
     y = np.asarray(batch.rewards) + args.gamma * live * (next_q - 0.3 * log_prob)
-    q = numpy_q(critic, batch.observations, batch.actions)
-    np.testing.assert_allclose(loss, ((q - y) ** 2).mean(-1).sum(), rtol=1e-5)
-    loss_of = lambda *p: critic_loss(*p, 0.3, batch, key, args=args)[0]
-    grads = jax.grad(loss_of, (0, 1, 2))(critic, target, actor)
-    sizes = [sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(g)) for g in grads]
-    assert sizes[0] > 0 and sizes[1] == 0 and sizes[2] == 0
+    q = common.twin_q(agent.critic, batch.observations, batch.actions)
+    params = agent.critic, agent.target, agent.actor
+    np.testing.assert_allclose(loss(*params), ((q - y) ** 2).mean(-1).sum(), rtol=1e-5)
+    grads = jax.grad(loss, (0, 1, 2))(*params)
+    assert size_of(grads[0]) > 0 and size_of(grads[1:]) == 0
 
 
 def test_actor_loss_oracle_and_gradients():
-    args, batch, net, actor, critic, _, key = sac_case()
-    loss, metrics = actor_loss(actor, critic, 0.3, batch, key, args=args)
-    mean, log_std = net.apply(actor, batch.observations)
-    a, log_prob = numpy_tanh_normal(mean, log_std, jax.random.normal(key, mean.shape))
-    q = numpy_q(critic, batch.observations, a).min(0)
-    np.testing.assert_allclose(loss, (0.3 * log_prob - q).mean(), rtol=1e-5)
+    args, agent, batch, key = sac_case()
+    loss = lambda actor: actor_loss(actor, agent.critic, 0.3, batch, key, args=args)
+    noise = jax.random.normal(key, batch.actions.shape)
+    actions, log_prob = common.gaussian_actor(agent.actor, batch.observations, noise, args)
+    q = common.twin_q(agent.critic, batch.observations, actions).min(0)
+    found, metrics = loss(agent.actor)
+    np.testing.assert_allclose(found, (0.3 * log_prob - q).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["train/entropy"], -log_prob.mean(), rtol=1e-5)
-    grads = jax.grad(lambda p: actor_loss(p, critic, 0.3, batch, key, args=args)[0])(actor)
-    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape), actor)
-    step = lambda h: jax.tree.map(lambda p, d: p + h * d, actor, direction)
-    at = lambda h: float(actor_loss(step(h), critic, 0.3, batch, key, args=args)[0])
+    grads = jax.grad(lambda actor: loss(actor)[0])(agent.actor)
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape), agent.actor)
+    at = lambda h: float(loss(jax.tree.map(lambda p, d: p + h * d, agent.actor, direction))[0])
     slope = sum(float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
     np.testing.assert_allclose((at(2e-4) - at(-2e-4)) / 4e-4, slope, rtol=3e-2)
-
-
-def test_tanh_density_is_exact_where_tanh_saturates():
-    mean, log_std, noise = jnp.array([9.0]), jnp.array([0.0]), jnp.array([0.5])
-    _, log_prob = W.tanh_normal_sample(mean, log_std, noise)
-    u = 9.5
-    exact = -0.125 - 0.5 * np.log(2 * np.pi) - 2 * (np.log(2) - u - np.log1p(np.exp(-2 * u)))
-    np.testing.assert_allclose(log_prob, exact, rtol=1e-6)
 
 
 def test_alpha_moves_towards_the_target_entropy():
@@ -215,22 +202,18 @@ def test_alpha_moves_towards_the_target_entropy():
 
 def test_update_order():
     """The actor steps against the critics after their step, and the target follows the new critics."""
-    args, batch, _, actor, critic, target, key = sac_case(B=6)
-    args = dataclasses.replace(args, batch_size=6, lr_decay=0.0)
-    init = W.adam(args).init
-    log_alpha = jnp.log(0.3)
-    agent = W.Agent(actor, critic, target, log_alpha, init(actor), init(critic), init(log_alpha))
-    ring = W.ring_init(jax.tree.map(lambda x: x[0], batch), 6)
+    args, agent, batch, key = sac_case()
+    ring = W.ring_init(of_seed(batch), 6)
     ring = W.ring_insert(ring, batch, jnp.ones(6, bool))
-    new, _ = W.wurl_update(agent, ring, key, args, lambda x: x)
+    new, _ = jax.jit(W.wurl_update, static_argnums=(3, 4))(agent, ring, key, args, same)
     key_batch, _, key_actor = jax.random.split(key, 3)
     rows = W.ring_sample(ring, key_batch, 6)
-    grads = jax.grad(lambda p: actor_loss(p, new.critic, jnp.exp(log_alpha), rows, key_actor, args=args)[0])(actor)
-    step, _ = W.adam(args).update(grads, init(actor))
-    for got, want in zip(*map(jax.tree.leaves, (new.actor, W.optax.apply_updates(actor, step))), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-6)
-    for got, old, online in zip(*map(jax.tree.leaves, (new.target, target, new.critic)), strict=True):
-        np.testing.assert_allclose(got, 0.995 * old + 0.005 * online, atol=1e-6)
+    alpha = jnp.exp(agent.log_alpha)
+    grads = jax.grad(lambda p: actor_loss(p, new.critic, alpha, rows, key_actor, args=args)[0])(agent.actor)
+    step, opt = W.adam(args).update(grads, agent.actor_opt)
+    leaves_close((new.actor, new.actor_opt), (W.optax.apply_updates(agent.actor, step), opt), atol=1e-6)
+    wanted = jax.tree.map(lambda old, online: 0.995 * old + 0.005 * online, agent.target, new.critic)
+    leaves_close(new.target, wanted, atol=1e-6)
 
 
 # --- ring ---
@@ -270,10 +253,8 @@ class Cliff(envs.Env):
 
 
 def test_rollout_keeps_true_successors_and_ends():
-    args = tiny()
-    env = Cliff()
-    actor = W.Actor((16, 16), 2, -20.0, 2.0).init(jax.random.key(0), jnp.zeros((1, 4)))
-    steps = W.rollout(actor, jax.random.key(1), env, args, lambda x: x, 2, 6)
+    actor = W.actor_net(tiny(), 2).init(jax.random.key(0), jnp.zeros((1, 4)))
+    steps = W.rollout(actor, jax.random.key(1), Cliff(), tiny(), same, 2, 6)
     np.testing.assert_array_equal(steps.transition.observations[0, :, 0], [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(steps.transition.next_observations[0, :, 0], [1, 2, 3, 4, 5, 6])
     np.testing.assert_array_equal(steps.alive[0], [1, 1, 1, 0, 0, 0])
@@ -282,14 +263,14 @@ def test_rollout_keeps_true_successors_and_ends():
 
 def test_rollout_log_probs_are_the_density_of_the_actions():
     args, env = tiny(), envs.make("point")
-    net = W.Actor((16, 16), 2, -20.0, 2.0)
+    net = W.actor_net(args, 2)
     actor = net.init(jax.random.key(0), jnp.zeros((1, 4)))
-    steps = W.rollout(actor, jax.random.key(1), env, args, lambda x: x, 3, 5)
+    steps = W.rollout(actor, jax.random.key(1), env, args, same, 3, 5)
     mean, log_std = map(np.asarray, net.apply(actor, steps.transition.observations))
     u = np.arctanh(np.asarray(steps.transition.actions, np.float64))
-    _, expected = numpy_tanh_normal(mean, log_std, (u - mean) / np.exp(log_std))
+    _, expected = common.tanh_normal(mean, log_std, (u - mean) / np.exp(log_std))
     np.testing.assert_allclose(steps.log_probs, expected, atol=1e-3)
-    steps = W.rollout(actor, jax.random.key(1), env, args, lambda x: x, 3, 5, random=True)
+    steps = W.rollout(actor, jax.random.key(1), env, args, same, 3, 5, random=True)
     np.testing.assert_allclose(steps.log_probs, -2 * np.log(2), atol=1e-6)
 
 
@@ -297,7 +278,7 @@ def test_restart_begins_anew_where_an_episode_ends():
     """Random hoppers fall within 50 steps: without restart nothing happens after it, with it all steps do."""
     args, env, length = tiny(), envs.make("hopper"), 120
     actor = W.actor_net(args, 3).init(jax.random.key(0), jnp.zeros(11))
-    one = jax.jit(lambda key, restart: W.rollout(actor, key, env, args, lambda x: x, 4, length, True, restart),
+    one = jax.jit(lambda key, restart: W.rollout(actor, key, env, args, same, 4, length, True, restart),
                   static_argnums=1)  # fmt: skip
     whole, cut = (jax.tree.map(np.asarray, one(jax.random.key(1), restart)) for restart in (True, False))
     assert whole.alive.all() and not cut.alive[:, -1].any() and cut.alive.sum() < 0.6 * whole.alive.sum()
@@ -357,19 +338,18 @@ def test_a_finished_run_has_nothing_to_resume(run, tmp_path, capsys, torn):
     assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("at", [20, 40])
-def test_rows_and_records_of_a_run_killed_in_an_evaluation(run, tmp_path, monkeypatch, at):
-    """At 20 no saved state counts the newest rows, at 40 the last record is missing: both end as the whole run."""
-
-    def cut(step, metrics, args):
-        if step == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(W, "show_evaluation", cut)
+def test_rows_and_records_of_a_run_killed_in_two_evaluations(run, tmp_path, monkeypatch):
+    """At 20 no saved state counts the newest rows, at 40 the last record is missing: it ends as the whole run."""
     args = tiny(out=str(tmp_path / "cut"))
-    with pytest.raises(KeyboardInterrupt):
-        W.main(args)
-    monkeypatch.undo()
+    for at in (20, 40):
+
+        def cut(step, metrics, args, at=at):
+            if step == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(W, "show_evaluation", cut)
+            W.main(dataclasses.replace(args, resume=at > 20))
     W.main(dataclasses.replace(args, resume=True))
     for k in range(args.num_policies):
         a, b = (envs.buffers.load(p / f"buffers/policy_{k:02d}.npz") for p in (run[0], tmp_path / "cut"))
@@ -380,39 +360,32 @@ def test_rows_and_records_of_a_run_killed_in_an_evaluation(run, tmp_path, monkey
     assert a == b and "train/q" in a and "train/min_w" in a
 
 
-@pytest.mark.parametrize("features, names", [("full", 4), ("0,3", 2)])
-def test_names_of_the_features_that_were_used(features, names):
-    found = W.feature_names(tiny(div_features=features), envs.task("point"))
-    assert len(found) == names and found[-1] == "s'[3]"
+def test_features_are_of_the_state_an_action_leads_to():
+    task = envs.task("point")
+    before, after = np.zeros((5, 4), np.float32), np.arange(20, dtype=np.float32).reshape(5, 4)
+    t = envs.Transition(before, before[:, :2], after, before[:, :2], before[:, :2])
+    for features, index in (("task", [0, 1]), ("full", [0, 1, 2, 3]), ("3,0", [3, 0])):
+        args = tiny(div_features=features)
+        np.testing.assert_array_equal(W.feature_function(args, task)(t), after[:, index])
+        names = task.feature_names if features == "task" else tuple(f"s'[{i}]" for i in index)
+        assert W.feature_names(args, task) == names
 
 
-@pytest.mark.parametrize("objective", ["diayn", "dads"])
-def test_other_objectives_train(objective):
-    args, env, task = tiny(objective=objective), envs.make("point"), envs.task("point")
-    init, warmup, train_chunk, _ = W.make_train(args, env, task, lambda x: x, 100)
-    state, _ = warmup(init(jax.random.key(0)))
-    before = jax.tree.map(np.asarray, (state.agent.actor, state.net))
-    state, (metrics, *_) = train_chunk(state)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, (state.agent.actor, state.net))
-    assert all(x > 0 for x in jax.tree.leaves(moved))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(num_policies=1), "one policy has no neighbour"),
-        (dict(task_weight=1.0), "has no reward"),
-        (dict(replay_size=50), "--replay-size"),
-        (dict(eval_episodes=1), "--eval-episodes"),
-        (dict(div_features="0,99"), "--div-features"),
-        (dict(task="ponit"), "point"),
-    ],
-)
-def test_bad_flags_are_refused_before_work(tmp_path, changes, message):
-    with pytest.raises(envs.InputError, match=message):
-        W.main(tiny(out=str(tmp_path / "no"), **changes))
-    assert not (tmp_path / "no").exists()
+def test_feature_scales():
+    task = envs.task("cheetah")
+    t = envs.Transition(*(np.ones((3, n), np.float32) for n in (17, 6, 17, 2, 2)))
+    scaled = W.feature_function(W.Args(feature_scales=(1.0, 10.0)), task)(t)
+    np.testing.assert_allclose(scaled, [[1.0, 10.0]] * 3)
+    parse = lambda *flags: runner.parse(W.Args, ["--task", "cheetah", *flags], W.preset)
+    args = parse()
+    assert (args.div_features, args.feature_scales) == ("0", (10.0,))
+    assert parse("--div-features", "0").feature_scales == (10.0,)
+    assert parse("--div-features", "full").feature_scales == parse("--div-features", "task").feature_scales == ()
+    both = parse("--div-features", "task", "--feature-scales", "1", "10")
+    assert both.feature_scales == (1.0, 10.0)
+    W.check_args(both, task, 200)
+    with pytest.raises(envs.InputError, match="--feature-scales: none, or 2"):
+        W.check_args(dataclasses.replace(both, feature_scales=(1.0,)), task, 200)
 
 
 @pytest.mark.parametrize(
@@ -435,9 +408,20 @@ def test_quick_refuses_a_preset():
         W.preset(W.Args(quick=True, preset="paper"))
 
 
+@pytest.mark.parametrize(
+    "world",
+    ["ant", "cheetah", "point", "tree-maze", "humanoid", "brax/ant", "halfcheetah", "hopper", "ant-maze-umaze"],
+)
+def test_presets_fit_every_world(world):
+    task = envs.task(world)
+    for flags in ([], ["--preset", "paper"], ["--episode-length", "130"], ["--num-envs", "4"]):
+        args = runner.parse(W.Args, ["--task", world, *flags], W.preset)
+        W.check_args(args, task, args.episode_length or task.episode_length)
+
+
 def test_discriminator_success():
     """Near 1 where policies are apart; where they are not, rows learnt by heart tell nobody apart (chance: 1/4)."""
-    args, (K, E, L, d) = tiny(hidden_sizes=(256, 256)), (4, 2, 20, 45)
+    args, (K, E, L, d) = tiny(hidden_sizes=(64, 64)), (4, 2, 20, 45)
     same, mask = jax.random.normal(jax.random.key(0), (K, E, L, d)), jnp.ones((K, E, L), bool)
     even = mask & (jnp.arange(E) % 2 == 0)[:, None]
     judge = jax.jit(lambda x, train, test: W.discriminator_success(x, train, test, jax.random.key(1), args))
@@ -471,36 +455,6 @@ def test_warning_of_a_collapse(K, smallest, mean, accuracy, step, told, capsys):
     assert ("warning: " in said) == bool(told) and f"told_apart {K * accuracy:.3f}" in said
     for alike in (dict(num_policies=K, objective="none"), dict(num_policies=1)):  # they are not asked to differ
         assert W.collapse(metrics, step, tiny(**alike)) == ""
-
-
-WORLDS = ["ant", "cheetah", "point", "tree-maze", "humanoid", "brax/ant", "halfcheetah", "hopper", "ant-maze-umaze"]
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("flags", [[], ["--preset", "paper"], ["--episode-length", "130"], ["--num-envs", "4"]])
-def test_presets_fit_every_world(world, flags):
-    args = runner.parse(W.Args, ["--task", world, *flags], W.preset)
-    task = envs.task(world)
-    W.check_args(args, task, args.episode_length or task.episode_length)
-
-
-def test_features_are_of_the_state_an_action_leads_to():
-    task = envs.task("point")
-    before, after = np.zeros((5, 4), np.float32), np.arange(20, dtype=np.float32).reshape(5, 4)
-    t = envs.Transition(before, before[:, :2], after, before[:, :2], before[:, :2])
-    for features, expected in (("task", after[:, :2]), ("full", after), ("3,0", after[:, [3, 0]])):
-        np.testing.assert_array_equal(W.feature_function(tiny(div_features=features), task)(t), expected)
-
-
-def test_nearest_is_chosen_for_each_episode():
-    """Policy 0's two episodes lie beside different neighbours: each is paid the distance to its own."""
-    near = lambda x: jnp.full((4, 1), x) + jnp.linspace(0, 0.01, 4)[:, None]
-    features = jnp.stack([jnp.stack([near(0.0), near(10.0)]), jnp.stack([near(1.0)] * 2), jnp.stack([near(12.0)] * 2)])
-    alive = jnp.ones((3, 2, 4), bool)
-    # each policy's points are pooled as targets; policy 0's episodes as sources meet half of a target's points each
-    reward, _ = apwd_reward(features, alive, features, alive, jnp.ones((1, 1)), args=tiny(num_policies=3))
-    np.testing.assert_allclose(reward[0, 0], 1.0, atol=0.02)
-    np.testing.assert_allclose(reward[0, 1], 2.0, atol=0.02)
 
 
 def test_supervised_data(tmp_path):
@@ -538,37 +492,20 @@ sys.path.insert(0, "tests")
 from test_wurl_sac import tiny
 task, env = envs.task("point"), envs.make("point")
 states = {}
-for num in (1, 4, 8):
+for num in (4, 8):
     args = tiny(num_policies=12, num_devices=num)
     init, warmup, train_chunk, _ = W.make_train(args, env, task, lambda x: x, 100)
     state, _ = train_chunk(warmup(init(jax.random.key(0)))[0])
     states[num] = runner.flat_arrays((state.agent, state.replay))
     assert len(state.key.sharding.device_set) == num
-    for name, x in states[num].items():
-        np.testing.assert_allclose(x, states[1][name], atol=1e-5, err_msg=f"{num} devices: {name}")
+for name, x in states[4].items():
+    np.testing.assert_allclose(x, states[8][name], atol=1e-5, err_msg=name)
 print("equal")
 """
 
 
 def test_policies_shared_by_devices_learn_the_same():
-    """12 policies: 3 on each of 4 devices; on 8 devices they do not divide."""
+    """12 policies: 3 on each of 4 devices; on 8 devices they do not divide, and each device has all."""
     command = [sys.executable, "-c", SHARDED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout.endswith("equal\n"), done.stderr
-
-
-def test_feature_scales():
-    task = envs.task("cheetah")
-    t = envs.Transition(*(np.ones((3, n), np.float32) for n in (17, 6, 17, 2, 2)))
-    scaled = W.feature_function(W.Args(feature_scales=(1.0, 10.0)), task)(t)
-    np.testing.assert_allclose(scaled, [[1.0, 10.0]] * 3)
-    parse = lambda *flags: runner.parse(W.Args, ["--task", "cheetah", *flags], W.preset)
-    args = parse()
-    assert (args.div_features, args.feature_scales) == ("0", (10.0,))
-    assert parse("--div-features", "0").feature_scales == (10.0,)
-    assert parse("--div-features", "full").feature_scales == parse("--div-features", "task").feature_scales == ()
-    both = parse("--div-features", "task", "--feature-scales", "1", "10")
-    assert both.feature_scales == (1.0, 10.0)
-    W.check_args(both, task, 200)
-    with pytest.raises(envs.InputError, match="--feature-scales: none, or 2"):
-        W.check_args(dataclasses.replace(both, feature_scales=(1.0,)), task, 200)

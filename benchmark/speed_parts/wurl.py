@@ -35,9 +35,10 @@ def pseudo_reward_at(bench, dim):
     points = np.random.default_rng(0).normal(size=(10, 200, dim)).cumsum(1).astype(np.float32)
     directions = np.asarray(wurl_sac.unit_directions(jax.random.key(0), 5, dim))
     args = wurl_sac.Args(num_policies=10, num_directions=5, reward_scale=1.0)
-    p, alive = jnp.asarray(points[:, None]), jnp.ones((10, 1, 200), bool)
-    shorter = alive.at[0, 0, -1].set(False)
-    program = jax.jit(lambda alive: wurl_sac.apwd_reward(p, alive, p, alive, directions, args)[0])
+    p, alive = jnp.asarray(points), jnp.ones((10, 200), bool)
+    shorter = alive.at[0, -1].set(False)
+    cost = lambda alive: wurl_sac.pairwise_apwd(p, alive, p, alive, directions)
+    program = jax.jit(lambda alive: wurl_sac.apwd_reward(cost(alive), alive[:, None], args))
     exact = points.astype(np.float64), directions.astype(np.float64), 1.0
     by_ranks = baselines.transport_cost_equal
     loop, ranks = baselines.nearest_reward(*exact), baselines.nearest_reward(*exact, by_ranks)
