@@ -1,6 +1,6 @@
 """Faults on purpose: kill the scripts at random moments, go on with --resume, compare with a run that nobody touched.
 
-    python benchmark/fault_harness.py --kills 102 --work runs/faults          hours on one core; goes on where it was
+    python benchmark/fault_harness.py --kills 102 --work runs/faults          half an hour or more on one core; resumes
     python benchmark/fault_harness.py --work runs/faults --page               docs/faults.md and counts from the records
 
 Every run is a real process on the point task. `kill -9` strikes at a moment drawn uniformly over the processor time
