@@ -487,7 +487,7 @@ def test_tensorboard_after_a_kill_in_the_second_phase(tmp_path):
         logger.log(step, {"flow/nll": 1.0}, seed=3)
     logger.log(10, {"train/q": 1.23456789, "train/each": [1.0, 2.0]})
     position = logger.file.tell()
-    logger.log(20, {"train/q": 2.0})
+    logger.log(20, {"train/q": 2.0, "train/each": [1.0, 2.0, 3.0]})
     logger.file.close()
     again = log.Logger(tmp_path, Args(), position)
     again.log(20, {"train/q": 2.5})

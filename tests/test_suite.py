@@ -257,7 +257,7 @@ def say(words, end=None, match=None):
 
 
 def test_a_set_is_made_once_and_again_bit_for_bit(tmp_path):
-    """The random set of the point robot by its command: stopped, gone on with, skipped, lost, replaced, compared."""
+    """The random set of the point robot by its command: stopped, gone on with, skipped, replaced, compared."""
     args = arguments(tmp_path)
     words = ["--sets", "point-random", "--rows", "600"]
     words += [x for key in ("out", "runs", "results") for x in (f"--{key}", str(getattr(args, key)))]
@@ -277,14 +277,12 @@ def test_a_set_is_made_once_and_again_bit_for_bit(tmp_path):
     before, drawn = cell.done.stat().st_mtime_ns, buffers.load(cell.done, quiet=True)["actions"]
     assert "1 of 1 cells are made" in say(words) and cell.done.stat().st_mtime_ns == before
 
-    cell.done.unlink()
-    said = say(words)
-    assert "1 of 1 sets in" in said and "bit for bit" in said
-
-    words = ["--seed", "1", *words]
-    say(words, envs.InputError, "made with other settings; choose another --out, or --overwrite")
-    assert "0 of 1 cells are made" in say([*words, "--overwrite"])
+    other = [*words, "--seed", "1", "--results", str(tmp_path / "other")]
+    say(other, envs.InputError, "made with other settings; choose another --out, or --overwrite")
+    assert "0 of 1 cells are made" in say([*other, "--overwrite"])
     assert not np.array_equal(buffers.load(cell.done, quiet=True)["actions"], drawn)
+    said = say([*words, "--overwrite"])  # and back: it is made anew
+    assert "0 of 1 cells are made" in said and "1 of 1 sets in" in said and "bit for bit" in said
 
     assert "1 of 1 sets in" in say([*words, "--check"])
     known = json.loads(record.read_text())
