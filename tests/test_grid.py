@@ -2,8 +2,10 @@
 
 import json
 import os
-import threading
+import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,57 +38,53 @@ def write_list(path, **changes):
 
 def test_a_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
     scripted.dataset(tmp_path)
-    folder, words = write_list(tmp_path), [str(tmp_path / "grid.json"), "--poll", "0.2"]
-    monkeypatch.chdir(ROOT)  # both are put back, whatever main does to them
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)  # of a dead worker nothing comes later
-
-    def kill():
-        while not (folder / "state.npz").exists():
-            time.sleep(0.02)
-        os.kill(json.loads((folder / "worker.json").read_text())["pid"], 9)
-
-    threading.Thread(target=kill, daemon=True).start()
-    grid.main(words)
-    said = capsys.readouterr().out
-    assert "started point dac 0 (try 2)" in said and "ended point dac 0" in said and "| point |" in said
-    assert (folder / "policy.npz").exists() and is_drawn(tmp_path / "grid" / "point.png")
+    folder = write_list(tmp_path)
+    command = [sys.executable, "benchmark/grid.py", str(tmp_path / "grid.json"), "--poll", "0.2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 600
+    while not (folder / "state.npz").exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    os.kill(json.loads((folder / "worker.json").read_text())["pid"], 9)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0 and "started point dac 0 (try 2)" in said and "ended point dac 0" in said, said
+    assert "| point |" in said and (folder / "policy.npz").exists()
+    assert is_drawn(tmp_path / "grid" / "point.png")
     table = json.loads((tmp_path / "grid" / "table.json").read_text())
     assert [(x["dataset"], x["algorithm"], len(x["returns"])) for x in table["scores"]] == [("point", "dac", 1)]
 
-    grid.main(words)
+    monkeypatch.chdir(ROOT)  # both are put back, whatever main does to them
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    grid.main([str(tmp_path / "grid.json")])
     said = capsys.readouterr().out
     assert "1 done, 0 to make" in said and "| point | " in said
     other = write_list(tmp_path, algorithms={"dac": "dac.py --num-updates 20"})
     with pytest.raises(SystemExit, match=f"move {other} away"):
-        grid.main(words)
+        grid.main([str(tmp_path / "grid.json")])
 
 
-def write_log(path, returns):
-    """A log of two evaluations of every seed."""
-    lines = [{"step": step, "seed": s, "eval/return": x} for step in (100, 200) for s, x in returns.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, [{"args": {}}, *lines])))
-
-
-def test_a_seed_counts_once(tmp_path, capsys):
+def test_a_seed_counts_once(tmp_path, monkeypatch, capsys):
     """Two runs of two seeds each, one seed in both: three values. The data's episodes are its own column."""
-    write_list(tmp_path, seeds=[0, 1])
-    returns = envs.buffers.load(scripted.dataset(tmp_path), ("rewards",), quiet=True)["episode_returns"]
-    runs, out = grid.read_grid(tmp_path / "grid.json")
-    for i, run in enumerate(runs):
-        write_log(Path(run.folder) / "log.jsonl", {seed: 10.0 * seed for seed in (i, i + 1)})
-        (Path(run.folder) / "done.json").write_text(json.dumps(run.record()))
-    grid.gather(runs, out)
+    data = scripted.dataset(tmp_path)
+    returns = envs.buffers.load(data, ("rewards",), quiet=True)["episode_returns"]
+    about = {"command": ("dac.py", "--dataset", str(data)), "made": str, "record": str}
+    run = lambda seed: types.SimpleNamespace(name=f"point dac {seed}", folder=str(seed), **about)
+    curve = lambda seed: (np.arange(6) * 100, np.full(6, 10.0 * seed))
+    read = lambda folder, key: {seed: curve(seed) for seed in (int(folder.name), int(folder.name) + 1)}
+    monkeypatch.setattr(grid.plots, "read", read)
+    grid.gather([run(0), run(1)], tmp_path)
     line = f"| point | {returns.mean():.1f}; {returns.max():.1f} | 10.0 +- 8.2 (3) |"
-    assert line in capsys.readouterr().out and line in (out / "table.md").read_text()
+    assert line in capsys.readouterr().out and line in (tmp_path / "table.md").read_text()
+    assert is_drawn(tmp_path / "point.png")
 
 
 def test_a_grid_in_parts_is_collected_as_a_whole(tmp_path):
     """Partial grids, one after the other, into one folder: the table and the figures have all."""
     into = tmp_path / "into"
     for part, (name, algorithm, value) in enumerate((("a", "mopo", 1.0), ("a", "dac", 2.0), ("b", "dac", 3.0))):
-        write_log(into / name / algorithm / "seed0.jsonl", {0: value})
+        lines = [{"args": {}}, *({"step": step, "seed": 0, "eval/return": value} for step in (100, 200))]
+        (into / name / algorithm).mkdir(parents=True)
+        (into / name / algorithm / "seed0.jsonl").write_text("\n".join(map(json.dumps, lines)))
         found = {name: {algorithm: {0: (np.array([100]), np.array([value]))}}}
         grid.write_results(tmp_path / f"part{part}", found, [algorithm], {name: (0.5, 9.0)})
         collect.collect_grid(tmp_path / f"part{part}", into)
@@ -104,11 +102,18 @@ def test_what_is_not_wanted_is_left_out(tmp_path):
     assert [run.name for run in runs] == ["maze-a dac 0", "maze-b dac 0", "flat mopo 0", "flat dac 0"]
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(datasets={"point": "no/such.npz"}), "no/such.npz"), (dict(datasets={"../up": "x.npz"}), "names are letters"),
-    (dict(algorithms={"rm": "rm -r"}), "begin with one of mopo.py"), (dict(leave_out=["hopper mopo"]), "no such pair"),
-    (dict(seeds=[-1]), "seeds whole numbers"), (dict(seeds=[0, 0]), "each once"), (dict(seeds=None), "TypeError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(datasets={"point": "no/such.npz"}), "no/such.npz"),
+        (dict(algorithms={"rm": "rm -r"}), "begin with one of mopo.py"),
+        (dict(datasets={"../up": "x.npz"}), "names are letters"),
+        (dict(seeds=[-1]), "seeds whole numbers"),
+        (dict(seeds=[0, 0]), "each once"),
+        (dict(seeds=None), "TypeError"),
+        (dict(leave_out=["hopper mopo"]), "no such pair"),
+    ],
+)
 def test_a_broken_list_is_refused(tmp_path, changes, message):
     write_list(tmp_path, **changes)
     with pytest.raises(envs.InputError, match=message):
