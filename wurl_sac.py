@@ -74,7 +74,16 @@ import optax
 import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
-from envs.distances import distance_matrix, neighbour_distances, pairwise_apwd, unit_directions
+from envs.distances import (
+    coverage,
+    distance_matrix,
+    exact_distances,
+    exact_summary,
+    neighbour_distances,
+    pairwise_apwd,
+    same_pairs,
+    unit_directions,
+)
 from runner import devices, plots
 from runner.rows import PolicyRows, are_finished, write_buffers
 
@@ -135,6 +144,8 @@ class Args(runner.RunFlags):
     the cheetah 0, its height (APWD over (v_x, z) also pays a policy for the spread of its own states, docs/udg.md)"""
     feature_scales: tuple[float, ...] = ()
     """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 10"""
+    cell: runner.Size = 1.0
+    """edge of a cell in feature space, for the coverage that an evaluation reports (ours)"""
     warmup_zero_reward: bool = False
     """reward 0 for warm-up steps, as the reference code (D6)"""
     discriminator_lr: runner.Rate = 2e-3
@@ -197,8 +208,8 @@ PRESETS = {
 }  # fmt: skip
 QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_every=1_500)
 CURVES = {  # of distances.png
-    "pair_mean_w": "mean over pairs", "min_w": "nearest other, mean over policies",
-    "smallest_w": "nearest other, smallest",
+    "w1_nearest": "nearest other, mean over policies", "w1_closest": "closest pair",
+    "min_w": "upper bound of the nearest, by projections",
 }  # fmt: skip
 SHOWN = ("train/min_w", "train/reward", "train/q", "train/entropy")  # in the progress line
 
@@ -569,10 +580,10 @@ def make_evaluation(args, task, rollouts):
             "eval/direction_deg": jnp.degrees(angle) % 360,
             "eval/length": alive.sum(-1).mean(1),
         }
-        distances = distance_matrix(features, alive, 32)  # directions, the same in every evaluation
         if args.num_policies > 1:
+            bounds = neighbour_distances(distance_matrix(features, alive, 32))  # directions, the same every time
             in_full = neighbour_distances(distance_matrix(full, alive, 8))
-            metrics |= {f"eval/{name}": x for name, x in neighbour_distances(distances).items()}
+            metrics |= {f"eval/{name}": x for name, x in bounds.items()}
             metrics |= {f"eval/{name}_full": x for name, x in in_full.items()}
             first_half = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
             splits = [  # suffix, rows to train on, rows to judge
@@ -584,9 +595,16 @@ def make_evaluation(args, task, rollouts):
                 metrics |= {f"eval/disc_success{name}": success, f"eval/disc_accuracy{name}": accuracy}
         if task.has_reward:
             metrics["eval/task_return"] = jnp.where(alive, task.reward(t), 0.0).sum(-1).mean(1)
-        return metrics, {"paths": path, "features": features, "alive": alive, "matrix": distances}
+        return metrics, {"paths": path, "features": features, "alive": alive}
 
-    return lambda *inputs: jax.tree.map(np.asarray, evaluation(*inputs))
+    def judge(*inputs):
+        metrics, snapshot = jax.tree.map(np.asarray, evaluation(*inputs))
+        features, alive = snapshot["features"], snapshot["alive"]
+        metrics["eval/cells"], metrics["eval/cells_each"] = coverage(features, alive, args.cell)
+        metrics["eval/w1"] = exact_distances(features, alive)
+        return metrics | {f"eval/{name}": x for name, x in exact_summary(metrics["eval/w1"]).items()}, snapshot
+
+    return judge
 
 
 # === training ===
@@ -809,10 +827,12 @@ def collapse(metrics, step, args):
     """A warning if policies that are paid to differ do the same, else ""."""
     if args.num_policies == 1 or args.random or not is_diverse(args):
         return ""
-    smallest, mean, accuracy = (metrics[f"eval/{k}"] for k in ("smallest_w", "min_w", "disc_accuracy_held_out"))
-    modes = args.num_policies * float(accuracy)  # if policies share m modes evenly, the accuracy is m / K
-    if smallest < 0.25 * mean:
-        return "two policies nearly coincide (mode collapse); see --div-features, --reward-scale"
+    w1, pairs = metrics["eval/w1"], same_pairs(metrics["eval/w1"])
+    modes = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])  # m modes shared evenly: accuracy m / K
+    if pairs:
+        near = ", ".join(f"{k} and {l} ({w1[k, l]:.2f})" for k, l in pairs[:5]) + ", ..." * (len(pairs) > 5)
+        alike = f"policies {near} are as near as two samples of one policy ({np.diag(w1).mean():.2f})"
+        return f"{alike}: mode collapse; see --div-features, --reward-scale"
     if modes < (args.num_policies + 1) / 2 and 4 * step >= args.num_updates:  # before that they have hardly moved
         found = f"a classifier tells {modes:.1f} of {args.num_policies} policies apart"
         return f"{found} (mode collapse, or fewer modes); see --num-policies, --div-features, --reward-scale"
@@ -821,7 +841,7 @@ def collapse(metrics, step, args):
 
 def show_evaluation(step, metrics, args):
     """Print the main numbers, and a warning if policies do the same."""
-    names = ("min_w", "smallest_w", "pair_mean_w", "distinct_nearest", "disc_success", "task_return")
+    names = ("w1_nearest", "w1_closest", "w1_floor", "cells", "distinct_nearest", "disc_success", "task_return")
     shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in names if f"eval/{n}" in metrics}
     if args.num_policies > 1:
         shown["told_apart"] = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])
@@ -861,9 +881,10 @@ def write_figures(run, snapshot):
     paths = [snapshot[k] for k in ("paths", "features", "alive")]
     envs.figures.plot_paths(run.folder / "trajectories.png", task, *paths)
     if args.num_policies > 1:
-        log = {name: plots.read(run.folder, f"eval/{name}")[None] for name in CURVES}
-        curves = {CURVES[name]: values for name, (_, values) in log.items()}
-        envs.figures.plot_distances(run.folder / "distances.png", task, log["min_w"][0], curves, snapshot["matrix"])
+        log = {name: plots.read(run.folder, f"eval/{name}")[None] for name in (*CURVES, "w1_floor", "w1")}
+        curves = {CURVES[name]: log[name][1] for name in CURVES}
+        steps, floor = log["w1_floor"]
+        envs.figures.plot_distances(run.folder / "distances.png", task, steps, curves, floor, log["w1"][1][-1])
 
 
 def fresh_rollouts(run, env, rollouts, actor, key):

@@ -282,7 +282,8 @@ def told_apart(row):
 
 
 def collapsed(row):
-    """By evaluation: two policies coincide; a classifier tells too few apart. wurl_sac.py warns of these."""
+    """By evaluation: two policies coincide, by projected distances; a classifier tells too few apart, which wurl_sac.py
+    warns of."""
     mean, smallest = (np.array(row[key])[:, 1] for key in ("min_w", "smallest_w"))
     steps, number, K = told_apart(row)
     return smallest < COLLAPSE * mean, (number < (K + 1) / 2) & (steps >= steps[-1] / 4)

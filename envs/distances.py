@@ -6,6 +6,7 @@ distances in the full space. The mean of these costs is at least W1, and equal t
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
@@ -115,6 +116,51 @@ def neighbour_distances(distances):
         "pair_mean_w": (distances.sum() - jnp.trace(distances)) / (K * (K - 1)),
         "distinct_nearest": is_nearest.sum(),
     }
+
+
+def exact_distances(points, mask, num=1_000, seed=0):
+    """Exact W1 between the samples of K policies [K, K]; the diagonal is the floor: two samples of the same policy.
+
+    points [K, E, L, d] with mask [K, E, L], two episodes or more. Each policy gives two samples, from its even and from
+    its odd episodes; entry k, l lies between the first of k and the second of l, so that a perfect copy of a policy is
+    as far from it as the floor. A sample has `num` points, fewer of more than 10 policies or where a policy has fewer.
+    """
+    K, rng = len(points), np.random.default_rng(seed)
+    halves = [[points[k, half::2][mask[k, half::2]] for half in (0, 1)] for k in range(K)]
+    n = min(num * 10 // max(K, 10), *(len(x) for pair in halves for x in pair))
+    first, second = zip(*([rng.permutation(x)[:n] for x in pair] for pair in halves), strict=True)
+    matrix = np.zeros((K, K))
+    for k, l in zip(*np.triu_indices(K), strict=True):
+        matrix[k, l] = matrix[l, k] = wasserstein(first[k], second[l])
+    return matrix
+
+
+def exact_summary(matrix):
+    """Of exact_distances: the distance to the nearest other policy, its mean and its smallest; the mean floor; and by
+    how much the nearest other is farther than a policy's own floor, on average. {} of one policy."""
+    if len(matrix) == 1:
+        return {}
+    floor, nearest = np.diag(matrix), (matrix + np.diag(np.full(len(matrix), np.inf))).min(1)
+    return {
+        "w1_nearest": nearest.mean(),
+        "w1_closest": nearest.min(),
+        "w1_floor": floor.mean(),
+        "w1_margin": (nearest - floor).mean(),
+    }
+
+
+def same_pairs(matrix, factor=1.5):
+    """The pairs (k, l) of exact_distances that are as near as two samples of one policy: within `factor` floors."""
+    floor = np.diag(matrix)
+    near = matrix < factor * (floor[:, None] + floor) / 2
+    return [(int(k), int(l)) for k, l in zip(*np.triu_indices(len(matrix), 1), strict=True) if near[k, l]]
+
+
+def coverage(points, mask, size):
+    """Cells of edge `size` that the points [K, E, L, d] with mask [K, E, L] visit -> by all together, by each [K]."""
+    cells = np.floor(points / size).astype(np.int64)
+    each = [np.unique(cells[k][mask[k]], axis=0) for k in range(len(points))]
+    return len(np.unique(np.concatenate(each), axis=0)), np.array([len(x) for x in each])
 
 
 def nearest(points, x, block=100):

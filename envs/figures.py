@@ -67,12 +67,16 @@ def _spectrum(num):
     return colormaps["turbo"](np.linspace(0.05, 0.95, num))
 
 
-def plot_distances(path, task, steps, curves, matrix):
-    """Distances between policies over training (`curves`: label -> values at `steps`) and the last [K, K] matrix."""
+def plot_distances(path, task, steps, curves, floor, matrix):
+    """Distances between policies over training (`curves`: label -> values at `steps`) and the last [K, K] matrix.
+
+    floor: the distance of two samples of one policy at `steps`, below which nothing can be told apart.
+    """
     figure, (left, right) = _axes(2, 6, 4.6)
+    left.fill_between(steps, 0, floor, color="0.85", label="two samples of one policy")
     for label, values in curves.items():
         left.plot(steps, values, label=label, marker="." if len(steps) < 40 else None)
-    left.set(xlabel="updates per policy", ylabel="projected W1", title=f"{task.name}: distance between policies")
+    left.set(xlabel="updates per policy", ylabel="W1", title=f"{task.name}: distance between policies")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     image = right.imshow(matrix, cmap="viridis")
@@ -81,5 +85,5 @@ def plot_distances(path, task, steps, curves, matrix):
     right.set(xlabel="policy l", ylabel="policy k", title=f"between policies, last, in {space}")
     ticks = range(0, len(matrix), max(1, len(matrix) // 10))
     right.set(xticks=ticks, yticks=ticks)
-    figure.colorbar(image, ax=right, label="projected W1")
+    figure.colorbar(image, ax=right, label="exact W1; diagonal: two samples of one policy")
     figure.savefig(Path(path), dpi=110)

@@ -1,5 +1,6 @@
 """Distances between samples (envs/distances.py) against goldens and exact transport."""
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -8,7 +9,14 @@ import numpy as np
 import pytest
 
 from envs import distances
-from envs.distances import neighbour_distances, unit_directions
+from envs.distances import (
+    coverage,
+    exact_distances,
+    exact_summary,
+    neighbour_distances,
+    same_pairs,
+    unit_directions,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 SINGLE = sorted(p.name for p in GOLDEN.glob("apwd_D*.npz"))
@@ -74,6 +82,54 @@ def test_directions():
         assert v.shape == (7, 3)
         np.testing.assert_allclose(np.linalg.norm(v, axis=-1), 1.0, atol=1e-6)
     np.testing.assert_allclose(v[:3] @ v[:3].T, np.eye(3), atol=1e-6)
+
+
+def far_apart(K=6, episodes=8, steps=50, seed=0):
+    """Straight runs of K policies in K directions, noisy from episode to episode [K, E, L, 2], all steps alive."""
+    angle = 2 * np.pi * np.arange(K) / K
+    way = np.stack([np.cos(angle), np.sin(angle)], -1)[:, None, None] * np.linspace(0.1, 5, steps)[:, None]
+    noise = np.random.default_rng(seed).normal(size=(K, episodes, 1, 2))
+    return (way + 0.3 * noise).astype(np.float32), np.ones((K, episodes, steps), bool)
+
+
+def test_exact_distances_are_the_cheapest_permutations():
+    """Four points a sample: tried one by one."""
+    points, mask = far_apart(3, 4, 2)
+    matrix = exact_distances(points, mask)
+    for k, l in itertools.combinations_with_replacement(range(3), 2):
+        a, b = points[k, 0::2].reshape(-1, 2), points[l, 1::2].reshape(-1, 2)
+        cost = np.linalg.norm(a[:, None] - b, axis=-1)
+        cheapest = min(cost[range(4), p].mean() for p in itertools.permutations(range(4)))
+        np.testing.assert_allclose([matrix[k, l], matrix[l, k]], cheapest, rtol=1e-6)
+
+
+def test_a_sample_leaves_out_what_did_not_happen():
+    points, mask = far_apart()
+    mask[2, :, 30:] = False
+    spoilt = np.where(mask[..., None], points, 1e6)
+    np.testing.assert_allclose(exact_distances(spoilt, mask), exact_distances(points, mask))
+    assert exact_distances(spoilt, mask).max() < 20
+    one = exact_distances(points[:1], mask[:1])
+    assert one.shape == (1, 1) and exact_summary(one) == {}
+
+
+def test_a_planted_duplicate_is_found_and_named():
+    """A copy with other noise: nothing else among policies that go their own ways. It is as near as the floor."""
+    points, mask = far_apart()
+    assert same_pairs(exact_distances(points, mask)) == []
+    points[4] = far_apart(seed=1)[0][1]
+    matrix = exact_distances(points, mask)
+    assert same_pairs(matrix) == [(1, 4)]
+    summary = exact_summary(matrix)
+    assert summary["w1_closest"] == matrix[1, 4] < 1.5 * summary["w1_floor"]
+    np.testing.assert_allclose(summary["w1_nearest"] - summary["w1_floor"], summary["w1_margin"])
+
+
+def test_coverage_counts_cells_once():
+    points = np.array([[[[0.1, 0.1], [0.9, 0.2], [1.1, 0.0]]], [[[0.5, 0.5], [-0.1, 0.0], [9.0, 9.0]]]])
+    together, each = coverage(points, np.array([[[True] * 3], [[True, True, False]]]), 1.0)
+    assert together == 3 and list(each) == [2, 2]
+    assert coverage(points, np.ones((2, 1, 3), bool), 100.0)[0] == 2  # [0, 100)^2 and the one left of it
 
 
 def test_neighbour_distances():

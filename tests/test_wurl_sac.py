@@ -302,6 +302,8 @@ def test_run_leaves_everything(run):
     for name in ("args.json", "log.jsonl", "state.npz", "policy.npz", "trajectories.png", "distances.png"):
         assert (folder / name).stat().st_size > 0, name
     assert metrics["eval/min_w"] > 0 and 0 <= metrics["eval/disc_success"] <= 1
+    assert metrics["eval/w1"].shape == (3, 3) and metrics["eval/w1_closest"] <= metrics["eval/w1_nearest"]
+    assert 1 <= max(metrics["eval/cells_each"]) <= metrics["eval/cells"] <= sum(metrics["eval/cells_each"])
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert records[0]["args"]["task"] == "point"
     assert [r["step"] for r in records[1:]] == [20, 40]
@@ -433,20 +435,23 @@ def test_discriminator_success():
 
 
 @pytest.mark.parametrize(
-    ("K", "smallest", "mean", "accuracy", "step", "told"),
+    ("K", "closest", "accuracy", "step", "told"),
     [
-        (10, 0.9, 1.0, 0.95, 3000, ""),
-        (10, 0.2, 1.0, 0.95, 3000, "coincide"),
-        (10, 0.2, 1.0, 0.2, 3000, "coincide"),
-        (20, 0.8, 1.0, 0.39, 3000, "tells 7.8 of 20 policies apart"),  # as in the maze of docs/udg.md
-        (20, 0.8, 1.0, 0.39, 700, ""),  # the first quarter
-        (20, 0.8, 1.0, 0.39, 750, "tells 7.8 of 20"),
-        (2, 1.0, 1.0, 0.52, 3000, "tells 1.0 of 2"),  # chance
-        (2, 1.0, 1.0, 0.8, 3000, ""),
+        (10, 3.0, 0.95, 3000, ""),
+        (10, 1.6, 0.95, 3000, ""),
+        (10, 1.4, 0.95, 3000, r"policies 0 and 1 (1.40) are as near as two samples of one policy (1.00)"),
+        (10, 0.9, 0.2, 100, "0 and 1 (0.90) are as near"),
+        (20, 3.0, 0.39, 3000, "tells 7.8 of 20 policies apart"),  # as in the maze of docs/udg.md
+        (20, 3.0, 0.39, 700, ""),  # the first quarter
+        (20, 3.0, 0.39, 750, "tells 7.8 of 20"),
+        (2, 3.0, 0.52, 3000, "tells 1.0 of 2"),  # chance
+        (2, 3.0, 0.8, 3000, ""),
     ],
 )
-def test_warning_of_a_collapse(K, smallest, mean, accuracy, step, told, capsys):
-    names = {"smallest_w": smallest, "min_w": mean, "disc_accuracy_held_out": accuracy, "travel": [1.0]}
+def test_warning_of_a_collapse(K, closest, accuracy, step, told, capsys):
+    w1 = 4.0 - 3.0 * np.eye(K)
+    w1[0, 1] = w1[1, 0] = closest
+    names = {"w1": w1, "disc_accuracy_held_out": accuracy, "travel": [1.0]}
     metrics, args = {f"eval/{k}": v for k, v in names.items()}, tiny(num_policies=K, num_updates=3000)
     text = W.collapse(metrics, step, args)
     assert told in text and bool(told) == bool(text)
