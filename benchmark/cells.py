@@ -130,14 +130,9 @@ def made_by(cell):
 # === cells without a record ===
 
 
-def preset_of(script):
-    """A script's preset(args) -> name, {field: value}."""
-    return getattr(script, "preset", None) or getattr(script, f"{script.__name__.removesuffix('_sac')}_preset")
-
-
 def args_of(script, words):
     """The flags that a command line of a script means, presets included."""
-    return runner.parse(script.Args, list(words), preset_of(script))
+    return runner.parse(script.Args, list(words), script.preset)
 
 
 def flags_of(cell):

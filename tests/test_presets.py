@@ -15,7 +15,6 @@ import envs
 import mopo
 import qdq
 import suite
-from cells import preset_of
 from envs import buffers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +45,7 @@ def named(tmp_path_factory):
 def choose(script, path, **flags):
     """-> what is said of the preset, the set that it is published for or "", its {field: value}."""
     with contextlib.redirect_stdout(io.StringIO()):
-        said, values = preset_of(script)(script.Args(dataset=str(path), **flags))
+        said, values = script.preset(script.Args(dataset=str(path), **flags))
     found = re.search(r"as published for ([\w-]+)", said)
     assert bool(found) != ("nothing is published" in said), said
     return said, found[1] if found else "", values
