@@ -12,7 +12,9 @@ METRICS = {
     "eval/return": "return, whole evaluation episodes",
     "eval/return_data_length": "return, as long as the data's episodes",
     "eval/task_return": "return under the task's reward, mean over policies",
-    "eval/min_w": "Wasserstein distance to the nearest other policy",
+    "eval/w1_nearest": "W1 to the nearest other policy",
+    "eval/w1_closest": "W1 of the closest pair of policies",
+    "eval/min_w": "upper bound of W1 to the nearest other policy, by projections",
     "eval/disc_success": "success of a discriminator of the policies",
 }
 MAX_POINTS = 300  # of a drawn line
