@@ -74,16 +74,7 @@ import optax
 import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
-from envs.distances import (
-    coverage,
-    distance_matrix,
-    exact_distances,
-    exact_summary,
-    neighbour_distances,
-    pairwise_apwd,
-    same_pairs,
-    unit_directions,
-)
+from envs.distances import distance_matrix, exact_measures, neighbour_distances, pairwise_apwd, unit_directions
 from runner import devices, plots
 from runner.rows import PolicyRows, are_finished, write_buffers
 
@@ -585,12 +576,9 @@ def make_evaluation(args, task, rollouts):
             in_full = neighbour_distances(distance_matrix(full, alive, 8))
             metrics |= {f"eval/{name}": x for name, x in bounds.items()}
             metrics |= {f"eval/{name}_full": x for name, x in in_full.items()}
-            first_half = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
-            splits = [  # suffix, rows to train on, rows to judge
-                ("", alive, alive, key_all),
-                ("_held_out", first_half, alive & ~first_half, key_half),
-            ]
-            for name, train, test, k in splits:
+            half = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
+            splits = ("", alive, alive, key_all), ("_held_out", half, alive & ~half, key_half)
+            for name, train, test, k in splits:  # rows to train on, rows to judge
                 success, accuracy = discriminator_success(full, train, test, k, args)
                 metrics |= {f"eval/disc_success{name}": success, f"eval/disc_accuracy{name}": accuracy}
         if task.has_reward:
@@ -599,10 +587,8 @@ def make_evaluation(args, task, rollouts):
 
     def judge(*inputs):
         metrics, snapshot = jax.tree.map(np.asarray, evaluation(*inputs))
-        features, alive = snapshot["features"], snapshot["alive"]
-        metrics["eval/cells"], metrics["eval/cells_each"] = coverage(features, alive, args.cell)
-        metrics["eval/w1"] = exact_distances(features, alive)
-        return metrics | {f"eval/{name}": x for name, x in exact_summary(metrics["eval/w1"]).items()}, snapshot
+        exact = exact_measures(snapshot["features"], snapshot["alive"], args.cell)
+        return metrics | {f"eval/{name}": x for name, x in exact.items()}, snapshot
 
     return judge
 
@@ -827,10 +813,10 @@ def collapse(metrics, step, args):
     """A warning if policies that are paid to differ do the same, else ""."""
     if args.num_policies == 1 or args.random or not is_diverse(args):
         return ""
-    w1, pairs = metrics["eval/w1"], same_pairs(metrics["eval/w1"])
+    w1, pairs = metrics["eval/w1"], metrics["eval/w1_same"]
     modes = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])  # m modes shared evenly: accuracy m / K
-    if pairs:
-        near = ", ".join(f"{k} and {l} ({w1[k, l]:.2f})" for k, l in pairs[:5]) + ", ..." * (len(pairs) > 5)
+    if len(pairs):
+        near = ", ".join(f"{k} and {l} ({w1[k, l]:.2f})" for k, l in pairs)
         alike = f"policies {near} are as near as two samples of one policy ({np.diag(w1).mean():.2f})"
         return f"{alike}: mode collapse; see --div-features, --reward-scale"
     if modes < (args.num_policies + 1) / 2 and 4 * step >= args.num_updates:  # before that they have hardly moved

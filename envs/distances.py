@@ -135,25 +135,26 @@ def exact_distances(points, mask, num=1_000, seed=0):
     return matrix
 
 
-def exact_summary(matrix):
-    """Of exact_distances: the distance to the nearest other policy, its mean and its smallest; the mean floor; and by
-    how much the nearest other is farther than a policy's own floor, on average. {} of one policy."""
-    if len(matrix) == 1:
-        return {}
-    floor, nearest = np.diag(matrix), (matrix + np.diag(np.full(len(matrix), np.inf))).min(1)
-    return {
-        "w1_nearest": nearest.mean(),
-        "w1_closest": nearest.min(),
-        "w1_floor": floor.mean(),
-        "w1_margin": (nearest - floor).mean(),
-    }
+def exact_measures(points, mask, cell):
+    """How far apart policies are, and where they go: points [K, E, L, d] with mask [K, E, L].
+
+    w1 [K, K]: exact_distances; w1_nearest, w1_closest: of the distances to the nearest other policy the mean and the
+    smallest; w1_floor: the mean floor; w1_margin: nearest less own floor, on average; w1_same [P, 2]: same_pairs (w1_*
+    of several policies only); cells, cells_each [K]: coverage.
+    """
+    cells, each = coverage(points, mask, cell)
+    matrix, found = exact_distances(points, mask), {"cells": cells, "cells_each": each}
+    if len(matrix) > 1:
+        floor, nearest = np.diag(matrix), (matrix + np.diag(np.full(len(matrix), np.inf))).min(1)
+        found |= {"w1_nearest": nearest.mean(), "w1_closest": nearest.min(), "w1_same": same_pairs(matrix)}
+        found |= {"w1_floor": floor.mean(), "w1_margin": (nearest - floor).mean()}
+    return found | {"w1": matrix}
 
 
 def same_pairs(matrix, factor=1.5):
-    """The pairs (k, l) of exact_distances that are as near as two samples of one policy: within `factor` floors."""
+    """The pairs k < l of exact_distances as near as two samples of one policy, within `factor` floors: [P, 2]."""
     floor = np.diag(matrix)
-    near = matrix < factor * (floor[:, None] + floor) / 2
-    return [(int(k), int(l)) for k, l in zip(*np.triu_indices(len(matrix), 1), strict=True) if near[k, l]]
+    return np.argwhere(np.triu(matrix < factor * (floor[:, None] + floor) / 2, 1))
 
 
 def coverage(points, mask, size):

@@ -12,7 +12,7 @@ from envs import distances
 from envs.distances import (
     coverage,
     exact_distances,
-    exact_summary,
+    exact_measures,
     neighbour_distances,
     same_pairs,
     unit_directions,
@@ -109,20 +109,18 @@ def test_a_sample_leaves_out_what_did_not_happen():
     spoilt = np.where(mask[..., None], points, 1e6)
     np.testing.assert_allclose(exact_distances(spoilt, mask), exact_distances(points, mask))
     assert exact_distances(spoilt, mask).max() < 20
-    one = exact_distances(points[:1], mask[:1])
-    assert one.shape == (1, 1) and exact_summary(one) == {}
+    assert exact_measures(points[:1], mask[:1], 1.0).keys() == {"w1", "cells", "cells_each"}
 
 
 def test_a_planted_duplicate_is_found_and_named():
     """A copy with other noise: nothing else among policies that go their own ways. It is as near as the floor."""
     points, mask = far_apart()
-    assert same_pairs(exact_distances(points, mask)) == []
+    assert len(same_pairs(exact_distances(points, mask))) == 0
     points[4] = far_apart(seed=1)[0][1]
-    matrix = exact_distances(points, mask)
-    assert same_pairs(matrix) == [(1, 4)]
-    summary = exact_summary(matrix)
-    assert summary["w1_closest"] == matrix[1, 4] < 1.5 * summary["w1_floor"]
-    np.testing.assert_allclose(summary["w1_nearest"] - summary["w1_floor"], summary["w1_margin"])
+    found = exact_measures(points, mask, 1.0)
+    assert found["w1_same"].tolist() == [[1, 4]]
+    assert found["w1_closest"] == found["w1"][1, 4] < 1.5 * found["w1_floor"]
+    np.testing.assert_allclose(found["w1_nearest"] - found["w1_floor"], found["w1_margin"])
 
 
 def test_coverage_counts_cells_once():

@@ -16,7 +16,7 @@ import pytest
 import envs
 import runner
 import wurl_sac as W
-from envs.distances import pairwise_apwd, unit_directions
+from envs.distances import pairwise_apwd, same_pairs, unit_directions
 from tests.oracles import common
 from tests.oracles.common import leaves_close, mlp, of_seed, size_of
 
@@ -451,7 +451,7 @@ def test_discriminator_success():
 def test_warning_of_a_collapse(K, closest, accuracy, step, told, capsys):
     w1 = 4.0 - 3.0 * np.eye(K)
     w1[0, 1] = w1[1, 0] = closest
-    names = {"w1": w1, "disc_accuracy_held_out": accuracy, "travel": [1.0]}
+    names = {"w1": w1, "w1_same": same_pairs(w1), "disc_accuracy_held_out": accuracy, "travel": [1.0]}
     metrics, args = {f"eval/{k}": v for k, v in names.items()}, tiny(num_policies=K, num_updates=3000)
     text = W.collapse(metrics, step, args)
     assert told in text and bool(told) == bool(text)
