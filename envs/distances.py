@@ -124,11 +124,14 @@ def exact_distances(points, mask, num=500, seed=0):
     points [K, E, L, d] with mask [K, E, L], two episodes or more. Each policy gives two samples, from its even and from
     its odd episodes; entry k, l lies between the first of k and the second of l, so that a perfect copy of a policy is
     as far from it as the floor. A sample has `num` points, fewer of more than 10 policies or where a policy has fewer
-    (the time grows with their cube: 3 s of ten policies).
+    (the time grows with their cube: 3 s of ten policies). Points that are not finite are left out; nan if none is left.
     """
+    mask = mask & np.isfinite(points).all(-1)
     K, rng = len(points), np.random.default_rng(seed)
     halves = [[points[k, half::2][mask[k, half::2]] for half in (0, 1)] for k in range(K)]
     n = min(num * 10 // max(K, 10), *(len(x) for pair in halves for x in pair))
+    if n == 0:
+        return np.full((K, K), np.nan)
     first, second = zip(*([rng.permutation(x)[:n] for x in pair] for pair in halves), strict=True)
     matrix = np.zeros((K, K))
     for k, l in zip(*np.triu_indices(K), strict=True):
@@ -160,7 +163,8 @@ def same_pairs(matrix, factor=1.5):
 
 def coverage(points, mask, size):
     """Cells of edge `size` that the points [K, E, L, d] with mask [K, E, L] visit -> by all together, by each [K]."""
-    cells = np.floor(points / size).astype(np.int64)
+    mask = mask & np.isfinite(points).all(-1)
+    cells = np.floor(np.where(mask[..., None], points, 0.0) / size).astype(np.int64)
     each = [np.unique(cells[k][mask[k]], axis=0) for k in range(len(points))]
     return len(np.unique(np.concatenate(each), axis=0)), np.array([len(x) for x in each])
 

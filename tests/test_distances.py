@@ -109,6 +109,11 @@ def test_a_sample_leaves_out_what_did_not_happen():
     spoilt = np.where(mask[..., None], points, 1e6)
     np.testing.assert_allclose(exact_distances(spoilt, mask), exact_distances(points, mask))
     assert exact_distances(spoilt, mask).max() < 20
+    broken = np.where(mask[..., None], points, np.nan)  # a robot that blew up: left out, too
+    np.testing.assert_array_equal(exact_distances(broken, np.ones_like(mask)), exact_distances(spoilt, mask))
+    assert coverage(broken, np.ones_like(mask), 1.0)[0] == coverage(spoilt, mask, 1.0)[0]
+    broken[0] = np.inf
+    assert np.isnan(exact_distances(broken, mask)).all() and coverage(broken, mask, 1.0)[1][0] == 0
     assert exact_measures(points[:1], mask[:1], 1.0).keys() == {"w1", "cells", "cells_each"}
 
 
