@@ -467,6 +467,7 @@ def near_modes(actions):
     return np.linalg.norm(actions[:, None] - MODES, axis=-1) < 0.35
 
 
+@pytest.mark.learning
 def test_flow_covers_both_modes(optimised):
     data, state, metrics, nll = bandit_flow()
     truth = 2 * (np.log(0.1) + 0.5 * np.log(2 * np.pi * np.e)) - 0.7 * np.log(0.7) - 0.3 * np.log(0.3)
@@ -478,6 +479,7 @@ def test_flow_covers_both_modes(optimised):
     assert metrics["flow/gradient_penalty"][0] < 1.0
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("constraint", ["schedule", "hinge", "dual"])
 def test_policy_takes_the_good_mode_and_stays_in_the_support(constraint, optimised):
     actions, inside = bandit_policy(constraint=constraint)
@@ -488,11 +490,13 @@ def test_policy_takes_the_good_mode_and_stays_in_the_support(constraint, optimis
     assert reward.mean() > float(bandit_data().holdout.rewards.mean()) + 1.0  # 1.5 against 0.1
 
 
+@pytest.mark.learning
 def test_without_the_constraint_it_leaves_the_support(optimised):
     _, inside = bandit_policy(alphas=(0.0,), alpha_from=(0.0,))
     assert inside.mean() < 0.1
 
 
+@pytest.mark.learning
 def test_cloning_takes_a_mode_and_not_the_mean_between_them(optimised):
     """Most states; some stay on a ridge between the modes, where the density has no slope (docs/cped.md)."""
     actions, _ = bandit_policy(bc_only=True, actor_lr=3e-3)

@@ -28,6 +28,7 @@ def bandit(guidance, b=0.4):
     return {k: float(v) for k, v in B.bandit_metrics(samples).items()}, np.asarray(samples)
 
 
+@pytest.mark.learning
 def test_cloning_covers_both_modes(optimised):
     """An exact predictor puts 0.97 of the samples within 0.3 of a blob with these 20 steps."""
     found, samples = bandit("none")
@@ -36,6 +37,7 @@ def test_cloning_covers_both_modes(optimised):
     assert 0.3 < near[:, 0].mean() < 0.6 and 0.3 < near[:, 1].mean() < 0.6
 
 
+@pytest.mark.learning
 def test_soft_guidance_alone_improves_within_the_support(optimised):
     """Probe: at most 0.2 of the samples off the data, and the true reward above the data's mean by 0.2.
 

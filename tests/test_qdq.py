@@ -481,6 +481,7 @@ FIT = dict(
 )  # fmt: skip
 
 
+@pytest.mark.learning
 def test_student_learns_a_known_distribution(optimised):
     """q | c ~ N(10 c_0, (1 + 2 c_1)^2), c_1 in [0, 1]; few levels and steps make it too wide, in the right places."""
     rng = np.random.default_rng(0)
@@ -526,12 +527,14 @@ def bandit_policy(**changes):
     return numpy_actor(jax.tree.map(lambda x: x[0], state.nets.actor), s)[:, 0] - 0.3 * s[:, 0]
 
 
+@pytest.mark.learning
 def test_policy_stays_in_the_support_and_climbs(optimised):
     """Where slope of Q / |Q| = 1 and the likelihood's pull, gamma_ent d / (0.03 + d^2), balance: d = 0.055."""
     above = bandit_policy(gamma_ent=0.6)
     assert np.abs(above).max() < 0.3 and 0.02 < above.mean() < 0.15, (np.abs(above).max(), above.mean())
 
 
+@pytest.mark.learning
 def test_without_the_likelihood_it_leaves_the_support():
     assert np.mean(bandit_policy(gamma_ent=0.0, num_updates=1_000) > 0.3) > 0.9
 
