@@ -25,20 +25,20 @@ def plot_paths(path, task, paths, features, alive, episodes=10):
     """
     on_plane = tuple(task.feature_names[:2]) == ("x", "y")
     figure, axes = _axes(1 if on_plane else 2)
-    colours = [f"C{k}" for k in range(10)] if len(paths) <= 10 else _spectrum(len(paths))
+    shades = colours(len(paths))
     for x0, y0, x1, y1 in walls(task.env):
         axes[0].fill([x0, x1, x1, x0], [y0, y0, y1, y1], color="0.88", lw=0, zorder=0)
     for k in range(len(paths)):
         for e in range(min(episodes, paths.shape[1])):
             label = f"policy {k}" if e == 0 else None
             live = alive[k, e]
-            axes[0].plot(*paths[k, e][live].T, lw=1, color=colours[k], label=label)
+            axes[0].plot(*paths[k, e][live].T, lw=1, color=shades[k], label=label)
             if not on_plane and features.shape[-1] > 1:
                 x, y = features[k, e][live][:, 0], features[k, e][live][:, -1]
-                axes[1].plot(x, y, ".", ms=2, color=colours[k], label=label)
+                axes[1].plot(x, y, ".", ms=2, color=shades[k], label=label)
         if features.shape[-1] == 1:
             values = features[k, ..., 0][alive[k]]
-            axes[1].hist(values, 80, density=True, histtype="step", color=colours[k], label=f"policy {k}")
+            axes[1].hist(values, 80, density=True, histtype="step", color=shades[k], label=f"policy {k}")
     axes[0].set(xlabel="x (m)", ylabel="y (m)" if on_plane else "z (m)")
     if on_plane:
         axes[0].set_aspect("equal", "datalim")
@@ -61,9 +61,12 @@ def walls(env):
     return np.concatenate([centre - half, centre + half], 1)
 
 
-def _spectrum(num):
+def colours(num):
+    """A colour for each of `num` policies, the same in all pictures."""
     from matplotlib import colormaps
 
+    if num <= 10:
+        return [f"C{k}" for k in range(num)]
     return colormaps["turbo"](np.linspace(0.05, 0.95, num))
 
 

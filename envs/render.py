@@ -1,6 +1,7 @@
 """Pictures of what is in a buffer: one gif per policy, and an mp4 where an encoder is found.
 
     python -m envs.render runs/wurl_sac/ant/seed0         every policy of a run
+    python -m envs.render runs/wurl_sac/ant/seed0 --together   all policies in one gif, from above
     python -m envs.render best.npz --episode last         one buffer file
 
 No display is needed. A robot is drawn by MuJoCo's renderer through EGL, or, on a machine without
@@ -164,25 +165,14 @@ def draw_robot(episode: Episode, steps: np.ndarray, size: tuple[int, int]) -> np
 
 def draw_sticks(episode: Episode, steps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Draw poses as lines along the robot's capsules, seen from the side (planar) or askew."""
-    import mujoco
-
-    model = load_robot(episode.env)
-    data = mujoco.MjData(model)
-    planar = model.jnt_type[0] != mujoco.mjtJoint.mjJNT_FREE
+    ends, planar = capsules_of(episode.env, episode.qpos[steps])
     turn, tilt = (0.0, 0.0) if planar else (np.radians(30.0), np.radians(25.0))
     right, ahead = (np.cos(turn), np.sin(turn), 0.0), np.array([-np.sin(turn), np.cos(turn), 0.0])
     view = np.stack([right, np.sin(tilt) * ahead + np.cos(tilt) * np.eye(3)[2]])
-    capsules = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE)
     figure, axes = _blank(size)
     frames = []
-    for step in steps:
-        data.qpos[:] = episode.qpos[step]
-        mujoco.mj_kinematics(model, data)
-        axis = data.geom_xmat[capsules].reshape(-1, 3, 3)[:, :, 2]
-        reach = axis * model.geom_size[capsules, 1:2]
-        ends = data.geom_xpos[capsules][None] + np.stack([-reach, reach])
-        flat = ends @ view.T
-        centre = data.xpos[1] @ view.T
+    for flat in ends @ view.T:
+        centre = flat.mean((0, 1))
         axes.clear()
         axes.plot(flat[..., 0], flat[..., 1], color="tab:blue", linewidth=4)
         if planar:
@@ -192,6 +182,53 @@ def draw_sticks(episode: Episode, steps: np.ndarray, size: tuple[int, int]) -> n
         axes.set_title(episode.title, fontsize=8)
         frames.append(_snapshot(figure))
     return np.stack(frames)
+
+
+def draw_together(episodes: list[Episode], steps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Draw one episode of each policy in one picture, with the path so far: from above, planar robots from the side."""
+    from envs.figures import colours
+
+    world = episodes[0].env
+    poses = [capsules_of(world, e.qpos[np.minimum(steps, len(e.qpos) - 1)]) if len(e.qpos) else None for e in episodes]
+    planar = world in ROBOTS and poses[0][1]
+    figure, axes = _blank(size, layout="constrained")
+    ends = np.concatenate([e.positions for e in episodes])
+    centre, reach = (ends.min(0) + ends.max(0)) / 2, np.ptp(ends, axis=0).max() / 2 + 1
+    low, high = centre - reach, centre + reach
+    if planar:  # the second number of a position is the height
+        low[1], high[1] = -0.5, max(ends[:, 1].max() + 1, 2.0)
+    frames = []
+    for frame, step in enumerate(steps):
+        axes.clear()
+        for episode, pose, colour in zip(episodes, poses, colours(len(episodes)), strict=True):
+            step = min(step, len(episode.positions) - 1)
+            axes.plot(*episode.positions[: step + 1].T, color=colour, linewidth=1, alpha=0.6)
+            axes.plot(*episode.positions[step], "o", color=colour, markersize=4)
+            if pose is None:
+                continue
+            axes.plot(*np.moveaxis(pose[0][frame][..., [0, 2] if planar else [0, 1]], -1, 0), color=colour, linewidth=2)
+        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        axes.set_aspect("equal")
+        axes.set_title(f"{world}, {len(episodes)} policies, {step * episodes[0].dt:.1f} s", fontsize=8)
+        frames.append(_snapshot(figure))
+    return np.stack(frames)
+
+
+def capsules_of(env: str, qpos: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Ends of a robot's capsules in poses (T, nq) -> (T, 2, capsules, 3), whether the robot is planar."""
+    import mujoco
+
+    model = load_robot(env)
+    data = mujoco.MjData(model)
+    capsules = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE)
+    ends = []
+    for pose in qpos:
+        data.qpos[:] = pose
+        mujoco.mj_kinematics(model, data)
+        axis = data.geom_xmat[capsules].reshape(-1, 3, 3)[:, :, 2]
+        reach = axis * model.geom_size[capsules, 1:2]
+        ends.append(data.geom_xpos[capsules][None] + np.stack([-reach, reach]))
+    return np.stack(ends), model.jnt_type[0] != mujoco.mjtJoint.mjJNT_FREE
 
 
 def draw_path(episode: Episode, steps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -221,11 +258,11 @@ def draw_path(episode: Episode, steps: np.ndarray, size: tuple[int, int]) -> np.
     return np.stack(frames)
 
 
-def _blank(size: tuple[int, int]):
+def _blank(size: tuple[int, int], layout: str | None = None):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100)
+    figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
@@ -317,6 +354,20 @@ def render(
     return episode, written
 
 
+def render_together(files: list[pathlib.Path], out: pathlib.Path, args) -> pathlib.Path:
+    """Write one gif of an episode of every file -> its path."""
+    episodes = [read_episode(path, args.episode) for path in files]
+    worlds = sorted({e.env for e in episodes})
+    if len(worlds) > 1:
+        raise InputError(f"--together: the buffers are of {', '.join(worlds)}. Remedy: name a run of one world")
+    last = max(len(e.positions) for e in episodes) - 1
+    stride = -(-last // args.max_frames)
+    frames = draw_together(episodes, np.arange(0, last, stride), (args.width, args.height))
+    path = out / "together.gif"
+    write_gif(path, frames, stride * episodes[0].dt)
+    return path
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line: `python -m envs.render RUN`."""
     parser = argparse.ArgumentParser(prog="python -m envs.render", description=__doc__)
@@ -327,6 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-frames", type=int, default=100, help="beyond, steps are skipped")
     parser.add_argument("--width", type=int, default=320, help="pixels, even")
     parser.add_argument("--height", type=int, default=240, help="pixels, even")
+    parser.add_argument("--together", action="store_true", help="all policies of a run in one gif, together.gif")
     parser.add_argument("--html", action="store_true", help=f"brax's viewer too. {VIEWER_NOTE}")
     args = parser.parse_args(argv)
     try:
@@ -347,6 +399,10 @@ def _run(args) -> int:
         print("no OpenGL here (Debian: apt install libegl1 libgl1-mesa-dri): robots as sticks")
     if not encoder:
         print("no video encoder (pip install imageio-ffmpeg): gif only")
+    if args.together:
+        written = render_together(files, out, args)
+        print(f"{written}: {len(files)} policies, {written.stat().st_size / 1e6:.1f} MB")
+        return 0
     for number, path in enumerate(files, start=1):
         print(f"[{number}/{len(files)}] {path.name} ...", flush=True)
         episode, written = render(path, out, args, open_gl, encoder)

@@ -663,6 +663,21 @@ def test_sticks_need_no_open_gl(run_folder):
         assert np.any(frames[0] != frames[1]) and frames.std() > 10
 
 
+def test_all_policies_in_one_gif(run_folder, tmp_path, capsys):
+    from PIL import Image
+
+    files = render.find_buffers(str(run_folder))
+    assert render.main([str(run_folder), "--together"]) == 2 and "of ant, cheetah, point" in capsys.readouterr().err
+    for name, paths in {"ant": files[1:3], "cheetah": files[3:], "point": files[:1]}.items():
+        (tmp_path / name).mkdir()
+        for path in paths:
+            shutil.copy(path, tmp_path / name)
+        assert render.main([str(tmp_path / name), "--together", "--max-frames", "3"]) == 0
+        with Image.open(tmp_path / name / "render" / "together.gif") as image:
+            frames = [np.array(image.convert("RGB"), float) for _ in range(3) if image.seek(_) is None]
+        assert len(frames) == 3 and np.abs(frames[0] - frames[2]).max() > 50 and frames[2].std() > 10
+
+
 def test_render_writes_a_gif_per_policy(run_folder, tmp_path):
     from PIL import Image
 
