@@ -12,6 +12,7 @@ Algorithm  one round, all K policies at once:
                  (lines 2 and 3: pairwise_apwd in envs/distances.py)
   (4) nearest:   l* = argmin_l sum_t c_kl(t), one l* for a whole episode
   (5) pay:       r_t = w_div * scale * c_kl*(t) * (L / episode length) + w_task * r_task(s, a, s')
+                 ours, by flags: less w_own c_kk'(t), the cost to other episodes of the same policy; held at a mean size
   (6) store:     the round in policy k's replay (the newest R transitions) and in its buffer file (all transitions)
   (7) learn:     updates_per_step N L SAC updates of each policy: critics, actor with the new critics, alpha,
                  Polyak target
@@ -33,7 +34,7 @@ Deviations
       pseudo-rewards go stale as the other policies move. The buffer file keeps all of them.
   D6  reference code gives the random warm-up steps reward 0 (here --warmup-zero-reward); here: their real reward.
   D7  reference configs scale the cost by 10 to 100, but the shipped checkpoints fit a scale near 1; here: 8 on robots,
-      1 in the point worlds.
+      1 in the point worlds; on the ant the pay is held at a mean size of 1, and alpha is learnt.
   D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
   D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy)
       or the height (cheetah), times --feature-scales.
@@ -47,6 +48,9 @@ Deviations
   D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics with a gain of 0.1; both learn after the
       warm-up, from all rows so far, one step for each step of any policy. Here: the features of s_{t+1}, this round's
       rows and their standard deviation, gain 1, from the start, and one step for each step of a policy: K times fewer.
+      DIAYN-I's reward has no + log K there, so that living costs; here it has.
+  D14 METRA conditions one policy on a skill, and computes rewards of its replay anew with the phi of the moment; here:
+      K policies, and the rewards of their rounds, from a replay of the newest rounds only.
 
 Files      writes runs/wurl_sac/<task>/seed<seed>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
            log.jsonl, state.npz, trajectories.png, distances.png; rows/ grows during the run and is removed at its end
@@ -54,7 +58,8 @@ Run        python wurl_sac.py --quick                    (point robot, under 2 m
            python wurl_sac.py                            (ten ant policies, within 30 minutes on 2 cores)
            python wurl_sac.py --preset paper             (200k steps and updates a policy)
 Expect     --quick: minimum-W (distance to the nearest other policy, mean over policies) 6.9 in 50 s on 2 cores
-           ant, seed 0: minimum-W 3.56 after 20 min on 2 cores; --preset paper: 4.98 after 2 h 27 min on one core
+           ant, seed 0, 34 min on one core: W1 to the nearest other policy 3.17 m, between samples of one 0.40; ten of
+           ten travel 7.7 m or more
            point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
 """
 
@@ -74,8 +79,15 @@ import optax
 import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
-from envs.distances import distance_matrix, exact_measures, neighbour_distances, pairwise_apwd, unit_directions
-from runner import devices, plots
+from envs.distances import (
+    direction_gap,
+    distance_matrix,
+    exact_measures,
+    neighbour_distances,
+    pairwise_apwd,
+    unit_directions,
+)
+from runner import devices, policies
 from runner.rows import PolicyRows, are_finished, write_buffers
 
 
@@ -86,6 +98,8 @@ class Args(runner.RunFlags):
     task: str = "ant"
     """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; the reward of a task is recorded; to
     learn from it, set task_weight"""
+    task_options: tuple[str, ...] = ()
+    """options of the task as name=value, e.g. gear=150 survive_bonus=1; recorded in the buffers"""
     preset: str = ""
     """a setting by name (PRESETS); empty: our own for the world; paper: the published number of steps and updates on
     ant and cheetah, all else ours"""
@@ -116,14 +130,25 @@ class Args(runner.RunFlags):
     eval_episodes: runner.Count = 10
     """stochastic episodes per policy in an evaluation; the last evaluation takes 50 (authors' protocol)"""
     # --- diversity ---
-    objective: Literal["apwd", "pwd", "diayn", "dads", "none"] = "apwd"
-    """pseudo-reward: apwd (WURL), pwd (whole distance at the last step), diayn / dads with K networks, none"""
+    objective: Literal["apwd", "pwd", "diayn", "dads", "metra", "none"] = "apwd"
+    """pseudo-reward: apwd (WURL), pwd (whole distance at the last step), diayn / dads / metra with K policies, none;
+    metra looks at all observations and needs no feature"""
     diversity_weight: float = 1.0
     """w_div: weight of the pseudo-reward; 0 with a task is plain SAC (the supervised baseline)"""
     task_weight: float = 0.0
     """w_task: weight of the task reward (UDG's partial reward; WURL: 0)"""
     reward_scale: float = 8.0
     """scale: multiplies the cost per step (published 50 for ant; its checkpoints fit a scale near 1: D7)"""
+    plan: Literal["mean", "cheapest"] = "mean"
+    """plan that a step is paid by: the mean of the M plans (APWD), or of each pair the cheapest"""
+    nearest: Literal["total", "debiased"] = "total"
+    """nearest other by the cost to it (APWD), or less half of its own floor: sum_t c_kl(t) - c_ll'(t) / 2"""
+    own_weight: runner.Share = 0.0
+    """w_own: weight at the end of the run of a step's cost to other episodes of its own policy, taken off its pay"""
+    own_between: tuple[runner.Share, runner.Share] = (0.4, 0.8)
+    """shares of the run between which w_own grows from 0"""
+    reward_size: runner.Rate = 0.0
+    """mean size of the pay per step, held by a running scale; 0: not held, reward_scale alone"""
     num_directions: runner.Count = 8
     """M: projections per round (reference code: 5)"""
     orthogonal_directions: bool = False
@@ -140,7 +165,12 @@ class Args(runner.RunFlags):
     warmup_zero_reward: bool = False
     """reward 0 for warm-up steps, as the reference code (D6)"""
     discriminator_lr: runner.Rate = 2e-3
-    """Adam rate of the discriminator (diayn; reference 2e-3) or predictor (dads; reference 3e-4)"""
+    """Adam rate of diayn's discriminator (reference 2e-3), dads' predictor (reference, ours 3e-4) or metra's phi
+    (paper 1e-4, ours 3e-4)"""
+    metra_slack: runner.Size = 1e-3
+    """epsilon of metra's constraint (paper: 1e-3)"""
+    metra_lambda: runner.Size = 30.0
+    """lambda of metra's constraint at the start (paper: 30)"""
     # --- SAC ---
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (reference: 256, 256; point worlds 64, 64; Humanoid 1024, 1024)"""
@@ -159,7 +189,9 @@ class Args(runner.RunFlags):
     alpha: runner.Rate = 0.2
     """entropy weight, its start with auto_alpha (reference: 0.2)"""
     auto_alpha: bool = False
-    """learn alpha towards entropy -A (SAC); supervised data need it, because a fixed 0.2 makes no expert"""
+    """learn alpha towards a stated entropy (SAC); supervised data need it, because a fixed 0.2 makes no expert"""
+    target_entropy: float | None = None
+    """that entropy in nats; None: -A (SAC)"""
     log_std_min: float = -20.0
     """lower clip of the actor's log standard deviation (reference: -20)"""
     log_std_max: float = 2.0
@@ -182,8 +214,15 @@ POINT = dict(
     warmup_steps=1_000, num_updates=30_000, chunk=500, eval_every=1_500, reward_scale=1.0,
     learning_rate=3e-4,
 )  # fmt: skip
+APWD = dict(  # the paper's pay, as the defaults
+    plan="mean", nearest="total", own_weight=0.0, own_between=(0.4, 0.8), reward_size=0.0, auto_alpha=False,
+    target_entropy=None,
+)  # fmt: skip
 PRESETS = {
-    "ant": {},
+    "ant": dict(  # ours where policies are paid to differ: docs/wurl_sac.md, "Which pay"
+        num_envs=4, nearest="debiased", own_weight=1.0, own_between=(0.4, 0.8), reward_size=1.0, auto_alpha=True,
+        target_entropy=-2.0,
+    ),
     "cheetah": dict(div_features="0", feature_scales=(10.0,)),  # its height: see Args
     "humanoid": dict(hidden_sizes=(1024, 1024), rescale_episodes=False, replay_size=20_000, chunk=500),
     "point": POINT,
@@ -193,15 +232,16 @@ PRESETS = {
         num_envs=1, updates_per_step=1.0, batch_size=256, replay_size=1_000_000, learning_rate=3e-4, lr_decay=0.0,
         warmup_steps=5_000, num_updates=1_000_000, chunk=1_000, eval_every=5_000,
     ),
-    "paper": dict(
+    "paper": APWD | dict(
         num_updates=200_000, updates_per_step=1.0, num_envs=1, chunk=1_000, eval_every=4_000, learning_rate=3e-4,
     ),
 }  # fmt: skip
+OBJECTIVES = {  # scale and Adam rate of an objective's own, over the world's
+    "diayn": dict(reward_scale=1.0),
+    "dads": dict(reward_scale=1.0, discriminator_lr=3e-4),
+    "metra": dict(reward_scale=1.0, discriminator_lr=3e-4),
+}
 QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_every=1_500)
-CURVES = {  # of distances.png
-    "w1_nearest": "nearest other, mean over policies", "w1_closest": "closest pair",
-    "min_w": "upper bound of the nearest, by projections",
-}  # fmt: skip
 SHOWN = ("train/min_w", "train/reward", "train/q", "train/entropy")  # in the progress line
 
 
@@ -285,17 +325,32 @@ def polyak(target, online, tau):
 # === pseudo-reward ===
 
 
-def apwd_reward(cost, alive, args):
-    """Lines (4) and (5): costs of all pairs [K, K, n], alive [K, N, L] -> pseudo-reward [K, N, L].
+def own_cost(features, alive, directions, args):
+    """c_kk'(t): mean cost of a step to the other episodes of its own policy, features [K, N, L, d] -> [K, N, L].
 
-    r_t = scale * c_kl*(t) * (L / length),   l* = argmin over l != k of the episode's sum of c_kl
+    0 where a round has one episode, or no flag asks for it.
+    """
+    N = alive.shape[1]
+    if N == 1 or not (args.own_weight or args.nearest == "debiased"):
+        return jnp.zeros(alive.shape)
+    pairs = lambda x: pairwise_apwd(x[0], x[1], x[0], x[1], directions, args.plan)  # [N, N, L]
+    return jax.lax.map(pairs, (features, alive)).mean(2, where=~jnp.eye(N, dtype=bool)[..., None])
+
+
+def apwd_reward(cost, own, alive, weight, args):
+    """Lines (4) and (5): costs of all pairs [K, K, n], c_kk' and alive [K, N, L] -> pseudo-reward [K, N, L].
+
+    r_t = scale * (c_kl*(t) - w_own c_kk'(t)) * (L / length),   l* = argmin over l != k of the episode's sum of c_kl
     """
     K, N, L = alive.shape
-    cost = cost.reshape(K, K, N, L)
-    totals = jnp.where(jnp.eye(K, dtype=bool)[:, :, None], jnp.inf, cost.sum(-1))
+    cost, lengths = cost.reshape(K, K, N, L), jnp.maximum(alive.sum(-1, keepdims=True), 1)
+    totals = cost.sum(-1)
+    if args.nearest == "debiased":  # what a copy of l would cost is no distance: half of it is l's, half k's own
+        width = own.sum((1, 2)) / lengths.sum((1, 2))
+        totals = totals - width[None, :, None] / 2 * lengths[:, None, :, 0]
+    totals = jnp.where(jnp.eye(K, dtype=bool)[:, :, None], jnp.inf, totals)
     nearest = jnp.argmin(totals, 1)  # [K, N]: l*, one for each episode
-    reward = jnp.take_along_axis(cost, nearest[:, None, :, None], 1)[:, 0]
-    lengths = jnp.maximum(alive.sum(-1, keepdims=True), 1)
+    reward = jnp.take_along_axis(cost, nearest[:, None, :, None], 1)[:, 0] - weight * own
     if args.objective == "pwd":  # the whole distance at the last step, nothing before
         reward = jnp.where(jnp.arange(L) == lengths - 1, reward.sum(-1, keepdims=True) / lengths, 0.0)
     elif args.rescale_episodes:
@@ -304,11 +359,11 @@ def apwd_reward(cost, alive, args):
 
 
 def diayn_reward(net, features, args):
-    """DIAYN-I: r_t = scale * max(log q(k | f(s_{t+1})), 10 log(1/K)); features [K, N, L, d] -> [K, N, L]."""
+    """DIAYN-I: r_t = scale [ log K + max(log q(k | f(s_{t+1})), 10 log(1/K)) ]; features [K, N, L, d] -> [K, N, L]."""
     logits = MLP((*args.hidden_sizes, args.num_policies)).apply(net, features)
     log_q = jnp.moveaxis(nn.log_softmax(logits), -1, 1)  # [K, K, N, L]
-    own = jnp.arange(args.num_policies)
-    return args.reward_scale * jnp.maximum(log_q[own, own], -10 * jnp.log(args.num_policies))
+    own, log_k = jnp.arange(args.num_policies), jnp.log(args.num_policies)
+    return args.reward_scale * (log_k + jnp.maximum(log_q[own, own], -10 * log_k))
 
 
 def diayn_loss(net, features, index, args):
@@ -333,6 +388,26 @@ def dads_reward(net, features, change, args):
     return args.reward_scale * (jnp.log(args.num_policies) - jnp.log(ratio))
 
 
+def metra_change(net, before, after, index, args):  # D14
+    """phi(s') - phi(s) [.., K] and its product with z_k [..], z_k = (K e_k - 1) / (K - 1): 1 for k, 0 in sum."""
+    phi = MLP((*args.hidden_sizes, args.num_policies))
+    change = phi.apply(net["phi"], after) - phi.apply(net["phi"], before)
+    z = (args.num_policies * jax.nn.one_hot(index, args.num_policies) - 1) / (args.num_policies - 1)
+    return change, jnp.sum(change * z, -1)
+
+
+def metra_loss(net, before, after, index, args):
+    """METRA: phi up, lambda down on  E[ (phi(s') - phi(s)) . z + lambda min(epsilon, 1 - ||phi(s') - phi(s)||^2) ].
+
+    phi learns a direction for each policy, in which a step is at most 1 long: a distance in time. before, after
+    [B, S], index [B] -> scalar
+    """
+    change, along = metra_change(net, before, after, index, args)
+    slack = jnp.minimum(args.metra_slack, 1 - jnp.sum(change**2, -1))
+    weight, stop = jnp.exp(net["log_lambda"]), jax.lax.stop_gradient
+    return -jnp.mean(along + stop(weight) * slack) + weight * stop(slack.mean())
+
+
 def fit_net(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200):
     """Adam steps on loss(net, *data) over data [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state."""
     data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), data)
@@ -348,10 +423,10 @@ def fit_net(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200
     return jax.lax.scan(step, (net, net_opt), jax.random.split(key, num_steps))[0]
 
 
-def pseudo_reward(net, net_opt, features, alive, key, args):
-    """Lines (2) to (5) of a round -> reward [K, N, L], distances [K, K], and the net of DIAYN or DADS, learnt from it.
+def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
+    """Lines (2) to (5) of a round -> reward [K, N, L], distances [K, K], and the objective's net, learnt from it.
 
-    features [K, N, L, d] of the states s_{t+1}, alive [K, N, L]: the step happened.
+    steps: Transition [K, N, L, ..]; features [K, N, L, d] of the states s_{t+1}; alive [K, N, L]: the step happened.
     """
     K, d = args.num_policies, features.shape[-1]
     if K == 1:  # there is no other
@@ -359,7 +434,7 @@ def pseudo_reward(net, net_opt, features, alive, key, args):
     key_directions, key_net = jax.random.split(key)
     directions = unit_directions(key_directions, args.num_directions, d, args.orthogonal_directions)  # D12
     points, valid = features.reshape(K, -1, d), alive.reshape(K, -1)
-    cost = pairwise_apwd(points, valid, points, valid, directions)  # D1
+    cost = pairwise_apwd(points, valid, points, valid, directions, args.plan)  # D1
     distances = cost.sum(-1) / jnp.maximum(valid.sum(-1, keepdims=True), 1)  # logged whatever the objective
 
     index = jnp.broadcast_to(jnp.arange(K)[:, None, None], alive.shape)
@@ -375,11 +450,28 @@ def pseudo_reward(net, net_opt, features, alive, key, args):
         reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
         loss = lambda net, *rows: -dads_log_prob(net, *rows, args).mean()
         net, net_opt = fit_net(net, net_opt, loss, (before, change, index), known, **fit)
+    elif args.objective == "metra":
+        rows = steps.observations, steps.next_observations, index
+        reward = args.reward_scale * metra_change(net, *rows, args)[1]
+        fit["num_steps"] = round_sizes(args, alive.shape[-1])[1]  # one for each update of a policy, as METRA
+        net, net_opt = fit_net(net, net_opt, functools.partial(metra_loss, args=args), rows, alive, **fit)
     elif args.objective == "none":
         reward = jnp.zeros(alive.shape)
     else:
-        reward = apwd_reward(cost, alive, args)
+        own = own_cost(features, alive, directions, args)
+        begin, end = args.own_between
+        weight = args.own_weight * jnp.clip((share - begin) / (end - begin), 0.0, 1.0)
+        reward = apwd_reward(cost, own, alive, weight, args)
     return reward, distances, net, net_opt
+
+
+def held(reward, alive, size, args):
+    """Line (5): the pay at a mean size of --reward-size, by a running mean of its own -> reward, that mean."""
+    if not args.reward_size:
+        return reward, size
+    now = jnp.mean(jnp.abs(reward), where=alive)
+    size = jnp.where(size == 0, now, size + 0.02 * (now - size))  # over some 50 rounds
+    return reward * (args.reward_size / jnp.maximum(size, 1e-6)), size
 
 
 # === losses ===
@@ -461,7 +553,7 @@ def wurl_update(agent, replay, key, args, observe):
 
     log_alpha, alpha_opt = agent.log_alpha, agent.alpha_opt
     if args.auto_alpha:
-        target_entropy = -float(batch.actions.shape[-1])
+        target_entropy = -float(batch.actions.shape[-1]) if args.target_entropy is None else args.target_entropy
         grad = jax.grad(wurl_alpha_loss)(log_alpha, actor_metrics["train/entropy"], target_entropy)
         step, alpha_opt = optimiser.update(grad, alpha_opt)
         log_alpha = optax.apply_updates(log_alpha, step)
@@ -569,6 +661,7 @@ def make_evaluation(args, task, rollouts):
         metrics = {
             "eval/travel": jnp.linalg.norm(travel, axis=-1).mean(1),
             "eval/direction_deg": jnp.degrees(angle) % 360,
+            "eval/displacement": travel.mean(1),
             "eval/length": alive.sum(-1).mean(1),
         }
         if args.num_policies > 1:
@@ -587,6 +680,7 @@ def make_evaluation(args, task, rollouts):
 
     def judge(*inputs):
         metrics, snapshot = jax.tree.map(np.asarray, evaluation(*inputs))
+        metrics["eval/direction_gap_deg"] = direction_gap(metrics.pop("eval/displacement"))
         exact = exact_measures(snapshot["features"], snapshot["alive"], args.cell)
         return metrics | {f"eval/{name}": x for name, x in exact.items()}, snapshot
 
@@ -597,10 +691,11 @@ def make_evaluation(args, task, rollouts):
 
 
 class WurlState(NamedTuple):
-    """All that a run needs to go on; all leaves but key, num_updates, net and net_opt have a leading policy axis."""
+    """All that a run needs to go on; agent and replay have a leading policy axis."""
 
     key: jax.Array
     num_updates: jax.Array
+    size: jax.Array  # running mean of |pseudo-reward|, for --reward-size
     agent: Agent
     replay: Ring  # of Transitions, one ring per policy
     net: Any  # discriminator or predictor (diayn, dads); empty otherwise
@@ -623,8 +718,11 @@ def init_agent(key, args, env, observe):
     return Agent(actor, critic, target, log_alpha, opt(actor), opt(critic), opt(log_alpha))
 
 
-def init_net(key, num_features, args):
-    """DIAYN-I's discriminator or DADS-I's predictor; nothing for the others."""
+def init_net(key, num_features, num_observations, args):
+    """DIAYN-I's discriminator, DADS-I's predictor, METRA's phi and lambda; nothing for the others."""
+    if args.objective == "metra":
+        phi = MLP((*args.hidden_sizes, args.num_policies)).init(key, jnp.zeros(num_observations))
+        return {"phi": phi, "log_lambda": jnp.log(jnp.float32(args.metra_lambda))}
     if args.objective == "diayn":
         return MLP((*args.hidden_sizes, args.num_policies)).init(key, jnp.zeros(num_features))
     if args.objective == "dads":
@@ -643,7 +741,7 @@ def state_sharding(args):
     """Where a WurlState lies: agents and replays on the device of their policy, the rest on all."""
     split = devices.placed(args.num_policies, args, "share")
     all_devices = devices.placed(args.num_policies, args)
-    return WurlState(all_devices, all_devices, split, split, all_devices, all_devices)
+    return WurlState(all_devices, all_devices, all_devices, split, split, all_devices, all_devices)
 
 
 def make_train(args, env, task, observe, episode_length):
@@ -666,8 +764,10 @@ def make_train(args, env, task, observe, episode_length):
         row = Transitions(obs, step.actions, jnp.float32(0), obs, jnp.float32(0))
         agent = jax.vmap(lambda key: init_agent(key, args, env, observe))(keys)
         replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(keys)
-        net = init_net(key_net, jax.eval_shape(features_of, step).shape[-1], args)
-        return WurlState(key, jnp.int32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net))
+        net = init_net(key_net, jax.eval_shape(features_of, step).shape[-1], env.observation_size, args)
+        return WurlState(
+            key, jnp.int32(0), jnp.float32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net)
+        )
 
     def rollouts(actor, keys, num_envs, random=False, restart=False):
         """Line (1) for all policies: actor [K], keys [K] -> Rollout [K, N, L, ..]."""
@@ -690,8 +790,16 @@ def make_train(args, env, task, observe, episode_length):
         steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # (1), D3
         t = steps.transition
         reward, distances, net, net_opt = pseudo_reward(
-            state.net, state.net_opt, features_of(t), steps.alive, key_reward, args
+            state.net,
+            state.net_opt,
+            t,
+            features_of(t),
+            steps.alive,
+            key_reward,
+            state.num_updates / args.num_updates,
+            args,
         )  # (2) to (5)
+        reward, size = held(reward, steps.alive, state.size, args)
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)  # (5)
         if warmup and args.warmup_zero_reward:  # D6
             mixed = jnp.zeros_like(mixed)
@@ -706,7 +814,7 @@ def make_train(args, env, task, observe, episode_length):
         if not warmup:
             count = count + updates_per_round
         metrics["train/pseudo_reward"] = reward.mean((1, 2), where=steps.alive)
-        state = WurlState(key, count, agent, replay, net, net_opt)
+        state = WurlState(key, count, size, agent, replay, net, net_opt)
         return state, (metrics, distances, steps, reward)
 
     def rounds(num, warmup):
@@ -728,10 +836,12 @@ def preset(args):
         f"--preset {args.preset}: unknown; one of {', '.join(PRESETS)}": args.preset in ("", *PRESETS),
         "--quick is a preset of its own; leave --preset out": not (args.quick and args.preset),
     })  # fmt: skip
+    own = OBJECTIVES.get(args.objective, {})
     if args.quick:
-        return "quick", POINT | QUICK
+        return "quick", POINT | QUICK | own
     world = envs.task(args.task).env
-    values = PRESETS.get(world, {}) | PRESETS.get(args.preset, {})
+    ours = {} if (world, args.objective) == ("ant", "none") else PRESETS.get(world, {})
+    values = ours | PRESETS.get(args.preset, {}) | own
     if args.div_features not in ("", values.get("div_features")):  # the scales are those of other features
         values = {k: v for k, v in values.items() if k != "feature_scales"}
     return args.preset or world, values
@@ -762,6 +872,9 @@ def check_args(args, task, episode_length):
             len(args.feature_scales) in (0, num_features) and min(args.feature_scales, default=1) > 0,
         "--eval-episodes must be at least 2: half of them are held out": args.eval_episodes >= 2,
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
+        "--own-between: two shares of the run, the first below the second": args.own_between[0] < args.own_between[1],
+        "--num-envs 1: no other episode to compare one with; add --own-weight 0 --nearest total, or --num-envs 2":
+            args.num_envs > 1 or (args.own_weight == 0 and args.nearest == "total"),
         "--num-policies 1: one policy has no neighbour; add --diversity-weight 0 --task-weight 1":
             args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
         f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":
@@ -777,10 +890,13 @@ def check_args(args, task, episode_length):
 def open_world(args):
     """Refuse bad flags -> args in whole rounds, task, env, steps of an episode."""
     runner.check(args)
-    task = envs.task(args.task)
+    task = envs.task(args.task, **runner.task_options(args.task_options))
     if task.env.startswith("brax/"):  # brax's rewards are not functions of a recorded transition
         task = dataclasses.replace(task, has_reward=False, reward=lambda t: 0.0 * t.root_positions[..., 0])
-    env = envs.make(task.env, args.backend)
+    physical = {k: v for k, v in task.options.items() if k in envs.task_options(task.env)}  # the gear
+    env = envs.make(envs.task(task.env, **physical), args.backend)
+    if task.name != task.env:  # the raw observations of the world; a task may end episodes where the world does not
+        env.task = dataclasses.replace(env.task, terminal=task.terminal)
     episode_length = args.episode_length or task.episode_length
     args = whole_rounds(args, episode_length)
     check_args(args, task, episode_length)
@@ -809,39 +925,10 @@ def append_rows(files, task, steps, pseudo_rewards):
     files.append(steps.transition, steps.terminals, steps.alive, **columns)
 
 
-def collapse(metrics, step, args):
-    """A warning if policies that are paid to differ do the same, else ""."""
-    if args.num_policies == 1 or args.random or not is_diverse(args):
-        return ""
-    w1, pairs = metrics["eval/w1"], metrics["eval/w1_same"]
-    modes = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])  # m modes shared evenly: accuracy m / K
-    if len(pairs):
-        near = ", ".join(f"{k} and {l} ({w1[k, l]:.2f})" for k, l in pairs)
-        alike = f"policies {near} are as near as two samples of one policy ({np.diag(w1).mean():.2f})"
-        return f"{alike}: mode collapse; see --div-features, --reward-scale"
-    if modes < (args.num_policies + 1) / 2 and 4 * step >= args.num_updates:  # before that they have hardly moved
-        found = f"a classifier tells {modes:.1f} of {args.num_policies} policies apart"
-        return f"{found} (mode collapse, or fewer modes); see --num-policies, --div-features, --reward-scale"
-    return ""
-
-
-def show_evaluation(step, metrics, args):
-    """Print the main numbers, and a warning if policies do the same."""
-    names = ("w1_nearest", "w1_closest", "w1_floor", "cells", "distinct_nearest", "disc_success", "task_return")
-    shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in names if f"eval/{n}" in metrics}
-    if args.num_policies > 1:
-        shown["told_apart"] = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])
-    runner.say(f"  evaluation at {step}:", *(f"{n} {v:.3f} " for n, v in shown.items()))
-    runner.say("  travel", *(f"{x:.1f}" for x in metrics["eval/travel"]))
-    warning = collapse(metrics, step, args)
-    if warning:
-        runner.say(f"  warning: {warning}")
-
-
 def log_evaluation(run, step, train, metrics, actor, files):
     """Log and print an evaluation; with --keep-policies, keep the policies that it judged."""
     run.record(step, train | metrics)
-    show_evaluation(step, metrics, run.args)
+    policies.show_evaluation(step, metrics, run.args, is_diverse(run.args) and not run.args.random)
     if run.args.keep_policies:
         about = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
         about |= {"update": step, "rows": files.rows()}
@@ -855,22 +942,6 @@ def write_policy(run, actor, name="policy.npz", **about):
     actor = run.gather(actor)
     if run.is_first:
         run.write_policy("tanh_gaussian", {"actor": actor}, name, **about)
-
-
-def write_figures(run, snapshot):
-    """trajectories.png and, of several policies, distances.png."""
-    args, task = run.args, run.task
-    names = feature_names(args, task)
-    if args.feature_scales:
-        names = [f"{scale:g} x {name}" for scale, name in zip(args.feature_scales, names, strict=True)]
-    task = dataclasses.replace(task, feature_names=tuple(names))
-    paths = [snapshot[k] for k in ("paths", "features", "alive")]
-    envs.figures.plot_paths(run.folder / "trajectories.png", task, *paths)
-    if args.num_policies > 1:
-        log = {name: plots.read(run.folder, f"eval/{name}")[None] for name in (*CURVES, "w1_floor", "w1")}
-        curves = {CURVES[name]: log[name][1] for name in CURVES}
-        steps, floor = log["w1_floor"]
-        envs.figures.plot_distances(run.folder / "distances.png", task, steps, curves, floor, log["w1"][1][-1])
 
 
 def fresh_rollouts(run, env, rollouts, actor, key):
@@ -928,7 +999,7 @@ def main(args):
         if not args.random:  # the networks of random policies never act
             write_policy(run, actor)
         if run.is_first:
-            write_figures(run, snapshot)
+            policies.write_figures(run, feature_names(args, task), snapshot)
         fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
         write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
         print(f"{run.folder}: buffers, policies, figures; {time.time() - run.began:.0f} s")

@@ -28,6 +28,7 @@ import tyro
 
 import runner
 from envs import InputError, buffers
+from runner import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 HEARD_EVERY = 60.0  # seconds between what the cells at work say, where none has ended
@@ -71,13 +72,6 @@ def write_record(cell, base, about):
     record.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": cell.command, **about, "reads": fingerprint(cell)}
     write_whole(record, json.dumps(about | {"commit": buffers.git_commit(), "versions": buffers.versions()}))
-
-
-def write_whole(path, text):
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def files_read(cell):

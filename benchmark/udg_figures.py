@@ -44,7 +44,7 @@ NAMES = {
     "top1": "top 1", "top2": "top 2 mixed", "all": "all mixed", "supervised": "supervised for 0 degrees",
     "mopo": "MOPO", "mopo-fast": "MOPO", "mopo-critics": "MOPO, 10 critics",
     "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
-    "dac": "DAC", "bc": "cloning", "apwd": "APWD", "pwd": "PWD", "diayn": "DIAYN-I", "dads": "DADS-I",
+    "dac": "DAC", "bc": "cloning", "apwd": "APWD", "pwd": "PWD", "diayn": "DIAYN-I", "dads": "DADS-I", "metra": "METRA",
     "mopo-lam0": "MOPO, lambda 0", "mopo-lam0.1": "MOPO, lambda 0.1", "mopo-lam1": "MOPO, lambda 1",
 }  # fmt: skip
 

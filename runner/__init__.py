@@ -33,14 +33,17 @@ from runner.flags import (
     launch,
     parse,
     refuse,
+    task_options,
 )
 from runner.folder import folder_of, open_task, state_files
-from runner.log import say
+from runner.log import say, with_eta, write_whole
 from runner.presets import preset
 from runner.run import DIGESTED, Run
+from runner.tables import show
 
 __all__ = [
     "DIGESTED", "Count", "Data", "Flags", "Natural", "Rate", "Run", "RunFlags", "Share", "Size", "check", "check_run",
     "each_seed", "evaluation_keys", "fill", "flat_arrays", "folder_of", "launch", "map_seeds", "open_task",
-    "over_devices", "parse", "play", "preset", "read_npz", "refuse", "returns_of", "say", "seed_keys", "state_files",
+    "over_devices", "parse", "play", "preset", "read_npz", "refuse", "returns_of", "say", "seed_keys", "show",
+    "state_files", "task_options", "with_eta", "write_whole",
 ]  # fmt: skip

@@ -124,6 +124,22 @@ def check(args):
                 raise envs.InputError(f"{flag} {x}: must be {wanted}")
 
 
+def task_options(words):
+    """Words of --task-options -> options: ("ctrl_cost=0.5", "terminate=true") -> {"ctrl_cost": 0.5, "terminate": True}.
+
+    InputError where a word is not name=number, name=true or name=false.
+    """
+    options = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            value = {"true": True, "false": False}.get(text.lower())
+            options[name] = float(text) if value is None else value
+        except ValueError:
+            raise envs.InputError(f"--task-options: '{word}' is not name=number") from None
+    return options
+
+
 def check_run(args):
     """`check`, and what a training loop asks of its flags."""
     check(args)

@@ -22,6 +22,24 @@ def say(*words):
         print(*words, flush=True)
 
 
+def with_eta(items, what):
+    """Yield the items, and say every five seconds how many are done."""
+    began = last = time.time()
+    for done, item in enumerate(items):
+        if done and time.time() - last > 5:
+            last = time.time()
+            left = time.gmtime((last - began) / done * (len(items) - done))
+            print(f"{what}: {done}/{len(items)}  ETA {time.strftime('%H:%M:%S', left)}", flush=True)
+        yield item
+
+
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def start_wandb(folder, config):
     """A new run of Weights & Biases; InputError where the package or the account is missing."""
     try:

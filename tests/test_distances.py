@@ -11,6 +11,7 @@ import pytest
 from envs import distances
 from envs.distances import (
     coverage,
+    direction_gap,
     exact_distances,
     exact_measures,
     neighbour_distances,
@@ -19,9 +20,10 @@ from envs.distances import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
+TRAILS = Path(__file__).parent / "trails"
 SINGLE = sorted(p.name for p in GOLDEN.glob("apwd_D*.npz"))
 
-pairwise_apwd = jax.jit(distances.pairwise_apwd)
+pairwise_apwd = jax.jit(distances.pairwise_apwd, static_argnames="plan")
 
 
 def golden(name):
@@ -128,6 +130,44 @@ def test_a_planted_duplicate_is_found_and_named():
     np.testing.assert_allclose(found["w1_nearest"] - found["w1_floor"], found["w1_margin"])
 
 
+def test_a_duplicate_among_recorded_ants_is_named():
+    """Positions of ten trained ants, 20 episodes each, every fourth step (`wurl_sac.py`, seed 0): nobody is like
+    another until half of the episodes of one are given to a second."""
+    with np.load(TRAILS / "ant.npz") as file:
+        points = file["xy"].astype(np.float32)
+    mask = np.ones(points.shape[:3], bool)
+    assert same_pairs(exact_distances(points, mask)).tolist() == []
+    for k in (0, 4, 9):
+        four = points[[k, (k + 2) % 10, (k + 5) % 10, (k + 7) % 10], ::2].copy()
+        four[2] = points[k, 1::2]
+        assert [0, 2] in same_pairs(exact_distances(four, mask[:4, ::2])).tolist()
+
+
+def test_direction_gap():
+    ways = np.array([[3.0, 0.0], [0.0, 2.0], [-4.0, 0.0], [0.1, -0.5]])  # the last has no direction
+    np.testing.assert_allclose(direction_gap(ways), 180.0)
+    np.testing.assert_allclose(direction_gap(np.vstack([ways, [0.0, -3.0]])), 90.0)
+    assert direction_gap(ways[:1]) == 360.0
+
+
+def test_cheapest_plan_is_the_best_of_the_directions():
+    """By plans along one direction each; hidden rows apart, and for equal sizes. It lies between W1 and their mean."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.float32(rng.normal(size=(2, 12, 2))), jnp.float32(rng.normal(size=(3, 12, 2)) + 1)
+    v = unit_directions(jax.random.key(0), 3, 2)
+    for num in (12, 9):
+        masks = [jnp.broadcast_to(jnp.arange(12) < n, (k, 12)) for k, n in ((2, num), (3, 12))]
+        cost = lambda v, **kind: np.asarray(pairwise_apwd(x, masks[0], y, masks[1], v, **kind))  # noqa: B023
+        alone = np.stack([cost(v[m : m + 1]) for m in range(3)])  # [M, K, J, n]
+        best = alone.sum(-1).argmin(0)
+        cheapest = cost(v, plan="cheapest")
+        np.testing.assert_allclose(cheapest, np.take_along_axis(alone, best[None, ..., None], 0)[0], atol=1e-5)
+        assert len(np.unique(best)) > 1 and (cheapest.sum(-1) < cost(v).sum(-1)).all()
+        if num == 12:
+            exact = np.array([[distances.wasserstein(a, b) for b in y] for a in x])
+            assert (cheapest.mean(-1) >= exact - 1e-5).all()
+
+
 def test_coverage_counts_cells_once():
     points = np.array([[[[0.1, 0.1], [0.9, 0.2], [1.1, 0.0]]], [[[0.5, 0.5], [-0.1, 0.0], [9.0, 9.0]]]])
     together, each = coverage(points, np.array([[[True] * 3], [[True, True, False]]]), 1.0)
@@ -141,3 +181,40 @@ def test_neighbour_distances():
     assert float(m["min_w"]) == 2.0 and float(m["smallest_w"]) == 1.0
     np.testing.assert_allclose(m["pair_mean_w"], 20 / 6, rtol=1e-6)
     assert int(m["distinct_nearest"]) == 2 and neighbour_distances(matrix[:1, :1]) == {}
+
+
+def grid_of_mixtures(samples, target, parts):
+    """W1 to the target of every mixture in parts of 1 / `parts`, by copies of points: {weights: W1}."""
+    n, found = len(samples[0]), {}
+    for counts in itertools.product(range(parts + 1), repeat=len(samples)):
+        if sum(counts) == parts:
+            mixed = np.concatenate([np.repeat(x, count, axis=0) for x, count in zip(samples, counts, strict=True)])
+            found[counts] = distances.wasserstein(mixed, np.repeat(target, parts * n // len(target), axis=0))
+    return found
+
+
+@pytest.mark.parametrize("num, parts", [(2, 12), (3, 6)])
+def test_the_nearest_mixture_against_a_grid_of_weights(num, parts):
+    rng = np.random.default_rng(num)
+    for _ in range(3):
+        samples, target = rng.normal(size=(num, 4, 2)) + 2 * rng.normal(size=(num, 1, 2)), rng.normal(size=(4, 2))
+        weights, found = distances.mixture_weights(samples, target)
+        grid = grid_of_mixtures(samples, target, parts)
+        best = min(grid.values())
+        assert weights.shape == (num,) and weights.sum() == pytest.approx(1) and weights.min() >= 0
+        assert best - 0.15 < found <= best + 1e-9
+        near = [counts for counts in grid if np.abs(weights - np.divide(counts, parts)).max() < 0.5 / parts + 1e-9]
+        for counts in near:  # the weights, and not only their W1
+            assert grid[counts] < found + 0.5
+
+
+def test_a_mixture_is_found_again():
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(3, 12, 3)) + np.array([0, 5, 20])[:, None, None]
+    target = np.concatenate([samples[0, :3], samples[1, :9]]) + [0.01, 0, 0]
+    weights, found = distances.mixture_weights(samples, target)
+    np.testing.assert_allclose(weights, [0.25, 0.75, 0], atol=0.02)
+    assert found < 2.0
+    own, nothing = distances.mixture_weights(samples, samples[2] + [0.0, 0.3, 0.4])
+    np.testing.assert_allclose(own, [0, 0, 1], atol=1e-9)
+    assert nothing == pytest.approx(0.5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import envs
 import runner
 import wurl_sac as W
 from envs.distances import pairwise_apwd, same_pairs, unit_directions
+from runner import policies
 from tests.oracles import common
 from tests.oracles.common import leaves_close, mlp, of_seed, size_of
 
@@ -42,7 +44,7 @@ def apwd_reward(source, alive, target, target_alive, directions, args):
     """Lines (2) to (5): features [K, N, L, d] of source and target -> pseudo-reward, distances [K, K]."""
     points = lambda x: x.reshape(len(x), -1, *x.shape[3:])
     cost = pairwise_apwd(*map(points, (source, alive, target, target_alive)), directions)
-    return W.apwd_reward(cost, alive, args), cost.sum(-1) / alive.sum((1, 2))[:, None]
+    return W.apwd_reward(cost, jnp.zeros(alive.shape), alive, 0.0, args), cost.sum(-1) / alive.sum((1, 2))[:, None]
 
 
 critic_loss = jax.jit(W.wurl_critic_loss, static_argnames="args")
@@ -109,19 +111,60 @@ def test_nearest_is_chosen_for_each_episode():
     np.testing.assert_allclose(reward[0, 1], 2.0, atol=0.02)
 
 
-# --- baselines' rewards ---
+def test_own_cost_is_that_of_the_other_episodes_of_a_policy():
+    """Against plans of one episode and another, one pair after the other; an episode that ended early among them."""
+    features, v = jax.random.normal(jax.random.key(0), (2, 3, 6, 2)), unit_directions(jax.random.key(1), 4, 2)
+    alive = jnp.ones((2, 3, 6), bool).at[1, 2, 4:].set(False)
+    for plan in ("mean", "cheapest"):
+        found = W.own_cost(features, alive, v, tiny(own_weight=1.0, plan=plan))
+        for k, e in itertools.product(range(2), range(3)):
+            one = lambda e: (features[k, e][None], alive[k, e][None])  # noqa: B023
+            others = [pairwise_apwd(*one(e), *one(o), v, plan)[0, 0] for o in range(3) if o != e]
+            np.testing.assert_allclose(found[k, e], np.mean(others, 0), atol=1e-5)
+    assert not W.own_cost(features, alive, v, tiny()).any()
+    assert not W.own_cost(features[:, :1], alive[:, :1], v, tiny(own_weight=1.0)).any()
+
+
+def test_what_a_policy_costs_itself_is_taken_off_its_pay_and_off_the_distance_to_it():
+    cost, alive = jnp.array([[0.0, 5, 6], [5, 0, 9], [6, 9, 0]]), jnp.ones((3, 1, 1), bool)
+    own = jnp.array([1.0, 2, 8])[:, None, None]
+    pay = lambda weight, **flags: W.apwd_reward(cost[..., None], own, alive, weight, tiny(**flags))[:, 0, 0].tolist()
+    assert pay(0.0) == [5, 5, 6]
+    assert pay(0.5) == [4.5, 4, 2]
+    assert pay(0.0, nearest="debiased") == [6, 5, 6]  # from 0 it is 5 - 2 / 2 to the narrow 1, 6 - 8 / 2 to the wide 2
+
+
+def test_own_weight_grows_over_the_run_and_pay_is_held_at_a_size():
+    features = jax.random.normal(jax.random.key(0), (3, 2, 8, 2))
+    alive, key = jnp.ones((3, 2, 8), bool), jax.random.key(1)
+    args = tiny(own_weight=0.8)
+    reward = jax.jit(lambda share: W.pseudo_reward({}, (), None, features, alive, key, share, args)[0])
+    own = W.own_cost(features, alive, unit_directions(jax.random.split(key)[0], 8, 2), args)
+    for share, weight in ((0.3, 0.0), (0.6, 0.4), (0.9, 0.8)):
+        np.testing.assert_allclose(reward(share), reward(0.0) - weight * own, atol=1e-5)
+
+    size, args, begun = jnp.float32(0), tiny(reward_size=2.0), reward(0.0)
+    for _ in range(200):
+        paid, size = W.held(begun, alive, size, args)
+    np.testing.assert_allclose(jnp.abs(paid).mean(), 2.0, rtol=1e-5)
+    assert np.abs(W.held(10 * begun, alive, size, args)[0]).mean() > 15  # a leap is not hidden from the policies
+    assert W.held(paid, alive, size, tiny())[0] is paid
+
+
+# --- other objectives ---
 
 
 def test_diayn_and_dads_rewards_against_numpy():
     args = tiny(objective="diayn", reward_scale=2.0)
     K, (features, change) = 3, jax.random.normal(jax.random.key(0), (2, 3, 2, 5, 2))
-    net = W.init_net(jax.random.key(1), 2, args)
+    net = W.init_net(jax.random.key(1), 2, 4, args)
     logits = mlp(net["params"], features)
     log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     own = np.moveaxis(np.diagonal(log_q, axis1=0, axis2=-1), -1, 0)
-    np.testing.assert_allclose(W.diayn_reward(net, features, args), 2 * np.maximum(own, -10 * np.log(K)), atol=1e-5)
+    expected = 2 * (np.log(K) + np.maximum(own, -10 * np.log(K)))  # above 0 for better than chance: living is no loss
+    np.testing.assert_allclose(W.diayn_reward(net, features, args), expected, atol=1e-5)
 
-    net = W.init_net(jax.random.key(1), 2, tiny(objective="dads"))
+    net = W.init_net(jax.random.key(1), 2, 4, tiny(objective="dads"))
     reward = np.asarray(W.dads_reward(net, features, change, args))
     for k in range(K):
         means = [mlp(net["params"], np.concatenate([features[k, 1, 3], row])) for row in np.eye(K)]
@@ -130,7 +173,42 @@ def test_diayn_and_dads_rewards_against_numpy():
         np.testing.assert_allclose(reward[k, 1, 3], 2 * (np.log(K) - np.log(1 + ratio)), atol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["diayn", "dads"])
+def test_metra_reward_and_loss_against_numpy():
+    args, K = tiny(objective="metra", num_policies=3, metra_lambda=5.0), 3
+    net = W.init_net(jax.random.key(1), 2, 4, args)
+    before, after = jax.random.normal(jax.random.key(0), (2, 7, 4))
+    index = np.arange(7) % K
+    phi = lambda x: mlp(net["phi"]["params"], x)
+    change = phi(after) - phi(before)
+    z = np.array([[1, -0.5, -0.5], [-0.5, 1, -0.5], [-0.5, -0.5, 1]])[index]
+    found, along = W.metra_change(net, before, after, index, args)
+    np.testing.assert_allclose(found, change, atol=1e-5)
+    np.testing.assert_allclose(along, (change * z).sum(-1), atol=1e-5)
+    slack = np.minimum(1e-3, 1 - (change**2).sum(-1))
+    assert (slack < 0).any()
+    np.testing.assert_allclose(W.metra_loss(net, before, after, index, args), -along.mean(), atol=1e-5)
+    # gradients: of phi against -(along + lambda slack), of log lambda lambda slack: it grows while steps are too long
+    grads = jax.grad(W.metra_loss)(net, before, after, index, args)
+    np.testing.assert_allclose(grads["log_lambda"], 5.0 * slack.mean(), rtol=1e-4)
+
+    def objective(params):
+        change, along = W.metra_change({"phi": params}, before, after, index, args)
+        return -jnp.mean(along + 5.0 * jnp.minimum(1e-3, 1 - (change**2).sum(-1)))
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4), grads["phi"], jax.grad(objective)(net["phi"])
+    )
+
+
+@pytest.mark.learning
+def test_metra_spreads_on_the_point_robot(tmp_path, optimised):
+    """It is told of no feature, and leaves its start in ways that are apart: untrained policies are 0.2 m apart."""
+    flags = W.POINT | W.QUICK | W.OBJECTIVES["metra"] | dict(num_policies=3, num_updates=1_000)
+    found = W.main(W.Args(**flags, objective="metra", out=str(tmp_path)))
+    assert found["eval/w1_margin"] > 1.0 and found["eval/w1_same"].tolist() == [], found
+
+
+@pytest.mark.parametrize("objective", ["diayn", "dads", "metra"])
 def test_other_objectives_learn_their_network(objective):
     args, env, task = tiny(objective=objective), envs.make("point"), envs.task("point")
     init, warmup, train_chunk, _ = W.make_train(args, env, task, same, 100)
@@ -140,14 +218,18 @@ def test_other_objectives_learn_their_network(objective):
 
     rng = np.random.default_rng(0)
     features = jnp.cumsum(jnp.float32(rng.normal(size=(3, 1, 100, 2))), 2)
-    net = W.init_net(jax.random.key(0), 2, args)
+    net = W.init_net(jax.random.key(0), 2, 4, args)
     like = jax.tree.map(lambda x: x.shape, net)
     assert jax.tree.map(lambda x: x.shape, begun.net) == like and steps.alive.shape[-3:] == features.shape[:3]
     learn = jax.jit(functools.partial(W.pseudo_reward, args=args))
     opt = W.optax.adam(args.discriminator_lr).init(net)
-    reward, _, after, _ = learn(net, opt, features, jnp.ones((3, 1, 100), bool), jax.random.key(1))
-    again, *_ = learn(after, opt, features, jnp.ones((3, 1, 100), bool), jax.random.key(1))
-    assert all(size_of(x) > 0 for x in jax.tree.leaves(jax.tree.map(jnp.subtract, after, net)))
+    walked = jnp.concatenate([features, features], -1)  # the observations of the point robot are 4 numbers
+    rows = envs.Transition(walked, None, walked + 0.1 * jnp.arange(3.0)[:, None, None, None], None, None)
+    inputs = rows, features, jnp.ones((3, 1, 100), bool), jax.random.key(1), 0.0
+    reward, _, after, _ = learn(net, opt, *inputs)
+    again, *_ = learn(after, opt, *inputs)
+    still = [size_of(x) == 0 for x in jax.tree.leaves(jax.tree.map(jnp.subtract, after, net))]
+    assert sum(still) == (objective == "metra")  # the last bias of phi falls out of phi(s') - phi(s)
     assert np.isfinite(reward).all() and again.mean() > reward.mean()  # it tells the policies apart better than before
 
 
@@ -345,12 +427,12 @@ def test_rows_and_records_of_a_run_killed_in_two_evaluations(run, tmp_path, monk
     args = tiny(out=str(tmp_path / "cut"))
     for at in (20, 40):
 
-        def cut(step, metrics, args, at=at):
+        def cut(step, metrics, args, warn, at=at):
             if step == at:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(W, "show_evaluation", cut)
+            patched.setattr(W.policies, "show_evaluation", cut)
             W.main(dataclasses.replace(args, resume=at > 20))
     W.main(dataclasses.replace(args, resume=True))
     for k in range(args.num_policies):
@@ -392,12 +474,12 @@ def test_feature_scales():
 
 @pytest.mark.parametrize(
     "flags, wanted",
-    [  # rounds of 2 x 200 x 0.25 = 100, 3 x 100 and 200 updates
-        ("--task ant", (100, 4_000, 36_000)),
+    [  # rounds of 4 x 200 x 0.25 = 200, 3 x 100 and 200 updates
+        ("--task ant", (200, 4_000, 36_000)),
         ("--task point --num-envs 3", (600, 1_200, 30_000)),
-        ("--task point --num-envs 2", (400, 1_600, 30_000)),  # 2 is also the default of the ant
+        ("--task point --num-envs 2", (400, 1_600, 30_000)),  # 2 is also the default
         ("--quick --num-envs 2 --chunk 50", (200, 1_600, 6_000)),
-        ("--task ant --num-updates 130 --eval-every 1", (100, 100, 100)),
+        ("--task ant --num-updates 130 --eval-every 1", (200, 200, 200)),
     ],
 )
 def test_budgets_are_rounded_to_whole_rounds(flags, wanted):
@@ -421,6 +503,22 @@ def test_presets_fit_every_world(world):
         W.check_args(args, task, args.episode_length or task.episode_length)
 
 
+def test_ours_for_the_ant_leaves_the_paper_and_supervised_data_alone():
+    parse = lambda flags: runner.parse(W.Args, ["--task", "ant-angle-0", *flags.split()], W.preset)
+    ours, plain = parse(""), W.Args()
+    assert ours.auto_alpha and ours.reward_size == 1 and parse("--no-auto-alpha").auto_alpha is False
+    for flags in ("--preset paper", "--objective none --task-weight 1"):
+        args = parse(flags)
+        assert all(getattr(args, key) == getattr(plain, key) for key in W.APWD), flags
+    assert set(W.PRESETS["ant"]) <= set(W.PRESETS["paper"])
+    found = {name: parse(f"--objective {name}").reward_scale for name in ("apwd", "diayn", "dads", "metra")}
+    assert found == {"apwd": 8.0, "diayn": 1.0, "dads": 1.0, "metra": 1.0}
+    assert parse("--objective diayn --reward-scale 3").reward_scale == 3.0
+    for flags, told in (("--num-envs 1", "--own-weight 0"), ("--own-between 0.5 0.5", "the first below the second")):
+        with pytest.raises(envs.InputError, match=told):
+            W.open_world(parse(flags))
+
+
 def test_discriminator_success():
     """Near 1 where policies are apart; where they are not, rows learnt by heart tell nobody apart (chance: 1/4)."""
     args, (K, E, L, d) = tiny(hidden_sizes=(64, 64)), (4, 2, 20, 45)
@@ -440,9 +538,10 @@ def test_discriminator_success():
         (10, 3.0, 0.95, 3000, ""),
         (10, 1.6, 0.95, 3000, ""),
         (10, 1.4, 0.95, 3000, r"policies 0 and 1 (1.40) are as near as two samples of one policy (1.00)"),
-        (10, 0.9, 0.2, 100, "0 and 1 (0.90) are as near"),
+        (10, 0.9, 0.2, 100, ""),  # the first quarter: they have hardly moved
+        (10, 0.9, 0.2, 800, "0 and 1 (0.90) are as near"),
         (20, 3.0, 0.39, 3000, "tells 7.8 of 20 policies apart"),  # as in the maze of docs/udg.md
-        (20, 3.0, 0.39, 700, ""),  # the first quarter
+        (20, 3.0, 0.39, 700, ""),
         (20, 3.0, 0.39, 750, "tells 7.8 of 20"),
         (2, 3.0, 0.52, 3000, "tells 1.0 of 2"),  # chance
         (2, 3.0, 0.8, 3000, ""),
@@ -453,13 +552,13 @@ def test_warning_of_a_collapse(K, closest, accuracy, step, told, capsys):
     w1[0, 1] = w1[1, 0] = closest
     names = {"w1": w1, "w1_same": same_pairs(w1), "disc_accuracy_held_out": accuracy, "travel": [1.0]}
     metrics, args = {f"eval/{k}": v for k, v in names.items()}, tiny(num_policies=K, num_updates=3000)
-    text = W.collapse(metrics, step, args)
+    text = policies.collapse(metrics, step, args)
     assert told in text and bool(told) == bool(text)
-    W.show_evaluation(step, metrics, args)
-    said = capsys.readouterr().out
-    assert ("warning: " in said) == bool(told) and f"told_apart {K * accuracy:.3f}" in said
-    for alike in (dict(num_policies=K, objective="none"), dict(num_policies=1)):  # they are not asked to differ
-        assert W.collapse(metrics, step, tiny(**alike)) == ""
+    for warn in (True, False):  # False: they are not asked to differ
+        policies.show_evaluation(step, metrics, args, warn)
+        said = capsys.readouterr().out
+        assert ("warning: " in said) == bool(told and warn) and f"told_apart {K * accuracy:.3f}" in said
+    assert policies.collapse(metrics, step, tiny(num_policies=1)) == ""
 
 
 def test_supervised_data(tmp_path):
@@ -514,3 +613,22 @@ def test_policies_shared_by_devices_learn_the_same():
     command = [sys.executable, "-c", SHARDED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout.endswith("equal\n"), done.stderr
+
+
+def test_options_of_a_task_change_the_world_are_recorded_and_known_to_the_selection(tmp_path):
+    words = ("gear=150", "survive_bonus=1", "terminate=true")
+    _, task, env, _ = W.open_world(tiny(task="ant-angle-0", task_options=words, hidden_sizes=(16, 16)))
+    assert (task.options["gear"], task.options["survive_bonus"], task.options["ctrl_cost"]) == (150, 1, 0.5)
+    np.testing.assert_array_equal(env.model.actuator_gear[:, 0], 150)
+    assert env.observation_size == 29  # the world's
+    fallen = envs.Transition(*(jnp.zeros((1, n)) for n in (29, 8, 29, 2, 2)))
+    assert bool(env.task.terminal(fallen)[0]) and not bool(envs.make("ant").task.terminal(fallen).any())
+    for wrong, told in ((("mass=2",), "has no option mass"), (("gear",), "'gear' is not name=number")):
+        with pytest.raises(envs.InputError, match=told):
+            W.open_world(tiny(task="ant-angle-0", task_options=wrong))
+
+    W.main(tiny(task="point-goal-0", task_options=("threshold=2",), task_weight=1.0, out=str(tmp_path / "run")))
+    buffer = envs.buffers.load(tmp_path / "run" / "buffers" / "policy_00.npz", quiet=True)
+    assert buffer.metadata["task_options"] == {"angle_deg": 0, "threshold": 2.0}
+    x = buffer["next_observations"][:, 0]
+    np.testing.assert_array_equal(buffer["rewards"], (x > 2).astype(np.float32))

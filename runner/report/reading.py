@@ -127,7 +127,9 @@ def guess(args):
     own = dict(num_policies="wurl_sac", rollout_freq="mopo", flow_updates="cped", student="qdq", q_target="dac")
     script = next((name for flag, name in own.items() if flag in args), "unknown script")
     dataset = Path(str(args.get("dataset", "")))
-    selected = re.match(r"(all|top\d+)(-|$)", dataset.stem)  # a file of udg_select.py lies in its task's folder
+    selected = re.match(
+        r"(all|transport|(top|episodes|rows)\d+)(-|$)", dataset.stem
+    )  # a file of udg_select.py lies in its task's folder
     return script, str(args.get("task") or (dataset.parent.name if selected else dataset.stem) or "unknown task")
 
 
