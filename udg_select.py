@@ -9,14 +9,19 @@ Idea       The gap between what a model-based offline learner reaches and the op
 
 Algorithm  for K buffers of one world and every task:
   (1) relabel:  r = task.reward(s, a, s') for all transitions, s -> task.observe(s)
-  (2) score:    J_k = mean over the complete episodes of buffer k of  sum_t r_t
-  (3) rank:     k_1 .. k_K by J_k, highest first
-  (4) mix:      top-n = buffers k_1 .. k_n, in full or cut to --size by whole episodes
+  (2) score:    J_k = 1/E sum_e w_e sum_t r_t over the complete episodes e of buffer k, of E begun;
+                w_e = 1, but where episodes were cut the inverse of the chance not to be (D7)
+  (3) rank:     k_1 .. k_K by J_k, or by --score, highest first
+  (4) choose:   top-n = buffers k_1 .. k_n, in full or cut to --size by whole episodes; or the best
+                episodes of all buffers; or all buffers in the shares w that bring the mixture nearest
+                to the expert's data:  min over w of W1(sum_k w_k rho_k, rho*)   (bound for mixtures)
   (5) measure:  W1(i, j) between features of buffers i and j, and W1(k, reference) if given, on n
-                points each: min over permutations p of  1/n sum_i ||x_i - y_p(i)||   (exact)
+                points each: min over permutations p of  1/n sum_i ||x_i - y_p(i)||   (exact);
+                entropy of actions, coverage, variety, drift, W1 to random and to the best episodes
 
 Symbols    K buffers | N transitions of a buffer | E its episodes | J_k score | n points of W1
            rewards r [N] | returns sum_t r_t [E] | features f(s') [n, d], task.feature
+           rho_k distribution of (s, a) in buffer k, rho* in the expert's data | w weights
 
 Deviations
   D1  paper: does not say whether a buffer is the whole replay or what its first random steps
@@ -34,37 +39,45 @@ Deviations
       goal begins a new episode, which counts as data and not in (2).
   D6  a maze's reward needs goals: data that knows none (OGBench) gets one for each trajectory, drawn
       as the environment draws it at a reset.
+  D7  where an episode that ends is followed by another one, and a round's end cuts the last (wurl_sac.py
+      without diversity), long episodes are the ones that are cut: the plain mean of the complete ones is
+      too low. Each complete one stands for those cut before it (envs/buffers/measures.py).
+  D8  paper: rho* of the bound for mixtures is unknown; here: the best --proxy of all episodes stand in for
+      it, or --reference, and the shares that minimise W1 to it are a linear program on samples.
 
 Files      reads buffers (docs/buffer.md, layout "env", or "task" where the task hides nothing);
            writes <out>/<task>/: top1.npz, ... (layout "task"), scores.json, returns.png,
-           coverage.png, distances.png; <out>/heatmap.png
+           coverage.png, measures.png, distances.png; <out>/heatmap.png
 Run        python udg_select.py --quick                                (scripted buffers, seconds)
            python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60
            python udg_select.py --buffers 'a/*.npz' --task ant-angle-0 ant-angle-60 --top 1 2 all
+           python udg_select.py --buffers runs/wurl_sac/ant/seed0 --task ant-angle-60 --size 50000
+               --top 1 2 all transport --top-rows 50000                   (all selections, at equal size)
 Expect     see docs/udg_select.md
 """
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 import tyro
 
 import envs
 import envs.buffers
 import runner
-from envs.buffers import convert, figures, scripted
-from envs.buffers.raw import CHECKED, buffer_paths, gear, map_buffer, short_names, trajectories, with_goals
-from envs.distances import wasserstein
+from envs.buffers import figures, measures, raw, scripted
+from envs.buffers.convert.common import file_sha256
+from envs.buffers.measures import episode_weights, return_statistics
+from envs.buffers.raw import CHECKED, buffer_paths, end_by_task, gear, map_buffer, short_names, trajectories, with_goals
+from envs.distances import mixture_weights, wasserstein
 
 Words = tuple[tuple[str, ...], ...]  # `--flag a b --flag c` on the command line
 
@@ -81,17 +94,27 @@ class Args:
     reference: str = ""
     """a buffer of the same world, made by an expert of the task: its W1 to every buffer is shown"""
     # --- selection ---
+    score: Literal["mean", "recent", "top-decile", "per-step"] = "mean"
+    """what ranks the buffers: mean return (paper), that of the newest tenth of the rows, that of the best tenth of the
+    episodes, or reward per step"""
     top: tuple[str, ...] = ("1",)
-    """what to write: numbers n (the n best, mixed) and 'all' (paper: 1, 2 and all)"""
+    """what to write: numbers n (the n best, mixed), 'all' (paper: 1, 2 and all), and 'transport' (all, in the shares
+    that bring the mixture nearest to the expert's data, D8)"""
+    top_episodes: runner.Natural = 0
+    """N: also write the N best complete episodes of all buffers; 0: no"""
+    top_rows: runner.Natural = 0
+    """N: also write the best complete episodes of all buffers, as many as fit into N transitions; 0: no"""
     size: runner.Natural = 0
-    """transitions in each written file, by whole episodes in equal shares; 0: all (D2)"""
+    """transitions in each file of --top, by whole episodes in equal shares; 0: all (D2)"""
+    proxy: runner.Share = 0.01
+    """share of all episodes, the best, that stands in for the expert's data; ten episodes at least (ours, D8)"""
     exclude_warmup: bool = False
     """leave the random warm-up episodes out of score and data (D1)"""
     seed: runner.Natural = 0
     """seed of the subsamples"""
     # --- distances and output ---
     w1_points: runner.Natural = 500
-    """n: points per buffer in a W1; 0: no distances. Cost grows as K^2 n^3"""
+    """n: points per buffer in a W1; 0: no distances and no measures. Cost grows as K^2 n^3"""
     out: str = ""
     """folder to write below; empty: runs/udg_select"""
     overwrite: bool = False
@@ -102,7 +125,6 @@ class Args:
 
 # === data ===
 
-BLOCK = 1 << 18  # rows that are relabelled at a time
 WRITTEN = (*CHECKED, "observations", "next_observations", "terminals", "timeouts")
 CARRIED = ("goals", "action_log_probs")  # optional columns that are written on where all have them
 
@@ -148,19 +170,6 @@ def open_reference(word, sources):
     return buffer
 
 
-def parse_options(words):
-    """('ctrl_cost=0.5', 'terminate=true') -> {'ctrl_cost': 0.5, 'terminate': True}."""
-    options = {}
-    for word in words:
-        name, _, text = word.partition("=")
-        try:
-            value = {"true": True, "false": False}.get(text.lower())
-            options[name] = float(text) if value is None else value
-        except ValueError:
-            raise envs.InputError(f"--task-options: '{word}' is not name=number") from None
-    return options
-
-
 def open_task(name, options, sources):
     """Return the task, with the physical options (gear) that the buffers were recorded with."""
     metadata = sources[0].buffer.metadata
@@ -195,15 +204,9 @@ def open_task(name, options, sources):
 # === relabel ===
 
 
-def transitions(buffer, rows):
-    """Raw Transition of some rows (a slice or indices)."""
-    names = (name for name in envs.Transition._fields if name in buffer.arrays)
-    return envs.Transition(**{name: buffer.arrays[name][rows] for name in names})
-
-
 def relabel(buffer, task):
     """(1) r = task.reward(s, a, s') -> (N,) float32, in blocks of rows."""
-    rewards = in_blocks(task.reward, buffer, np.float32)
+    rewards = raw.in_blocks(task.reward, buffer, np.float32)
     if not np.isfinite(rewards).all():
         row = int(np.argmin(np.isfinite(rewards)))
         raise envs.InputError(
@@ -211,40 +214,6 @@ def relabel(buffer, task):
             "Remedy: find where its observations were recorded"
         )
     return rewards
-
-
-def in_blocks(function, buffer, dtype):
-    """A function of a Transition over all rows, BLOCK at a time -> (N,)."""
-    found = np.empty(len(buffer), dtype)
-    for start in range(0, len(buffer), BLOCK):
-        rows = slice(start, start + BLOCK)
-        found[rows] = function(transitions(buffer, rows))
-    return found
-
-
-def end_by_task(buffer, task):
-    """The buffer with episodes that end where the task ends: as recorded, but in mazes."""
-    reached, recorded = in_blocks(task.terminal, buffer, bool), buffer["terminals"]
-    if not (reached != recorded).any():
-        return buffer
-    broken = np.zeros(len(buffer), bool)
-    broken[convert.runs(buffer.arrays) - 1] = True  # the data does not go on: cut, or reset
-    terminals = recorded | reached
-    if "goals" in buffer.arrays:  # D5
-        terminals = reached | recorded & broken
-    elif (missed := terminals & ~recorded & ~broken).any():
-        raise envs.InputError(
-            f"{buffer.path}: terminals: '{task.name}' ends an episode in {missed.sum()} rows where "
-            "the data goes on. Remedy: collect in the task's world, or without termination"
-        )
-    ends = np.flatnonzero(terminals | broken) + 1
-    changed = {
-        "terminals": terminals,
-        "timeouts": broken & ~terminals,
-        "episode_ends": ends,
-        "episode_lengths": np.diff(ends, prepend=0).astype(np.int32),
-    }
-    return dataclasses.replace(buffer, arrays={**buffer.arrays, **changed})
 
 
 # === score ===
@@ -256,42 +225,76 @@ def warmup_episodes(buffer):
     return starts < (buffer.metadata["warmup_transitions"] or 0)
 
 
+def kept_parts(buffers, args):
+    """Each buffer with the indices of its episodes, without the warm-up where that is left out (D1)."""
+    parts = [(buffer, np.flatnonzero(~(warmup_episodes(buffer) & args.exclude_warmup))) for buffer in buffers]
+    for buffer, keep in parts:
+        if not len(keep):
+            raise envs.InputError(f"{buffer.path}: holds nothing but warm-up episodes. Remedy: omit --exclude-warmup")
+    return parts
+
+
 def warmup_rows(buffer, keep):
     """Number of warm-up rows among the episodes `keep`."""
     return int(buffer["episode_lengths"][keep][warmup_episodes(buffer)[keep]].sum())
 
 
-def score_buffer(rewards, buffer, exclude_warmup):
-    """(2) J = mean return of the complete episodes, and what helps to judge it.
+class Episodes(NamedTuple):
+    """The E episodes of a buffer under a task."""
 
-    rewards (N,) -> dict: score (what is ranked), score_all, score_trained (without the warm-up
-    episodes; None where nothing else is left), std, top_decile (mean of the best tenth of the
-    episodes), per_step, episodes, returns (list of those episodes).
-    An episode is complete when it terminated or reached the full length; where none did, all count.
-    All of an import count too, which may lack last rows and has no piece that a run's end cut off.
+    returns: np.ndarray  # (E,) float64: sum of the rewards, as far as the episode goes
+    lengths: np.ndarray  # (E,) steps
+    complete: np.ndarray  # (E,) bool: it terminated or reached the full length; the others were cut
+    begun: np.ndarray  # (E,) bool: it began at a reset
+    warmup: np.ndarray  # (E,) bool: it is of the warm-up
+    tenth: np.ndarray  # (E,) 0 to 9: the tenth of the rows in which it began
+    counts: np.ndarray  # (E,) bool: begun, and no warm-up where that is left out
+
+    def statistics(self, mask):
+        """measures.return_statistics of the episodes of a mask (E,); None of none."""
+        return return_statistics(self.returns[mask], self.lengths[mask], self.complete[mask]) if mask.any() else None
+
+
+def judge_episodes(rewards, buffer, exclude_warmup):
+    """(2) rewards (N,) -> Episodes.
+
+    Where none that counts is complete, all are. So are all of an imported file: no run's end cut anything off there.
     """
-    ends, lengths = buffer["episode_ends"], buffer["episode_lengths"]
-    returns = np.add.reduceat(rewards.astype(np.float64), ends - lengths)
-    complete = buffer["terminals"][ends - 1] | (lengths >= buffer.metadata["episode_length"])
-    if not complete.any() or buffer.metadata["layout"] == "task":
-        complete = np.ones(len(ends), bool)
-    complete &= np.diff(trajectories(buffer), prepend=-1) > 0  # D5: not what follows on a terminal
-    trained = complete & ~warmup_episodes(buffer)
-    if exclude_warmup and not trained.any():
+    ends, lengths, warmup = buffer["episode_ends"], buffer["episode_lengths"], warmup_episodes(buffer)
+    begun = np.diff(trajectories(buffer), prepend=-1) > 0  # D5: not what follows on a terminal
+    counts = begun & ~(warmup & exclude_warmup)  # D1
+    if not counts.any():
         raise envs.InputError(f"{buffer.path}: holds nothing but warm-up episodes. Remedy: omit --exclude-warmup")
-    used = trained if exclude_warmup else complete  # D1
-    best = np.sort(returns[used])[::-1][: max(1, int(used.sum()) // 10)]
-    score_all = float(returns[complete].mean())
-    score_trained = float(returns[trained].mean()) if trained.any() else None
+    complete = buffer["terminals"][ends - 1] | (lengths >= buffer.metadata["episode_length"])
+    if not complete[counts].any() or buffer.metadata["layout"] == "task":
+        complete = np.ones(len(ends), bool)
+    returns = np.add.reduceat(rewards.astype(np.float64), ends - lengths)
+    return Episodes(returns, lengths, complete, begun, warmup, (ends - lengths) * 10 // len(buffer), counts)
+
+
+def score_buffer(episodes, by="mean"):
+    """(2) J = mean return of the episodes, and what helps to judge it.
+
+    Episodes -> dict: score (what is ranked), mean, std, top_decile, per_step (measures.return_statistics), tenths (mean
+    of the episodes that began in each tenth of the rows, or None), recent (the last of these), score_all, score_trained
+    (mean with and without the warm-up; None where nothing else is left), episodes (complete ones), cut (the others),
+    returns and weights (lists, of the complete ones).
+    """
+    of = lambda mask: (episodes.statistics(mask) or {"mean": None})["mean"]
+    tenths = [of(episodes.counts & (episodes.tenth == i)) for i in range(10)]
+    found = episodes.statistics(episodes.counts) | {"recent": [mean for mean in tenths if mean is not None][-1]}
+    lengths, complete = episodes.lengths[episodes.counts], episodes.complete[episodes.counts]
+    weights = episode_weights(lengths, complete)  # D7
     return {
-        "score": score_trained if exclude_warmup else score_all,
-        "score_all": score_all,
-        "score_trained": score_trained,
-        "std": float(returns[used].std()),
-        "top_decile": float(best.mean()),
-        "per_step": float(returns[used].sum() / lengths[used].sum()),
-        "episodes": int(used.sum()),
-        "returns": returns[used].tolist(),
+        "score": found[by.replace("-", "_")],
+        **found,
+        "tenths": tenths,
+        "score_all": of(episodes.begun),
+        "score_trained": of(episodes.begun & ~episodes.warmup),
+        "episodes": int(complete.sum()),
+        "cut": int((~complete).sum()),
+        "returns": episodes.returns[episodes.counts][weights > 0].tolist(),
+        "weights": weights[weights > 0].tolist(),
     }
 
 
@@ -303,34 +306,12 @@ def rank_buffers(scores):
 # === distance ===
 
 
-def told(items, what):
-    """Yield the items, and say every five seconds how many are done."""
-    began = last = time.time()
-    for done, item in enumerate(items):
-        if done and time.time() - last > 5:
-            last = time.time()
-            left = time.gmtime((last - began) / done * (len(items) - done))
-            print(f"{what}: {done}/{len(items)}  ETA {time.strftime('%H:%M:%S', left)}", flush=True)
-        yield item
-
-
 def sample(buffer, num, rng, args):
     """Return the Transition of `num` rows (fewer where the buffer is small) in random order."""
-    warmup = warmup_rows(buffer, slice(None)) if args.exclude_warmup else 0
-    usable = len(buffer) - warmup
-    if usable < 2:
-        raise envs.InputError(f"{buffer.path}: {usable} rows to measure a distance with. Remedy: --w1-points 0")
-    return transitions(buffer, warmup + rng.choice(usable, min(num, usable), replace=False))
-
-
-def points_of(buffer, values):
-    """Values (n, d) as float64; InputError where one is not finite."""
-    if not np.isfinite(values).all():
-        raise envs.InputError(
-            f"{buffer.path}: observations: what distances are measured on is not finite. Remedy: record it again, or "
-            "--w1-points 0"
-        )
-    return np.asarray(values, np.float64)
+    rows = measures.rows_of(*kept_parts([buffer], args)[0])
+    if len(rows) < 2:
+        raise envs.InputError(f"{buffer.path}: {len(rows)} rows to measure a distance with. Remedy: --w1-points 0")
+    return raw.transitions(buffer, rng.choice(rows, min(num, len(rows)), replace=False))
 
 
 def pairwise_wasserstein(sources, world, args):
@@ -338,10 +319,10 @@ def pairwise_wasserstein(sources, world, args):
     rng, points = np.random.default_rng(args.seed), []
     for source in sources:
         step = sample(source.buffer, 2 * args.w1_points, rng, args)
-        points.append(points_of(source.buffer, world.feature(step)))
+        points.append(raw.points_of(source.buffer, world.feature(step)))
     n = max(1, min(map(len, points)) // 2)
     matrix = np.zeros((len(points), len(points)))
-    for i, j in told(np.transpose(np.triu_indices(len(points))), "W1 between buffers"):
+    for i, j in runner.with_eta(np.transpose(np.triu_indices(len(points))), "W1 between buffers"):
         matrix[i, j] = matrix[j, i] = wasserstein(points[i][:n], points[j][-n:])  # D3
     return matrix
 
@@ -355,83 +336,134 @@ def reference_wasserstein(sources, reference, task, args):
     for buffer in [*(source.buffer for source in sources), reference]:
         step = sample(buffer, 2 * args.w1_points, rng, args)
         pairs = np.concatenate([task.observe(step.observations), step.actions], axis=1)
-        points.append((points_of(buffer, task.feature(step)), points_of(buffer, pairs)))
+        points.append((raw.points_of(buffer, task.feature(step)), raw.points_of(buffer, pairs)))
     spread = np.concatenate([pairs for _, pairs in points]).std(axis=0)
     unit = np.where(spread > 1e-6, spread, 1.0)  # D4
     n = max(1, min(len(pairs) for _, pairs in points) // 2)
     f, sa = points[-1]
     pairs = [(x[:n], f[-n:]) for x, _ in points] + [(z[:n] / unit, sa[-n:] / unit) for _, z in points]
-    distances = [wasserstein(*pair) for pair in told(pairs, "W1 to the reference")]
+    distances = [wasserstein(*pair) for pair in runner.with_eta(pairs, "W1 to the reference")]
     return distances[: len(points)], distances[len(points) :]
 
 
 # === selection ===
 
 
-def parse_top(words, num_buffers):
-    """('1', '2', 'all') -> {'top1': 1, 'top2': 2, 'all': K}."""
+class Selection(NamedTuple):
+    """What one file holds: the `num` best buffers or episodes, the best that fit into `num` rows, or all in shares."""
+
+    kind: Literal["buffers", "transport", "episodes", "rows"]
+    num: int
+
+
+def parse_selections(args, num_buffers):
+    """--top 1 2 all transport --top-episodes 250 -> {'top1': Selection, ..., 'episodes250': Selection}."""
     chosen = {}
-    for word in words:
-        num = num_buffers if word == "all" else int(word) if word.isdecimal() else 0
+    for word in args.top:
+        named = word in ("all", "transport")
+        num = num_buffers if named else int(word) if word.isdecimal() else 0
         if not 1 <= num <= num_buffers:
-            raise envs.InputError(
-                f"--top {word}: there are {num_buffers} buffers. Remedy: 'all' or numbers from 1 to {num_buffers}"
-            )
-        chosen["all" if word == "all" else f"top{num}"] = num
+            remedy = f"'all', 'transport' or numbers from 1 to {num_buffers}"
+            raise envs.InputError(f"--top {word}: there are {num_buffers} buffers. Remedy: {remedy}")
+        chosen[word if named else f"top{num}"] = Selection("transport" if word == "transport" else "buffers", num)
+    for kind, num in (("episodes", args.top_episodes), ("rows", args.top_rows)):
+        chosen |= {f"{kind}{num}": Selection(kind, num)} if num else {}
+    if not chosen:
+        raise envs.InputError("--top: nothing to write. Remedy: --top 1, or --top-episodes")
+    if "transport" in chosen and not args.w1_points:
+        raise envs.InputError("--top transport: needs distances. Remedy: --w1-points 500")
     return chosen
 
 
-def choose_episodes(sources, args):
+def best_episodes(judged, kind, num):
+    """(4) The best complete episodes of all buffers -> {buffer: sorted indices}; num: of them, or of their rows."""
+    owner = np.repeat(np.arange(len(judged)), [len(episodes.returns) for episodes in judged])
+    index = np.concatenate([np.arange(len(episodes.returns)) for episodes in judged])
+    of = lambda name: np.concatenate([getattr(episodes, name) for episodes in judged])
+    returns, lengths, complete, counts = map(of, ("returns", "lengths", "complete", "counts"))
+    usable = np.flatnonzero(counts & complete)
+    ranked = usable[np.argsort(-returns[usable], kind="stable")]
+    size = np.ones(len(ranked), int) if kind == "episodes" else lengths[ranked]
+    fit = int(np.searchsorted(np.cumsum(size), num, side="right"))
+    if size.sum() < num or not fit:
+        there = f"{len(ranked):,} complete episodes, {lengths[ranked].sum():,} rows, {lengths[ranked[0]]:,} in the best"
+        raise envs.InputError(f"--top-{kind} {num}: there are {there}. Remedy: another number")
+    best = ranked[:fit]
+    return {int(k): np.sort(index[best[owner[best] == k]]) for k in np.unique(owner[best])}
+
+
+def transport_shares(near, args):
+    """(4) Shares of the buffers, in thousandths (K,), of the mixture that is nearest to the expert's data."""
+    n = min(args.w1_points, max(20, 1000 // len(near.samples)), *map(len, near.samples))  # seconds
+    weights, _ = mixture_weights([x[:n] for x in near.samples], near.expert[: 2 * n])
+    return np.round(1000 * weights).astype(int)
+
+
+def choose(selection, order, sources, judged, near, args):
+    """(4) Episodes of a selection -> {buffer: sorted indices}, the best buffer first."""
+    if selection.kind in ("episodes", "rows"):
+        found = best_episodes(judged, *selection)
+        return {k: found[k] for k in order if k in found}
+    shares = transport_shares(near, args) if selection.kind == "transport" else None
+    used = [k for k in order[: selection.num] if shares is None or shares[k]]
+    episodes = choose_episodes([sources[k] for k in used], args, None if shares is None else shares[used])
+    chosen = {k: keep for k, keep in zip(used, episodes, strict=True) if len(keep)}
+    if not chosen:  # of shares by transport, none may hold an episode
+        raise envs.InputError(f"--size {args.size}: less than one episode. Remedy: a larger --size")
+    return chosen
+
+
+def choose_episodes(sources, args, shares=None):
     """(4) Episodes to write of each source -> list of sorted indices; --size in equal shares of whole episodes.
 
-    What does not fill an episode of one source is handed on to the next, so that the sum comes as near as it can.
+    shares: other integer shares; without --size then as much as the scarcest source allows. What one source's last
+    episode is over or under its share, the next one makes up for; never more than --size in all.
     """
-    taken, chosen = 0, []
-    rng = np.random.default_rng(args.seed)
-    for i, source in enumerate(sources):
-        keep, lengths = np.arange(source.buffer.num_episodes), source.buffer["episode_lengths"]
-        if args.exclude_warmup:
-            keep = keep[~warmup_episodes(source.buffer)]
-        if args.size:  # D2
-            share = args.size * (i + 1) // len(sources) - taken
-            if lengths[keep].sum() < share or lengths[keep].min() > share:
-                raise envs.InputError(
-                    f"{source.buffer.path}: --size {args.size} needs {share:,} transitions of it, "
-                    f"of {lengths[keep].sum():,} in whole episodes. Remedy: another --size"
-                )
-            keep = fill(rng.permutation(keep), lengths, share)
-            taken += int(lengths[keep].sum())
+    parts = kept_parts([source.buffer for source in sources], args)
+    if shares is None and not args.size:
+        return [keep for _, keep in parts]
+    equal, shares = shares is None, np.ones(len(sources), int) if shares is None else shares
+    rows = np.array([buffer["episode_lengths"][keep].sum() for buffer, keep in parts])
+    size = args.size or int((rows * shares.sum() // shares).min())
+    ends = size * np.cumsum(shares) // shares.sum()  # D2: rows taken by the end of each share
+    for (buffer, keep), there, share in zip(parts, rows, np.diff(ends, prepend=0), strict=True):
+        if there < share or (equal and buffer["episode_lengths"][keep].min() > share):
+            raise envs.InputError(
+                f"{buffer.path}: --size {args.size} needs {share:,} transitions of it, "
+                f"of {there:,} in whole episodes. Remedy: another --size"
+            )
+    rng, chosen, taken = np.random.default_rng(args.seed), [], 0
+    for (buffer, keep), end in zip(parts, ends, strict=True):
+        lengths = buffer["episode_lengths"]
+        keep = fill(rng.permutation(keep), lengths, end - taken, size - taken)
+        taken += int(lengths[keep].sum())
         chosen.append(keep)
     return chosen
 
 
-def fill(order, lengths, room):
-    """Go through the episodes `order` and take each that still fits into `room` -> sorted indices."""
+def fill(order, lengths, room, most):
+    """The first episodes of `order` that come nearest to `room` rows, never more than `most` -> sorted indices.
+
+    Where room is most, the last source, later ones that still fit are taken, too. Elsewhere that would favour short
+    episodes, which fit more often (D7).
+    """
     taken = []
     for episode in order:
-        if lengths[episode] <= room:
+        length = lengths[episode]
+        if length <= room or (length - room < room < most and length <= most):
             taken.append(episode)
-            room -= lengths[episode]
+            room, most = room - length, most - length
+        elif room < most:
+            break
+        if room <= 0:
+            break
     return np.sort(np.array(taken, np.int64))
-
-
-def file_sha256(path):
-    """Return what `sha256sum` prints for the file."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def gather(sources, rewards, task, episodes):
     """(4) Arrays of a written file: the chosen episodes of the sources, one after the other."""
-    masks = []
-    for source, keep in zip(sources, episodes, strict=True):
-        chosen = np.isin(np.arange(source.buffer.num_episodes), keep)
-        masks.append(np.repeat(chosen, source.buffer["episode_lengths"]))
-
-    def join(columns, view=np.asarray):
-        parts = zip(columns, masks, strict=True)
-        return np.concatenate([view(c if mask.all() else c[mask]) for c, mask in parts])
-
+    rows = [measures.rows_of(source.buffer, keep) for source, keep in zip(sources, episodes, strict=True)]
+    join = lambda columns, view=np.asarray: np.concatenate([view(c[r]) for c, r in zip(columns, rows, strict=True)])
     shared = [key for key in CARRIED if all(key in s.buffer.arrays for s in sources)]
     columns = {key: [s.buffer[key] for s in sources] for key in (*WRITTEN, *shared)}
     views = {"observations": task.observe, "next_observations": task.observe}
@@ -454,11 +486,10 @@ def provenance(source, keep, score):
     }
 
 
-def write_selection(path, label, chosen, rewards, scores, task, args):
-    """Write one selection -> its entry in scores.json."""
+def write_selection(path, label, chosen, rewards, scores, episodes, task, args):
+    """Write one selection, the `episodes` of the `chosen` sources -> its entry in scores.json."""
     for source in chosen:  # values that scoring did not look at
         envs.buffers.load(source.buffer.path, ("observations", "next_observations"), quiet=True)
-    episodes = choose_episodes(chosen, args)  # it was seen to work before the first file was written
     arrays = gather(chosen, rewards, task, episodes)
     parents = [provenance(*item) for item in zip(chosen, episodes, scores, strict=True)]
     warmup = [parent["warmup_transitions"] for parent in parents]
@@ -470,7 +501,7 @@ def write_selection(path, label, chosen, rewards, scores, task, args):
         "reward_kind": "relabelled",
         "task_options": task.options,
         "dt": task.dt,
-        "episode_length": max(source.buffer.metadata["episode_length"] for source in chosen),
+        "episode_length": chosen[0].buffer.metadata["episode_length"],
         "generator": {"script": "udg_select.py", "flags": portable_flags(args)},
         "seed": args.seed,
         "warmup_transitions": None if any(warmup[1:]) else warmup[0],
@@ -500,31 +531,48 @@ def flatten(words):
     return [w for word in words for w in ((word,) if isinstance(word, str) else word)]
 
 
-def show_table(task, sources, scores, order, to_reference):
-    """Print the ranking, aligned."""
-    width = max(6, *(len(source.name) for source in sources))
-    head = f"{'rank':>4}  {'buffer':<{width}} {'return':>10} {'std':>9} {'top 10%':>9} "
-    head += f"{'per step':>9} {'trained':>9} {'episodes':>8}"
-    head += "" if to_reference is None else f" {'W1 ref f':>9} {'W1 ref sa':>9}"
-    print(f"\n{task.name}: mean return of complete episodes\n{head}")
-    for rank, k in enumerate(order, start=1):
-        s = scores[k]
-        trained = "-" if s["score_trained"] is None else f"{s['score_trained']:.2f}"
-        line = f"{rank:>4}  {sources[k].name:<{width}} {s['score']:>10.2f} {s['std']:>9.2f} "
-        line += f"{s['top_decile']:>9.2f} {s['per_step']:>9.4f} {trained:>9} {s['episodes']:>8}"
-        if to_reference is not None:
-            line += "".join(f" {values[k]:>9.3f}" for values in to_reference)
-        print(line)
+def show_scores(task, sources, scores, order, to_reference, by):
+    """Print the ranking."""
+    columns = {"rank": "", "buffer": "<", "return": ".2f", "std": ".2f", "top 10%": ".2f", "newest 10%": ".2f"}
+    columns |= {"per step": ".4f", "trained": ".2f", "episodes": ",", "cut": ","}
+    keys = ("mean", "std", "top_decile", "recent", "per_step", "score_trained", "episodes", "cut")
+    rows = [[rank, sources[k].name, *(scores[k][key] for key in keys)] for rank, k in enumerate(order, start=1)]
     if to_reference is not None:
-        floor = "".join(f" {values[-1]:>9.3f}" for values in to_reference)
-        print(f"{'two samples of the reference itself':<{len(head) - 20}}{floor}")
-    print(flush=True)
+        columns |= {"W1 ref f": ".3f", "W1 ref sa": ".3f"}
+        rows = [row + [values[k] for values in to_reference] for row, k in zip(rows, order, strict=True)]
+        rows.append(["", "(the reference itself)", *[""] * len(keys), *(values[-1] for values in to_reference)])
+    runner.show(f"{task.name}: returns of episodes, ranked by {by}", columns, rows)
+
+
+def show_measures(task, sources, found, order, near):
+    """Print what the data are worth before anything is trained, if it was measured."""
+    if not found:
+        return
+    columns = {"rank": "", "buffer": "<"} | {name.replace("_", " "): ".3f" for name in found[0]}
+    rows = [[rank, sources[k].name, *found[k].values()] for rank, k in enumerate(order, start=1)]
+    rows.append(["", "(the expert's data itself)", *[""] * (len(found[0]) - 1), near.to_expert[-1]])
+    runner.show(f"{task.name}: what the data are", columns, rows)
+
+
+def show_selections(task, written):
+    """Print what was written, beside each other."""
+    columns = {"selection": "<", "of": "<", "rows": ",", "episodes": ",", "return": ".2f", "W1 expert": ".3f"}
+    rows = []
+    for label, entry in written.items():
+        parts = [f"{p['name']} {p['num_transitions'] / entry['num_transitions']:.0%}" for p in entry["parents"]]
+        names = ", ".join(parts[:3]) + (f", {len(parts) - 3} more" if parts[3:] else "")
+        rows.append([label, names, *(entry[key] for key in ("num_transitions", "num_episodes", "score", "w1_expert"))])
+    runner.show(f"{task.name}: what was written", columns, rows)
 
 
 def planned_files(out, tasks, selections, args):
     """{(task name, selection): path}, refused where one is there already."""
-    tail = (f"-size{args.size}" if args.size else "") + ("-trained" if args.exclude_warmup else "")
-    files = {(task.name, label): out / task.name / f"{label}{tail}.npz" for task in tasks for label in selections}
+
+    def stem(label):
+        sized = args.size and selections[label].kind in ("buffers", "transport")
+        return label + (f"-size{args.size}" if sized else "") + ("-trained" if args.exclude_warmup else "")
+
+    files = {(task.name, label): out / task.name / f"{stem(label)}.npz" for task in tasks for label in selections}
     reports = [out / task.name / "scores.json" for task in tasks]
     for path in [*files.values(), *reports]:
         if path.exists() and not args.overwrite:
@@ -538,10 +586,15 @@ def planned_files(out, tasks, selections, args):
 def check_room(out, tasks, sources, selections, args):
     """Refuse, before any work, what neither memory nor disk can hold; print what is needed."""
     lengths = sorted((len(source.buffer) for source in sources), reverse=True)
-    rows = {label: min(sum(lengths[:num]), args.size or math.inf) for label, num in selections.items()}
+    longest = max(int(source.buffer["episode_lengths"].max()) for source in sources)
+    most = {"episodes": longest * args.top_episodes, "rows": args.top_rows}
+    rows = {
+        label: min(sum(lengths[: num if kind == "buffers" else None]), most.get(kind, args.size or math.inf))
+        for label, (kind, num) in selections.items()
+    }
     keys = (*WRITTEN, *CARRIED)
     held = {key: x for key, x in sources[0].buffer.arrays.items() if key in keys}
-    bytes_per_row = 4 + sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in held.values())  # 4: policy_ids
+    bytes_per_row = 8 + sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in held.values())  # rewards, policy_ids
     memory, disk = max(rows.values()) * bytes_per_row, len(tasks) * sum(rows.values()) * bytes_per_row
     free = shutil.disk_usage(out).free
     print(f"{out}: up to {disk / 1e6:,.1f} MB on disk ({free / 1e9:.1f} GB free), {memory / 1e6:,.1f} MB of memory")
@@ -553,50 +606,97 @@ def check_room(out, tasks, sources, selections, args):
                               "Remedy: --size, or a smaller --top")  # fmt: skip
 
 
-def select(task, sources, reference, matrix, selections, files, args):
-    """Everything for one task: relabel, score, rank, write, show -> entry of the heat map (K,)."""
+class Prepared(NamedTuple):
+    """A task, and what is known before anything is measured or written."""
+
+    task: Any
+    sources: list  # K of Source, episodes ended by the task
+    rewards: list  # K of (N,)
+    judged: list  # K of Episodes
+    scores: list  # K of score_buffer's
+    order: list  # rank -> buffer
+    chosen: dict  # label -> {buffer: episodes}; transport's are chosen when distances are known
+
+
+def prepare(task, sources, selections, args):
+    """Relabel, score, rank and choose for one task, or refuse what cannot be written -> Prepared."""
     sources = [source._replace(buffer=end_by_task(source.buffer, task)) for source in sources]
     rewards = [relabel(source.buffer, task) for source in sources]
-    scores = [score_buffer(r, source.buffer, args.exclude_warmup) for r, source in zip(rewards, sources, strict=True)]
+    judged = [judge_episodes(r, s.buffer, args.exclude_warmup) for r, s in zip(rewards, sources, strict=True)]
+    scores = [score_buffer(episodes, args.score) for episodes in judged]
     order = rank_buffers(scores)
-    to_reference = None
-    if reference is not None and args.w1_points:
-        to_reference = reference_wasserstein(sources, reference, task, args)
-    show_table(task, sources, scores, order, to_reference)
-    for num in selections.values():
-        choose_episodes([sources[k] for k in order[:num]], args)  # refuses before anything is written
+    now = {label: selection for label, selection in selections.items() if selection.kind != "transport"}
+    chosen = {label: choose(selection, order, sources, judged, None, args) for label, selection in now.items()}
+    return Prepared(task, sources, rewards, judged, scores, order, chosen)
+
+
+def select(prepared, reference, matrix, measured, selections, files, args):
+    """Measure, write and show everything for one task -> entry of the heat map (K,)."""
+    task, sources, rewards, judged, scores, order, chosen = prepared
+    near = to_reference = found = None
+    if args.w1_points:
+        near, found = measure_for_task(task, sources, reference, judged, measured, args)
+        to_reference = reference_wasserstein(sources, reference, task, args) if reference is not None else None
+    choose_now = lambda label: chosen.get(label) or choose(selections[label], order, sources, judged, near, args)
+    chosen = {label: choose_now(label) for label in selections}
+    show_scores(task, sources, scores, order, to_reference, args.score)
+    show_measures(task, sources, found, order, near)
     written = {}
-    for label, num in selections.items():
-        chosen = order[:num]
-        parts = ([items[k] for k in chosen] for items in (sources, rewards, scores))
-        path = files[task.name, label]
-        written[label] = write_selection(path, path.stem, *parts, task, args)
+    for label, parts in chosen.items():
+        path, items = files[task.name, label], ([x[k] for k in parts] for x in (sources, rewards, scores))
+        written[label] = write_selection(path, path.stem, *items, list(parts.values()), task, args)
+        begun = {k: keep[judged[k].begun[keep]] for k, keep in parts.items()}
+        pairs = [(sources[k].buffer, keep) for k, keep in parts.items()]
+        distance = None if near is None else near.distance(pairs, task.observe, args.w1_points, args.seed)
+        written[label] |= {"score": pooled_mean(judged, begun), "w1_expert": distance}
+    show_selections(task, written)
     names, folder = [source.name for source in sources], path.parent
     figures.plot_returns(folder / "returns.png", task, names, scores, order)
     figures.plot_coverage(folder / "coverage.png", task, sources, scores, order)
-    if matrix is not None:
-        drawn = (task, names, scores, order, matrix, to_reference)
-        figures.plot_distances(folder / "distances.png", *drawn)
-    plain = [{key: value for key, value in s.items() if key != "returns"} for s in scores]
+    if found:
+        figures.plot_measures(folder / "measures.png", task, names, scores, order, found)
+        figures.plot_distances(folder / "distances.png", task, names, scores, order, matrix, to_reference)
+    plain = [{key: value for key, value in s.items() if key not in ("returns", "weights")} for s in scores]
     report = {
         "task": task.name,
         "task_options": task.options,
         "flags": portable_flags(args),
         "ranking": [names[k] for k in order],
         "buffers": dict(zip(names, plain, strict=True)),
+        "measures": dict(zip(names, found, strict=True)) if found else None,
         "selections": written,
         "w1_points": args.w1_points,
         "w1_features": None if matrix is None else matrix.tolist(),
         "w1_to_reference": to_reference,
+        "w1_floor": None if near is None else near.to_expert[-1],
     }
-    write_json(folder / "scores.json", report)
+    runner.write_whole(folder / "scores.json", json.dumps(report, indent=1, allow_nan=False))
     return [s["score"] for s in scores]
 
 
-def write_json(path, value):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False))
-    os.replace(temporary, path)
+def measure_for_task(task, sources, reference, judged, measured, args):
+    """(5) -> distances in (s, a) (measures.Near), and the measures of each buffer, those of the task included."""
+    total = sum(int((episodes.counts & episodes.complete).sum()) for episodes in judged)
+    best = best_episodes(judged, "episodes", min(total, max(10, math.ceil(args.proxy * total))))  # D8
+    expert = [(sources[k].buffer, keep) for k, keep in best.items()]
+    expert = expert if reference is None else kept_parts([reference], args)
+    warmup = [np.flatnonzero(episodes.warmup & episodes.begun) for episodes in judged]
+    random = [(source.buffer, keep) for source, keep in zip(sources, warmup, strict=True) if len(keep)]
+    parts = kept_parts([source.buffer for source in sources], args)
+    near = measures.state_action_distances(parts, expert, random, task.observe, args.w1_points, args.seed)
+    low, high = pooled_mean(judged, dict(enumerate(warmup))), pooled_mean(judged, best)
+    means = [episodes.statistics(episodes.counts)["mean"] for episodes in judged]
+    quality = [None if low is None or high <= low else (mean - low) / (high - low) for mean in means]
+    each = zip(quality, measured, near.to_random, near.to_expert[:-1], strict=True)
+    return near, [{"quality": q, **own, "w1_random": random, "w1_expert": expert} for q, own, random, expert in each]
+
+
+def pooled_mean(judged, chosen):
+    """Mean return of episodes of several buffers, {buffer: indices}, weighted (D7) buffer by buffer; None of none."""
+    parts = [(judged[k], keep) for k, keep in chosen.items()]
+    returns = np.concatenate([episodes.returns[keep] for episodes, keep in parts])
+    weights = np.concatenate([episode_weights(e.lengths[keep], e.complete[keep]) for e, keep in parts])
+    return float(np.average(returns, weights=weights)) if len(returns) else None
 
 
 def main(args) -> dict[str, Any]:
@@ -611,13 +711,15 @@ def main(args) -> dict[str, Any]:
     started = time.time()
     if not args.tasks:
         raise envs.InputError("--task: name at least one, e.g. --task ant-angle-60")
+    if args.reference and not args.w1_points:
+        raise envs.InputError("--reference: needs distances. Remedy: --w1-points 500")
     runner.check(args)
-    options = parse_options(args.task_options)
+    options = runner.task_options(args.task_options)
     names = dict.fromkeys(flatten(args.tasks))
     for name in names:
         envs.task(name)  # a wrong name is refused before anything is read
     sources = open_sources(flatten(args.buffers), args.seed)
-    selections = parse_top(args.top, len(sources))
+    selections = parse_selections(args, len(sources))
     tasks = [open_task(name, options, sources) for name in names]
     out = Path(args.out or "runs/udg_select")
     files = planned_files(out, tasks, selections, args)
@@ -628,18 +730,24 @@ def main(args) -> dict[str, Any]:
     check_room(out, tasks, sources, selections, args)
 
     world = envs.task(tasks[0].env)
-    matrix = pairwise_wasserstein(sources, world, args) if args.w1_points else None
-    table = {}
-    for task in tasks:
+    prepared = [prepare(task, sources, selections, args) for task in tasks]
+    matrix, measured, table = None, None, {}
+    if args.w1_points:
+        matrix = pairwise_wasserstein(sources, world, args)
+        measured = measures.measure_buffers(
+            kept_parts([source.buffer for source in sources], args), world, args.w1_points, args.seed
+        )
+    for task, ready in zip(tasks, prepared, strict=True):
         (out / task.name).mkdir(parents=True, exist_ok=True)
-        table[task.name] = select(task, sources, reference, matrix, selections, files, args)
+        table[task.name] = select(ready, reference, matrix, measured, selections, files, args)
     labels = [source.name for source in sources]
     values = np.array(list(table.values())).T
-    figures.plot_heatmap(out / "heatmap.png", labels, list(table), values)
+    figures.plot_heatmap(out / "heatmap.png", labels, list(table), values, args.score)
     first = next(iter(files.values()))
     learner = "cped" if "goals" in sources[0].buffer.arrays else "mopo"  # MOPO refuses mazes
+    budget = " --preset cpu" if jax.default_backend() == "cpu" else ""  # minutes, where the published size takes days
     print(f"{out}: figures, scores.json; {time.time() - started:.1f} s\n"
-          f"next: python {learner}.py --dataset {first}", flush=True)  # fmt: skip
+          f"next: python {learner}.py --dataset {first}{budget}", flush=True)  # fmt: skip
     return table
 
 

@@ -68,7 +68,7 @@ def folder(six, tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    for name in ("heatmap", "returns", "coverage", "distances"):
+    for name in ("heatmap", "returns", "coverage", "measures", "distances"):
         monkeypatch.setattr(buffer_figures, f"plot_{name}", lambda *a, **kw: None)
 
 
@@ -106,12 +106,16 @@ def test_relabelling_in_blocks_is_the_same(folder, monkeypatch):
     buffer = udg_select.map_buffer(folder / "policy_02.npz")
     task = envs.task("point-angle-60")
     whole = udg_select.relabel(buffer, task)
-    monkeypatch.setattr(udg_select, "BLOCK", 7)
+    monkeypatch.setattr(udg_select.raw, "BLOCK", 7)
     np.testing.assert_array_equal(udg_select.relabel(buffer, task), whole)
 
 
+def score(rewards, buffer, exclude_warmup=False, by="mean"):
+    return udg_select.score_buffer(udg_select.judge_episodes(rewards, buffer, exclude_warmup), by)
+
+
 def test_scores_against_a_loop(tmp_path):
-    # four episodes: warm-up of 4, full 10, cut short at 3, terminated after 2
+    # four episodes: warm-up, cut short at 4, full 10, cut short at 3, terminated after 2
     arrays = walk(0, episodes=1, length=19)
     ends = np.array([4, 14, 17, 19])
     flags = np.zeros(19, bool)
@@ -122,27 +126,92 @@ def test_scores_against_a_loop(tmp_path):
     buffer = udg_select.map_buffer(path)
     rewards = np.arange(19, dtype=np.float32)
     full, short = float(rewards[4:14].sum()), float(rewards[17:].sum())
-    score = udg_select.score_buffer(rewards, buffer, False)
-    assert score["episodes"] == 2
-    assert score["score"] == score["score_all"] == pytest.approx((full + short) / 2)
-    assert score["top_decile"] == pytest.approx(full)
-    assert score["per_step"] == pytest.approx((full + short) / 12)
-    assert score["std"] == pytest.approx(np.std([full, short]))
+    found = score(rewards, buffer)
+    assert (found["episodes"], found["cut"]) == (2, 2)
+    # of four that began one ended after 2 steps; the other three lived until they were cut, or to the end
+    mean = 3 / 4 * full + 1 / 4 * short
+    assert found["score"] == found["mean"] == found["score_all"] == pytest.approx(mean)
+    assert found["top_decile"] == pytest.approx(full)
+    assert found["per_step"] == pytest.approx((3 * full + short) / (3 * 10 + 2))
+    assert found["std"] == pytest.approx(np.sqrt(3 / 4 * (full - mean) ** 2 + 1 / 4 * (short - mean) ** 2))
+    assert found["weights"] == pytest.approx([3, 1]) and found["returns"] == [full, short]
+    assert score(rewards, buffer, True)["score"] == pytest.approx(2 / 3 * full + 1 / 3 * short)
 
 
 def test_scores_with_and_without_the_warmup(folder):
     buffer = udg_select.map_buffer(folder / "policy_00.npz")
     rewards = np.where(np.arange(60) < 10, 0.0, 1.0).astype(np.float32)
-    score = udg_select.score_buffer(rewards, buffer, False)
-    assert (score["score"], score["score_trained"]) == (pytest.approx(50 / 6), 10.0)
-    score = udg_select.score_buffer(rewards, buffer, True)
-    assert (score["score"], score["score_all"], score["episodes"]) == (10.0, pytest.approx(50 / 6), 5)
+    found = score(rewards, buffer)
+    assert (found["score"], found["score_trained"]) == (pytest.approx(50 / 6), 10.0)
+    found = score(rewards, buffer, True)
+    assert (found["score"], found["score_all"], found["episodes"]) == (10.0, pytest.approx(50 / 6), 5)
 
 
 def test_the_top_decile_is_the_mean_of_the_best_tenth(tmp_path):
     buffer = udg_select.map_buffer(write(tmp_path / "b.npz", walk(0, episodes=40)))
     rewards = np.repeat(np.arange(40, dtype=np.float32), 10)
-    assert udg_select.score_buffer(rewards, buffer, False)["top_decile"] == 10 * 37.5
+    assert score(rewards, buffer)["top_decile"] == 10 * 37.5
+
+
+def restarted(path, seed, hazard=1 / 30, length=100, rounds=300):
+    """A buffer whose episodes end at any step with chance `hazard`; the next begins at once, a round cuts its last."""
+    rng, lengths, terminals = np.random.default_rng(seed), [], []
+    for _ in range(rounds):
+        left = length
+        while left:
+            whole = min(rng.geometric(hazard), length + 1)  # beyond `length` it reaches the end alive
+            lengths.append(min(whole, left))
+            terminals.append(whole <= left)
+            left -= lengths[-1]
+    arrays, ends = walk(0, episodes=rounds, length=length, seed=seed), np.cumsum(lengths)
+    arrays["terminals"][ends - 1] = terminals
+    arrays["timeouts"][:] = False
+    arrays["timeouts"][ends - 1] = np.logical_not(terminals)
+    arrays["observations"][ends[:-1]] = 0.0  # a reset, and no walking on
+    return write(path, arrays, episode_length=length, warmup_transitions=0)
+
+
+def test_where_episodes_restart_the_score_is_that_of_whole_episodes(tmp_path):
+    """1 a step: sum_t P(alive at t) = 29.0; the mean of the complete ones alone is 22."""
+    found, plain = [], []
+    for seed in range(6):
+        buffer = udg_select.map_buffer(restarted(tmp_path / f"{seed}.npz", seed))
+        ones = np.ones(len(buffer), np.float32)
+        judged = udg_select.judge_episodes(ones, buffer, False)
+        found.append(score(ones, buffer)["score"])
+        plain.append(judged.returns[judged.complete].mean())
+        assert score(ones, buffer)["cut"] > 100
+    truth = (1 - (1 - 1 / 30) ** 100) * 30
+    assert abs(np.mean(found) - truth) < 0.5 and np.mean(plain) < truth - 5
+
+
+def test_the_newest_tenth_is_of_rows_and_each_score_may_rank(tmp_path):
+    """Early good, late good, one very good episode: which is first depends on what is asked."""
+    length = 20
+    for name in "abc":
+        write(tmp_path / f"{name}.npz", walk(0, episodes=40, length=length), episode_length=length)
+    early, late, lucky = (np.full((40, length), x, np.float32) for x in (1.0, 0.5, 0.0))
+    early[20:], late[36:], lucky[7:11] = 0.5, 1.5, 5.0
+    buffers = [udg_select.map_buffer(tmp_path / f"{name}.npz") for name in "abc"]
+    best = {"mean": 0, "recent": 1, "top-decile": 2, "per-step": 0}
+    for by, expected in best.items():
+        pairs = zip((early, late, lucky), buffers, strict=True)
+        scores = [score(rewards.ravel(), buffer, by=by) for rewards, buffer in pairs]
+        assert udg_select.rank_buffers(scores)[0] == expected, by
+    assert scores[1]["recent"] == 30.0 and scores[1]["tenths"] == [10.0] * 9 + [30.0]
+    assert scores[2]["top_decile"] == 100.0 and scores[0]["per_step"] == pytest.approx(0.75)
+
+
+def test_the_score_that_is_asked_for_decides_what_is_written(folder, tmp_path, no_figures):
+    """policy_00 walks at 60 degrees in its last episode only, and there faster."""
+    arrays, fast = walk(0, seed=0), walk(60, episodes=1, speed=0.9)
+    for key in fast:
+        arrays[key][50:] = fast[key]
+    write(folder / "policy_00.npz", arrays, policy_id=0, warmup_transitions=10)
+    run(folder, tmp_path, score="recent", w1_points=0)
+    assert set(saved(tmp_path)["policy_ids"]) == {0}
+    run(folder, tmp_path, w1_points=0, overwrite=True)
+    assert set(saved(tmp_path)["policy_ids"]) == {1}
 
 
 def test_ranking_is_by_score_and_stable():
@@ -179,10 +248,10 @@ def test_wasserstein_of_a_shift_is_the_shift():
 def test_long_distances_are_not_silent(monkeypatch, capsys):
     clock = itertools.count(0, 3)  # a look at it every three seconds
     monkeypatch.setattr(udg_select.time, "time", lambda: next(clock))
-    assert list(udg_select.told([7, 8, 9], "W1")) == [7, 8, 9]
+    assert list(runner.with_eta([7, 8, 9], "W1")) == [7, 8, 9]
     assert capsys.readouterr().out == "W1: 2/3  ETA 00:00:04\n"
     monkeypatch.setattr(udg_select.time, "time", lambda: 0.0)
-    assert list(udg_select.told([7, 8, 9], "W1")) == [7, 8, 9] and not capsys.readouterr().out
+    assert list(runner.with_eta([7, 8, 9], "W1")) == [7, 8, 9] and not capsys.readouterr().out
 
 
 def test_pairwise_distances_and_their_floor(folder):
@@ -277,8 +346,166 @@ def test_equal_size_takes_whole_episodes_in_equal_shares(folder, tmp_path, no_fi
 
 def test_episodes_that_fit_are_taken_whatever_their_order():
     lengths = np.array([40, 3, 50, 7, 5])
-    np.testing.assert_array_equal(udg_select.fill(np.array([2, 1, 0, 4, 3]), lengths, 15), [1, 3, 4])
-    assert udg_select.fill(np.array([0, 2]), lengths, 15).size == 0
+    np.testing.assert_array_equal(udg_select.fill(np.array([2, 1, 0, 4, 3]), lengths, 15, 15), [1, 3, 4])
+    assert udg_select.fill(np.array([0, 2]), lengths, 15, 15).size == 0
+    # of a share with others after it the nearest sum, within what is left of all
+    np.testing.assert_array_equal(udg_select.fill(np.array([3, 2, 1]), lengths, 40, 60), [2, 3])
+    np.testing.assert_array_equal(udg_select.fill(np.array([3, 2, 1]), lengths, 40, 50), [3])
+
+
+def test_the_mean_of_a_mixture_is_weighted_buffer_by_buffer():
+    """Policies that fall with 1/50 and 1/10000 a step, 1 a step, rounds of 200 that cut: the true mean is 123.6."""
+    rng = np.random.default_rng(0)
+
+    def episodes(hazard):
+        lengths, complete = [], []
+        for _ in range(3_000):  # each round is filled with episodes, the last one cut
+            room = 200
+            while room > 0:
+                length = min(rng.geometric(hazard), 200)
+                lengths.append(min(length, room))
+                complete.append(length <= room)
+                room -= length
+        yes = np.ones(len(lengths), bool)
+        lengths = np.array(lengths)
+        return udg_select.Episodes(lengths * 1.0, lengths, np.array(complete), yes, ~yes, yes * 1, yes)
+
+    judged = [episodes(1 / 50), episodes(1 / 10_000)]
+    chosen = {k: np.arange(2_900) for k in range(2)}
+    assert udg_select.pooled_mean(judged, chosen) == pytest.approx(123.6, abs=3)
+    assert udg_select.pooled_mean(judged, {0: np.arange(0)}) is None
+
+
+def test_a_size_is_filled_or_refused_whatever_the_draw(tmp_path):
+    """Two buffers of 60 rows in episodes of 20: what one takes too few the other makes up for, and never too much."""
+    for k in range(2):
+        write(tmp_path / f"even/policy_{k:02d}.npz", walk(0, episodes=3, length=20), policy_id=k, episode_length=20)
+    sources = udg_select.open_sources([str(tmp_path / "even")])
+    assert [len(keep) for keep in udg_select.choose_episodes(sources, Args(size=101))] == [2, 3]
+    for seed in range(20):
+        for size, shares in ((45, None), (119, None), (50, np.array([995, 5]))):
+            chosen = udg_select.choose_episodes(sources, Args(size=size, seed=seed), shares)
+            assert size - 20 < 20 * sum(map(len, chosen)) <= size, (size, shares)
+
+
+def test_a_share_holds_short_episodes_as_often_as_its_buffer(tmp_path):
+    """Ten shares of 300 rows, of episodes of 1 to 100: filled to the last row, short ones would be too many."""
+    sources = udg_select.open_sources([str(restarted(tmp_path / f"{k}.npz", k)) for k in range(10)])
+    whole = np.mean([source.buffer["episode_lengths"].mean() for source in sources])
+    found = []
+    for seed in range(60):
+        chosen = udg_select.choose_episodes(sources, Args(size=3000, seed=seed))
+        lengths = [s.buffer["episode_lengths"][keep] for s, keep in zip(sources, chosen, strict=True)]
+        assert 2950 < sum(map(np.sum, lengths)) <= 3000
+        found.append(np.concatenate(lengths[:-1]).mean())
+    assert np.mean(found) == pytest.approx(whole, rel=0.04)
+
+
+# --- the best episodes, and shares by optimal transport ---
+
+
+def judge_all(folder, task="point-angle-60", exclude_warmup=False):
+    sources = udg_select.open_sources([str(folder)])
+    judge = lambda buffer: udg_select.judge_episodes(
+        udg_select.relabel(buffer, envs.task(task)), buffer, exclude_warmup
+    )
+    return [judge(source.buffer) for source in sources]
+
+
+def three_of_unequal_episodes(folder, seed):
+    """Three buffers of five episodes each, the last of them cut."""
+    rng = np.random.default_rng(seed)
+    for k in range(3):
+        lengths = rng.integers(3, 9, 5)
+        arrays, ends = walk(60 * k, episodes=1, length=lengths.sum(), seed=seed + k), np.cumsum(lengths)
+        arrays["terminals"][ends[:4] - 1] = True
+        arrays["observations"][ends[:4]] = 0.0  # a reset
+        write(folder / f"policy_{k:02d}.npz", arrays, policy_id=k, warmup_transitions=int(lengths[0]))
+
+
+def test_the_best_episodes_against_all_choices(tmp_path):
+    for seed in range(4):
+        three_of_unequal_episodes(tmp_path, 10 * seed)
+        for exclude in (False, True):
+            judged = judge_all(tmp_path, exclude_warmup=exclude)
+            pool = [(k, i) for k in range(3) for i in range(1 if exclude else 0, 4)]  # the fifth is cut
+            worth = lambda choice, column, judged=judged: sum(getattr(judged[k], column)[i] for k, i in choice)
+            for num in (1, 3, 5):
+                found = udg_select.best_episodes(judged, "episodes", num)
+                best = max(itertools.combinations(pool, num), key=lambda choice: worth(choice, "returns"))
+                assert sorted((k, i) for k, keep in found.items() for i in keep) == sorted(best)
+            for rows in (9, 20, 31):  # as many of the best as fit: those in front of whatever does not
+                found = udg_select.best_episodes(judged, "rows", rows)
+                found = [(k, i) for k, keep in found.items() for i in keep]
+                best = max(itertools.combinations(pool, len(found)), key=lambda choice: worth(choice, "returns"))
+                more = max(itertools.combinations(pool, len(found) + 1), key=lambda choice: worth(choice, "returns"))
+                assert sorted(found) == sorted(best) and worth(best, "lengths") <= rows < worth(more, "lengths")
+
+
+def test_the_best_episodes_are_written_with_their_origin(folder, tmp_path, no_figures):
+    run(folder, tmp_path, top_episodes=8, top_rows=85, size=30, w1_points=0)
+    judged = judge_all(folder)
+    returns = np.sort(np.concatenate([episodes.returns for episodes in judged]))[::-1]
+    buffer = saved(tmp_path, "point-angle-60/episodes8.npz")
+    np.testing.assert_allclose(np.sort(buffer["episode_returns"])[::-1], returns[:8], rtol=1e-5)
+    assert buffer.metadata["dataset_name"] == "point-angle-60-udg-episodes8"
+    for parent in buffer.metadata["parents"]:
+        mine = buffer["episode_returns"][buffer["policy_ids"][buffer["episode_ends"] - 1] == parent["policy_id"]]
+        assert parent["num_episodes"] == len(mine) and parent["path"] == f"policy_{parent['policy_id']:02d}.npz"
+        source = judged[parent["policy_id"]].returns
+        assert all(np.isclose(source, x, rtol=1e-5).any() for x in mine)
+    assert sum(parent["num_episodes"] for parent in buffer.metadata["parents"]) == 8
+    np.testing.assert_array_equal(saved(tmp_path, "point-angle-60/rows85.npz")["rewards"], buffer["rewards"])
+    report = json.loads((tmp_path / "out/point-angle-60/scores.json").read_text())["selections"]
+    assert report["episodes8"]["score"] == pytest.approx(returns[:8].mean(), rel=1e-5)
+    assert set(report) == {"top1", "episodes8", "rows85"} and saved(tmp_path, "point-angle-60/top1-size30.npz")
+
+
+def test_shares_by_transport_make_what_the_reference_is_made_of(folder, tmp_path, no_figures):
+    """An expert whose data are three quarters of policy 1's kind and one of policy 4's."""
+    both = [walk(60, episodes=30, seed=50), walk(240, episodes=10, seed=51)]
+    expert = write(tmp_path / "expert.npz", {key: np.concatenate([x[key] for x in both]) for key in both[0]})
+    for size, other in ((0, "all"), (40, "top4")):
+        run(
+            folder,
+            tmp_path,
+            top=("transport", other.removeprefix("top")),
+            reference=str(expert),
+            size=size,
+            w1_points=50,
+            overwrite=True,
+        )
+        tail = f"-size{size}" if size else ""
+        buffer = saved(tmp_path, f"point-angle-60/transport{tail}.npz")
+        parents = {p["policy_id"]: p["num_transitions"] / len(buffer) for p in buffer.metadata["parents"]}
+        assert parents[1] == pytest.approx(0.75, abs=0.1) and parents[4] == pytest.approx(0.25, abs=0.1)
+        assert len(buffer) == (size or 80)  # all 60 rows of policy 1, the scarcest, with a third as many of policy 4
+        report = json.loads((tmp_path / "out/point-angle-60/scores.json").read_text())
+        near, mixed = (report["selections"][label]["w1_expert"] for label in ("transport", other))
+        assert report["w1_floor"] < 1.3 * near < mixed
+
+
+def test_the_best_episodes_stand_in_for_an_expert(folder, tmp_path, no_figures):
+    run(folder, tmp_path, top=("transport",), proxy=0.1)
+    buffer = saved(tmp_path, "point-angle-60/transport.npz")
+    shares = {p["policy_id"]: p["num_transitions"] / len(buffer) for p in buffer.metadata["parents"]}
+    assert max(shares, key=shares.get) == 1 and sum(shares.get(k, 0) for k in (3, 4, 5)) == 0
+    report = json.loads((tmp_path / "out/point-angle-60/scores.json").read_text())
+    found = report["measures"]
+    assert set(found) == set(report["buffers"])
+    assert max(found, key=lambda name: found[name]["quality"]) == "policy_01"
+    assert min(found, key=lambda name: found[name]["w1_expert"]) == "policy_01"
+    assert all(0 < entry["action_entropy"] < 1 and entry["w1_random"] > 0 for entry in found.values())
+
+
+@pytest.mark.parametrize("backend, words", [("cpu", "top1.npz --preset cpu"), ("gpu", "top1.npz")])
+def test_the_last_line_is_a_command_that_ends_in_minutes(
+    folder, tmp_path, no_figures, monkeypatch, capsys, backend, words
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    run(folder, tmp_path, w1_points=0)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"next: python mopo.py --dataset {tmp_path}/out/point-angle-60/{words}"
 
 
 def test_the_subsample_depends_on_the_seed_alone(folder):
@@ -390,7 +617,7 @@ def test_all_figures_are_drawn(folder, tmp_path):
     run(folder, tmp_path, reference=str(expert), tasks=("point-angle-60", "point-angle-0"))
     out = tmp_path / "out"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    each = ("top1.npz", "scores.json", "returns.png", "coverage.png", "distances.png")
+    each = ("top1.npz", "scores.json", "returns.png", "coverage.png", "measures.png", "distances.png")
     tasks = ("point-angle-60", "point-angle-0")
     assert files == {"heatmap.png"} | {f"{task}/{name}" for task in tasks for name in each}
     report = json.loads((out / "point-angle-60/scores.json").read_text())
@@ -456,6 +683,14 @@ def test_bad_flags(folder, tmp_path):
         ({"top": ("0",)}, ("--top 0",)),
         ({"top": ("-1",)}, ("--top -1",)),
         ({"top": ("best",)}, ("--top best", "'all'")),
+        ({"top": ("transport",), "w1_points": 0}, ("--top transport", "--w1-points")),
+        ({"top": ()}, ("--top", "nothing to write")),
+        ({"top": ("transport",), "size": 5}, ("--size 5", "less than one episode")),
+        ({"reference": "r.npz", "w1_points": 0}, ("--reference", "--w1-points 500")),
+        ({"top_episodes": 37}, ("--top-episodes 37", "36 complete episodes", "another number")),
+        ({"top_rows": 9}, ("--top-rows 9", "10 in the best")),
+        ({"top_rows": 361}, ("--top-rows 361", "360 rows")),
+        ({"proxy": 1.5}, ("--proxy 1.5",)),
         ({"size": 100}, ("--size 100", "policy_01.npz", "60")),
         ({"size": 5}, ("--size 5",)),
         ({"size": -1}, ("--size",)),
@@ -478,9 +713,25 @@ def test_a_buffer_that_is_not_finite_has_no_distance(folder, tmp_path):
     refused(folder, tmp_path, "policy_04.npz", "not finite", "--w1-points 0")
 
 
+def test_a_policy_without_finite_observations_has_no_distance(folder, tmp_path):
+    spoil(folder / "policy_02.npz", "observations", slice(None))
+    for top in ("1", "transport"):
+        refused(folder, tmp_path, "policy_02.npz", "no row that is finite", top=(top,))
+    assert not list((tmp_path / "out").rglob("*.npz"))
+
+
+def test_a_second_task_is_refused_before_the_first_is_written(tmp_path):
+    """Top 1 is another buffer for each task, and one of them is too short."""
+    for k, episodes in enumerate((12, 3)):
+        write(tmp_path / f"in/policy_{k:02d}.npz", walk(180 * k, episodes=episodes), policy_id=k)
+    tasks = ("point-angle-0", "point-angle-180")
+    refused(tmp_path / "in", tmp_path, "policy_01.npz", "needs 60", tasks=tasks, size=60)
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
 def test_nothing_but_warmup(folder, tmp_path):
     path = write(tmp_path / "r.npz", walk(60), warmup_transitions=60)
-    refused(folder, tmp_path, "r.npz", "0 rows", reference=str(path), exclude_warmup=True)
+    refused(folder, tmp_path, "r.npz", "omit --exclude-warmup", reference=str(path), exclude_warmup=True)
     refused(path, tmp_path, "r.npz", "--exclude-warmup", exclude_warmup=True, w1_points=0)
 
 

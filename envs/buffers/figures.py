@@ -63,22 +63,24 @@ def reward_by_step(rewards, ends):
     return mean, np.sqrt(square), counts
 
 
-def plot_heatmap(path, names, tasks, table):
-    """Buffers x tasks: mean return (K, T) as number, rank within the task as colour."""
+def plot_heatmap(path, names, tasks, table, by="mean"):
+    """Buffers x tasks: score (K, T), `by` which they are ranked, as number, rank within the task as colour."""
     table = np.asarray(table)
     shade = (table - table.min(0)) / np.maximum(np.ptp(table, axis=0), 1e-12)
     size = (3.0 + 1.25 * len(tasks), 1.6 + 0.36 * len(names))
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(shade, cmap="viridis", aspect="auto", vmin=0, vmax=1)
+    digits = 3 if by == "per-step" else 1
     for (k, t), value in np.ndenumerate(table):
         best = value == table[:, t].max()
         colour = "black" if shade[k, t] > 0.6 else "white"
         weight = "bold" if best else "normal"
-        axis.text(t, k, f"{value:.1f}", ha="center", va="center", color=colour, weight=weight)
+        axis.text(t, k, f"{value:.{digits}f}", ha="center", va="center", color=colour, weight=weight)
     axis.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 2 else 0, ha="center")
     axis.set_yticks(range(len(names)), names)
-    axis.set_title("Mean return of each buffer\n(bold: the best for a task)")
+    what = {"mean": "Mean return", "per-step": "Reward per step"}.get(by, f"Return ({by})")
+    axis.set_title(f"{what} of each buffer\n(bold: the best for a task)")
     bar = figure.colorbar(image, ax=axis, ticks=[0, 1])
     bar.ax.set_yticklabels(["worst", "best"])
     figure.savefig(path, dpi=110)
@@ -93,10 +95,11 @@ def plot_returns(path, task, names, scores, order):
     figure = Figure(figsize=(8, 1.2 + 0.62 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for rank, (axis, k) in enumerate(zip(axes, shown, strict=True)):
-        axis.hist(scores[k]["returns"], bins=bins, color="tab:blue" if rank else "tab:orange")
-        axis.axvline(scores[k]["score"], color="black", lw=1.2)
+        colour = "tab:blue" if rank else "tab:orange"
+        axis.hist(scores[k]["returns"], bins=bins, weights=scores[k]["weights"], color=colour)
+        axis.axvline(scores[k]["mean"], color="black", lw=1.2)
         axis.set(yticks=[])
-        label = f"{names[k]}\n{scores[k]['score']:.1f}"
+        label = f"{names[k]}\n{scores[k]['mean']:.1f}"
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[-1].set_xlabel("episode return (line: mean)")
@@ -135,11 +138,53 @@ def plot_coverage(path, task, sources, scores, order):
             cmap="viridis", aspect="equal" if task.feature_names == ("x", "y") else "auto",
         )  # fmt: skip
         k = shown[rank]
-        axis.set_title(f"{sources[k].name}\nreturn {scores[k]['score']:.1f}", fontsize=9)
+        axis.set_title(f"{sources[k].name}\nreturn {scores[k]['mean']:.1f}", fontsize=9)
     figure.colorbar(image, ax=axes, label="share of the transitions", shrink=0.8)
     figure.supxlabel("x (m)", fontsize=10)
     figure.supylabel("y (m)" if task.feature_names == ("x", "y") else "z (m)", fontsize=10)
     figure.suptitle(f"Coverage, best buffer for {task.name} first")
+    figure.savefig(path, dpi=110)
+
+
+PANELS = {  # key -> title of a panel of plot_measures
+    "quality": "Trajectory quality\n(0: random, 1: best episodes)",
+    "action_entropy": "Entropy of actions\n(1: uniform)",
+    "saturation": "Saturated actions\n(share)",
+    "coverage": "Coverage\n(share of what all visit)",
+    "behaviours": "Effective number\nof behaviours",
+    "drift": "Drift: W1 of the first\nto the last tenth",
+    "w1_random": "W1 in (s, a)\nto random actions' data",
+    "w1_expert": "W1 in (s, a) to the\nbest episodes or reference",
+}
+
+
+def plot_measures(path, task, names, scores, order, measures):
+    """What the buffers are worth: their return over the file, and a panel for each measure; best first."""
+    shown, rows = order[:SHOWN], np.arange(len(order[:SHOWN]))
+    figure = Figure(figsize=(15, 2 * (1.7 + 0.24 * len(shown))), layout="constrained")
+    axes = figure.subplots(2, 5).ravel()
+    colours = [f"C{rank % 10}" for rank in rows]
+    for colour, k in zip(colours, shown, strict=True):
+        tenths = np.array(scores[k]["tenths"], float)  # None: nan
+        axes[0].plot(np.arange(5, 100, 10), tenths, ".-", color=colour)
+    axes[0].set(xlabel="rows, % (old to new)")
+    axes[0].set_title("Mean return of each tenth", fontsize=10)
+    for k, row, colour in zip(shown, rows, colours, strict=True):
+        axes[1].plot([scores[k]["mean"], scores[k]["top_decile"]], [row] * 2, color=colour, lw=1)
+        axes[1].plot(scores[k]["mean"], row, "o", scores[k]["recent"], row, "D", color=colour)
+        axes[1].plot(scores[k]["top_decile"], row, "|", color=colour, ms=10, mew=2)
+    axes[1].set_title("Return: mean o, newest 10% \u25c6,\nbest 10% |", fontsize=10)
+    for axis, (key, title) in zip(axes[2:], PANELS.items(), strict=True):
+        values = [measures[k][key] for k in shown]
+        axis.barh(rows, [np.nan if value is None else value for value in values], color=colours)
+        axis.set_title(title, fontsize=10)
+        if all(value is None for value in values):
+            axis.text(0.5, 0.5, "no random warm-up", ha="center", transform=axis.transAxes)
+    for axis in axes[1:]:
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_yticks(rows, [names[k] for k in shown] if axis in (axes[1], axes[5]) else [], fontsize=8)
+        axis.set_ylim(len(shown) - 0.5, -0.5)
+    figure.suptitle(f"What each buffer is worth for {task.name}, best first")
     figure.savefig(path, dpi=110)
 
 
@@ -164,7 +209,7 @@ def plot_distances(path, task, names, scores, order, matrix, to_reference):
     axes[0].set_title(f"{title}\n(diagonal: two samples of one buffer)", fontsize=10)
     figure.colorbar(image, ax=axes[0], shrink=0.8)
     if to_reference is not None:
-        values = [scores[k]["score"] for k in range(len(names))]
+        values = [scores[k]["mean"] for k in range(len(names))]
         spaces = (f"({space})", "(s, a), standardised")
         for axis, distance, where in zip(axes[1:], to_reference, spaces, strict=True):
             axis.scatter(distance[:-1], values, color="tab:blue")

@@ -12,9 +12,11 @@ from envs.buffers.fields import COLUMNS, STRUCTURE
 from envs.buffers.files import find
 from envs.buffers.reading import load
 from envs.errors import InputError
+from envs.task import Transition
 from envs.worlds import task as find_task
 
 CHECKED = ("actions", "root_positions", "root_velocities")  # columns whose values are checked when a buffer is opened
+BLOCK = 1 << 18  # rows that a task looks at at a time
 
 
 def buffer_paths(words):
@@ -91,6 +93,56 @@ def with_goals(buffer, seed):
 def trajectories(buffer):
     """(E,) number of the trajectory of each episode: what goes on beyond a terminal is one."""
     return np.searchsorted(runs(buffer.arrays), buffer["episode_ends"])
+
+
+def in_blocks(function, buffer, dtype):
+    """A function of a Transition over all rows, BLOCK at a time -> (N,)."""
+    found = np.empty(len(buffer), dtype)
+    for start in range(0, len(buffer), BLOCK):
+        rows = slice(start, start + BLOCK)
+        found[rows] = function(transitions(buffer, rows))
+    return found
+
+
+def end_by_task(buffer, task):
+    """The buffer with episodes that end where the task ends: as recorded, but in mazes."""
+    reached, recorded = in_blocks(task.terminal, buffer, bool), buffer["terminals"]
+    if not (reached != recorded).any():
+        return buffer
+    broken = np.zeros(len(buffer), bool)
+    broken[runs(buffer.arrays) - 1] = True  # the data does not go on: cut, or reset
+    terminals = recorded | reached
+    if "goals" in buffer.arrays:  # udg_select.py, D5
+        terminals = reached | recorded & broken
+    elif (missed := terminals & ~recorded & ~broken).any():
+        raise InputError(
+            f"{buffer.path}: terminals: '{task.name}' ends an episode in {missed.sum()} rows where "
+            "the data goes on. Remedy: collect in the task's world, or without termination"
+        )
+    ends = np.flatnonzero(terminals | broken) + 1
+    changed = {
+        "terminals": terminals,
+        "timeouts": broken & ~terminals,
+        "episode_ends": ends,
+        "episode_lengths": np.diff(ends, prepend=0).astype(np.int32),
+    }
+    return dataclasses.replace(buffer, arrays={**buffer.arrays, **changed})
+
+
+def transitions(buffer, rows):
+    """Raw Transition of some rows (a slice or indices)."""
+    names = (name for name in Transition._fields if name in buffer.arrays)
+    return Transition(**{name: buffer.arrays[name][rows] for name in names})
+
+
+def points_of(buffer, values):
+    """Values (n, d) as float64; InputError where one is not finite."""
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{buffer.path}: observations: what distances are measured on is not finite. Remedy: record it again, or "
+            "--w1-points 0"
+        )
+    return np.asarray(values, np.float64)
 
 
 def gear(buffer):
