@@ -142,13 +142,13 @@ class Args(runner.RunFlags):
     plan: Literal["mean", "cheapest"] = "mean"
     """plan that a step is paid by: the mean of the M plans (APWD), or of each pair the cheapest"""
     nearest: Literal["total", "debiased"] = "total"
-    """nearest other by the cost to it (APWD), or less half of its own floor: sum_t c_kl(t) - c_ll'(t) / 2"""
+    """how l* is chosen (apwd, pwd): least cost, or least cost less half of what l's episodes cost one another"""
     own_weight: runner.Share = 0.0
-    """w_own: weight at the end of the run of a step's cost to other episodes of its own policy, taken off its pay"""
+    """w_own (apwd, pwd): share of a step's cost to other episodes of its own policy that is taken off its pay"""
     own_between: tuple[runner.Share, runner.Share] = (0.4, 0.8)
     """shares of the run between which w_own grows from 0"""
     reward_size: runner.Rate = 0.0
-    """mean size of the pay per step, held by a running scale; 0: not held, reward_scale alone"""
+    """mean size that the pay per step follows, by its running mean (reward_scale then has no effect); 0: it does not"""
     num_directions: runner.Count = 8
     """M: projections per round (reference code: 5)"""
     orthogonal_directions: bool = False
@@ -214,10 +214,6 @@ POINT = dict(
     warmup_steps=1_000, num_updates=30_000, chunk=500, eval_every=1_500, reward_scale=1.0,
     learning_rate=3e-4,
 )  # fmt: skip
-APWD = dict(  # the paper's pay, as the defaults
-    plan="mean", nearest="total", own_weight=0.0, own_between=(0.4, 0.8), reward_size=0.0, auto_alpha=False,
-    target_entropy=None,
-)  # fmt: skip
 PRESETS = {
     "ant": dict(  # ours where policies are paid to differ: docs/wurl_sac.md, "Which pay"
         num_envs=4, nearest="debiased", own_weight=1.0, own_between=(0.4, 0.8), reward_size=1.0, auto_alpha=True,
@@ -232,14 +228,14 @@ PRESETS = {
         num_envs=1, updates_per_step=1.0, batch_size=256, replay_size=1_000_000, learning_rate=3e-4, lr_decay=0.0,
         warmup_steps=5_000, num_updates=1_000_000, chunk=1_000, eval_every=5_000,
     ),
-    "paper": APWD | dict(
+    "paper": dict(
         num_updates=200_000, updates_per_step=1.0, num_envs=1, chunk=1_000, eval_every=4_000, learning_rate=3e-4,
     ),
 }  # fmt: skip
 OBJECTIVES = {  # scale and Adam rate of an objective's own, over the world's
-    "diayn": dict(reward_scale=1.0),
-    "dads": dict(reward_scale=1.0, discriminator_lr=3e-4),
-    "metra": dict(reward_scale=1.0, discriminator_lr=3e-4),
+    "diayn": dict(reward_scale=1.0, reward_size=0.0),
+    "dads": dict(reward_scale=1.0, reward_size=0.0, discriminator_lr=3e-4),
+    "metra": dict(reward_scale=1.0, reward_size=0.0, discriminator_lr=3e-4),
 }
 QUICK = dict(task="point", num_policies=4, num_updates=6_000, chunk=500, eval_every=1_500)
 SHOWN = ("train/min_w", "train/reward", "train/q", "train/entropy")  # in the progress line
@@ -840,8 +836,10 @@ def preset(args):
     if args.quick:
         return "quick", POINT | QUICK | own
     world = envs.task(args.task).env
-    ours = {} if (world, args.objective) == ("ant", "none") else PRESETS.get(world, {})
-    values = ours | PRESETS.get(args.preset, {}) | own
+    ours, named = PRESETS.get(world, {}), PRESETS.get(args.preset, {})
+    if world == "ant" and (named or not is_diverse(args)):
+        ours = {}  # our pay is neither the paper's nor of use to plain SAC
+    values = ours | named | own
     if args.div_features not in ("", values.get("div_features")):  # the scales are those of other features
         values = {k: v for k, v in values.items() if k != "feature_scales"}
     return args.preset or world, values
@@ -874,7 +872,8 @@ def check_args(args, task, episode_length):
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
         "--own-between: two shares of the run, the first below the second": args.own_between[0] < args.own_between[1],
         "--num-envs 1: no other episode to compare one with; add --own-weight 0 --nearest total, or --num-envs 2":
-            args.num_envs > 1 or (args.own_weight == 0 and args.nearest == "total"),
+            args.num_envs > 1 or args.random or args.objective not in ("apwd", "pwd")
+            or (args.own_weight == 0 and args.nearest == "total"),
         "--num-policies 1: one policy has no neighbour; add --diversity-weight 0 --task-weight 1":
             args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
         f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":

@@ -200,6 +200,9 @@ def direction_gap(displacements):
 
     Those that get less than half as far as the farthest have no direction; 360 if only one is left.
     """
+    displacements = displacements[np.isfinite(displacements).all(1)]
+    if not len(displacements):
+        return float("nan")
     far = np.linalg.norm(displacements, axis=1)
     x, y = displacements[far >= far.max() / 2].T
     angles = np.sort(np.degrees(np.arctan2(y, x)))

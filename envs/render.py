@@ -201,9 +201,9 @@ def draw_together(episodes: list[Episode], steps: np.ndarray, size: tuple[int, i
     for frame, step in enumerate(steps):
         axes.clear()
         for episode, pose, colour in zip(episodes, poses, colours(len(episodes)), strict=True):
-            step = min(step, len(episode.positions) - 1)
-            axes.plot(*episode.positions[: step + 1].T, color=colour, linewidth=1, alpha=0.6)
-            axes.plot(*episode.positions[step], "o", color=colour, markersize=4)
+            at = min(step, len(episode.positions) - 1)  # it may have ended before
+            axes.plot(*episode.positions[: at + 1].T, color=colour, linewidth=1, alpha=0.6)
+            axes.plot(*episode.positions[at], "o", color=colour, markersize=4)
             if pose is None:
                 continue
             axes.plot(*np.moveaxis(pose[0][frame][..., [0, 2] if planar else [0, 1]], -1, 0), color=colour, linewidth=2)

@@ -148,6 +148,8 @@ def test_direction_gap():
     np.testing.assert_allclose(direction_gap(ways), 180.0)
     np.testing.assert_allclose(direction_gap(np.vstack([ways, [0.0, -3.0]])), 90.0)
     assert direction_gap(ways[:1]) == 360.0
+    np.testing.assert_allclose(direction_gap(np.vstack([ways, [np.nan, 1.0]])), 180.0)  # a robot that blew up
+    assert np.isnan(direction_gap(np.full((2, 2), np.inf)))
 
 
 def test_cheapest_plan_is_the_best_of_the_directions():

@@ -49,7 +49,7 @@ def test_selections_are_accepted_by_udg_select():
         picked = cell.name.removeprefix("data ") if cell.name.startswith("data") else source
         flags = study.SOURCES[source].split()
         num = int(flags[flags.index("--num-policies") + 1]) if "--num-policies" in flags else 10
-        udg_select.parse_top(args.top, 1 if "/" in picked else num)
+        udg_select.parse_selections(args, 1 if "/" in picked else num)
         world, tasks = envs.task(flags[flags.index("--task") + 1]).env, udg_select.flatten(args.tasks)
         assert all(envs.task(name).env == world and envs.task(name).has_reward for name in tasks)
         assert study.world(source) in (world, "point"), "whose budget and size it has"

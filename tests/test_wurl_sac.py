@@ -507,12 +507,16 @@ def test_ours_for_the_ant_leaves_the_paper_and_supervised_data_alone():
     parse = lambda flags: runner.parse(W.Args, ["--task", "ant-angle-0", *flags.split()], W.preset)
     ours, plain = parse(""), W.Args()
     assert ours.auto_alpha and ours.reward_size == 1 and parse("--no-auto-alpha").auto_alpha is False
-    for flags in ("--preset paper", "--objective none --task-weight 1"):
-        args = parse(flags)
-        assert all(getattr(args, key) == getattr(plain, key) for key in W.APWD), flags
-    assert set(W.PRESETS["ant"]) <= set(W.PRESETS["paper"])
+    pay = set(W.PRESETS["ant"]) - {"num_envs", "auto_alpha"}
+    alone = "--num-policies 1 --task-weight 1"
+    for flags in ("--preset paper", f"--objective none {alone}", f"--diversity-weight 0 {alone}", "--preset sac"):
+        args = W.open_world(parse(flags))[0]
+        assert all(getattr(args, key) == getattr(plain, key) for key in pay), flags
+        assert args.auto_alpha == (flags == "--preset sac")
+    W.open_world(parse("--objective metra --num-envs 1"))
     found = {name: parse(f"--objective {name}").reward_scale for name in ("apwd", "diayn", "dads", "metra")}
     assert found == {"apwd": 8.0, "diayn": 1.0, "dads": 1.0, "metra": 1.0}
+    assert parse("--objective diayn").reward_size == 0  # near 0 at first, its running mean would be no measure
     assert parse("--objective diayn --reward-scale 3").reward_scale == 3.0
     for flags, told in (("--num-envs 1", "--own-weight 0"), ("--own-between 0.5 0.5", "the first below the second")):
         with pytest.raises(envs.InputError, match=told):
