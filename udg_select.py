@@ -182,6 +182,10 @@ def open_task(name, options, sources):
                 f"would be judged in another world. Remedy: leave {key} out"
             )
     task = envs.task(name, **{**recorded, **options})
+    ended = any(source.buffer.metadata["task_options"].get("terminate") for source in sources)
+    if ended and task.options.get("terminate") is False:
+        problem = "episodes of the buffers end where the task would go on"
+        raise envs.InputError(f"--task {name}: {problem}. Remedy: --task-options terminate=true")
     if task.env != metadata["env"]:
         again = metadata["task"] is None and envs.buffers.import_command(sources[0].buffer, task.env)
         raise envs.InputError(

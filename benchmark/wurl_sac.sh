@@ -13,7 +13,7 @@ scale() { # reward scale on the point robot, 1 seed each; 4 to 14 minutes each o
     done
 }
 
-ant() { # the main job, three seeds; 33 minutes each on a core
+ant() { # the main job, three seeds; 34 to 36 minutes each on a core
     for seed in 0 1 2; do
         python wurl_sac.py --num-policies 10 --seed $seed --out runs/wurl_sac/ant/seed$seed
     done

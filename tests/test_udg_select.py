@@ -533,7 +533,7 @@ def make_ant(path, **metadata):
         "next_observations": states[1:],
         "actions": rng.uniform(-1, 1, (20, 8)).astype(np.float32),
     }
-    return write(path, arrays, env="ant", task="ant", dt=0.05, **metadata)
+    return write(path, arrays, **{"env": "ant", "task": "ant", "dt": 0.05, **metadata})
 
 
 def test_the_ant_is_observed_and_paid_as_its_task_says(tmp_path, no_figures):
@@ -727,6 +727,14 @@ def test_a_second_task_is_refused_before_the_first_is_written(tmp_path):
     tasks = ("point-angle-0", "point-angle-180")
     refused(tmp_path / "in", tmp_path, "policy_01.npz", "needs 60", tasks=tasks, size=60)
     assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_data_made_with_terminations_ask_for_a_task_that_ends(tmp_path):
+    make_ant(tmp_path / "in/a.npz", task="ant-angle-0", task_options={"gear": 30.0, "terminate": True})
+    words = dict(tasks=("ant-angle-90",), w1_points=0)
+    refused(tmp_path / "in", tmp_path, "would go on", "--task-options terminate=true", **words)
+    task = udg_select.open_task("ant-angle-90", {"terminate": True}, udg_select.open_sources([str(tmp_path / "in")]))
+    assert task.options["terminate"] is True
 
 
 def test_nothing_but_warmup(folder, tmp_path):
