@@ -7,59 +7,62 @@ Objective  max over pi_1..pi_K of  min over i != j of  W1(rho_i, rho_j)     (UDG
 Algorithm  one round, all K policies at once:
   (1) roll out:  N episodes of L steps with every policy, a ~ pi_k(. | s), from fresh resets
   (2) project:   M unit directions v_m; sort the features f(s_{t+1}) of every policy along each    (APWD, section 3)
-  (3) couple:    rank-to-rank transport plan P between policies k and l; cost in all d features, not along v_m
+  (3) couple:    match the points of policies k and l by their ranks along v_m (plan P); a match costs the distance
+                 between its points in all d features
                  c_kl(t) = 1/M sum_m n sum_j P_ij ||f_i - g_j||,   i = rank of step t along v_m
                  (lines 2 and 3: pairwise_apwd in envs/distances.py)
-  (4) nearest:   l* = argmin_l sum_t c_kl(t), one l* for a whole episode
+  (4) nearest:   l* = argmin over l != k of sum_t c_kl(t), one l* for a whole episode
   (5) pay:       r_t = w_div * scale * c_kl*(t) * (L / episode length) + w_task * r_task(s, a, s')
-                 ours, by flags: less w_own c_kk'(t), the cost to other episodes of the same policy; held at a mean size
+                 three flags of our own (D15): l* is the nearest when each policy's own width is taken off; the pay
+                 is less by w_own c_kk'(t), the cost to other episodes of the same policy; it is held at a mean size
   (6) store:     the round in policy k's replay (the newest R transitions) and in its buffer file (all transitions)
   (7) learn:     updates_per_step N L SAC updates of each policy: critics, actor with the new critics, alpha,
                  Polyak target
 
 Symbols    s observations [.., S] | a actions [.., A] | f features [.., d], g those of policy l | v directions [M, d]
            c cost [K, K, n] | K policies | N environments a policy | L episode_length | n = N L points
-           w_div, w_task weights | scale (paper: reward scale) | y target [B] | q [2, B]
-           alpha entropy weight | gamma discount | tau Polyak rate
+           c_kk' between episodes of policy k | w_div, w_task, w_own weights | scale (paper: reward scale)
+           y target [B] | q [2, B] | alpha entropy weight | gamma discount | tau Polyak rate
 
 Deviations
-  D1  paper's APWD pays each step its own transport cost; reference code re-sorts in place, so that for M > 1 the
-      costs land on the wrong steps; here: as the paper says.
-  D2  reference code pays a_t for the state s_{t-1}, and the first step for a state of the episode before; here: for
-      s_{t+1}.
+  D1  reference code re-sorts in place, so that for M > 1 costs land on the wrong steps; here: as the paper says.
+  D2  reference code pays a_t for the state s_{t-1}, a_0 for the last one of the episode before; here: for s_{t+1}.
   D3  reference code: one random policy acts per episode and is compared with stored states of the others; here: all K
       act, and are compared with this round's states.
   D4  reference code stores time limits of some environments as terminal; here: always bootstrap through them.
-  D5  reference code learns from all transitions so far; here: from the newest `replay_size`, because
-      pseudo-rewards go stale as the other policies move. The buffer file keeps all of them.
+  D5  reference code learns from all transitions so far; here: from the newest `replay_size`, because pseudo-rewards
+      go stale as the other policies move. The buffer file keeps all of them.
   D6  reference code gives the random warm-up steps reward 0 (here --warmup-zero-reward); here: their real reward.
-  D7  reference configs scale the cost by 10 to 100, but the shipped checkpoints fit a scale near 1; here: 8 on robots,
-      1 in the point worlds; on the ant the pay is held at a mean size of 1, and alpha is learnt.
+  D7  reference configs scale the cost by 10 to 100, but the shipped checkpoints behave as at a scale near 1; here: 8 on
+      robots, 1 in the point worlds; on the ant the pay is held at a mean size of 1, and alpha is learnt.
   D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
   D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy)
       or the height (cheetah), times --feature-scales.
-  D10 reference code keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run. The
-      policies then stop chasing one another before they are saved.
+  D10 reference code keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run, so
+      that policies stop chasing one another before they are saved.
   D11 reference code updates once per real step; here: once per nominal step, N L a round even if episodes end early
       (humanoid), so that a round is one program; there are then more updates per real step than --updates-per-step.
       Without a diversity reward an episode that ends is followed by a new one, so that all N L steps are real.
-  D12 reference code draws 5 directions for each pair of an episode and a cache; here: one draw of M serves all pairs
-      of a round, whose N episodes are pooled into one sample a policy.
+  D12 reference code draws 5 directions anew for each comparison; here: one draw of M serves all pairs of a round,
+       whose N episodes are pooled into one sample a policy.
   D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics with a gain of 0.1; both learn after the
       warm-up, from all rows so far, one step for each step of any policy. Here: the features of s_{t+1}, this round's
       rows and their standard deviation, gain 1, from the start, and one step for each step of a policy: K times fewer.
       DIAYN-I's reward has no + log K there, so that living costs; here it has.
-  D14 METRA conditions one policy on a skill, and computes rewards of its replay anew with the phi of the moment; here:
-      K policies, and the rewards of their rounds, from a replay of the newest rounds only.
+  D14 METRA conditions one policy on a skill, computes rewards of its replay anew with the phi of the moment, and fits
+      phi to its replay; here: K policies, rewards as they were paid, a replay of the newest rounds only, and a phi that
+      is fitted to the round after it has paid, on raw observations.
+  D15 paper: none of the three flags of line (5); here: on the ant all three, without which a policy is paid for its own
+      width, and the pay outweighs the entropy. --preset paper has none.
 
 Files      writes runs/wurl_sac/<task>/seed<seed>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
            log.jsonl, state.npz, trajectories.png, distances.png; rows/ grows during the run and is removed at its end
 Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
-           python wurl_sac.py                            (ten ant policies, 36 minutes on one core)
+           python wurl_sac.py                            (ten ant policies, 25 minutes on 2 cores)
            python wurl_sac.py --preset paper             (200k steps and updates a policy)
 Expect     --quick: minimum-W (distance to the nearest other policy, mean over policies) 6.9 in 50 s on 2 cores
-           ant, seed 0: W1 to the nearest other policy 3.17 m, between samples of one 0.40; ten of
-           ten travel 7.7 m or more
+           ant, seed 0 on one core: W1 to the nearest other policy 3.17 m, between samples of one 0.40; all ten travel
+           7.7 m or more; on two cores, where sums have another order: 2.81, 0.35, and two policies end as one
            point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
 """
 
@@ -79,14 +82,7 @@ import optax
 import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
-from envs.distances import (
-    direction_gap,
-    distance_matrix,
-    exact_measures,
-    neighbour_distances,
-    pairwise_apwd,
-    unit_directions,
-)
+from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
 from runner import devices, policies
 from runner.rows import PolicyRows, are_finished, write_buffers
 
@@ -341,7 +337,7 @@ def apwd_reward(cost, own, alive, weight, args):
     K, N, L = alive.shape
     cost, lengths = cost.reshape(K, K, N, L), jnp.maximum(alive.sum(-1, keepdims=True), 1)
     totals = cost.sum(-1)
-    if args.nearest == "debiased":  # what a copy of l would cost is no distance: half of it is l's, half k's own
+    if args.nearest == "debiased":  # D15: what a copy of l would cost is no distance: half of it is l's, half k's own
         width = own.sum((1, 2)) / lengths.sum((1, 2))
         totals = totals - width[None, :, None] / 2 * lengths[:, None, :, 0]
     totals = jnp.where(jnp.eye(K, dtype=bool)[:, :, None], jnp.inf, totals)
@@ -624,65 +620,17 @@ def feature_names(args, task):
     return tuple(f"s'[{i}]" for i in index)
 
 
-def discriminator_success(x, train, test, key, args):
-    """Geometric mean of p(policy | state) and accuracy of a fresh K-way MLP (1000 Adam steps, authors' protocol).
-
-    x [K, E, L, S] states; trained on the rows with train [K, E, L], judged on those with test [K, E, L].
-    """
-    net, cross_entropy = MLP((*args.hidden_sizes[:2], len(x))), optax.softmax_cross_entropy_with_integer_labels
-    y = jnp.broadcast_to(jnp.arange(len(x))[:, None, None], train.shape)
-    loss = lambda params, x, y: cross_entropy(net.apply(params, x), y).mean()
-    key_init, key_steps = jax.random.split(key)
-    params = net.init(key_init, x[0, 0, :1])
-    params, _ = fit_net(params, optax.adam(2e-3).init(params), loss, (x, y), train, key_steps, 2e-3, 1_000)
-    logits, y, weight = net.apply(params, x.reshape(-1, x.shape[-1])), y.reshape(-1), test.reshape(-1) / test.sum()
-    return jnp.exp(-cross_entropy(logits, y) @ weight), (logits.argmax(-1) == y) @ weight
-
-
 def make_evaluation(args, task, rollouts):
     """-> evaluation(actor [K], key, E) -> metrics (numbers and arrays [K]), arrays for the figures, on the host."""
     features_of = feature_function(args, task)
 
     @functools.partial(jax.jit, static_argnums=2, out_shardings=devices.placed(args.num_policies, args))
     def evaluation(actor, key, num_episodes):
-        key_rollout, key_all, key_half = jax.random.split(key, 3)
-        keys = jax.random.split(key_rollout, args.num_policies)
-        steps = rollouts(actor, keys, num_episodes)
-        t, alive = steps.transition, steps.alive
-        features, full = features_of(t), t.next_observations
-        path = t.root_positions + task.dt * t.root_velocities
-        last = alive.sum(-1)[..., None, None] - 1
-        travel = jnp.take_along_axis(path, last, 2)[:, :, 0] - t.root_positions[:, :, 0]
-        angle = jnp.arctan2(travel.mean(1)[:, 1], travel.mean(1)[:, 0])
-        metrics = {
-            "eval/travel": jnp.linalg.norm(travel, axis=-1).mean(1),
-            "eval/direction_deg": jnp.degrees(angle) % 360,
-            "eval/displacement": travel.mean(1),
-            "eval/length": alive.sum(-1).mean(1),
-        }
-        if args.num_policies > 1:
-            bounds = neighbour_distances(distance_matrix(features, alive, 32))  # directions, the same every time
-            in_full = neighbour_distances(distance_matrix(full, alive, 8))
-            metrics |= {f"eval/{name}": x for name, x in bounds.items()}
-            metrics |= {f"eval/{name}_full": x for name, x in in_full.items()}
-            half = alive & (jnp.arange(num_episodes) % 2 == 0)[:, None]
-            splits = ("", alive, alive, key_all), ("_held_out", half, alive & ~half, key_half)
-            for name, train, test, k in splits:  # rows to train on, rows to judge
-                success, accuracy = discriminator_success(full, train, test, k, args)
-                metrics |= {f"eval/disc_success{name}": success, f"eval/disc_accuracy{name}": accuracy}
-        if task.has_reward:
-            metrics["eval/task_return"] = jnp.where(alive, task.reward(t), 0.0).sum(-1).mean(1)
-        return metrics, {"paths": path, "features": features, "alive": alive}
+        key_rollout, *keys = jax.random.split(key, 3)
+        steps = rollouts(actor, jax.random.split(key_rollout, args.num_policies), num_episodes)
+        return policies.measures(steps, features_of(steps.transition), keys, task, args.hidden_sizes[:2])
 
-    def judge(*inputs):
-        metrics, snapshot = jax.tree.map(np.asarray, evaluation(*inputs))
-        displacement = metrics.pop("eval/displacement")
-        if args.num_policies > 1 and tuple(task.feature_names[:2]) == ("x", "y"):  # positions are of a plane
-            metrics["eval/direction_gap_deg"] = direction_gap(displacement)
-        exact = exact_measures(snapshot["features"], snapshot["alive"], args.cell)
-        return metrics | {f"eval/{name}": x for name, x in exact.items()}, snapshot
-
-    return judge
+    return lambda *inputs: policies.exact(*jax.tree.map(np.asarray, evaluation(*inputs)), task, args.cell)
 
 
 # === training ===
@@ -742,6 +690,11 @@ def state_sharding(args):
     return WurlState(all_devices, all_devices, all_devices, split, split, all_devices, all_devices)
 
 
+def on_cpu_at_once(args):
+    """Policies that one batched call updates on a CPU."""
+    return args.policies_at_once or (1 if max(args.hidden_sizes) > 128 else args.num_policies)
+
+
 def make_train(args, env, task, observe, episode_length):
     """-> init(key), warm_up(state), train_chunk(state), rollouts(actor, keys, num_envs).
 
@@ -750,9 +703,7 @@ def make_train(args, env, task, observe, episode_length):
     """
     num_warmup, updates_per_round, _ = round_sizes(args, episode_length)
     features_of, sharding = feature_function(args, task), state_sharding(args)
-    at_once = args.policies_at_once or (
-        1 if jax.default_backend() == "cpu" and max(args.hidden_sizes) > 128 else args.num_policies
-    )
+    at_once = on_cpu_at_once(args) if jax.default_backend() == "cpu" else args.policies_at_once or args.num_policies
 
     def init(key):
         """Agents [K], empty replays [K], and the network of the objective."""
@@ -787,15 +738,9 @@ def make_train(args, env, task, observe, episode_length):
         keys = jax.random.split(key_rollout, K)
         steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # (1), D3
         t = steps.transition
+        share, round_of = state.num_updates / args.num_updates, (t, features_of(t), steps.alive)
         reward, distances, net, net_opt = pseudo_reward(
-            state.net,
-            state.net_opt,
-            t,
-            features_of(t),
-            steps.alive,
-            key_reward,
-            state.num_updates / args.num_updates,
-            args,
+            state.net, state.net_opt, *round_of, key_reward, share, args
         )  # (2) to (5)
         reward, size = held(reward, steps.alive, state.size, args)
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)  # (5)
@@ -888,6 +833,14 @@ def check_args(args, task, episode_length):
     })  # fmt: skip
 
 
+def idle_flags(args):
+    """Flags without effect beside the others, and why."""
+    learnt = {} if args.auto_alpha else {"target_entropy": "alpha is not learnt; add --auto-alpha"}
+    return learnt | (
+        {"reward_scale": "the pay is held at --reward-size; add --reward-size 0"} if args.reward_size else {}
+    )
+
+
 def open_world(args):
     """Refuse bad flags -> args in whole rounds, task, env, steps of an episode."""
     runner.check(args)
@@ -918,14 +871,6 @@ def announce(args, task, env, episode_length):
     return 2 * args.num_policies * steps * row
 
 
-def append_rows(files, task, steps, pseudo_rewards):
-    """Append the rollouts [.., K, N, L] of some rounds to the row files, with the task's reward (zeros if none)."""
-    steps, pseudo_rewards = files.own((steps, pseudo_rewards))
-    rewards = np.asarray(task.reward(steps.transition), np.float32)
-    columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
-    files.append(steps.transition, steps.terminals, steps.alive, **columns)
-
-
 def log_evaluation(run, step, train, metrics, actor, files):
     """Log and print an evaluation; with --keep-policies, keep the policies that it judged."""
     run.record(step, train | metrics)
@@ -952,10 +897,10 @@ def fresh_rollouts(run, env, rollouts, actor, key):
 
     @functools.partial(jax.jit, out_shardings=devices.placed(args.num_policies, args, None, "share"))
     def collect(actor, keys):
-        steps = jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
-        return steps, jnp.zeros_like(steps.log_probs)
+        return jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
 
-    append_rows(files, run.task, *collect(actor, jax.random.split(key, args.num_policies)))
+    steps = collect(actor, jax.random.split(key, args.num_policies))
+    files.add(steps, jnp.zeros_like(steps.log_probs), run.task)
     return files
 
 
@@ -977,7 +922,7 @@ def main(args):
         state = on_devices(run.restore(init, key_train))
         if "warmup" not in run.meta:
             state, (_, _, *data) = warm_up(state)
-            append_rows(files, task, *data)
+            files.add(*data, task)
             run.write(state, rows=files.rows(), warmup=files.rows(), train={})
             print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - run.began:.0f} s", flush=True)
 
@@ -987,7 +932,7 @@ def main(args):
             metrics, distances = jax.tree.map(np.asarray, (metrics, distances))
             metrics |= {f"train/{name}": x for name, x in neighbour_distances(distances[-1]).items()}
             run.progress(step, metrics, SHOWN)
-            append_rows(files, task, *data)
+            files.add(*data, task)
             logged = {k: float(np.mean(v)) for k, v in metrics.items()} | {"time/updates_per_s": run.rate()}
             if run.due(step) and step < args.num_updates:
                 scores, _ = evaluation(state.agent.actor, key_eval, args.eval_episodes)
@@ -1004,9 +949,17 @@ def main(args):
         fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
         write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
         print(f"{run.folder}: buffers, policies, figures; {time.time() - run.began:.0f} s")
-        print(f"next: python udg_select.py --buffers {run.folder}/buffers --task ...", flush=True)
+        options = " ".join(["", "--task-options", *args.task_options] if args.task_options else [])
+        print(f"next: python udg_select.py --buffers {run.folder}/buffers --task ...{options}", flush=True)
         return scores
 
 
+def cpu_devices(args):
+    """Devices to make of a CPU's cores, each with as many policies: they fill two cores better than one device does."""
+    if args.distributed or on_cpu_at_once(args) > 1:
+        return 1
+    return max(n for n in range(1, 1 + min(devices.cores(), args.num_policies)) if args.num_policies % n == 0)
+
+
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, PRESETS, __doc__)
+    runner.launch(main, Args, preset, PRESETS, __doc__, cpu_devices=cpu_devices, idle=idle_flags)

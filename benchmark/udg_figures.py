@@ -39,9 +39,10 @@ STYLES = tuple(
 )
 
 # A selection looks the same in every study; what is not here (K, objectives, weights) takes its place in the list.
-LOOKS = {"top1": 0, "top2": 1, "all": 2, "supervised": 4, "random": 3}
+LOOKS = {"top1": 0, "top2": 1, "all": 2, "supervised": 4, "random": 3, "best": 5}
 NAMES = {
     "top1": "top 1", "top2": "top 2 mixed", "all": "all mixed", "supervised": "supervised for 0 degrees",
+    "best": "best episodes",
     "mopo": "MOPO", "mopo-fast": "MOPO", "mopo-critics": "MOPO, 10 critics",
     "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
     "dac": "DAC", "bc": "cloning", "apwd": "APWD", "pwd": "PWD", "diayn": "DIAYN-I", "dads": "DADS-I", "metra": "METRA",

@@ -71,6 +71,7 @@ SOURCES = {
     "maze-k20": "--task tree-maze --num-policies 20",
     "maze-random": POINT_RANDOM.replace("point", "tree-maze"),
     "ant": f"--task ant {APWD}",
+    "ant-main": "--task ant",  # the main job as it is now
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
     "ant-rho-60": f"--task ant-angle-60 {SUPERVISED} --collect rollouts",
@@ -131,6 +132,7 @@ SHORT_EPISODES = "--episode-length 200 --num-envs 8 --updates-per-step 0.03125 -
 GPU = {
     "ant": "--preset paper", "cheetah": "--preset paper",
     "humanoid": "--num-envs 8 --updates-per-step 0.0625 --num-updates 1000000 --eval-every 50000",
+    "ant-main": "",  # as it is
 }  # fmt: skip
 CPU = {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
 # Nine runs of the cheetah are compared with one another: a third of the default's 36,000 updates each.
@@ -154,11 +156,15 @@ GPU_LEARNERS = {
 GPU_LEARNERS["point-goal"] = GPU_LEARNERS["point"]
 SIZE = {"cpu": {"point": 20_000, "ant": 50_000, "cheetah": 50_000}}
 SIZE["gpu"] = {"point": 20_000, "ant": 150_000, "cheetah": 150_000}
+WHOLE = {"cpu": 146_000, "gpu": 200_000}  # whole episodes that one buffer of the main job holds, and best in full
 
 
 @dataclass(frozen=True)
 class Study:
-    """A question and the cells that answer it; picks: label -> "source:top" or "source/policy:top"."""
+    """A question and the cells that answer it; picks: label -> "source:top" or "source/policy:top".
+
+    top: what --top takes, or best (the best episodes of all buffers); cut to SIZE, but with @full whole.
+    """
 
     question: str
     tasks: tuple[str, ...] = ()
@@ -171,6 +177,7 @@ class Study:
 
 POINT_TASKS = tuple(f"point-angle-{a}" for a in ANGLES)
 TOPS = {"top1": "{0}:1", "top2": "{0}:2", "all": "{0}:all"}
+SELECTIONS = {"top1": "1", "best": "best", "top2": "2", "all": "all"}  # shares by transport: all of top 1 there
 ALL_LEARNERS = ("mopo", "cped", "qdq", "dac", "bc")
 CHEETAH_LEARNERS = ("mopo-fast", "cped")
 MAZE_TASKS = tuple(f"tree-maze-end-{n}" for n in (1, 2, 3, 4))
@@ -251,6 +258,18 @@ STUDIES = {
         "As many policies as the maze has dead ends, and more: is the collapse seen?",
         sources=("maze-k4", "maze", "maze-k20"),
     ),
+    "selections": Study(
+        "50,000 rows out of ten buffers: of the best one, the best episodes, two mixed, or all?",
+        ("ant-angle-60",), {label: f"ant-main:{top}" for label, top in SELECTIONS.items()}, ("bc", "cped", "mopo"),
+    ),
+    "selections-full": Study(
+        "The same in full: a mixture then has more rows; the best episodes as many as a buffer.",
+        ("ant-angle-60",), {label: f"ant-main:{top}@full" for label, top in SELECTIONS.items()}, ("bc", "cped", "mopo"),
+    ),
+    "ranks-ant": Study(
+        "Which measure of a buffer tells what a learner makes of it? (after `selections`; benchmark/measure_ranks.py)",
+        ("ant-angle-60",), {f"policy {k}": f"ant-main/policy_{k:02d}:1" for k in range(10)}, ("bc", "mopo"),
+    ),
     "seeds": Study(
         "How much of all this is the luck of one run of wurl_sac.py?",
         POINT_TASKS, {"seed 0": "point:1", "seed 1": "point-s1:1", "seed 2": "point-s2:1"}, seeds=3,
@@ -286,23 +305,48 @@ def source_cell(base, source, budget):
     return Cell(f"source {source}", command, folder / "buffers" / f"policy_{num - 1:02d}.npz", (), folder)
 
 
-def tasks_of(picked):
+def parts_of(pick):
+    """ "source:top@full" -> source or source/policy, top, whether in full."""
+    picked, _, top = pick.partition(":")
+    top, _, size = top.partition("@")
+    return picked, top, size == "full"
+
+
+def tasks_of(data):
     """The tasks that any study selects for among these buffers: one command makes all their files."""
-    users = [s for s in STUDIES.values() if s.picks and any(p.split(":")[0] == picked for p in s.picks.values())]
+    users = [s for s in STUDIES.values() if s.picks and data in map(data_of, s.picks.values())]
     return list(dict.fromkeys(task for study in users for task in study.tasks))
+
+
+def data_of(pick):
+    """Name of the selection that makes the file of a pick."""
+    picked, _, full = parts_of(pick)
+    return f"{picked}-full" if full else picked
+
+
+def tops_of(data, source):
+    """Flags of udg_select.py: what it selects of a source."""
+    picks = [pick for s in STUDIES.values() for pick in (s.picks or {}).values() if data_of(pick) == data]
+    tops = {parts_of(pick)[1] for pick in picks}
+    if "/" in data or "--num-policies 1 " in f"{SOURCES[source]} ":
+        return ["--top", "1"]
+    return ["--top", "1", "2", "all", *(["transport"] if "best" in tops else [])]
 
 
 def data_cells(base, study, budget):
     """Cells of udg_select.py: one for each set of buffers; one for W1 to the expert and task where it is asked for."""
     cells = {}
-    for picked in dict.fromkeys(pick.split(":")[0] for pick in study.picks.values()):
+    for data, pick in {data_of(pick): pick for pick in study.picks.values()}.items():
+        picked, _, full = parts_of(pick)
         source, _, policy = picked.partition("/")
         files = base / "sources" / source / "buffers" / (f"{policy}.npz" if policy else "")
-        tops = ["1"] if policy or "--num-policies 1 " in f"{SOURCES[source]} " else ["1", "2", "all"]
-        tasks, size, folder = tasks_of(picked), str(SIZE[budget][world(source)]), base / "data" / picked
-        command = ["udg_select.py", "--buffers", str(files), "--task", *tasks, "--top", *tops, "--size", size]
-        command += ["--w1-points", "0", "--overwrite", "--out", str(folder)]
-        name, done = f"data {picked}", folder / tasks[-1] / "scores.json"
+        tasks, folder, tops = tasks_of(data), base / "data" / data, tops_of(data, source)
+        command = ["udg_select.py", "--buffers", str(files), "--task", *tasks, *tops]
+        command += [] if full else ["--size", str(SIZE[budget][world(source)])]
+        most = ["--top-rows", str(best_rows(source, full, budget))]
+        command += most if "transport" in tops else ["--w1-points", "0"]  # of the others no distance is asked for
+        command += ["--overwrite", "--out", str(folder)]
+        name, done = f"data {data}", folder / tasks[-1] / "scores.json"
         cells[name] = Cell(name, command, done, (f"source {source}",), None, (files,))
     for task in study.tasks if study.reference else ():
         expert, folder = f"{study.reference}-rho-{task.split('-')[-1]}", base / "data" / "reference"
@@ -318,11 +362,19 @@ def data_cells(base, study, budget):
     return cells
 
 
+def best_rows(source, full, budget):
+    """Rows of a file of the best episodes."""
+    return WHOLE[budget] if full else SIZE[budget][world(source)]
+
+
 def data_file(base, task, pick, budget):
     """The file that udg_select.py writes for a pick and task."""
-    picked, top = pick.split(":")
-    stem = "all" if top == "all" else f"top{top}"
-    return base / "data" / picked / task / f"{stem}-size{SIZE[budget][world(task)]}.npz"
+    picked, top, full = parts_of(pick)
+    stem = top if top in ("all", "transport") else f"top{top}"
+    stem += "" if full else f"-size{SIZE[budget][world(task)]}"
+    if top == "best":
+        stem = f"rows{best_rows(picked, full, budget)}"
+    return base / "data" / data_of(pick) / task / f"{stem}.npz"
 
 
 def learner_cell(base, study, task, pick, learner, budget):
@@ -332,7 +384,7 @@ def learner_cell(base, study, task, pick, learner, budget):
     folder = base / "learn" / task / f"{pick.replace('/', '-').replace(':', '-')}-{learner}-seeds{study.seeds}"
     data = data_file(base, task, pick, budget)
     command = [script, "--dataset", str(data), *flags, "--out", str(folder)]
-    need = f"data {pick.split(':')[0]}"
+    need = f"data {data_of(pick)}"
     return Cell(f"learn {task} {pick} {learner}", command, folder / "learning_curve.png", (need,), folder, (data,))
 
 

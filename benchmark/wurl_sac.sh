@@ -15,20 +15,20 @@ scale() { # reward scale on the point robot, 1 seed each; 4 to 14 minutes each o
 
 ant() { # the main job, three seeds; 34 to 36 minutes each on a core
     for seed in 0 1 2; do
-        python wurl_sac.py --num-policies 10 --seed $seed --out runs/wurl_sac/ant/seed$seed
+        python wurl_sac.py --num-policies 10 --seed $seed --num-devices 1 --out runs/wurl_sac/ant/seed$seed
     done
     python -m envs.render runs/wurl_sac/ant/seed0 --together --episode last --width 480 --height 480
 }
 
 apwd() { # the paper's pay at the main job's budget, as before the ant had a preset of its own
     for seed in 0 1 2; do
-        python wurl_sac.py --seed $seed --num-envs 2 --nearest total --own-weight 0 --reward-size 0 --no-auto-alpha \
-            --out runs/wurl_sac/ant/apwd-seed$seed
+        python wurl_sac.py --seed $seed --num-devices 1 --num-envs 2 --nearest total --own-weight 0 --reward-size 0 \
+            --no-auto-alpha --out runs/wurl_sac/ant/apwd-seed$seed
     done
 }
 
 pay() { # which pay, seed 0, 33 minutes each on a core
-    run() { python wurl_sac.py "${@:2}" --out "runs/wurl_sac/ant/pay-$1"; }
+    run() { python wurl_sac.py --num-devices 1 "${@:2}" --out "runs/wurl_sac/ant/pay-$1"; }
     run size --nearest total --own-weight 0
     run own-early --own-between 0.2 0.6
     run own-cheapest --own-between 0.2 0.6 --plan cheapest

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +58,36 @@ def placed(count, args, *axes):
     return jax.NamedSharding(mesh, jax.P(*axes) if even else jax.P())
 
 
+def cores():
+    """Cores of the CPU that this process may use, by affinity, NPROC and a container's quota."""
+    num = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num = min(num, int(os.environ.get("NPROC", num)))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return num if quota == "max" else max(1, min(num, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return num
+
+
+def split_cpu(asked, own):
+    """Make devices out of the CPU before jax begins; accelerators are what they are.
+
+    asked: --num-devices; where that is 0, `own`, which gives way to the environment's number and to a jax that runs.
+    """
+    told = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if asked > 1 or (asked == 0 and own > 1 and not told):
+        try:
+            jax.config.update("jax_num_cpu_devices", asked or own)
+        except RuntimeError:  # brax's worlds compute when they are named
+            if asked:
+                raise envs.InputError(f"--num-devices {asked}: jax has begun already, with one; leave it out") from None
+
+
 def memory():
-    """Bytes that a device has; of a CPU, the machine's."""
+    """Bytes that a device has; where the CPU is several, its share of the machine's."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit") or machine // jax.local_device_count()
 
 
 # --- several processes ---------------------------------------------------------------------------

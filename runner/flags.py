@@ -76,7 +76,8 @@ class RunFlags:
     backend: Literal["auto", "mujoco", "mjx"] = "auto"
     """physics: C MuJoCo (auto on a CPU) or MJX (auto elsewhere); the point worlds have their own"""
     num_devices: Natural = 0
-    """devices that share seeds or policies; 0: all there are. On a CPU, 2 or more make that many out of its cores"""
+    """devices that share seeds or policies; 0: all there are. A CPU is one, or as many as are asked for; for wide
+    policies of wurl_sac.py 0 makes one of each core"""
     # --- budget ---
     num_updates: Count = 1_000_000
     """gradient steps per seed"""
@@ -157,37 +158,41 @@ def given_flags(argv, fields):
     return {word if word in fields else word.removeprefix("no_") for word in words} & set(fields)
 
 
-def parse(Args, argv, preset_of=None, names=(), doc=""):
+def parse(Args, argv, preset_of=None, names=(), doc="", idle=lambda args: {}):
     """Command line -> Args: defaults, then the values that `preset_of(args)` gives, then the flags.
 
     preset_of(args) -> (name, {field: value}); names: of the presets, for --help; doc: the script's header. Prints what
-    differs from the defaults.
+    differs from the defaults, and which flags on the line have no effect: idle(args) -> {field: why}.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, names, doc))
         sys.exit(0)
     args = tyro.cli(Args, args=argv, prog=Path(sys.argv[0]).name)
     check(args)
+    given = given_flags(argv, [field.name for field in dataclasses.fields(Args)])
     if preset_of is not None:
         name, values = preset_of(args)
-        given = given_flags(argv, [field.name for field in dataclasses.fields(Args)])
         args = dataclasses.replace(args, **{k: v for k, v in values.items() if k not in given})
         print(f"preset {name}")
     check(args)
     plain = Args()
     changed = {k: v for k, v in dataclasses.asdict(args).items() if v != getattr(plain, k)}
     print("not the defaults:", *(f"{k}={v}" for k, v in changed.items()), flush=True)
+    for field in given & idle(args).keys():
+        print(f"without effect: --{field.replace('_', '-')}, because {idle(args)[field]}", flush=True)
     return args
 
 
-def launch(main, Args, preset_of=None, names=(), doc="", again="--resume"):
-    """The whole command: whatever a user can mend ends in one line, a signal in one more (go on with `again`)."""
+def launch(main, Args, preset_of=None, names=(), doc="", again="--resume", cpu_devices=None, **more):
+    """The whole command: whatever a user can mend ends in one line, a signal in one more (go on with `again`).
+
+    cpu_devices(args): devices that a CPU is where --num-devices does not say; more: of `parse`.
+    """
     script = Path(sys.argv[0]).name
     listen(again)
     try:
-        args = parse(Args, sys.argv[1:], preset_of, names, doc)
-        if getattr(args, "num_devices", 0) > 1:  # of the CPU; accelerators are what they are
-            jax.config.update("jax_num_cpu_devices", args.num_devices)
+        args = parse(Args, sys.argv[1:], preset_of, names, doc, **more)
+        devices.split_cpu(getattr(args, "num_devices", 0), cpu_devices(args) if cpu_devices else 1)
         if getattr(args, "distributed", False):
             devices.join_processes()
         main(args)

@@ -66,6 +66,7 @@ class Logger:
 
         header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
+        header["num_devices"] = jax.device_count()
         self.wandb = start_wandb(folder, header["args"]) if args.track else None
         for events in folder.glob("events.out.tfevents.*") if (folder / "log.jsonl").exists() else ():
             events.unlink()

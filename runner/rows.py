@@ -27,6 +27,16 @@ class PolicyRows(EpisodeFiles):
         """Of arrays [R, K, ..] on the devices of all processes this process's policies, on the host."""
         return jax.tree.map(lambda x: devices.own_part(x, self.count), tree)
 
+    def add(self, steps, pseudo_rewards, task):
+        """Append the episodes of some rounds with the task's reward (zeros if it has none).
+
+        steps: transition, terminals, alive, log_probs [R, K, N, L, ..], as pseudo_rewards
+        """
+        steps, pseudo_rewards = self.own((steps, pseudo_rewards))
+        rewards = np.asarray(task.reward(steps.transition), np.float32)
+        columns = dict(rewards=rewards, pseudo_rewards=pseudo_rewards, action_log_probs=steps.log_probs)
+        self.append(steps.transition, steps.terminals, steps.alive, **columns)
+
     def rows(self):
         """Rows of every policy by now [K], whichever process keeps them."""
         counts = np.zeros(self.count, np.int32)

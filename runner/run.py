@@ -94,9 +94,9 @@ class Run:
         ours += state_files(self.folder)
         free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in ours)
         print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
-        if size > have or disk > free:
+        if size > have * jax.local_device_count() or disk > free:
             print()
-            raise self.too_large(size, have, disk, free)
+            raise self.too_large(size, have * jax.local_device_count(), disk, free)
         program = chunk.lower(state, *inputs).compile()
         m = program.memory_analysis()
         need = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
@@ -215,7 +215,8 @@ class Run:
     def write_policy(self, kind, params, name="policy.npz", **about):
         """policy.npz (docs/policy.md): for deployment, flat slash/paths, leading seed or policy axis."""
         self.leave_if_stopped()
-        about = {"task": self.task.name, "observations": "task", "versions": envs.buffers.versions(), **about}
+        about = {"task": self.task.name, "task_options": self.task.options, "observations": "task", **about}
+        about["versions"] = envs.buffers.versions()
         head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(about))}
         envs.buffers.write_npz(self.folder / name, {**head, **flat_arrays(params)})
 

@@ -746,3 +746,42 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path, name, package):
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and f"`{name}` is hidden by {tmp_path / name}" in line and "rename that folder" in line
+
+
+# --- devices of a CPU ---
+
+
+def test_cores_are_those_that_a_container_allows(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(devices, "Path", lambda path: quota)
+    monkeypatch.delenv("NPROC", raising=False)
+    for text, wanted in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
+        quota.write_text(text)
+        assert devices.cores() == wanted
+    quota.unlink()
+    assert devices.cores() == 8
+    monkeypatch.setenv("NPROC", "3")
+    assert devices.cores() == 3
+
+
+def test_a_cpu_is_split_unless_somebody_has_said_otherwise(monkeypatch):
+    made = []
+    monkeypatch.setattr(devices.jax.config, "update", lambda name, num: made.append(num))
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    for asked, own in ((0, 1), (0, 2), (3, 2), (1, 2)):
+        devices.split_cpu(asked, own)
+    assert made == [2, 3]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    devices.split_cpu(0, 2)
+    assert made == [2, 3]
+
+    def begun(name, num):
+        raise RuntimeError("jax has begun")
+
+    monkeypatch.setattr(devices.jax.config, "update", begun)
+    monkeypatch.delenv("XLA_FLAGS")
+    devices.split_cpu(0, 2)  # stays one
+    with pytest.raises(envs.InputError, match="--num-devices 2: jax has begun"):
+        devices.split_cpu(2, 1)

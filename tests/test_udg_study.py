@@ -82,18 +82,27 @@ def test_a_step_reward_has_its_own_budget():
     assert "20000" in updates["point-goal"] and "6000" in updates["point-angle"]
 
 
-def test_picks_name_what_their_data_cells_write():
+def test_picks_name_what_their_data_cells_write(tmp_path, monkeypatch):
     """The file that a learner reads is one that the selection it needs writes, for this task, at this size."""
+    monkeypatch.chdir(tmp_path)  # planned_files clears up
     for (name, budget), (cells, learning) in EVERY.items():
         wanted = study.STUDIES[name]
         assert len(learning) == len(wanted.tasks) * len(wanted.picks or ()) * len(wanted.learners)
         assert all(f"source {source}" in cells for source in wanted.sources)
         for task, label, pick, learner, cell in learning:
             assert cells[f"learn {task} {pick} {learner}"] == cell and wanted.picks[label] == pick
-            select, top = selection_args(tuple(cells[cell.needs[0]].command[1:])), pick.split(":")[1]
-            assert top in select.top and task in udg_select.flatten(select.tasks), (name, pick)
-            data = Path(select.out) / task / f"{'all' if top == 'all' else f'top{top}'}-size{select.size}.npz"
-            assert cell.reads == (data,) == (Path(cell.command[cell.command.index("--dataset") + 1]),), (name, budget)
+            select, tasks = (
+                selection_args(tuple(cells[cell.needs[0]].command[1:])),
+                [envs.task(t) for t in wanted.tasks],
+            )
+            selections = udg_select.parse_selections(select, 1 if "/" in pick else 20)
+            files = udg_select.planned_files(Path(select.out), tasks, selections, select)
+            data = Path(cell.command[cell.command.index("--dataset") + 1])
+            (label,) = (label for label, file in files.items() if file == data)
+            top = pick.partition(":")[2].partition("@")[0]
+            assert label[0] == task and label[1] in (f"top{top}", top, f"rows{select.top_rows}"), (name, pick, budget)
+            assert cell.reads == (data,) and (top == "best") == label[1].startswith("rows"), (name, pick, budget)
+            assert task in udg_select.flatten(select.tasks), (name, pick)
 
 
 # --- the command line ---------------------------------------------------------------------------

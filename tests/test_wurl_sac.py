@@ -18,7 +18,7 @@ import envs
 import runner
 import wurl_sac as W
 from envs.distances import pairwise_apwd, same_pairs, unit_directions
-from runner import policies
+from runner import devices, policies
 from tests.oracles import common
 from tests.oracles.common import leaves_close, mlp, of_seed, size_of
 
@@ -525,10 +525,10 @@ def test_ours_for_the_ant_leaves_the_paper_and_supervised_data_alone():
 
 def test_discriminator_success():
     """Near 1 where policies are apart; where they are not, rows learnt by heart tell nobody apart (chance: 1/4)."""
-    args, (K, E, L, d) = tiny(hidden_sizes=(64, 64)), (4, 2, 20, 45)
+    K, E, L, d = 4, 2, 20, 45
     same, mask = jax.random.normal(jax.random.key(0), (K, E, L, d)), jnp.ones((K, E, L), bool)
     even = mask & (jnp.arange(E) % 2 == 0)[:, None]
-    judge = jax.jit(lambda x, train, test: W.discriminator_success(x, train, test, jax.random.key(1), args))
+    judge = jax.jit(lambda x, train, test: policies.discriminator_success(x, train, test, jax.random.key(1), (64, 64)))
     success, accuracy = judge(same + 5 * jnp.arange(K)[:, None, None, None], mask, mask)
     assert success > 0.9 and accuracy > 0.95
     by_heart, _ = judge(same, mask, mask)
@@ -588,6 +588,27 @@ def test_fresh_rollouts_of_random_policies(tmp_path):
 
 
 # --- devices ---
+
+
+@pytest.mark.parametrize("cores, K, wanted", [(1, 10, 1), (2, 10, 2), (3, 10, 2), (4, 10, 2), (8, 10, 5), (2, 1, 1)])
+def test_cores_become_devices_that_share_the_policies_evenly(cores, K, wanted, monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    wide = tiny(num_policies=K, hidden_sizes=(256, 256))
+    assert W.cpu_devices(wide) == wanted
+    assert W.cpu_devices(tiny(num_policies=K)) == 1 == W.cpu_devices(dataclasses.replace(wide, distributed=True))
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--target-entropy -1 --no-auto-alpha", ["target-entropy"]), ("--no-auto-alpha", []),
+    ("--reward-scale 8", ["reward-scale"]),
+    ("--reward-scale 8 --reward-size 0", []), ("--target-entropy -1", []),
+])  # fmt: skip
+def test_flags_without_effect_are_named(words, told, capsys):
+    """On the ant, whose preset learns alpha and holds the pay; what the preset sets is nobody's mistake."""
+    runner.parse(W.Args, words.split(), W.preset, W.PRESETS, idle=W.idle_flags)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("without effect")]
+    assert [line.split()[2].strip("-,") for line in said] == told
+
 
 SHARDED = """
 import jax

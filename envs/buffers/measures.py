@@ -39,12 +39,12 @@ def return_statistics(returns, lengths, complete):
     returns, lengths, weights = returns[used], lengths[used], weights[used]
     mean = np.average(returns, weights=weights)
     order = np.argsort(-returns, kind="stable")
-    best = order[np.cumsum(weights[order]) <= weights.sum() / 10]
-    best = best if len(best) else order[:1]
+    before = np.cumsum(weights[order]) - weights[order]
+    best = np.clip(weights.sum() / 10 - before, 0, weights[order])  # of the last one the part that makes it a tenth
     return {
         "mean": float(mean),
         "std": float(np.sqrt(np.average((returns - mean) ** 2, weights=weights))),
-        "top_decile": float(np.average(returns[best], weights=weights[best])),
+        "top_decile": float(np.average(returns[order], weights=best)),
         "per_step": float(weights @ returns / (weights @ lengths)),
     }
 
