@@ -6,10 +6,10 @@ Paper      MOPO: Model-based Offline Policy Optimization (Yu et al., NeurIPS 202
 Objective  max over pi of  E[ sum_t gamma^t ( r - lam u(s, a) ) ]  in the learned model. If u bounds the
            model's error, this is a lower bound of the true return (paper, section 4).
 
-Algorithm  (1) split:     hold out min(20 %, 1000) rows; standardise the inputs (s, a) on the others
+Algorithm  (1) split:     hold out min(20 %, 1000) rows in runs; standardise inputs (s, a) and targets on the others
            (2) model:     E Gaussian networks p_i(s' - s, r | s, a), each on its own bootstrap
-           (3) stop:      when no member gained 1 % on the hold-out for 5 epochs; restore every
-                          member's best epoch; the M best members are the elites
+           (3) stop:      when no member gained on the hold-out for 5 epochs (1 % of the error, or 0.01 nats); restore
+                          every member's best epoch; the M best members are the elites
            (4) roll out:  from b real states, h steps of the policy; a random elite per row and step
            (5) penalise:  r~ = r - lam u(s, a),  u = max_i || sigma_i(s, a) ||     (section 4.3)
            (6) store:     rows alive at the start of their step, in a ring of `retain` refreshes
@@ -39,18 +39,28 @@ Deviations
       line (7), and the whole squared error.
   D10 Codes divide by any input std above 1e-12; here: only above 1e-6 of the mean, because in float32 a
       constant column may have a std of that order.
-  D11 Codes: 2 critics; here: --num-critics. The states after a rollout's last step are never trained on,
-      and two critics may overrate them far and for long (docs/mopo.md, "When Q climbs").
+  D11 Codes: 2 critics; here: --num-critics, --critic-norm, --critic-diversity. The states after a rollout's last step
+      are never trained on, and two critics may overrate them far and for long (docs/mopo.md, "When Q climbs").
+  D12 Codes: the model predicts (s' - s, r) in raw units, and its log-variance starts at 0.5 at most: where speeds
+      have a variance of 100, u is a constant; here: in standard deviations of the data; u, errors and figures
+      stay in raw units. Published presets: as the codes.
+  D13 Codes hold out single rows, whose neighbours are trained on; here: runs of 100. Published presets: as the codes.
+  D14 Codes stop by the hold-out's squared error and keep each member where that was least, with whatever std it
+      had there; here: by its likelihood, so that u is fitted as well. Published presets: as the codes.
+  D15 Codes: rows of the data have no penalty, which pays their actions lam u a step; here: by --penalise-real one.
+  D16 Codes: actor and critics see raw observations; here: --standardise-observations scales them.
+  D17 MOBILE: ten samples at every update; here (--penalty bellman): means of elites and policy, at a refresh.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, three figures (*.png)
+           policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
 Run        python mopo.py --quick                         (point robot, under 2 minutes on 2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     --quick: return 93 (data: mean -0.2, best 93.9), half a minute on 2 CPU cores; --preset cpu on ant-angle-60,
-           top-1, seed 0: 157 in 200 steps (data 108); each the mean of the last 5 evaluations; more in docs/mopo.md
+Expect     --quick: return 92 (data: mean -0.2, best 93.9), half a minute on 2 CPU cores; --preset cpu on 50,000 rows of
+           the main job's best buffer for ant-angle-60: 224 in 200 steps (data 109); mean of the last 5 evaluations
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -65,7 +75,7 @@ import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import nearest
-from runner import plots
+from runner import model_report
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,9 @@ class Args(runner.Flags):
     chunk: runner.Count = 1_000
     """gradient steps in one jitted call; a multiple of rollout_freq, a divisor of eval_every and num_updates"""
     # --- model ---
-    model: Literal["ensemble", "knn"] = "ensemble"
-    """ensemble (MOPO), or knn: the change and reward of the nearest data row, the model of UDG's theory"""
+    model: Literal["ensemble", "knn", "world"] = "ensemble"
+    """ensemble (MOPO); knn: change and reward of the nearest data row, the model of UDG's theory; world: the simulator,
+    with u = 0, where observations show its whole state: what would a perfect model be worth?"""
     ensemble_size: runner.Count = 7
     """E: members (paper: 7)"""
     num_elites: runner.Count = 5
@@ -97,12 +108,22 @@ class Args(runner.Flags):
     """largest share of the rows held out (ORLKit: 0.2)"""
     holdout_rows: runner.Count = 1_000
     """largest number of rows held out (paper: 1,000)"""
+    holdout_run: runner.Count = 100
+    """rows in a row that are held out together: steps of one episode resemble one another (ours, D13; both: 1)"""
     patience: runner.Count = 5
     """epochs without any member's gain that end the fit (ORLKit: 5, D4)"""
+    fit_score: Literal["nll", "mse"] = "nll"
+    """what a member is judged by on the hold-out: nll fits its std, and so u, as well (ours, D14; both: mse)"""
     min_gain: runner.Rate = 0.01
-    """relative gain on the hold-out that counts (both: 0.01)"""
+    """gain on the hold-out that counts: a share of the mse (both: 0.01), or nats a target"""
     max_epochs: runner.Count = 200
     """cap on the epochs of the fit (ours, D4)"""
+    standardise_targets: bool = True
+    """divide the model's targets by their standard deviation inside the model (ours, D12; both: raw)"""
+    min_model_steps: runner.Natural = 0
+    """Adam steps before which the fit does not end (ours, D4)"""
+    max_model_steps: runner.Natural = 0
+    """cap on the Adam steps of the fit, in whole epochs, beside max_epochs; 0: none (ours, D4)"""
     exact_epochs: bool = False
     """visit every bootstrap row once an epoch, at the price of a sort (both; D5)"""
     knn_rows: runner.Count = 20_000
@@ -116,9 +137,13 @@ class Args(runner.Flags):
     """lambda: weight of the penalty (paper: 0.5 to 5 by dataset)"""
     penalty: Literal[
         "max_aleatoric", "max_aleatoric_elites", "max_dist_to_mean", "max_pairwise",
-        "ensemble_std", "total_std",
+        "ensemble_std", "total_std", "bellman",
     ] = "max_aleatoric"  # fmt: skip
-    """u: max_aleatoric (MOPO) or a variant (docs/mopo.md); each needs its own lambda"""
+    """u: max_aleatoric (MOPO) or a variant (docs/mopo.md); each needs its own lambda; bellman: MOBILE's"""
+    penalise_real: bool = False
+    """subtract lambda u from the data's rewards, too, so that data are paid as the model's rows are (ours, D15)"""
+    clip_model: bool = False
+    """keep predicted states and rewards within what the data hold; no rollout then leaves it (ours, D6)"""
     reward: Literal["learned", "known"] = "learned"
     """reward of model steps: learned (MOPO), or known: the task's, where observations tell it"""
     rollout_batch: runner.Count = 50_000
@@ -130,7 +155,7 @@ class Args(runner.Flags):
     real_ratio: runner.Share = 0.05
     """share of real rows in a batch (both: 0.05)"""
     range_margin: runner.Rate = 0.5
-    """rollouts end farther outside the data's range than this share of it, or of 1 if that is more (ours, D6)"""
+    """rollouts end farther outside the data's range than this share of it (ours, D6)"""
     range_value: Literal["worst", "bootstrap", "zero"] = "worst"
     """value of a state out of range: worst: the lesser of V and 0; bootstrap: the critics' V; zero: 0 (ours, D6)"""
     # --- SAC ---
@@ -138,6 +163,12 @@ class Args(runner.Flags):
     """widths of actor and critics (both: 256, 256)"""
     num_critics: runner.Count = 2
     """Q networks, the least of which counts (both: 2); try 10 where Q climbs (docs/mopo.md; ours, D11)"""
+    standardise_observations: bool = False
+    """actor and critics see observations in standard deviations of the data (ours, D16; both: raw)"""
+    critic_norm: bool = False
+    """LayerNorm before each ReLU of the critics, which bounds what they say far from the data (ours, D11)"""
+    critic_diversity: runner.Rate = 0.0
+    """eta: weight of the alignment of the critics' action gradients; with many critics RAVL's (EDAC: 1; ours, D11)"""
     batch_size: runner.Count = 256
     """B: rows per update, real and model together (both: 256)"""
     actor_lr: runner.Rate = 1e-4
@@ -186,15 +217,16 @@ HORIZON_AND_LAM = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original c
     "walker2d-random-v0": (1, 1.0),
 }
 CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what each is for)
-    "max_epochs": 20, "num_updates": 20_000, "eval_every": 2_000, "rollout_batch": 10_000,
+    "max_epochs": 1_000, "max_model_steps": 15_000, "num_updates": 20_000, "eval_every": 2_000, "rollout_batch": 10_000,
     "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
+AS_CODES = {"standardise_targets": False, "holdout_run": 1, "fit_score": "mse"}
 PUBLISHED = {
-    name: {"horizon": h, "lam": lam, "num_updates": 3_000_000 if name.endswith("v2") else 1_000_000}
+    name: {"horizon": h, "lam": lam, "num_updates": 3_000_000 if name.endswith("v2") else 1_000_000} | AS_CODES
     for name, (h, lam) in HORIZON_AND_LAM.items()
 }
 QUICK = {
-    "max_epochs": 20, "model_hidden_sizes": (64, 64), "num_updates": 3_000, "chunk": 500,
+    "max_epochs": 60, "model_hidden_sizes": (64, 64), "num_updates": 3_000, "chunk": 500,
     "rollout_freq": 500, "eval_every": 500, "rollout_batch": 2_000, "hidden_sizes": (64, 64),
     "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3,
 }  # fmt: skip
@@ -260,6 +292,26 @@ class Critics(nn.Module):
         return jnp.stack([MLP((*self.hidden_sizes, 1))(x)[..., 0] for _ in range(self.num)])
 
 
+class NormCritics(Critics):
+    """Critics with LayerNorm before each ReLU."""
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        dense = lambda width: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
+
+        def q(x):
+            for width in self.hidden_sizes:
+                x = nn.relu(nn.LayerNorm()(dense(width)(x)))
+            return dense(1)(x)[..., 0]
+
+        return jnp.stack([q(jnp.concatenate([observations, actions], -1)) for _ in range(self.num)])
+
+
+def critic_net(args):
+    """The critics' architecture."""
+    return (NormCritics if args.critic_norm else Critics)(args.hidden_sizes, args.num_critics)
+
+
 def tanh_normal_sample(mean, log_std, noise):
     """a = tanh(u), u = mean + std * noise, and its log density, exact also where tanh saturates.
 
@@ -290,8 +342,8 @@ class Ensemble(NamedTuple):
 
     weights: tuple[jax.Array, ...]  # per layer [E, in, out]
     biases: tuple[jax.Array, ...]  # per layer [E, 1, out]
-    max_logvar: jax.Array  # [D]
-    min_logvar: jax.Array  # [D]
+    max_logvar: jax.Array  # [D]; of members at their best, [E, 1, D]
+    min_logvar: jax.Array
 
 
 def ensemble_init(key, args, num_inputs, num_targets):
@@ -364,20 +416,34 @@ def mopo_critic_loss(critic, target, actor, alpha, batch, key, args):
     """sum_e mean_B (Q_e(s, a) - y)^2,  a' ~ pi(. | s') with the actor before its step -> scalar, metrics."""
     mean, log_std = policy_net(args, batch.actions.shape[-1]).apply(actor, batch.next_observations)
     next_actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
-    critics = Critics(args.hidden_sizes, args.num_critics)
+    critics = critic_net(args)
     next_q = critics.apply(target, batch.next_observations, next_actions).min(0)
     y = sac_target(batch, next_q, log_probs, alpha, args.gamma)
     q = critics.apply(critic, batch.observations, batch.actions)
     chex.assert_equal_shape([q[0], y])
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
-    return loss, {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
+    metrics = {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
+    if args.critic_diversity:
+        loss = loss + args.critic_diversity * alignment(
+            lambda a: critics.apply(critic, batch.observations, a), batch.actions
+        )
+    return loss, metrics
+
+
+def alignment(q, actions):
+    """EDAC: mean_B 1/(C - 1) sum_{i != j} <g_i, g_j>,  g_i = grad_a Q_i / ||grad_a Q_i||;  q: [B, A] -> [C, B]."""
+    values, gradient = jax.vjp(q, actions)
+    each = jnp.eye(len(values))[:, :, None] * jnp.ones(values.shape)
+    g = jax.vmap(lambda x: gradient(x)[0])(each)  # [C, B, A]
+    g = g / jnp.sqrt(jnp.sum(g**2, -1, keepdims=True) + 1e-20)  # no nan where all ReLUs are off
+    return jnp.mean(jnp.sum(g.sum(0) ** 2, -1) - jnp.sum(g**2, (0, 2))) / (len(values) - 1)
 
 
 def mopo_actor_loss(actor, critic, alpha, batch, key, args):
     """mean_B (alpha log pi(a|s) - min_e Q_e(s, a)),  a ~ pi(. | s), critics after their step."""
     mean, log_std = policy_net(args, batch.actions.shape[-1]).apply(actor, batch.observations)
     actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
-    q = Critics(args.hidden_sizes, args.num_critics).apply(critic, batch.observations, actions).min(0)
+    q = critic_net(args).apply(critic, batch.observations, actions).min(0)
     loss = jnp.mean(alpha * log_probs - q)
     return loss, {"train/actor_loss": loss, "train/entropy": -log_probs.mean()}
 
@@ -460,12 +526,21 @@ class Fit(NamedTuple):
     net: Ensemble
     opt: Any
     best_net: Ensemble  # every member at its best epoch
-    best: jax.Array  # [E] hold-out error there
-    holdout_mse: jax.Array  # [E] at the last epoch
+    best: jax.Array  # [E] fit_score there, in the model's units
+    holdout_mse: jax.Array  # [E] at the last epoch, in the task's units
     idle: jax.Array  # epochs since any member gained
     bootstrap: jax.Array  # [E, N] data rows of a member
     holdout: jax.Array  # [H] data rows of none
-    scale: tuple[jax.Array, jax.Array]  # mean and std [S + A] of the inputs
+    scale: "Scale"
+
+
+class Scale(NamedTuple):
+    """Units of the model, from its training rows: x = ((s, a) - input_mean) / input_std, targets alike."""
+
+    input_mean: jax.Array  # [S + A]
+    input_std: jax.Array
+    target_mean: jax.Array  # [D] 0 and 1 without standardise_targets
+    target_std: jax.Array
 
 
 class Neighbours(NamedTuple):
@@ -478,16 +553,19 @@ class Neighbours(NamedTuple):
 class Model(NamedTuple):
     """What the rollouts of one seed need."""
 
-    net: Ensemble | Neighbours
+    net: Any  # Ensemble; Neighbours; of the world a function (s, a) -> targets
     elites: jax.Array  # [M]
-    scale: tuple[jax.Array, jax.Array]
+    scale: Scale
     low: jax.Array  # [S] rollouts end outside of low, high
     high: jax.Array
+    rewards: jax.Array  # [3] least and greatest of the data, and the 99th percentile
+    eyes: tuple[jax.Array, jax.Array]  # mean and std [S] of what actor and critics see; 0 and 1: raw
+    real_u: jax.Array  # [N] u of the data's rows; zeros without penalise_real
 
 
 def model_inputs(scale, observations, actions):
     """x = ((s, a) - mean) / std."""
-    return (jnp.concatenate([observations, actions], -1) - scale[0]) / scale[1]
+    return (jnp.concatenate([observations, actions], -1) - scale.input_mean) / scale.input_std
 
 
 def model_targets(rows):
@@ -497,15 +575,25 @@ def model_targets(rows):
 
 
 def split_data(key, data, args):
-    """Line (1): -> training rows [N], hold-out rows [H], scale of the training rows' inputs."""
+    """Line (1): -> training rows [N], hold-out rows [H], Scale of the training rows."""
     num_rows = len(data.rewards)
     num_holdout = min(int(args.holdout_share * num_rows), args.holdout_rows)
-    order = jax.random.permutation(key, num_rows)
-    holdout, train = order[:num_holdout], order[num_holdout:]
-    x = jnp.concatenate([data.observations, data.actions], -1)[train]
+    run = max(min(args.holdout_run, num_holdout), 1)
+    first = run * jax.random.permutation(key, num_rows // run)[: num_holdout // run]
+    holdout = (first[:, None] + jnp.arange(run)).reshape(-1)  # D13
+    taken = jnp.zeros(num_rows, bool).at[holdout].set(True)
+    train = jnp.flatnonzero(~taken, size=num_rows - len(holdout))
+    inputs = moments(jnp.concatenate([data.observations, data.actions], -1)[train])
+    targets = moments(model_targets(data)[train])  # D12
+    if not args.standardise_targets:
+        targets = jax.tree.map(lambda x, same: jnp.full_like(x, same), targets, (0.0, 1.0))
+    return train, holdout, Scale(*inputs, *targets)
+
+
+def moments(x):
+    """Mean and std of the columns of x [N, d]; std 1 where a column is constant but for rounding."""
     mean, std = x.mean(0), x.std(0)
-    constant = std < 1e-6 * jnp.maximum(1.0, jnp.abs(mean))  # D10
-    return train, holdout, (mean, jnp.where(constant, 1.0, std))
+    return mean, jnp.where(std <= 1e-6 * jnp.abs(mean), 1.0, std)  # D10
 
 
 def fit_init(key, data, args):
@@ -515,24 +603,42 @@ def fit_init(key, data, args):
     draws = jax.random.randint(key_boot, (args.ensemble_size, len(train)), 0, len(train))
     num_targets = data.observations.shape[1] + 1
     net = ensemble_init(key_net, args, num_targets - 1 + data.actions.shape[1], num_targets)
+    own = lambda bound: jnp.tile(bound, (args.ensemble_size, 1, 1))
+    best_net = Ensemble(*jax.tree.map(jnp.copy, net[:2]), *map(own, net[2:]))
     return Fit(
-        key, jnp.int32(0), net, optax.adam(args.model_lr).init(net), jax.tree.map(jnp.copy, net),
-        jnp.full(args.ensemble_size, 1e10), jnp.full(args.ensemble_size, 1e10), jnp.int32(0),
+        key, jnp.int32(0), net, optax.adam(args.model_lr).init(net), best_net,
+        jnp.full(args.ensemble_size, jnp.inf), jnp.full(args.ensemble_size, jnp.inf), jnp.int32(0),
         train[draws], holdout, scale,
     )  # fmt: skip
 
 
+CALL_STEPS = 500  # Adam steps of one jitted call at most
+
+
 def epoch_sizes(num_rows, args):
-    """-> batch, Adam steps of one jitted call (at most 500), calls in an epoch of N / batch steps."""
+    """-> batch, Adam steps of one jitted call, calls in an epoch of N / batch steps."""
     batch = min(args.model_batch_size, num_rows)
-    calls = -(-(num_rows // batch) // 500)
+    calls = -(-(num_rows // batch) // CALL_STEPS)
     return batch, num_rows // batch // calls, calls
 
 
 def fitting(fit, args):
     """Line (3): whether the fit goes on."""
-    _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
-    return (fit.idle < args.patience) & (fit.step < args.max_epochs * steps * calls)  # D4
+    improving = (fit.idle < args.patience) | (fit.step < args.min_model_steps)
+    return improving & (fit.step < max_steps(fit.bootstrap.shape[-1], args))  # D4
+
+
+def max_steps(num_rows, args):
+    """Adam steps of a fit at most, in whole epochs."""
+    epoch = epoch_steps(num_rows, args)
+    epochs = -(-args.max_model_steps // epoch) if args.max_model_steps else args.max_epochs
+    return min(epochs, args.max_epochs) * epoch
+
+
+def epoch_steps(num_rows, args):
+    """Adam steps of an epoch."""
+    _, steps, calls = epoch_sizes(num_rows, args)
+    return steps * calls
 
 
 def fit_chunk(fit, data, args):
@@ -550,7 +656,8 @@ def fit_chunk(fit, data, args):
         index = jnp.take_along_axis(fit.bootstrap, columns, 1)
         rows = jax.tree.map(lambda x: x[index], data)  # [E, B, ..]
         x = model_inputs(fit.scale, rows.observations, rows.actions)
-        grads = jax.grad(mopo_model_loss)(net, x, model_targets(rows), args)
+        targets = (model_targets(rows) - fit.scale.target_mean) / fit.scale.target_std
+        grads = jax.grad(mopo_model_loss)(net, x, targets, args)
         change, opt = optax.adam(args.model_lr).update(grads, opt)
         return (optax.apply_updates(net, change), opt), None
 
@@ -562,21 +669,28 @@ def fit_chunk(fit, data, args):
     return jax.lax.cond(at_end, end, lambda fit: fit, fit)
 
 
-def keep_best(best, idle, mse, args):
-    """A member gains where its error fell by more than `min_gain` -> best [E], idle, gained [E]."""
-    gained = (best - mse) / best > args.min_gain
-    return jnp.where(gained, mse, best), jnp.where(gained.any(), 0, idle + 1), gained
+def keep_best(best, idle, score, args):
+    """A member gains where its score fell by more than `min_gain` -> best [E], idle, gained [E]."""
+    enough = args.min_gain if args.fit_score == "nll" else args.min_gain * best
+    gained = jnp.where(jnp.isinf(best), score < best, best - score > enough)
+    return jnp.where(gained, score, best), jnp.where(gained.any(), 0, idle + 1), gained
 
 
 def end_epoch(fit, data, key, args):
     """Line (3): hold-out error of every member's mean, snapshots, idle epochs -> Fit."""
     rows = jax.tree.map(lambda x: x[fit.holdout], data)
-    mean, _ = ensemble_apply(fit.net, model_inputs(fit.scale, rows.observations, rows.actions))
-    mse = jnp.mean((mean - model_targets(rows)) ** 2, (1, 2))  # [E]
-    best, idle, gained = keep_best(fit.best, fit.idle, mse, args)
+    mean, raw = ensemble_apply(fit.net, model_inputs(fit.scale, rows.observations, rows.actions), "highest")
+    error = mean - (model_targets(rows) - fit.scale.target_mean) / fit.scale.target_std
+    mse = jnp.mean((error * fit.scale.target_std) ** 2, (1, 2))  # [E]
+    logvar = bound_logvar(fit.net, raw)
+    nll = 0.5 * jnp.mean(error**2 * jnp.exp(-logvar) + logvar, (1, 2))
+    score = nll if args.fit_score == "nll" else jnp.mean(error**2, (1, 2))  # D14
+    best, idle, gained = keep_best(fit.best, fit.idle, score, args)
     keep = lambda new, old: jnp.where(gained[:, None, None], new, old)
     layers = jax.tree.map(keep, fit.net[:2], fit.best_net[:2])
-    best_net = Ensemble(*layers, *fit.net[2:])  # the shared bounds are always the newest
+    judged = gained[:, None, None] | (args.fit_score == "mse")  # by their error, codes keep the newest bounds
+    bounds = jax.tree.map(lambda new, old: jnp.where(judged, new, old), fit.net[2:], fit.best_net[2:])
+    best_net = Ensemble(*layers, *bounds)
     if args.exact_epochs:
         shuffled = jax.random.permutation(key, fit.bootstrap, 1, independent=True)
         fit = fit._replace(bootstrap=shuffled)
@@ -587,22 +701,58 @@ def data_range(data, args):
     """The box low, high [S] that rollouts must not leave."""  # D6
     both = jnp.concatenate([data.observations, data.next_observations])
     low, high = both.min(0), both.max(0)
-    margin = args.range_margin * jnp.maximum(high - low, 1.0)
-    return low - margin, high + margin
+    margin = (0 if args.clip_model else args.range_margin) * jnp.where(high > low, high - low, 1.0)
+    return low - margin, high + margin, jnp.quantile(data.rewards, jnp.array([0.0, 1.0, 0.99]))
 
 
 def fitted_model(fit, data, args):
-    """Every member at its best epoch, the M of least hold-out error as elites -> Model."""
+    """Every member at its best epoch, the M of best hold-out score as elites -> Model."""
     elites = jnp.argsort(fit.best, stable=True)[: args.num_elites]
-    return Model(fit.best_net, elites, fit.scale, *data_range(data, args))
+    eyes = seen_moments(data, args)
+    model = Model(fit.best_net, elites, fit.scale, *data_range(data, args), eyes, jnp.zeros(len(data.rewards)))
+    if args.penalise_real:  # D15
+        u = lambda row: predict(model, row[0][None], row[1][None], args)[2][0]
+        model = model._replace(real_u=jax.lax.map(u, (data.observations, data.actions), batch_size=4096))
+    return model
 
 
 def knn_model(key, data, args):
     """UDG's model: nothing is learnt, `knn_rows` training rows are kept -> Model."""
     train, _, scale = split_data(key, data, args)
-    rows = jax.tree.map(lambda x: x[train[: args.knn_rows]], data)
+    kept = jax.random.permutation(jax.random.fold_in(key, 1), train)[: args.knn_rows]
+    rows = jax.tree.map(lambda x: x[kept], data)
     net = Neighbours(model_inputs(scale, rows.observations, rows.actions), model_targets(rows))
-    return Model(net, jnp.zeros(1, jnp.int32), scale, *data_range(data, args))
+    eyes, elite = seen_moments(data, args), jnp.zeros(1, jnp.int32)
+    return Model(net, elite, scale, *data_range(data, args), eyes, jnp.zeros(len(data.rewards)))
+
+
+def world_model(key, data, args, env):
+    """The simulator as the model: nothing is learnt, and u is 0 -> Model."""
+
+    def step(obs, action):
+        after = env.step(env.from_observation(obs), action)
+        return jnp.append(after.obs - obs, after.reward)
+
+    eyes, elite, scale = seen_moments(data, args), jnp.zeros(1, jnp.int32), split_data(key, data, args)[2]
+    net = jax.tree_util.Partial(jax.vmap(step))
+    return Model(net, elite, scale, *data_range(data, args), eyes, jnp.zeros(len(data.rewards)))
+
+
+def seen_moments(data, args):
+    """Mean and std [S] of the observations that actor and critics see; 0 and 1 where they see them raw."""
+    mean, std = moments(data.observations)
+    return (mean, std) if args.standardise_observations else (jnp.zeros_like(mean), jnp.ones_like(std))
+
+
+def see(eyes, observations):
+    """Observations as actor and critics see them."""  # D16
+    return (observations - eyes[0]) / eyes[1]
+
+
+def seen_rows(eyes, rows):
+    """Rows as actor and critics see them."""
+    see_them = lambda x: see(eyes, x)
+    return rows._replace(observations=see_them(rows.observations), next_observations=see_them(rows.next_observations))
 
 
 def penalty(mean, std, elites, kind):
@@ -613,7 +763,7 @@ def penalty(mean, std, elites, kind):
         return norm(std).max(0)
     if kind == "max_aleatoric_elites":
         return norm(std[elites]).max(0)
-    if kind == "max_dist_to_mean":
+    if kind in ("max_dist_to_mean", "bellman"):  # of bellman what is logged of single rows
         return norm(states - states.mean(0)).max(0)
     if kind == "max_pairwise":
         return norm(mean[elites][:, None] - mean[elites][None]).max((0, 1))
@@ -623,14 +773,18 @@ def penalty(mean, std, elites, kind):
 
 
 def predict(model, observations, actions, args):
-    """Mean and std [E, B, D] of (s' - s, r), and u [B]; the knn model is one member of std 0."""
+    """Mean and std [E, B, D] of (s' - s, r), and u [B]; the knn model and the world are one member of std 0."""
+    if args.model == "world":
+        targets = model.net(observations, actions)
+        return targets[None], jnp.zeros_like(targets)[None], jnp.zeros(len(targets))
     x = model_inputs(model.scale, observations, actions)
     if args.model == "knn":
         distance, index = nearest(model.net.inputs, x)
         targets = model.net.targets[index]
         return targets[None], jnp.zeros_like(targets)[None], args.knn_scale * distance
     mean, raw = ensemble_apply(model.net, x)
-    std = jnp.exp(0.5 * bound_logvar(model.net, raw))
+    mean = model.scale.target_mean + model.scale.target_std * mean
+    std = model.scale.target_std * jnp.exp(0.5 * bound_logvar(model.net, raw))
     return mean, std, penalty(mean, std, model.elites, args.penalty)
 
 
@@ -648,18 +802,30 @@ def rollout_ends(model, task, next_obs, rewards):
     return ~finite, ~inside, task.model_terminal(next_obs)
 
 
-def model_rollout(model, actor, starts, key, args, task):
+def bellman_std(model, agent, observations, mean, args, action_size):
+    """MOBILE: u = std over elites of gamma min_e Qbar_e(s'_i, a'), s'_i and a' the means of elite i and policy; [B]."""
+    after = see(model.eyes, observations + mean[model.elites, :, :-1])  # [M, B, S]
+    actions = jnp.tanh(policy_net(args, action_size).apply(agent.actor, after)[0])
+    return args.gamma * critic_net(args).apply(agent.target, after, actions).min(0).std(0, ddof=1)  # D17
+
+
+def model_rollout(model, agent, starts, key, args, task):
     """Lines (4), (5) from states [b, S] -> Rows [h, b], whether to keep them [h, b], info."""
 
     def step(carry, key):
         obs, alive = carry
         key_act, key_member, key_noise = jax.random.split(key, 3)
-        pi, log_std = policy_net(args, task.action_size).apply(actor, obs)
+        pi, log_std = policy_net(args, task.action_size).apply(agent.actor, see(model.eyes, obs))
         actions, _ = tanh_normal_sample(pi, log_std, jax.random.normal(key_act, pi.shape))
         mean, std, u = predict(model, obs, actions, args)
+        if args.penalty == "bellman":
+            u = bellman_std(model, agent, obs, mean, args, task.action_size)
         member = model.elites[jax.random.randint(key_member, u.shape, 0, len(model.elites))]
         noise = jax.random.normal(key_noise, mean.shape[1:])
         next_obs, rewards = model_step(obs, mean, std, member, noise)
+        if args.clip_model:  # but for what is not finite, which is dropped
+            next_obs = jnp.where(jnp.isfinite(next_obs), jnp.clip(next_obs, model.low, model.high), next_obs)
+            rewards = jnp.where(jnp.isfinite(rewards), jnp.clip(rewards, *model.rewards[:2]), rewards)
         if args.reward == "known":
             rewards = task.model_reward(obs, actions, next_obs)
         penalised = rewards - args.lam * u
@@ -688,17 +854,22 @@ def refresh(agent, ring, model, data, key, args, task):
     shape = (args.rollout_batch // rows_at_once(args), rows_at_once(args))
     starts = jax.random.randint(key_start, shape, 0, len(data.rewards))
     index = jax.random.randint(key_real, (4096,), 0, len(data.rewards))
-    roll = lambda x: model_rollout(model, agent.actor, data.observations[x[0]], x[1], args, task)
+    roll = lambda x: model_rollout(model, agent, data.observations[x[0]], x[1], args, task)
     rows, keep, info = jax.lax.map(roll, (starts, jax.random.split(key_rollout, shape[0])))
+    q_steps = values_by_step(agent, model, *jax.tree.map(lambda x: x[0], (rows, keep)), args)
     rows, keep, info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (rows, keep, info))
-    ring = ring_insert(ring, rows, keep)
+    ring = ring_insert(ring, seen_rows(model.eyes, rows), keep)
 
     average = lambda x: jnp.where(keep, x, 0.0).sum() / jnp.maximum(keep.sum(), 1)
-    _, _, u_real = predict(model, data.observations[index], data.actions[index], args)
-    u_share = args.lam * average(info["u"]) / jnp.maximum(average(jnp.abs(info["reward"])), 1e-6)
+    mean, _, u_real = predict(model, data.observations[index], data.actions[index], args)
+    if args.penalty == "bellman":
+        u_real = bellman_std(model, agent, data.observations[index], mean, args, data.actions.shape[-1])
+    u_share = args.lam * average(info["u"]) / jnp.maximum(average(jnp.abs(info["reward"])), 1e-30)
     metrics = {
         "model/penalty_share": u_share,
         "model/reward": average(info["reward"]),
+        "model/invented": average(info["reward"] > model.rewards[2]),
+        "model/q_steps": q_steps,
         "model/rollout_length": keep.sum() / args.rollout_batch,
         "model/terminal": info["terminal"].sum() / args.rollout_batch,
         "model/outside": info["outside"].sum() / args.rollout_batch,
@@ -711,16 +882,35 @@ def refresh(agent, ring, model, data, key, args, task):
     return ring, metrics
 
 
+def values_by_step(agent, model, rows, keep, args):
+    """Mean min_e Q_e(s, a) at each step of a rollout and V(s') after the last one, Rows [h, b] -> [h + 1]."""
+    average = lambda x, where: jnp.where(where, x, 0.0).sum(-1) / jnp.maximum(where.sum(-1), 1)
+    critics, seen = critic_net(args), seen_rows(model.eyes, rows)
+    inside = average(critics.apply(agent.critic, seen.observations, seen.actions).min(0), keep)
+    last, alive = seen.next_observations[-1], keep[-1] & (rows.terminals[-1] < 0.5)
+    actions = jnp.tanh(policy_net(args, rows.actions.shape[-1]).apply(agent.actor, last)[0])
+    return jnp.append(inside, average(critics.apply(agent.critic, last, actions).min(0), alive))
+
+
 # === evaluation ===
 
 
-def real_rows(env, actor, key, args, length):
+def check_fit(model, holdout, data, args):
+    """What the elites know of the held-out rows [H] -> metrics, arrays for the figures (runner/model_report.py)."""
+    know, rows = lambda *x: predict(model, *x, args), jax.tree.map(lambda x: x[holdout], data)
+    (_, target_unit), (_, unit) = moments(model_targets(data)), moments(data.observations)
+    metrics, arrays = model_report.held_out(know, model.elites, rows, model_targets(rows), target_unit)
+    stride = max(min(args.holdout_run, len(holdout)) // 5, 1)
+    return metrics, arrays | model_report.several_steps(know, model.elites, data, holdout, stride, unit)
+
+
+def real_rows(env, actor, eyes, key, args, length):
     """Steps of the current, stochastic policy in the world -> Rows [L, E], alive [L, E]."""
     key_reset, key_steps = jax.random.split(key)
 
     def step(carry, key):
         state, alive = carry
-        mean, log_std = policy_net(args, env.action_size).apply(actor, state.obs)
+        mean, log_std = policy_net(args, env.action_size).apply(actor, see(eyes, state.obs))
         actions, _ = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
         after = jax.vmap(env.step)(state, actions)
         rows = Rows(state.obs, actions, after.reward, after.obs, after.done, jnp.zeros_like(after.done))
@@ -731,41 +921,37 @@ def real_rows(env, actor, key, args, length):
     return jax.lax.scan(step, carry, jax.random.split(key_steps, length))[1]
 
 
-def calibration(model, rows, alive, args):
-    """The elites' one-step error on real rows beside the std they claim and beside u.
+def start_values(agent, model, rows, alive, key, args, task):
+    """What Q says of the starts of episodes in the world, and what they return: rows, alive [L, E, ..] -> metrics.
 
-    rows, alive [L, E, ..] -> metrics, points (u, error) [2, L E], nan where not alive;
-    error = sqrt( mean over elites of ||mean - (s' - s, r)||^2 )
+    Discounted over L steps, without the entropy that Q counts: r in the world, r - lam u in the model.
     """
-    rows, alive = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, alive))
-    mean, std, u = predict(model, rows.observations, rows.actions, args)
-    square = ((mean - model_targets(rows)) ** 2)[model.elites]  # [M, B, D]
-    error = jnp.sqrt(square.sum(-1).mean(0))
-    average = lambda x: jnp.where(alive, x, 0.0).sum() / alive.sum()
-    du, de = u - average(u), error - average(error)
-    spread = jnp.sqrt(average(du**2) * average(de**2))
-    metrics = {
-        "model/world_rmse": jnp.sqrt(average(square.mean((0, 2)))),
-        "model/world_sigma": jnp.sqrt(average((std[model.elites] ** 2).mean((0, 2)))),
-        "model/world_error": average(error),
-        "model/world_u": average(u),
-        "model/world_bounded": average(error <= u),
-        "model/world_correlation": average(du * de) / jnp.maximum(spread, 1e-12),
-    }
-    return metrics, jnp.where(alive, jnp.stack([u, error]), jnp.nan)
+    discount = args.gamma ** jnp.arange(len(alive))[:, None]
+    longer = dataclasses.replace(args, horizon=len(alive))
+    rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key, longer, task)
+    q = critic_net(args).apply(agent.critic, see(model.eyes, rows.observations[0]), rows.actions[0]).min(0)
+    total = lambda rewards, where: (discount * jnp.where(where, rewards, 0.0)).sum(0).mean()
+    world, model = total(rows.rewards, alive), total(rolled.rewards, keep)
+    return {"value/q_start": q.mean(), "value/world": world, "value/model": model}
 
 
 def make_evaluation(args, env, task, buffer):
-    """-> evaluation(actor [S], model [S], keys [S]) -> metrics, each [S], and calibration's points [S]."""
-    act = lambda actor, observations, key: jnp.tanh(policy_net(args, task.action_size).apply(actor, observations)[0])
+    """-> evaluation(agent [S], model [S], keys [S]) -> metrics, each [S], and calibration's points [S]."""
+
+    def act(params, observations, key):
+        actor, eyes = params
+        return jnp.tanh(policy_net(args, task.action_size).apply(actor, see(eyes, observations))[0])
+
     returns = runner.returns_of(act, env, task, buffer, args)
     length = min(buffer.metadata["episode_length"], 200)
 
-    def one(actor, model, key):
-        key_eval, key_model = jax.random.split(key)
-        rows, alive = real_rows(env, actor, key_model, args, length)
-        metrics, points = calibration(model, rows, alive, args)
-        return metrics | returns(actor, key_eval), points
+    def one(agent, model, key):
+        key_eval, key_model, key_values = jax.random.split(key, 3)
+        rows, alive = real_rows(env, agent.actor, model.eyes, key_model, args, length)
+        know = lambda *x: predict(model, *x, args)
+        metrics, points = model_report.calibration(know, model.elites, rows, model_targets(rows), alive)
+        metrics |= start_values(agent, model, rows, alive, key_values, args, task)
+        return metrics | returns((agent.actor, model.eyes), key_eval), points
 
     return runner.each_seed(one, args)
 
@@ -782,8 +968,11 @@ class MopoState(NamedTuple):
     ring: Ring  # of Rows of the model
 
 
-def make_fit(args):
-    """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds; of knn: model(keys, data), no fit."""
+def make_fit(args, env=None):
+    """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds; env: the world of --model world.
+
+    The models knn and world have no fit: model(keys, data).
+    """
 
     def chunk(fit, data):
         go_on = lambda fit: fit_chunk(fit, data, args)
@@ -791,9 +980,16 @@ def make_fit(args):
         return runner.map_seeds(one, fit, args)
 
     init = lambda keys, data: runner.map_seeds(lambda key: fit_init(key, data, args), keys, args)
-    one_model = knn_model if args.model == "knn" else fitted_model
+    world = lambda *x: world_model(*x, env)
+    one_model = {"ensemble": fitted_model, "knn": knn_model, "world": world}[args.model]
     model = lambda source, data: runner.map_seeds(lambda x: one_model(x, data, args), source, args)
     return jax.jit(init), jax.jit(chunk, donate_argnums=0), jax.jit(model)
+
+
+def make_check(args):
+    """-> check(model, fit, data) of all seeds: `check_fit`."""
+    one = lambda x, data: check_fit(x[0], x[1].holdout, data, args)
+    return jax.jit(lambda model, fit, data: runner.map_seeds(lambda x: one(x, data), (model, fit), args))
 
 
 def make_train(args, task):
@@ -803,7 +999,7 @@ def make_train(args, task):
         key, key_actor, key_critic = jax.random.split(key, 3)
         obs, actions, zero = jnp.zeros(task.observation_size), jnp.zeros(task.action_size), jnp.zeros(())
         actor = policy_net(args, task.action_size).init(key_actor, obs)
-        critic = Critics(args.hidden_sizes, args.num_critics).init(key_critic, obs, actions)
+        critic = critic_net(args).init(key_critic, obs, actions)
         opts = [opt.init(p) for opt, p in zip(optimisers(args), (actor, critic, zero), strict=True)]
         agent = Agent(actor, critic, jax.tree.map(jnp.copy, critic), zero, *opts)
         row = Rows(obs, actions, zero, obs, zero, zero)
@@ -814,7 +1010,10 @@ def make_train(args, task):
         key, key_refresh, key_updates = jax.random.split(state.key, 3)
         agent, ring = state.agent, state.ring
         ring, rolled = refresh(agent, ring, model, data, key_refresh, args, task)
-        step = lambda agent, key: mopo_update(agent, ring, data, key, args)
+        paid = data
+        if args.penalise_real or args.standardise_observations:  # else all seeds share the data
+            paid = seen_rows(model.eyes, data._replace(rewards=data.rewards - args.lam * model.real_u))  # D15
+        step = lambda agent, key: mopo_update(agent, ring, paid, key, args)
         agent, learnt = jax.lax.scan(step, agent, jax.random.split(key_updates, args.rollout_freq))
         state = MopoState(key, state.num_updates + args.rollout_freq, agent, ring)
         return state, {**jax.tree.map(jnp.mean, learnt), **rolled}
@@ -822,7 +1021,7 @@ def make_train(args, task):
     def one_chunk(state, model, data):
         step = lambda state, _: one_refresh(state, model, data)
         state, metrics = jax.lax.scan(step, state, length=args.chunk // args.rollout_freq)
-        return state, jax.tree.map(jnp.mean, metrics)
+        return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     def chunk(state, model, data):
         return runner.map_seeds(lambda x: one_chunk(*x, data), (state, model), args)
@@ -847,7 +1046,12 @@ def check_args(args):
         "--num-elites must be at most --ensemble-size": args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
-        "--holdout-share must be above 0 and below 1": args.model == "knn" or 0 < args.holdout_share < 1,
+        "--holdout-share must be above 0 and below 1": args.model != "ensemble" or 0 < args.holdout_share < 1,
+        "--critic-diversity needs two critics": not args.critic_diversity or args.num_critics > 1,
+        "--penalise-real needs --model ensemble and another --penalty than bellman":
+            not args.penalise_real or (args.model == "ensemble" and args.penalty != "bellman"),
+        "--penalty bellman needs --model ensemble": args.penalty != "bellman" or args.model == "ensemble",
+        "--model world is not clipped; leave --clip-model out": not (args.model == "world" and args.clip_model),
         "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             rows_at_once(args) >= min(args.rollout_batch, 256),
@@ -861,36 +1065,12 @@ def check_task(args, task):
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
 
-def plot_run(run, points):
-    """dynamics.png and penalty.png, from the log and calibration's points."""
-    fits, (u, error) = plots.read(run.folder, "model/holdout_mse").items(), points[0]
-    errors = [(*fit, {"lw": 0.8, "color": f"C{i}", "label": f"seed {seed}"}) for i, (seed, fit) in enumerate(fits)]
-    line = (
-        *[np.array([np.nanmin(error), np.nanmax(error)])] * 2,
-        {"color": "k", "ls": "--", "lw": 1, "label": "error = u"},
-    )
-    scatter = [(u, error, {"marker": ".", "ls": "", "ms": 2, "alpha": 0.5, "label": "one step of the policy"}), line]
-    plots.figure(run.folder / "dynamics.png", [
-        {"title": "hold-out error of the model, each member", "xlabel": "epoch", "ylabel": "MSE of (s' - s, r)",
-         "scale": "semilogy", "lines": errors},
-        {"title": "final policy in the world, first seed", "xlabel": "penalty u",
-         "ylabel": "one-step error of the elites", "scale": "loglog", "lines": scatter},
-    ])  # fmt: skip
-    keys = {}
-    for rows, color in (("real", "C0"), ("model", "C1")):
-        for part, style, label in (("", "-", "mean"), ("_p50", "--", "median"), ("_p95", ":", "95 %")):
-            keys[f"model/u_{rows}{part}"] = f"{rows} rows, {label}", {"color": color, "ls": style, "marker": ""}
-    plots.training(run.folder / "penalty.png", run.folder, [
-        (keys, f"{run.task.name}: penalty, mean over seeds", "u, before lambda", "linear"),
-    ])  # fmt: skip
-
-
 def train_model(run, fit_some, fit, data):
     """Lines (1) to (3): fit the ensembles of all seeds -> Fit [S]. The log's steps are epochs."""
     args = run.args
-    _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
-    epoch = steps * calls
-    for step in run.chunks("model step", args.max_epochs * epoch, fit.step, steps):
+    num_rows = fit.bootstrap.shape[-1]
+    steps, epoch = epoch_sizes(num_rows, args)[1], epoch_steps(num_rows, args)
+    for step in run.chunks("model step", max_steps(num_rows, args), fit.step, steps):
         if not fitting(fit, args).any():
             break
         before = np.asarray(fit.step)
@@ -898,11 +1078,12 @@ def train_model(run, fit_some, fit, data):
         after, last = np.asarray(fit.step), not fitting(fit, args).any()
         ended = np.flatnonzero((after > before) & (after % epoch == 0))
         record = {"model/holdout_mse": fit.holdout_mse, "model/holdout_best": fit.best, "model/idle": fit.idle}
-        shown = {"epoch": step / epoch, "holdout_best": fit.best.mean(), "idle": fit.idle.min()}
+        shown = {"epoch": step / epoch, "idle": fit.idle.min()}
+        shown |= {"holdout_best": fit.best.mean()} if jnp.isfinite(fit.best).all() else {}  # none before an epoch ends
         run.progress(step, shown, shown, last)
         run.log(step // epoch, record, ended)
         run.save(fit, last)
-    if not (fit.best < 1e9).all():
+    if not jnp.isfinite(fit.best).all():
         raise envs.InputError("the model's hold-out error is not finite; lower --model-lr")
     return fit
 
@@ -912,10 +1093,15 @@ def main(args):
     check_args(args)
     buffer, task = runner.open_task("mopo", args, DATA_KEYS)
     check_task(args, task)
+    few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
+    runner.refuse({few: args.model != "ensemble" or int(args.holdout_share * len(buffer)) > 0})
     data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     (key_model, key_policy), eval_keys = runner.seed_keys(args, 2), runner.evaluation_keys(args)
-    evaluate = make_evaluation(args, envs.make(task, args.backend), task, buffer)
-    fit_init, fit_some, make_model = make_fit(args)
+    env = envs.make(task, args.backend)
+    if args.model == "world":
+        env.check_batch(args.num_seeds * rows_at_once(args))
+    evaluate = make_evaluation(args, env, task, buffer)
+    fit_init, fit_some, make_model = make_fit(args, env)
     init, train_chunk = make_train(args, task)
 
     with runner.Run("mopo", args, task, buffer) as run:
@@ -928,17 +1114,26 @@ def main(args):
         if args.model == "ensemble":
             source = train_model(run, fit_some, run.restore(fit_init, key_model, data, phase="model"), data)
         model = make_model(source, data)
-        state = run.restore(init, key_policy)
+        if args.model == "ensemble":
+            found, told = make_check(args)(model, source, data)
+            epochs = int(source.step.max()) // epoch_steps(source.bootstrap.shape[-1], args)
+            model_report.judge_fit(run, epochs, found, source.idle < args.patience)
+            model_report.plot_fit(run, jax.tree.map(lambda x: np.asarray(x[0]), found | told))
+        state, climbs = run.restore(init, key_policy), False
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, model, data)
             run.progress(step, metrics, SHOWN)
             if run.due(step):
-                run.log(step, metrics | evaluate(state.agent.actor, model, eval_keys)[0])
+                found = metrics | evaluate(state.agent, model, eval_keys)[0]
+                run.log(step, found)
+                climbs = climbs or model_report.warn_of_climbing(found, data.rewards, args.gamma)
             run.save(state)
 
         about = {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
-        run.write_policy("tanh_gaussian", {"actor": state.agent.actor}, **about)
-        plot_run(run, np.asarray(evaluate(state.agent.actor, model, eval_keys)[1]))
+        eyes = {"observation_mean": model.eyes[0], "observation_std": model.eyes[1]}
+        eyes = eyes if args.standardise_observations else {}
+        run.write_policy("tanh_gaussian", {"actor": state.agent.actor, **eyes}, **about)
+        model_report.plot_run(run, np.asarray(evaluate(state.agent, model, eval_keys)[1]))
         return run.finish()
 
 

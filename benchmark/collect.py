@@ -14,7 +14,8 @@ from runner import plots
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FIGURES = (
-    "trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "penalty.png", "training.png",
+    "trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "model.png", "penalty.png",
+    "training.png",
     "bandit.png", "density.png", "uncertainty.png", "distributions.png",
 )  # fmt: skip
 

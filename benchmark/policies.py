@@ -16,9 +16,12 @@ def load_actor(path, index=0):
         about = {"kind": str(file["kind"]), **json.loads(str(file["metadata_json"]))}
         layer = "actor/params/MLP_0/Dense_{}/{}".format
         depth = sum(key.endswith("kernel") for key in file.files)
+        shift = file["observation_mean"][index] if "observation_mean" in file else 0.0
+        scale = file["observation_std"][index] if "observation_std" in file else 1.0
         weights = [(file[layer(i, "kernel")][index], file[layer(i, "bias")][index]) for i in range(depth)]
 
     def actor(x):
+        x = (x - shift) / scale
         for i, (kernel, bias) in enumerate(weights):
             x = x @ kernel + bias
             x = jax.nn.relu(x) if i < depth - 1 else x

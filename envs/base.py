@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from envs.errors import InputError
 from envs.task import Task, Transition
@@ -83,6 +84,25 @@ class Env(abc.ABC):
             "root_velocity": jnp.zeros((2,), jnp.float32),
         }
         zero = jnp.zeros((), jnp.float32)
+        return State(physics, self.task.observe(raw_obs), zero, zero, {}, info)
+
+    def _show(self, raw_obs: jax.Array) -> Any:
+        """Return the physics that a raw observation (S_world,) shows; InputError where it does not show all."""
+        raise InputError(f"the observations of '{self.name}' do not show the whole state of its world")
+
+    def from_observation(self, obs: jax.Array) -> State:
+        """Return the state that an observation (S,) of the task shows, at the origin if the task hides where it is.
+
+        InputError where observations hide more: the solver's memory and velocities beyond a clip are not counted.
+        """
+        hidden = self.task.env_observation_size - self.task.observation_size
+        numbers = np.arange(self.task.env_observation_size)
+        if not np.array_equal(self.task.observe(numbers), numbers[hidden:]) or hidden > 2:
+            raise InputError(f"the observations of '{self.name}' do not show the whole state of its world")
+        physics = self._show(jnp.concatenate([jnp.zeros(hidden, jnp.float32), jnp.asarray(obs, jnp.float32)]))
+        raw_obs, position = self._read(physics)
+        zero, still = jnp.zeros((), jnp.float32), jnp.zeros((2,), jnp.float32)
+        info = {"raw_obs": raw_obs, "root_position": position, "root_velocity": still}
         return State(physics, self.task.observe(raw_obs), zero, zero, {}, info)
 
     def step(self, state: State, action: jax.Array) -> State:

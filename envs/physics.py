@@ -130,6 +130,13 @@ class MujocoEnv(Env):
             state = state.replace(info={**state.info, "goal": goal})
         return state
 
+    def _show(self, raw_obs: jax.Array) -> Physics:
+        if self.robot.maze in maze.MAPS:
+            raise InputError(f"'{self.name}': a maze's goal is not observed")
+        split = self.model.nq - self.robot.skip_qpos
+        qpos = jnp.concatenate([jnp.zeros(self.robot.skip_qpos, jnp.float32), raw_obs[:split]])
+        return self.engine.start(qpos, raw_obs[split:])
+
     def _advance(self, physics: Physics, action: jax.Array) -> tuple[Physics, jax.Array]:
         return self.engine.step(physics, action)
 

@@ -40,6 +40,9 @@ class _PointEnv(Env):
     def _start(self, key: jax.Array) -> PointState:
         return PointState(jnp.array(self.start, jnp.float32), jnp.zeros((2,), jnp.float32))
 
+    def _show(self, raw_obs: jax.Array) -> PointState:
+        return PointState(raw_obs[:2], raw_obs[2:])
+
     def _read(self, physics: PointState) -> tuple[jax.Array, jax.Array]:
         return jnp.concatenate(physics), physics.position
 

@@ -15,6 +15,7 @@ import envs
 import mopo as M
 import runner
 from envs import tasks
+from runner import model_report
 from tests.oracles import common
 from tests.oracles import mopo_oracle as oracle
 from tests.oracles.common import close, leaves_close, of_seed, size_of
@@ -95,7 +96,7 @@ def test_forward_golden():
     g = golden("forward")
     layers = ([g[f"{kind}{i}"] for i in range(5)] for kind in "Wb")
     net = M.Ensemble(*layers, g["max_logvar"], g["min_logvar"])
-    x = M.model_inputs((g["mu"][0], g["std"][0]), g["x"][:, :4], g["x"][:, 4:])
+    x = M.model_inputs(M.Scale(g["mu"][0], g["std"][0], None, None), g["x"][:, :4], g["x"][:, 4:])
     mean, raw = M.ensemble_apply(net, x)
     close(mean, g["mean"], 1e-5)
     close(M.bound_logvar(net, raw), g["logvar"], 1e-5)
@@ -141,7 +142,7 @@ def test_termination_golden(name):
     g = golden("termination")
     next_obs, (terminal, box, convention) = g[f"{name}_next_obs"], TERMINATIONS[name]
     size = next_obs.shape[1]
-    model = M.Model(None, None, None, jnp.full(size, -box), jnp.full(size, box))
+    model = M.Model(None, None, None, jnp.full(size, -box), jnp.full(size, box), *[None] * 3)
     ends = M.rollout_ends(model, AbstractTask(terminal), jnp.asarray(next_obs), jnp.zeros(len(next_obs)))
     ends, wanted = np.any(ends, 0), g[f"{name}_done_{convention}"]
     same = np.ones(len(wanted), bool)
@@ -155,8 +156,8 @@ def test_termination_golden(name):
 @pytest.mark.parametrize("case", range(4))
 def test_early_stop_golden(case):
     g = {k.removeprefix(f"c{case}_"): v for k, v in golden("early_stop").items()}
-    args, found = M.Args(), []
-    best, idle = jnp.full(7, 1e10), jnp.int32(0)
+    args, found = M.Args(fit_score="mse"), []
+    best, idle = jnp.full(7, jnp.inf), jnp.int32(0)
     while idle < args.patience:
         best, idle, gained = M.keep_best(best, idle, jnp.asarray(g["losses"][len(found)]), args)
         found.append((int(idle), np.asarray(gained)))
@@ -338,17 +339,29 @@ def test_scale_comes_from_the_training_rows_only():
     few = jax.eval_shape(lambda key: M.split_data(key, data, tiny(holdout_rows=30)), jax.random.key(0))[1]
     assert few.shape == (30,)
     spoilt = data._replace(observations=data.observations.at[holdout].set(1e3))
-    _, _, (mean, std) = split_data(jax.random.key(0), spoilt, args)
-    x = np.concatenate([data.observations, data.actions], 1)[np.asarray(train)]
-    close(mean, x.mean(0), 1e-5)
-    close(std, x.std(0), 1e-5)
+    scale, rows = split_data(jax.random.key(0), spoilt, args)[2], np.asarray(train)
+    x, y = np.concatenate([data.observations, data.actions], 1)[rows], np.asarray(M.model_targets(data))[rows]
+    for found, wanted in zip(scale, (x.mean(0), x.std(0), y.mean(0), y.std(0)), strict=True):
+        close(found, wanted, 1e-5)
+    raw = split_data(jax.random.key(0), data, tiny(standardise_targets=False))[2]
+    assert not raw.target_mean.any() and (raw.target_std == 1).all()
+
+
+def test_rows_are_held_out_in_runs():
+    """Whole runs of 10, no row of them trained on; single rows where a preset asks for them."""
+    train, holdout, _ = split_data(jax.random.key(1), random_data(), tiny(holdout_run=10))
+    runs = np.asarray(holdout).reshape(-1, 10)
+    assert len(runs) == 8 and (np.diff(runs, axis=1) == 1).all() and (runs[:, 0] % 10 == 0).all()
+    assert not np.isin(train, holdout).any() and len(train) == 320
+    single = np.sort(split_data(jax.random.key(1), random_data(), tiny(holdout_run=1))[1])
+    assert (np.diff(single) > 1).sum() > 40 and M.PUBLISHED["hopper-medium-v2"]["holdout_run"] == 1
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.7, 9.81, 123.456, 1000.3])
 def test_a_constant_column_is_not_divided_by_its_rounding(constant):
     data = random_data()
     observations, actions = data.observations.at[:, 1].set(constant), data.actions.at[:, 0].set(0.0)
-    _, _, (_, std) = split_data(jax.random.key(0), data._replace(observations=observations, actions=actions), tiny())
+    std = split_data(jax.random.key(0), data._replace(observations=observations, actions=actions), tiny())[2].input_std
     assert std[1] == std[3] == 1.0 and std[0] != 1.0
 
 
@@ -370,7 +383,8 @@ def test_a_member_learns_from_its_bootstrap_and_exact_epochs_visit_every_row_of_
     def step(carry, index):  # batch k is the k-th stretch of the bootstrap
         rows = jax.tree.map(lambda x: x[index], data)
         x = M.model_inputs(fit.scale, rows.observations, rows.actions)
-        grads = jax.grad(M.mopo_model_loss)(carry[0], x, M.model_targets(rows), args)
+        y = (M.model_targets(rows) - fit.scale.target_mean) / fit.scale.target_std
+        grads = jax.grad(M.mopo_model_loss)(carry[0], x, y, args)
         change, opt = M.optax.adam(args.model_lr).update(grads, carry[1])
         return (jax.tree.map(jnp.add, carry[0], change), opt), None
 
@@ -395,7 +409,7 @@ def roll(task=TASK, starts=None, model=None, **changes):
     """50 rollouts with lambda 2 -> rows, keep, info."""
     args, data, own, agent, _ = small_world()
     starts, args = data.observations[:50] if starts is None else starts, dataclasses.replace(args, lam=2.0, **changes)
-    return model_rollout(model or own, agent.actor, starts, jax.random.key(0), args, task)
+    return model_rollout(model or own, agent, starts, jax.random.key(0), args, task)
 
 
 def test_rollout_goes_on_from_where_it_was_and_pays_for_the_penalty():
@@ -427,7 +441,8 @@ def test_out_of_range_ends_a_rollout():
     empty = ring._replace(size=0 * ring.size, position=0 * ring.position)
     ring, metrics = refresh(agent, empty, tight, data, jax.random.key(0), args, TASK)
     assert int(ring.size) == 64 and float(metrics["model/rollout_length"]) == 1.0  # one step each
-    low, high = M.data_range(data, tiny(range_margin=0.5))
+    low, high, rewards = M.data_range(data, tiny(range_margin=0.5))
+    close(rewards, [data.rewards.min(), data.rewards.max(), np.quantile(data.rewards, 0.99)], 1e-5)
     both = np.concatenate([data.observations, data.next_observations])
     np.testing.assert_allclose(high - low, 2 * (both.max(0) - both.min(0)), rtol=1e-5)
 
@@ -447,7 +462,8 @@ def test_rollouts_draw_from_the_elites():
     zero = jax.tree.map(jnp.zeros_like, model.net)
     net = zero._replace(biases=(*zero.biases[:-1], last), max_logvar=jnp.full(4, 0.5), min_logvar=jnp.full(4, -20.0))
     far = jnp.full(3, 1e3)
-    model = model._replace(net=net, elites=jnp.array([2, 0]), low=-far, high=far)
+    raw = model.scale._replace(target_mean=jnp.zeros(4), target_std=jnp.ones(4))
+    model = model._replace(net=net, elites=jnp.array([2, 0]), low=-far, high=far, scale=raw)
     rows, keep, _ = roll(model=model, starts=jnp.zeros((50, 3)))
     change = np.asarray(rows.next_observations - rows.observations)[np.asarray(keep)]
     assert set(np.unique(change.round())) == {0.0, 20.0}
@@ -465,9 +481,102 @@ def test_knn_is_the_oracles(rows):
     x = np.asarray(M.model_inputs(model.scale, obs, actions), float)
     index, distance = oracle.nearest(np.asarray(model.net.inputs, float), x)
     assert len(model.net.inputs) == rows
+    kept = np.isin(np.asarray(data.rewards), np.asarray(model.net.targets)[:, -1])
+    assert rows < 100 or np.ptp(np.flatnonzero(kept)) > 300  # from all of the file
     close(u, 2.0 * distance, 1e-4)
     np.testing.assert_array_equal(mean[0], np.asarray(model.net.targets)[index])
     assert not std.any() and list(model.elites) == [0]
+
+
+@pytest.mark.parametrize("name", ["point-angle-60", "ant-angle-60", "cheetah-jump"])
+def test_the_world_as_the_model_is_the_world(name):
+    """A step of the model from what an episode observed is the episode's own step, reward and all."""
+    task = envs.task(name)
+    env, args = envs.make(task), tiny(model="world")
+
+    @jax.jit
+    def episode(key):
+        def step(state, key):
+            action = jax.random.uniform(key, (task.action_size,), minval=-1, maxval=1)
+            after = env.step(state, action)
+            return after, (state.obs, action, after.reward, after.obs)
+
+        return jax.lax.scan(step, env.reset(key), jax.random.split(key, 30))[1]
+
+    obs, actions, rewards, after = episode(jax.random.key(0))
+    zeros = jnp.zeros(30)
+    data = M.Rows(obs, actions, rewards, after, zeros, zeros)
+    model = M.world_model(jax.random.key(1), data, args, env)
+    mean, std, u = predict(model, obs, actions, args)
+    close(mean[0, :, :-1], after - obs, 2e-3)
+    close(mean[0, :, -1], rewards, 2e-3)
+    assert not std.any() and not u.any() and mean.shape == (1, 30, task.observation_size + 1)
+
+
+def test_a_world_that_observations_do_not_show_is_refused():
+    env = envs.make("ant-maze-umaze")
+    with pytest.raises(envs.InputError, match="a maze's goal is not observed"):
+        env.from_observation(jnp.zeros(env.observation_size))
+
+
+# --- what is said of Q ---
+
+
+def test_q_is_measured_along_rollouts_and_at_starts():
+    """Against plain numpy, by networks that see scaled observations."""
+    args, data, model, agent, _ = small_world()
+    eyes = (jnp.full(3, 0.5), jnp.full(3, 2.0))
+    model, seen = model._replace(eyes=eyes), lambda x: (np.asarray(x, float) - 0.5) / 2
+    rows = jax.tree.map(lambda x: x[:60].reshape(3, 20, *x.shape[1:]), data)
+    keep = np.arange(60).reshape(3, 20) % 5 > 0
+    rows = rows._replace(terminals=rows.terminals.at[-1, 1].set(1.0))
+    found = M.values_by_step(agent, model, rows, jnp.asarray(keep), args)
+    q = common.twin_q(agent.critic, seen(rows.observations), np.asarray(rows.actions)).min(0)
+    last = seen(rows.next_observations[-1])
+    actions, _ = common.gaussian_actor(agent.actor, last, np.zeros((20, 2)), args)
+    alive = keep[-1] & (np.arange(20) != 1)
+    wanted = [q[t, keep[t]].mean() for t in range(3)] + [
+        common.twin_q(agent.critic, last, actions).min(0)[alive].mean()
+    ]
+    close(found, wanted, 1e-4)
+    alive = jnp.asarray(np.cumprod(keep, 0) > 0)
+    found = M.start_values(agent, model, rows, alive, jax.random.key(0), args, TASK)
+    gain = (0.99 ** np.arange(3))[:, None] * np.where(alive, rows.rewards, 0)
+    close(found["value/world"], gain.sum(0).mean(), 1e-4)
+    close(found["value/q_start"], q[0].mean(), 1e-4)
+    rolled, kept, _ = model_rollout(model, agent, rows.observations[0], jax.random.key(0), args, TASK)
+    gain = (0.99 ** np.arange(3))[:, None] * np.where(kept, rolled.rewards, 0)
+    close(found["value/model"], gain.sum(0).mean(), 1e-4)
+
+
+def test_actor_and_critics_see_scaled_observations():
+    """Of the ring, of the data and in rollouts: with the model's units taken off, all is as without the flag."""
+    args, data, model, agent, ring = small_world()
+    own = dataclasses.replace(args, standardise_observations=True)
+    eyes = M.seen_moments(data, own)
+    close(eyes[0], np.mean(data.observations, 0), 1e-4), close(eyes[1], np.std(data.observations, 0), 1e-4)
+    assert not M.seen_moments(data, args)[0].any()
+    other, _ = refresh(agent, ring, model._replace(eyes=eyes), data, jax.random.key(1), own, TASK)
+    plain, _ = refresh(agent, ring, model, data, jax.random.key(1), args, TASK)
+    new = np.flatnonzero(np.any(np.asarray(other.rows.observations != plain.rows.observations), 1))
+    starts = np.asarray(other.rows.observations)[new[:64]] * eyes[1] + eyes[0]
+    near = np.abs(starts[:, None] - np.asarray(data.observations)).sum(-1).min(1)
+    assert len(new) >= 64 and near.max() < 1e-4  # the first steps of rollouts begin at rows of the data, scaled once
+
+
+@pytest.mark.parametrize("q, reward, alpha, entropy, told", [
+    (99.0, 1.0, 0.0, 5.0, False), (103.0, 1.0, 0.0, 5.0, True), (103.0, 1.0, 0.1, 5.0, False),
+    (5.0, -1.0, 0.0, -3.0, True), (0.5, -1.0, 0.0, -3.0, False),
+])  # fmt: skip
+def test_a_climbing_q_is_told(q, reward, alpha, entropy, told, capsys):
+    metrics = {
+        "value/q_start": np.array([0.0, q]),
+        "train/alpha": np.full(2, alpha),
+        "train/entropy": np.full(2, entropy),
+    }
+    assert model_report.warn_of_climbing(metrics, np.array([reward - 1, reward]), 0.99) == told
+    assert ("warning: Q is" in capsys.readouterr().out) == told
+    assert not model_report.warn_of_climbing(metrics, np.array([0.0, 1.0]), 1.0)
 
 
 # --- calibration against the world ---
@@ -477,7 +586,9 @@ def test_calibration_measures_the_error():
     args, data, model, *_ = small_world()
     rows = jax.tree.map(lambda x: x[:60].reshape(20, 3, *x.shape[1:]), data)
     live = np.arange(60) % 4 > 0
-    metrics, points = M.calibration(model, rows, jnp.asarray(live).reshape(20, 3), args)
+    know = lambda *x: predict(model, *x, args)
+    alive = jnp.asarray(live).reshape(20, 3)
+    metrics, points = model_report.calibration(know, model.elites, rows, M.model_targets(rows), alive)
     mean, std, u = map(np.asarray, predict(model, data.observations[:60], data.actions[:60], args))
     elites = np.asarray(model.elites)
     square = (mean[elites] - np.asarray(M.model_targets(data))[:60])[:, live] ** 2
@@ -514,8 +625,11 @@ def linear_world(num_rows=20_000, noise=0.03):
 
 def test_linear_world_is_recovered_by_the_best_members_at_their_best():
     fit, model, rows, (mean, std, _) = linear_world()
-    mse = np.mean((np.asarray(mean) - np.asarray(M.model_targets(rows))) ** 2, (1, 2))
-    close(mse, fit.best, 1e-3)  # snapshots came back
+    error = np.asarray(mean) - np.asarray(M.model_targets(rows))
+    unit, sigma = np.asarray(fit.scale.target_std), np.asarray(std)
+    nll = 0.5 * np.mean((error / sigma) ** 2 + 2 * np.log(sigma / unit), (1, 2))
+    np.testing.assert_allclose(nll, fit.best, atol=2e-3)  # snapshots came back, with the bounds that they had
+    mse = np.mean(error**2, (1, 2))
     np.testing.assert_array_equal(np.sort(model.elites), np.sort(np.argsort(fit.best)[:2]))
     floor = 0.03**2
     mse = mse[np.asarray(model.elites)]
@@ -533,6 +647,212 @@ def test_disagreement_grows_away_from_the_data():
     for kind in ("ensemble_std", "max_pairwise", "total_std"):
         near, far = (M.penalty(*x, model.elites, kind).mean() for x in ((mean, std), (far_mean, far_std)))
         assert far > 2 * near, (kind, float(far / near))
+
+
+@pytest.mark.parametrize("unit, reward_unit", [(1e-6, 1.0), (1e6, 1.0), (1.0, 1e-6), (1.0, 1e6), (1e6, 1e-6)])
+def test_the_fit_knows_no_units(unit, reward_unit):
+    """Observations and rewards in other units: the same fit, and predictions, errors and the box in those units."""
+    data, args = random_data(), tiny()
+    plain = fit_chunk(fit_init(jax.random.key(0), data, args), data, args)
+    other = data._replace(
+        observations=unit * data.observations, next_observations=unit * data.next_observations,
+        rewards=reward_unit * data.rewards,
+    )  # fmt: skip
+    fit = fit_chunk(fit_init(jax.random.key(0), other, args), other, args)
+    np.testing.assert_allclose(fit.best, plain.best, rtol=5e-3)
+    units = np.array([unit] * 3 + [reward_unit])
+    found, wanted = (M.fitted_model(*x, args) for x in ((fit, other), (plain, data)))
+    (mean, std, _), (mean_0, std_0, _) = (
+        predict(model, rows.observations, rows.actions, args) for model, rows in ((found, other), (wanted, data))
+    )
+    spread = units * np.asarray(plain.scale.target_std)
+    np.testing.assert_allclose(mean / spread, units * mean_0 / spread, atol=5e-3)
+    np.testing.assert_allclose(std / spread, units * std_0 / spread, atol=5e-3)
+    close(found.high, unit * wanted.high, 1e-5)
+
+
+@functools.cache
+def uneven_world(standardise):
+    """Speeds of variance 10^4 whose noise is 5 where s_0 < 0 and 50 elsewhere -> metrics on held-out rows, u, s_0."""
+    rng, num_rows = np.random.default_rng(2), 6_000
+    obs, actions = rng.normal(size=(num_rows, 3)), rng.uniform(-1, 1, (num_rows, 1))
+    noise = np.where(obs[:, :1] < 0, 5.0, 50.0) * rng.normal(size=obs.shape)
+    after = obs + 100 * np.roll(obs, 1, 1) + noise
+    zeros = np.zeros(num_rows)
+    data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), M.Rows(obs, actions, obs[:, 1], after, zeros, zeros))
+    args = tiny(model_hidden_sizes=(64, 64), max_epochs=100, standardise_targets=standardise)
+    init, chunk, model = M.make_fit(args)
+    fit = init(jax.random.split(jax.random.key(0), 1), data)
+    while M.fitting(fit, args).all():
+        fit = chunk(fit, data)
+    metrics, arrays = of_seed(M.make_check(args)(model(fit, data), fit, data))
+    return metrics, arrays["u"], obs[np.asarray(fit.holdout[0]), 0]
+
+
+def test_u_finds_where_large_targets_are_noisy():
+    """Raw targets leave u at the bound of the log-variance, and a warning says so."""
+    metrics, u, where = uneven_world(True)
+    quiet, loud = np.median(u[where < -0.3]), np.median(u[where > 0.3])
+    assert 4 < quiet / np.sqrt(3) < 12 and 40 < loud / np.sqrt(3) < 65, (quiet, loud)
+    assert metrics["fit/correlation"] > 0.4 and not model_report.fit_problems(metrics, False, tiny())
+    sigma, rmse = (np.asarray(metrics[f"fit/{name}"])[:3] for name in ("sigma", "rmse"))
+    assert np.all(np.abs(np.log(sigma / rmse)) < 0.3)  # what is claimed is what is missed
+    metrics, *_ = uneven_world(False)
+    ((problem, remedy),) = model_report.fit_problems(metrics, False, tiny(standardise_targets=False))
+    assert "nearly constant" in problem and "--standardise-targets" in remedy
+
+
+@pytest.mark.parametrize(
+    "low, half, high, rank, capped, told",
+    [
+        (1, 2, 3, 0.5, False, []),
+        (1, 2, 3, 0.5, True, ["cut off"]),
+        (2, 2, 2.1, 0.1, False, ["nearly constant"]),
+        (1, 2, 3, 0.1, True, ["cut off", "rank"]),
+        (1, 2, 3, np.nan, False, ["rank"]),
+    ],
+)
+def test_warnings_of_a_fit(low, half, high, rank, capped, told):
+    found = {"fit/u_p05": low, "fit/u_p50": half, "fit/u_p95": high, "fit/correlation": rank}
+    assert not [
+        x for x, _ in model_report.fit_problems(found | {"fit/unexplained": [1e-3]}, False, tiny())
+    ]  # no errors
+    found["fit/unexplained"] = np.array([0.1, 0.2, 0.0])
+    problems = model_report.fit_problems(found, capped, tiny())
+    assert len(problems) == len(told) and all(
+        word in problem for word, (problem, _) in zip(told, problems, strict=True)
+    )
+
+
+def test_a_fit_ends_between_its_least_and_most_steps():
+    """10 steps an epoch: patience alone, a minimum that outlasts it, a cap in whole epochs."""
+    fit = M.Fit(*[None] * 11)._replace(bootstrap=np.zeros((3, 320)))
+    goes_on = lambda step, idle, **flags: bool(
+        M.fitting(fit._replace(step=step, idle=idle), tiny(model_batch_size=32, max_epochs=10, **flags))
+    )
+    assert goes_on(50, 0) and not goes_on(50, 5) and goes_on(50, 5, min_model_steps=51) and not goes_on(100, 0)
+    assert goes_on(30, 0, max_model_steps=35) and not goes_on(40, 0, max_model_steps=35)
+    assert not goes_on(100, 0, min_model_steps=500)
+
+
+def test_predictions_over_several_steps():
+    """Against a loop in numpy, member by member; runs that an episode's end cuts do not count."""
+    args, data, model, *_ = small_world()
+    order = jnp.arange(400)
+    chained = data._replace(observations=jnp.roll(data.next_observations, 1, 0))  # each row goes on from the last
+    cut = chained._replace(observations=chained.observations.at[110].add(1.0))  # an episode begins here
+    unit = np.asarray(chained.observations).std(0)
+
+    @jax.jit
+    def steps(model, holdout, data):
+        know = lambda *x: M.predict(model, *x, args)
+        return model_report.several_steps(know, model.elites, data, holdout, 10, unit)
+
+    holdout = jnp.concatenate([order[100:150], order[200:250]])
+    found, without = (steps(model, holdout, x) for x in (chained, cut))
+    first = [start for start in [*range(100, 150, 10), *range(200, 250, 10)] if start % 100 <= 30]
+    states = np.stack([np.asarray(chained.observations)[i] for i in first])
+    square = []
+    states = np.stack([states] * 2).astype(np.float32)
+    for t in range(20):
+        rows = np.array(first) + t
+        for i, member in enumerate(np.asarray(model.elites)):
+            mean, *_ = predict(model, jnp.asarray(states[i]), chained.actions[rows], args)
+            states[i] += np.asarray(mean)[member, :, :-1]
+        square.append(np.mean(((states - np.asarray(chained.next_observations)[rows]) / unit) ** 2))
+    close(found["steps_error"], np.sqrt(square), 1e-4)
+    assert not np.allclose(found["steps_error"], without["steps_error"])
+    assert np.isnan(steps(model, order[:10], chained)["steps_error"]).all()
+
+
+# --- what keeps critics from climbing ---
+
+
+def test_alignment_is_the_oracles():
+    """The mean cosine between the critics' action gradients, pair by pair, by finite differences in float64."""
+    args, data, *_ = small_world()
+    args = dataclasses.replace(args, num_critics=3)
+    obs, actions = data.observations[:8], data.actions[:8]
+    params = M.critic_net(args).init(jax.random.key(0), obs, actions)
+    found = M.alignment(lambda a: M.critic_net(args).apply(params, obs, a), actions)
+    q = lambda a: np.stack([
+        common.mlp(params["params"][f"MLP_{i}"], np.concatenate([obs, a], 1))[:, 0] for i in range(3)
+    ])  # fmt: skip
+    a, step = np.asarray(actions, float), 1e-6
+    g = np.stack([(q(a + step * e) - q(a - step * e)) / (2 * step) for e in np.eye(2)], -1)  # [C, B, A]
+    g /= np.linalg.norm(g, axis=-1, keepdims=True)
+    wanted = np.mean([sum(g[i, b] @ g[j, b] for i in range(3) for j in range(3) if i != j) for b in range(8)]) / 2
+    close(found, wanted, 1e-3)
+
+
+def test_diversity_turns_the_critics_gradients_apart():
+    args, data, _, agent, ring = small_world()
+    batch = M.mixed_batch(ring, data, jax.random.key(0), args)
+    q = lambda p: M.alignment(lambda a: M.critic_net(args).apply(p, batch.observations, a), batch.actions)
+    own, losses = dataclasses.replace(args, critic_diversity=2.0), []
+    for flags in (args, own):
+        losses += [critic_loss(agent.critic, agent.target, agent.actor, 1.0, batch, jax.random.key(1), flags)[0]]
+    close(losses[1] - losses[0], 2.0 * q(agent.critic), 1e-3)
+
+
+def test_normalised_critics_are_bounded_far_away():
+    """Where LayerNorm divides the size away, Q does not grow with the observations."""
+    args = tiny(critic_norm=True)
+    obs, actions = random_data().observations[:8], random_data().actions[:8]
+    for flags, grows in ((args, False), (tiny(), True)):
+        net = M.critic_net(flags)
+        params = net.init(jax.random.key(0), obs, actions)
+        near, far = (float(np.abs(net.apply(params, k * obs, actions)).mean()) for k in (1e2, 1e6))
+        assert (far > 100 * near) == grows
+
+
+def test_the_data_pay_the_penalty_as_the_models_rows_do():
+    args, data, model, *_ = small_world()
+    fit, args = fit_init(jax.random.key(0), data, args), dataclasses.replace(args, penalise_real=True, lam=2.0)
+    model = jax.jit(M.fitted_model, static_argnums=2)(fit, data, args)
+    close(model.real_u, predict(model, data.observations, data.actions, args)[2], 1e-5)
+    assert not M.fitted_model(fit, data, tiny()).real_u.any()
+    seen = []
+
+    def remember(agent, ring, data, key, args):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), data.rewards)
+        return update(agent, ring, data, key, args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(M, "mopo_update", remember)
+        init, chunk = M.make_train(dataclasses.replace(args, chunk=10), TASK)
+        one = lambda x: jax.tree.map(lambda leaf: leaf[None], x)
+        jax.block_until_ready(chunk(init(jax.random.split(jax.random.key(0), 1)), one(model), data))
+    close(seen[0], data.rewards - 2.0 * model.real_u, 1e-5)
+
+
+def test_a_clipped_model_stays_within_the_data():
+    args, data, model, *_ = small_world()
+    args = dataclasses.replace(args, clip_model=True)
+    low, high, _ = M.data_range(data, args)
+    both = np.concatenate([data.observations, data.next_observations])
+    close(low, both.min(0)), close(high, both.max(0))
+    tight = model._replace(low=jnp.full(3, -0.1), high=jnp.full(3, 0.1), rewards=jnp.array([-0.2, 0.05]))
+    rows, keep, info = roll(model=tight, clip_model=True)
+    assert keep.all() and not info["outside"].any()
+    assert np.abs(rows.next_observations).max() <= 0.1 + 1e-6
+    assert info["reward"].min() >= -0.2 and info["reward"].max() <= 0.05 and (info["reward"] == 0.05).any()
+
+
+def test_the_bellman_penalty_is_the_oracles():
+    """The spread, over elites, of what the target critics expect of their next states."""
+    args, data, model, agent, _ = small_world()
+    obs, eyes = data.observations[:20], (jnp.full(3, 0.5), jnp.full(3, 2.0))
+    mean, _, _ = predict(model, obs, data.actions[:20], args)
+    found, values = M.bellman_std(model._replace(eyes=eyes), agent, obs, mean, args, 2), []
+    for member in np.asarray(model.elites):
+        after = (np.asarray(obs + mean[member, :, :-1], float) - 0.5) / 2
+        actions, _ = common.gaussian_actor(agent.actor, after, np.zeros((20, 2)), args)
+        values.append(args.gamma * common.twin_q(agent.target, after, actions).min(0))
+    close(found, np.std(values, 0, ddof=1), 1e-3)
+    rows, _, info = roll(penalty="bellman")
+    np.testing.assert_allclose(rows.rewards, info["reward"] - 2.0 * info["u"], rtol=1e-6, atol=1e-6)
+    assert not np.allclose(info["u"], roll()[2]["u"])
 
 
 # --- seeds ---
@@ -566,10 +886,30 @@ def test_knn_runs_and_resumes(dataset, tmp_path):
     assert M.main(dataclasses.replace(args, resume=True)) == result
 
 
-def test_run_leaves_what_it_promises(dataset, tmp_path):
+def test_the_world_as_the_model_runs_and_resumes(dataset, tmp_path):
+    """With scaled observations, which policy.npz has to know."""
+    args = tiny(
+        dataset=dataset, out=str(tmp_path / "run"), model="world", num_updates=40, standardise_observations=True
+    )
+    result = M.main(args)
+    assert np.isfinite(result["score"]) and M.main(dataclasses.replace(args, resume=True)) == result
+    policy, buffer = np.load(tmp_path / "run" / "policy.npz"), envs.buffers.load(dataset)
+    close(policy["observation_mean"][0], buffer["observations"].mean(0), 1e-3)
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:]]
+    assert all(r["model/world_error"] < 1e-3 and r["model/u_model"] == 0 for r in records)
+
+
+def test_too_few_rows_to_hold_any_out(dataset, tmp_path):
+    with pytest.raises(envs.InputError, match="none can be held out; raise --holdout-share"):
+        M.main(tiny(dataset=dataset, out=str(tmp_path / "run"), holdout_share=1e-5))
+
+
+def test_run_leaves_what_it_promises(dataset, tmp_path, monkeypatch):
+    """An epoch is several calls here, before the first of which ends no member has a score."""
+    monkeypatch.setattr(M, "CALL_STEPS", 2)
     folder = tmp_path / "run"
     M.main(tiny(dataset=dataset, out=str(folder), num_seeds=2, num_updates=40))
-    assert all((folder / f"{name}.png").stat().st_size > 5_000 for name in ("dynamics", "penalty"))
+    assert all((folder / f"{name}.png").stat().st_size > 5_000 for name in ("dynamics", "penalty", "model"))
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
     epochs = [r for r in records if "model/holdout_mse" in r]
     assert [(r["step"], r["seed"]) for r in epochs] == [(step, seed) for step in (1, 2, 3) for seed in (0, 1)]
@@ -590,6 +930,10 @@ def test_run_leaves_what_it_promises(dataset, tmp_path):
         (dict(real_ratio=1.0), "--real-ratio: a batch needs a model row"),
         (dict(rollout_batch=10_007), "--rollout-batch needs a divisor"),
         (dict(holdout_share=1.0), "--holdout-share must be above 0"),
+        (dict(critic_diversity=1.0, num_critics=1), "--critic-diversity needs two critics"),
+        (dict(penalise_real=True, model="knn"), "--penalise-real needs --model ensemble"),
+        (dict(penalty="bellman", model="knn"), "--penalty bellman needs --model ensemble"),
+        (dict(clip_model=True, model="world"), "--model world is not clipped"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(changes, message):
