@@ -44,7 +44,7 @@ Deviations
   D12 Codes: the model predicts (s' - s, r) in raw units, and its log-variance starts at 0.5 at most: where speeds
       have a variance of 100, u is a constant; here: in standard deviations of the data; u, errors and figures
       stay in raw units. Published presets: as the codes.
-  D13 Codes hold out single rows, whose neighbours are trained on; here: runs of 100. Published presets: as the codes.
+  D13 Codes hold out single rows, whose neighbours are trained on; here: runs of 20. Published presets: as the codes.
   D14 Codes stop by the hold-out's squared error and keep each member where that was least, with whatever std it
       had there; here: by its likelihood, so that u is fitted as well. Published presets: as the codes.
   D15 Codes: rows of the data have no penalty, which pays their actions lam u a step; here: by --penalise-real one.
@@ -108,7 +108,7 @@ class Args(runner.Flags):
     """largest share of the rows held out (ORLKit: 0.2)"""
     holdout_rows: runner.Count = 1_000
     """largest number of rows held out (paper: 1,000)"""
-    holdout_run: runner.Count = 100
+    holdout_run: runner.Count = 20
     """rows in a row that are held out together: steps of one episode resemble one another (ours, D13; both: 1)"""
     patience: runner.Count = 5
     """epochs without any member's gain that end the fit (ORLKit: 5, D4)"""
@@ -217,8 +217,8 @@ HORIZON_AND_LAM = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original c
     "walker2d-random-v0": (1, 1.0),
 }
 CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what each is for)
-    "max_epochs": 1_000, "max_model_steps": 15_000, "num_updates": 20_000, "eval_every": 2_000, "rollout_batch": 10_000,
-    "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
+    "max_epochs": 1_000, "min_model_steps": 5_000, "max_model_steps": 15_000, "num_updates": 20_000,
+    "eval_every": 2_000, "rollout_batch": 10_000, "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
 AS_CODES = {"standardise_targets": False, "holdout_run": 1, "fit_score": "mse"}
 PUBLISHED = {

@@ -336,7 +336,9 @@ def test_scale_comes_from_the_training_rows_only():
     args, data = tiny(), random_data()
     train, holdout, _ = split_data(jax.random.key(0), data, args)
     assert len(holdout) == 80 and sorted([*np.asarray(train), *np.asarray(holdout)]) == list(range(400))
-    few = jax.eval_shape(lambda key: M.split_data(key, data, tiny(holdout_rows=30)), jax.random.key(0))[1]
+    few = jax.eval_shape(lambda key: M.split_data(key, data, tiny(holdout_rows=30, holdout_run=10)), jax.random.key(0))[
+        1
+    ]
     assert few.shape == (30,)
     spoilt = data._replace(observations=data.observations.at[holdout].set(1e3))
     scale, rows = split_data(jax.random.key(0), spoilt, args)[2], np.asarray(train)
