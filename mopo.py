@@ -47,8 +47,8 @@ Deviations
   D13 Codes hold out single rows, whose neighbours are trained on; here: runs of 20. Published presets: as the codes.
   D14 Codes stop by the hold-out's squared error and keep each member where that was least, with whatever std it
       had there; here: by its likelihood, so that u is fitted as well. Published presets: as the codes.
-  D15 Codes: rows of the data have no penalty, which pays their actions lam u a step; here: by --penalise-real one.
-  D16 Codes: actor and critics see raw observations; here: --standardise-observations scales them.
+  D15 Codes: rows of the data have no penalty, which pays their actions lam u a step; --penalise-real subtracts it.
+  D16 Codes: actor and critics see raw observations; --standardise-observations scales them.
   D17 MOBILE: ten samples at every update; here (--penalty bellman): means of elites and policy, at a refresh.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
@@ -1065,6 +1065,15 @@ def check_task(args, task):
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
 
+def check_world(args, env):
+    """Refuse a world that cannot be the model, before any work."""
+    try:
+        jax.eval_shape(env.from_observation, jax.ShapeDtypeStruct((env.observation_size,), jnp.float32))
+        env.check_batch(args.num_seeds * rows_at_once(args))
+    except envs.InputError as error:
+        raise envs.InputError(f"--model world: {error}; use --model ensemble") from None
+
+
 def train_model(run, fit_some, fit, data):
     """Lines (1) to (3): fit the ensembles of all seeds -> Fit [S]. The log's steps are epochs."""
     args = run.args
@@ -1099,7 +1108,7 @@ def main(args):
     (key_model, key_policy), eval_keys = runner.seed_keys(args, 2), runner.evaluation_keys(args)
     env = envs.make(task, args.backend)
     if args.model == "world":
-        env.check_batch(args.num_seeds * rows_at_once(args))
+        check_world(args, env)
     evaluate = make_evaluation(args, env, task, buffer)
     fit_init, fit_some, make_model = make_fit(args, env)
     init, train_chunk = make_train(args, task)

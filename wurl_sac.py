@@ -44,7 +44,7 @@ Deviations
       (humanoid), so that a round is one program; there are then more updates per real step than --updates-per-step.
       Without a diversity reward an episode that ends is followed by a new one, so that all N L steps are real.
   D12 reference code draws 5 directions anew for each comparison; here: one draw of M serves all pairs of a round,
-       whose N episodes are pooled into one sample a policy.
+      whose N episodes are pooled into one sample a policy.
   D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics with a gain of 0.1; both learn after the
       warm-up, from all rows so far, one step for each step of any policy. Here: the features of s_{t+1}, this round's
       rows and their standard deviation, gain 1, from the start, and one step for each step of a policy: K times fewer.

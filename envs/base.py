@@ -93,7 +93,8 @@ class Env(abc.ABC):
     def from_observation(self, obs: jax.Array) -> State:
         """Return the state that an observation (S,) of the task shows, at the origin if the task hides where it is.
 
-        InputError where observations hide more: the solver's memory and velocities beyond a clip are not counted.
+        Not shown, and not missed here: the solver's memory, and how far velocities are beyond their clip. InputError
+        where observations hide more than that.
         """
         hidden = self.task.env_observation_size - self.task.observation_size
         numbers = np.arange(self.task.env_observation_size)

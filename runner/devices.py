@@ -61,12 +61,14 @@ def placed(count, args, *axes):
 def cores():
     """Cores of the CPU that this process may use, by affinity, NPROC and a container's quota."""
     num = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num = min(num, int(os.environ.get("NPROC", num)))
-    try:
+    told = os.environ.get("NPROC", "")
+    num = min(num, int(told)) if told.isdecimal() else num
+    try:  # Linux's interface for what a container may use
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return num if quota == "max" else max(1, min(num, int(quota) // int(period)))
+        num = num if quota == "max" else min(num, int(quota) // int(period))
     except (OSError, ValueError):
-        return num
+        pass
+    return max(num, 1)
 
 
 def split_cpu(asked, own):

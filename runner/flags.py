@@ -178,7 +178,7 @@ def parse(Args, argv, preset_of=None, names=(), doc="", idle=lambda args: {}):
     plain = Args()
     changed = {k: v for k, v in dataclasses.asdict(args).items() if v != getattr(plain, k)}
     print("not the defaults:", *(f"{k}={v}" for k, v in changed.items()), flush=True)
-    for field in given & idle(args).keys():
+    for field in sorted(given & idle(args).keys()):
         print(f"without effect: --{field.replace('_', '-')}, because {idle(args)[field]}", flush=True)
     return args
 

@@ -517,8 +517,8 @@ def test_the_world_as_the_model_is_the_world(name):
 
 def test_a_world_that_observations_do_not_show_is_refused():
     env = envs.make("ant-maze-umaze")
-    with pytest.raises(envs.InputError, match="a maze's goal is not observed"):
-        env.from_observation(jnp.zeros(env.observation_size))
+    with pytest.raises(envs.InputError, match=r"--model world: .*a maze's goal is not observed; use --model ensemble"):
+        M.check_world(tiny(), env)
 
 
 # --- what is said of Q ---
@@ -895,6 +895,8 @@ def test_the_world_as_the_model_runs_and_resumes(dataset, tmp_path):
     )
     result = M.main(args)
     assert np.isfinite(result["score"]) and M.main(dataclasses.replace(args, resume=True)) == result
+    header = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert header["num_devices"] == jax.device_count()
     policy, buffer = np.load(tmp_path / "run" / "policy.npz"), envs.buffers.load(dataset)
     close(policy["observation_mean"][0], buffer["observations"].mean(0), 1e-3)
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:]]

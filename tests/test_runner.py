@@ -761,8 +761,9 @@ def test_cores_are_those_that_a_container_allows(monkeypatch, tmp_path):
         assert devices.cores() == wanted
     quota.unlink()
     assert devices.cores() == 8
-    monkeypatch.setenv("NPROC", "3")
-    assert devices.cores() == 3
+    for text, wanted in (("3", 3), ("0", 1), ("many", 8)):
+        monkeypatch.setenv("NPROC", text)
+        assert devices.cores() == wanted
 
 
 def test_a_cpu_is_split_unless_somebody_has_said_otherwise(monkeypatch):

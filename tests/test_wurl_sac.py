@@ -572,6 +572,7 @@ def test_supervised_data(tmp_path):
     buffer = envs.buffers.load(tmp_path / "buffers/policy_00.npz")
     assert buffer.metadata["reward_kind"] == "task" and buffer["rewards"].std() > 0
     _, about = runner.read_npz(tmp_path / "policies/update_0000020.npz", "metadata_json")
+    assert about["task_options"] == envs.task("point-angle-0").options == buffer.metadata["task_options"]
     assert about["rows"] == [len(buffer)] and about["observations"] == "task" and about["update"] == 20
     assert not (tmp_path / "rows").exists()
 
