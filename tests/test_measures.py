@@ -77,6 +77,8 @@ def test_statistics_with_weights_are_those_of_repeated_episodes():
     lengths, complete = np.array([2, 3, 10, 10]), np.array([True, False, True, True])  # the last two count 3 / 2
     found = measures.return_statistics(np.array([1.0, 5.0, 4.0, 8.0]), lengths, complete)
     assert found["per_step"] == pytest.approx((1 + 1.5 * 12) / (2 + 1.5 * 20))
+    found = measures.return_statistics(np.arange(15.0), np.ones(15, int), np.ones(15, bool))  # a tenth: one and a half
+    assert found["top_decile"] == pytest.approx((14 + 0.5 * 13) / 1.5)
 
 
 def test_entropy_and_saturation_of_actions():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -454,6 +455,10 @@ def test_broken_predictions_are_never_stored():
     rows, keep, _ = roll(starts=jnp.where(bad[:, None], jnp.nan, random_data().observations[:50]))
     assert not keep[:, bad].any() and keep[:, ~bad].all()
     assert all(np.isfinite(np.asarray(x)[np.asarray(keep)]).all() for x in rows)
+    net = small_world()[2].net
+    last = net.biases[-1].at[..., 0].set(jnp.inf)  # a clip would bring what is infinite into the data's range
+    model = small_world()[2]._replace(net=net._replace(biases=(*net.biases[:-1], last)))
+    assert not roll(model=model, clip_model=True)[1].any()
 
 
 def test_rollouts_draw_from_the_elites():
@@ -564,6 +569,56 @@ def test_actor_and_critics_see_scaled_observations():
     starts = np.asarray(other.rows.observations)[new[:64]] * eyes[1] + eyes[0]
     near = np.abs(starts[:, None] - np.asarray(data.observations)).sum(-1).min(1)
     assert len(new) >= 64 and near.max() < 1e-4  # the first steps of rollouts begin at rows of the data, scaled once
+
+
+def test_a_policy_that_sees_scaled_observations_is_one_with_scaled_weights():
+    """In the model, in the world and in evaluations: the first layer takes the scale, and nothing else changes."""
+    args, data, model, agent, _ = small_world()
+    eyes, raw = (jnp.array([0.5, -1.0, 2.0, 0.0]), jnp.array([2.0, 0.5, 3.0, 1.0])), (jnp.zeros(4), jnp.ones(4))
+
+    def folded(actor, size):
+        first = actor["params"]["MLP_0"]["Dense_0"]
+        kernel = first["kernel"] / eyes[1][:size, None]
+        dense = {"kernel": kernel, "bias": first["bias"] - eyes[0][:size] @ kernel}
+        return {"params": {"MLP_0": {**actor["params"]["MLP_0"], "Dense_0": dense}}}
+
+    of = lambda pair, size: tuple(x[:size] for x in pair)
+    seen, plain = (model._replace(eyes=of(pair, 3)) for pair in (eyes, raw))
+    other = agent._replace(actor=folded(agent.actor, 3))
+    rolled = [
+        model_rollout(*pair, data.observations[:50], jax.random.key(0), args, TASK)[0]
+        for pair in ((seen, agent), (plain, other))
+    ]
+    leaves_close(*rolled, atol=1e-3)
+    task = envs.task("point-angle-0")
+    env, buffer = envs.make(task), types.SimpleNamespace(metadata={"episode_length": 10})
+    actor = M.policy_net(args, 2).init(jax.random.key(3), jnp.zeros(4))
+    pairs = (actor, eyes), (folded(actor, 4), raw)
+    leaves_close(*(M.real_rows(env, *pair, jax.random.key(0), args, 10) for pair in pairs), atol=1e-4)
+    data = M.Rows(jnp.zeros((9, 4)), jnp.zeros((9, 2)), jnp.zeros(9), jnp.ones((9, 4)), jnp.zeros(9), jnp.zeros(9))
+    args = dataclasses.replace(args, model="knn")
+    critic = M.critic_net(args).init(jax.random.key(4), jnp.zeros(4), jnp.zeros(2))
+    one = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    evaluate = M.make_evaluation(args, env, task, buffer)
+    returns = [
+        evaluate(one(agent._replace(actor=actor, critic=critic)),
+                 one(M.knn_model(jax.random.key(1), data, args)._replace(eyes=pair)),
+                 jax.random.split(jax.random.key(2), 1))[0]["eval/return"]
+        for actor, pair in pairs
+    ]  # fmt: skip
+    close(*returns, 1e-4)
+
+
+def test_a_member_at_its_best_keeps_the_bounds_it_was_judged_with():
+    """By its likelihood; by its error, as the codes, the newest bounds are everybody's."""
+    args, data = tiny(), random_data()
+    fit = fit_init(jax.random.key(0), data, args)
+    moved = fit._replace(net=fit.net._replace(max_logvar=fit.net.max_logvar + 1))
+    for score, gains, wanted in (("nll", False, 0.5), ("nll", True, 1.5), ("mse", False, 1.5)):
+        flags = dataclasses.replace(args, fit_score=score)
+        best = jnp.full(3, jnp.inf if gains else -1e3)
+        after = M.end_epoch(moved._replace(best=best), data, jax.random.key(1), flags)
+        assert (after.best_net.max_logvar == wanted).all() and after.best_net.max_logvar.shape == (3, 1, 4)
 
 
 @pytest.mark.parametrize("q, reward, alpha, entropy, told", [
@@ -751,19 +806,16 @@ def test_predictions_over_several_steps():
         return model_report.several_steps(know, model.elites, data, holdout, 10, unit)
 
     holdout = jnp.concatenate([order[100:150], order[200:250]])
-    found, without = (steps(model, holdout, x) for x in (chained, cut))
-    first = [start for start in [*range(100, 150, 10), *range(200, 250, 10)] if start % 100 <= 30]
-    states = np.stack([np.asarray(chained.observations)[i] for i in first])
-    square = []
-    states = np.stack([states] * 2).astype(np.float32)
-    for t in range(20):
-        rows = np.array(first) + t
-        for i, member in enumerate(np.asarray(model.elites)):
-            mean, *_ = predict(model, jnp.asarray(states[i]), chained.actions[rows], args)
-            states[i] += np.asarray(mean)[member, :, :-1]
-        square.append(np.mean(((states - np.asarray(chained.next_observations)[rows]) / unit) ** 2))
-    close(found["steps_error"], np.sqrt(square), 1e-4)
-    assert not np.allclose(found["steps_error"], without["steps_error"])
+    whole = [100, 110, 120, 130, 200, 210, 220, 230]  # what goes on for 20 steps within the held-out rows
+    for rows, first in ((chained, whole), (cut, whole[1:])):
+        states, square = np.stack([np.asarray(rows.observations)[first]] * 2), []
+        for t in range(20):
+            now = np.array(first) + t
+            for i, member in enumerate(np.asarray(model.elites)):
+                mean, *_ = predict(model, jnp.asarray(states[i]), rows.actions[now], args)
+                states[i] += np.asarray(mean)[member, :, :-1]
+            square.append(np.mean(((states - np.asarray(rows.next_observations)[now]) / unit) ** 2))
+        close(steps(model, holdout, rows)["steps_error"], np.sqrt(square), 1e-4)
     assert np.isnan(steps(model, order[:10], chained)["steps_error"]).all()
 
 
