@@ -47,7 +47,6 @@ Deviations
   D13 Codes hold out single rows, whose neighbours are trained on; here: runs of 20. Published presets: as the codes.
   D14 Codes stop by the hold-out's squared error and keep each member where that was least, with whatever std it
       had there; here: by its likelihood, so that u is fitted as well. Published presets: as the codes.
-  D15 Codes: rows of the data have no penalty, which pays their actions lam u a step; --penalise-real subtracts it.
   D16 Codes: actor and critics see raw observations; --standardise-observations scales them.
   D17 MOBILE: ten samples at every update; here (--penalty bellman): means of elites and policy, at a refresh.
 
@@ -140,8 +139,6 @@ class Args(runner.Flags):
         "ensemble_std", "total_std", "bellman",
     ] = "max_aleatoric"  # fmt: skip
     """u: max_aleatoric (MOPO) or a variant (docs/mopo.md); each needs its own lambda; bellman: MOBILE's"""
-    penalise_real: bool = False
-    """subtract lambda u from the data's rewards, too, so that data are paid as the model's rows are (ours, D15)"""
     clip_model: bool = False
     """keep predicted states and rewards within what the data hold; no rollout then leaves it (ours, D6)"""
     reward: Literal["learned", "known"] = "learned"
@@ -560,7 +557,6 @@ class Model(NamedTuple):
     high: jax.Array
     rewards: jax.Array  # [3] least and greatest of the data, and the 99th percentile
     eyes: tuple[jax.Array, jax.Array]  # mean and std [S] of what actor and critics see; 0 and 1: raw
-    real_u: jax.Array  # [N] u of the data's rows; zeros without penalise_real
 
 
 def model_inputs(scale, observations, actions):
@@ -708,12 +704,7 @@ def data_range(data, args):
 def fitted_model(fit, data, args):
     """Every member at its best epoch, the M of best hold-out score as elites -> Model."""
     elites = jnp.argsort(fit.best, stable=True)[: args.num_elites]
-    eyes = seen_moments(data, args)
-    model = Model(fit.best_net, elites, fit.scale, *data_range(data, args), eyes, jnp.zeros(len(data.rewards)))
-    if args.penalise_real:  # D15
-        u = lambda row: predict(model, row[0][None], row[1][None], args)[2][0]
-        model = model._replace(real_u=jax.lax.map(u, (data.observations, data.actions), batch_size=4096))
-    return model
+    return Model(fit.best_net, elites, fit.scale, *data_range(data, args), seen_moments(data, args))
 
 
 def knn_model(key, data, args):
@@ -722,8 +713,7 @@ def knn_model(key, data, args):
     kept = jax.random.permutation(jax.random.fold_in(key, 1), train)[: args.knn_rows]
     rows = jax.tree.map(lambda x: x[kept], data)
     net = Neighbours(model_inputs(scale, rows.observations, rows.actions), model_targets(rows))
-    eyes, elite = seen_moments(data, args), jnp.zeros(1, jnp.int32)
-    return Model(net, elite, scale, *data_range(data, args), eyes, jnp.zeros(len(data.rewards)))
+    return Model(net, jnp.zeros(1, jnp.int32), scale, *data_range(data, args), seen_moments(data, args))
 
 
 def world_model(key, data, args, env):
@@ -733,9 +723,8 @@ def world_model(key, data, args, env):
         after = env.step(env.from_observation(obs), action)
         return jnp.append(after.obs - obs, after.reward)
 
-    eyes, elite, scale = seen_moments(data, args), jnp.zeros(1, jnp.int32), split_data(key, data, args)[2]
-    net = jax.tree_util.Partial(jax.vmap(step))
-    return Model(net, elite, scale, *data_range(data, args), eyes, jnp.zeros(len(data.rewards)))
+    net, scale = jax.tree_util.Partial(jax.vmap(step)), split_data(key, data, args)[2]
+    return Model(net, jnp.zeros(1, jnp.int32), scale, *data_range(data, args), seen_moments(data, args))
 
 
 def seen_moments(data, args):
@@ -1010,10 +999,10 @@ def make_train(args, task):
         key, key_refresh, key_updates = jax.random.split(state.key, 3)
         agent, ring = state.agent, state.ring
         ring, rolled = refresh(agent, ring, model, data, key_refresh, args, task)
-        paid = data
-        if args.penalise_real or args.standardise_observations:  # else all seeds share the data
-            paid = seen_rows(model.eyes, data._replace(rewards=data.rewards - args.lam * model.real_u))  # D15
-        step = lambda agent, key: mopo_update(agent, ring, paid, key, args)
+        seen = data
+        if args.standardise_observations:  # else all seeds share the data
+            seen = seen_rows(model.eyes, data)
+        step = lambda agent, key: mopo_update(agent, ring, seen, key, args)
         agent, learnt = jax.lax.scan(step, agent, jax.random.split(key_updates, args.rollout_freq))
         state = MopoState(key, state.num_updates + args.rollout_freq, agent, ring)
         return state, {**jax.tree.map(jnp.mean, learnt), **rolled}
@@ -1048,8 +1037,6 @@ def check_args(args):
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
         "--holdout-share must be above 0 and below 1": args.model != "ensemble" or 0 < args.holdout_share < 1,
         "--critic-diversity needs two critics": not args.critic_diversity or args.num_critics > 1,
-        "--penalise-real needs --model ensemble and another --penalty than bellman":
-            not args.penalise_real or (args.model == "ensemble" and args.penalty != "bellman"),
         "--penalty bellman needs --model ensemble": args.penalty != "bellman" or args.model == "ensemble",
         "--model world is not clipped; leave --clip-model out": not (args.model == "world" and args.clip_model),
         "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,

@@ -860,26 +860,6 @@ def test_normalised_critics_are_bounded_far_away():
         assert (far > 100 * near) == grows
 
 
-def test_the_data_pay_the_penalty_as_the_models_rows_do():
-    args, data, model, *_ = small_world()
-    fit, args = fit_init(jax.random.key(0), data, args), dataclasses.replace(args, penalise_real=True, lam=2.0)
-    model = jax.jit(M.fitted_model, static_argnums=2)(fit, data, args)
-    close(model.real_u, predict(model, data.observations, data.actions, args)[2], 1e-5)
-    assert not M.fitted_model(fit, data, tiny()).real_u.any()
-    seen = []
-
-    def remember(agent, ring, data, key, args):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), data.rewards)
-        return update(agent, ring, data, key, args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(M, "mopo_update", remember)
-        init, chunk = M.make_train(dataclasses.replace(args, chunk=10), TASK)
-        one = lambda x: jax.tree.map(lambda leaf: leaf[None], x)
-        jax.block_until_ready(chunk(init(jax.random.split(jax.random.key(0), 1)), one(model), data))
-    close(seen[0], data.rewards - 2.0 * model.real_u, 1e-5)
-
-
 def test_a_clipped_model_stays_within_the_data():
     args, data, model, *_ = small_world()
     args = dataclasses.replace(args, clip_model=True)
@@ -987,7 +967,6 @@ def test_run_leaves_what_it_promises(dataset, tmp_path, monkeypatch):
         (dict(rollout_batch=10_007), "--rollout-batch needs a divisor"),
         (dict(holdout_share=1.0), "--holdout-share must be above 0"),
         (dict(critic_diversity=1.0, num_critics=1), "--critic-diversity needs two critics"),
-        (dict(penalise_real=True, model="knn"), "--penalise-real needs --model ensemble"),
         (dict(penalty="bellman", model="knn"), "--penalty bellman needs --model ensemble"),
         (dict(clip_model=True, model="world"), "--model world is not clipped"),
     ],

@@ -1,0 +1,68 @@
+"""Which of MOPO's settings works? Table and figures of the runs in results/mopo/screen/<file>/<setting>.jsonl.
+
+    python benchmark/mopo_figures.py            prints the table; draws screen.png (returns), world.png (the model's share)
+
+The runs are those of benchmark/mopo_grid.json (docs/mopo.md, "Which settings"). Score: mean of the last five evaluations
+over as many steps as the data's episodes have.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from cells import ROOT
+from runner import plots
+
+FOLDER = ROOT / "results" / "mopo" / "screen"
+RETURN, WHOLE = "eval/return_data_length", "eval/return"
+SHOWN = (RETURN, WHOLE, "train/q", "value/q_start", "value/world", "value/model", "train/entropy", "model/u_model")
+WORLDS = {
+    "fitted": ("model", "C0", "--"), "norm": ("model, LayerNorm", "C0", "-"),
+    "world": ("simulator", "C1", "--"), "norm-world": ("simulator, LayerNorm", "C1", "-"),
+}  # fmt: skip
+
+
+def curves(path, key):
+    """Steps [n] and the mean over seeds [n] of one key of a log."""
+    seeds = list(plots.read(path, key).values())
+    return seeds[0][0], np.mean([values for _, values in seeds], 0)
+
+
+def print_table(folder):
+    """A row a setting: scores in the data's length and in whole evaluations, spread of the last five, Q beside returns."""
+    print("| file | setting | score | spread | 1000 steps | Q at start | return there, discounted: world | model |")
+    print("|---|---|---|---|---|---|---|---|")
+    for path in sorted(folder.glob("*/*.jsonl")):
+        last = {key: curves(path, key)[1][-5:] for key in SHOWN}
+        cells = [last[RETURN].mean(), last[RETURN].std(), last[WHOLE].mean()]
+        cells += [last[key][-1] for key in ("value/q_start", "value/world", "value/model")]
+        print(f"| {path.parent.name} | {path.stem} |", *(f"{x:.0f} |" for x in cells))
+
+
+def draw(folder, name, settings, key=RETURN, ylabel="return, as many steps as the data's episodes"):
+    """One panel a file, one curve a setting: {setting: (label, colour, line style)}."""
+    panels = []
+    for file in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = {s: file / f"{s}.jsonl" for s in settings if (file / f"{s}.jsonl").exists()}
+        lines = [
+            (*curves(path, key), dict(zip(("label", "color", "ls"), settings[s], strict=True)) | {"marker": ".", "lw": 1.2})
+            for s, path in found.items()
+        ]
+        panels.append({"title": file.name, "xlabel": "updates", "ylabel": ylabel, "lines": lines})
+    plots.figure(folder / f"{name}.png", panels, width=5.5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    folder = parser.parse_args().folder
+    print_table(folder)
+    names = sorted({path.stem for path in folder.glob("*/*.jsonl")})
+    plain = [name for name in names if "world" not in name]
+    draw(folder, "screen", {name: (name, f"C{i % 10}", "-" if i < 10 else "--") for i, name in enumerate(plain)})
+    draw(folder, "world", WORLDS)
+
+
+if __name__ == "__main__":
+    main()
