@@ -139,8 +139,6 @@ class Args(runner.Flags):
         "ensemble_std", "total_std", "bellman",
     ] = "max_aleatoric"  # fmt: skip
     """u: max_aleatoric (MOPO) or a variant (docs/mopo.md); each needs its own lambda; bellman: MOBILE's"""
-    clip_model: bool = False
-    """keep predicted states and rewards within what the data hold; no rollout then leaves it (ours, D6)"""
     reward: Literal["learned", "known"] = "learned"
     """reward of model steps: learned (MOPO), or known: the task's, where observations tell it"""
     rollout_batch: runner.Count = 50_000
@@ -555,7 +553,7 @@ class Model(NamedTuple):
     scale: Scale
     low: jax.Array  # [S] rollouts end outside of low, high
     high: jax.Array
-    rewards: jax.Array  # [3] least and greatest of the data, and the 99th percentile
+    high_reward: jax.Array  # the 99th percentile of the data's
     eyes: tuple[jax.Array, jax.Array]  # mean and std [S] of what actor and critics see; 0 and 1: raw
 
 
@@ -697,8 +695,8 @@ def data_range(data, args):
     """The box low, high [S] that rollouts must not leave."""  # D6
     both = jnp.concatenate([data.observations, data.next_observations])
     low, high = both.min(0), both.max(0)
-    margin = (0 if args.clip_model else args.range_margin) * jnp.where(high > low, high - low, 1.0)
-    return low - margin, high + margin, jnp.quantile(data.rewards, jnp.array([0.0, 1.0, 0.99]))
+    margin = args.range_margin * jnp.where(high > low, high - low, 1.0)
+    return low - margin, high + margin, jnp.quantile(data.rewards, 0.99)
 
 
 def fitted_model(fit, data, args):
@@ -812,9 +810,6 @@ def model_rollout(model, agent, starts, key, args, task):
         member = model.elites[jax.random.randint(key_member, u.shape, 0, len(model.elites))]
         noise = jax.random.normal(key_noise, mean.shape[1:])
         next_obs, rewards = model_step(obs, mean, std, member, noise)
-        if args.clip_model:  # but for what is not finite, which is dropped
-            next_obs = jnp.where(jnp.isfinite(next_obs), jnp.clip(next_obs, model.low, model.high), next_obs)
-            rewards = jnp.where(jnp.isfinite(rewards), jnp.clip(rewards, *model.rewards[:2]), rewards)
         if args.reward == "known":
             rewards = task.model_reward(obs, actions, next_obs)
         penalised = rewards - args.lam * u
@@ -857,7 +852,7 @@ def refresh(agent, ring, model, data, key, args, task):
     metrics = {
         "model/penalty_share": u_share,
         "model/reward": average(info["reward"]),
-        "model/invented": average(info["reward"] > model.rewards[2]),
+        "model/invented": average(info["reward"] > model.high_reward),
         "model/q_steps": q_steps,
         "model/rollout_length": keep.sum() / args.rollout_batch,
         "model/terminal": info["terminal"].sum() / args.rollout_batch,
@@ -1038,7 +1033,6 @@ def check_args(args):
         "--holdout-share must be above 0 and below 1": args.model != "ensemble" or 0 < args.holdout_share < 1,
         "--critic-diversity needs two critics": not args.critic_diversity or args.num_critics > 1,
         "--penalty bellman needs --model ensemble": args.penalty != "bellman" or args.model == "ensemble",
-        "--model world is not clipped; leave --clip-model out": not (args.model == "world" and args.clip_model),
         "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             rows_at_once(args) >= min(args.rollout_batch, 256),
