@@ -48,7 +48,6 @@ Deviations
   D14 Codes stop by the hold-out's squared error and keep each member where that was least, with whatever std it
       had there; here: by its likelihood, so that u is fitted as well. Published presets: as the codes.
   D16 Codes: actor and critics see raw observations; --standardise-observations scales them.
-  D17 MOBILE: ten samples at every update; here (--penalty bellman): means of elites and policy, at a refresh.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
@@ -136,9 +135,9 @@ class Args(runner.Flags):
     """lambda: weight of the penalty (paper: 0.5 to 5 by dataset)"""
     penalty: Literal[
         "max_aleatoric", "max_aleatoric_elites", "max_dist_to_mean", "max_pairwise",
-        "ensemble_std", "total_std", "bellman",
+        "ensemble_std", "total_std",
     ] = "max_aleatoric"  # fmt: skip
-    """u: max_aleatoric (MOPO) or a variant (docs/mopo.md); each needs its own lambda; bellman: MOBILE's"""
+    """u: max_aleatoric (MOPO) or a variant (docs/mopo.md); each needs its own lambda"""
     reward: Literal["learned", "known"] = "learned"
     """reward of model steps: learned (MOPO), or known: the task's, where observations tell it"""
     rollout_batch: runner.Count = 50_000
@@ -750,7 +749,7 @@ def penalty(mean, std, elites, kind):
         return norm(std).max(0)
     if kind == "max_aleatoric_elites":
         return norm(std[elites]).max(0)
-    if kind in ("max_dist_to_mean", "bellman"):  # of bellman what is logged of single rows
+    if kind == "max_dist_to_mean":
         return norm(states - states.mean(0)).max(0)
     if kind == "max_pairwise":
         return norm(mean[elites][:, None] - mean[elites][None]).max((0, 1))
@@ -789,13 +788,6 @@ def rollout_ends(model, task, next_obs, rewards):
     return ~finite, ~inside, task.model_terminal(next_obs)
 
 
-def bellman_std(model, agent, observations, mean, args, action_size):
-    """MOBILE: u = std over elites of gamma min_e Qbar_e(s'_i, a'), s'_i and a' the means of elite i and policy; [B]."""
-    after = see(model.eyes, observations + mean[model.elites, :, :-1])  # [M, B, S]
-    actions = jnp.tanh(policy_net(args, action_size).apply(agent.actor, after)[0])
-    return args.gamma * critic_net(args).apply(agent.target, after, actions).min(0).std(0, ddof=1)  # D17
-
-
 def model_rollout(model, agent, starts, key, args, task):
     """Lines (4), (5) from states [b, S] -> Rows [h, b], whether to keep them [h, b], info."""
 
@@ -805,8 +797,6 @@ def model_rollout(model, agent, starts, key, args, task):
         pi, log_std = policy_net(args, task.action_size).apply(agent.actor, see(model.eyes, obs))
         actions, _ = tanh_normal_sample(pi, log_std, jax.random.normal(key_act, pi.shape))
         mean, std, u = predict(model, obs, actions, args)
-        if args.penalty == "bellman":
-            u = bellman_std(model, agent, obs, mean, args, task.action_size)
         member = model.elites[jax.random.randint(key_member, u.shape, 0, len(model.elites))]
         noise = jax.random.normal(key_noise, mean.shape[1:])
         next_obs, rewards = model_step(obs, mean, std, member, noise)
@@ -845,9 +835,7 @@ def refresh(agent, ring, model, data, key, args, task):
     ring = ring_insert(ring, seen_rows(model.eyes, rows), keep)
 
     average = lambda x: jnp.where(keep, x, 0.0).sum() / jnp.maximum(keep.sum(), 1)
-    mean, _, u_real = predict(model, data.observations[index], data.actions[index], args)
-    if args.penalty == "bellman":
-        u_real = bellman_std(model, agent, data.observations[index], mean, args, data.actions.shape[-1])
+    u_real = predict(model, data.observations[index], data.actions[index], args)[2]
     u_share = args.lam * average(info["u"]) / jnp.maximum(average(jnp.abs(info["reward"])), 1e-30)
     metrics = {
         "model/penalty_share": u_share,
@@ -1032,7 +1020,6 @@ def check_args(args):
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
         "--holdout-share must be above 0 and below 1": args.model != "ensemble" or 0 < args.holdout_share < 1,
         "--critic-diversity needs two critics": not args.critic_diversity or args.num_critics > 1,
-        "--penalty bellman needs --model ensemble": args.penalty != "bellman" or args.model == "ensemble",
         "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             rows_at_once(args) >= min(args.rollout_batch, 256),

@@ -100,12 +100,11 @@ def fit_problems(found, capped, args):
     """What is wrong with a fit -> (problem, remedy) pairs."""
     flat, blind = found["fit/u_p95"] < 1.1 * found["fit/u_p50"], not found["fit/correlation"] > 0.2
     errs = np.median(found["fit/unexplained"]) > 0.01  # else there is next to nothing to be uncertain of
-    used = errs and args.penalty != "bellman"  # whose u is another one
     other = "try --penalty ensemble_std" if args.standardise_targets else "try --standardise-targets"
     known = (
         ("the fit was cut off while members still gained", "raise its cap, --max-epochs or --max-model-steps", capped),
-        ("u is nearly constant: it says nowhere that the model is worse", other, flat and used),
-        ("u does not rank the model's error", f"more steps or data may help, or {other}", blind and used and not flat),
+        ("u is nearly constant: it says nowhere that the model is worse", other, flat and errs),
+        ("u does not rank the model's error", f"more steps or data may help, or {other}", blind and errs and not flat),
     )
     return [(problem, remedy) for problem, remedy, holds in known if holds]
 

@@ -856,22 +856,6 @@ def test_normalised_critics_are_bounded_far_away():
         assert (far > 100 * near) == grows
 
 
-def test_the_bellman_penalty_is_the_oracles():
-    """The spread, over elites, of what the target critics expect of their next states."""
-    args, data, model, agent, _ = small_world()
-    obs, eyes = data.observations[:20], (jnp.full(3, 0.5), jnp.full(3, 2.0))
-    mean, _, _ = predict(model, obs, data.actions[:20], args)
-    found, values = M.bellman_std(model._replace(eyes=eyes), agent, obs, mean, args, 2), []
-    for member in np.asarray(model.elites):
-        after = (np.asarray(obs + mean[member, :, :-1], float) - 0.5) / 2
-        actions, _ = common.gaussian_actor(agent.actor, after, np.zeros((20, 2)), args)
-        values.append(args.gamma * common.twin_q(agent.target, after, actions).min(0))
-    close(found, np.std(values, 0, ddof=1), 1e-3)
-    rows, _, info = roll(penalty="bellman")
-    np.testing.assert_allclose(rows.rewards, info["reward"] - 2.0 * info["u"], rtol=1e-6, atol=1e-6)
-    assert not np.allclose(info["u"], roll()[2]["u"])
-
-
 # --- seeds ---
 
 
@@ -950,7 +934,6 @@ def test_run_leaves_what_it_promises(dataset, tmp_path, monkeypatch):
         (dict(rollout_batch=10_007), "--rollout-batch needs a divisor"),
         (dict(holdout_share=1.0), "--holdout-share must be above 0"),
         (dict(critic_diversity=1.0, num_critics=1), "--critic-diversity needs two critics"),
-        (dict(penalty="bellman", model="knn"), "--penalty bellman needs --model ensemble"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(changes, message):
