@@ -161,8 +161,6 @@ class Args(runner.Flags):
     """actor and critics see observations in standard deviations of the data (ours, D16; both: raw)"""
     critic_norm: bool = False
     """LayerNorm before each ReLU of the critics, which bounds what they say far from the data (ours, D11)"""
-    critic_diversity: runner.Rate = 0.0
-    """eta: weight of the alignment of the critics' action gradients; with many critics RAVL's (EDAC: 1; ours, D11)"""
     batch_size: runner.Count = 256
     """B: rows per update, real and model together (both: 256)"""
     actor_lr: runner.Rate = 1e-4
@@ -416,21 +414,7 @@ def mopo_critic_loss(critic, target, actor, alpha, batch, key, args):
     q = critics.apply(critic, batch.observations, batch.actions)
     chex.assert_equal_shape([q[0], y])
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
-    metrics = {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
-    if args.critic_diversity:
-        loss = loss + args.critic_diversity * alignment(
-            lambda a: critics.apply(critic, batch.observations, a), batch.actions
-        )
-    return loss, metrics
-
-
-def alignment(q, actions):
-    """EDAC: mean_B 1/(C - 1) sum_{i != j} <g_i, g_j>,  g_i = grad_a Q_i / ||grad_a Q_i||;  q: [B, A] -> [C, B]."""
-    values, gradient = jax.vjp(q, actions)
-    each = jnp.eye(len(values))[:, :, None] * jnp.ones(values.shape)
-    g = jax.vmap(lambda x: gradient(x)[0])(each)  # [C, B, A]
-    g = g / jnp.sqrt(jnp.sum(g**2, -1, keepdims=True) + 1e-20)  # no nan where all ReLUs are off
-    return jnp.mean(jnp.sum(g.sum(0) ** 2, -1) - jnp.sum(g**2, (0, 2))) / (len(values) - 1)
+    return loss, {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
 
 
 def mopo_actor_loss(actor, critic, alpha, batch, key, args):
@@ -1019,7 +1003,6 @@ def check_args(args):
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
         "--holdout-share must be above 0 and below 1": args.model != "ensemble" or 0 < args.holdout_share < 1,
-        "--critic-diversity needs two critics": not args.critic_diversity or args.num_critics > 1,
         "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             rows_at_once(args) >= min(args.rollout_batch, 256),

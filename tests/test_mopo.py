@@ -818,33 +818,6 @@ def test_predictions_over_several_steps():
 # --- what keeps critics from climbing ---
 
 
-def test_alignment_is_the_oracles():
-    """The mean cosine between the critics' action gradients, pair by pair, by finite differences in float64."""
-    args, data, *_ = small_world()
-    args = dataclasses.replace(args, num_critics=3)
-    obs, actions = data.observations[:8], data.actions[:8]
-    params = M.critic_net(args).init(jax.random.key(0), obs, actions)
-    found = M.alignment(lambda a: M.critic_net(args).apply(params, obs, a), actions)
-    q = lambda a: np.stack([
-        common.mlp(params["params"][f"MLP_{i}"], np.concatenate([obs, a], 1))[:, 0] for i in range(3)
-    ])  # fmt: skip
-    a, step = np.asarray(actions, float), 1e-6
-    g = np.stack([(q(a + step * e) - q(a - step * e)) / (2 * step) for e in np.eye(2)], -1)  # [C, B, A]
-    g /= np.linalg.norm(g, axis=-1, keepdims=True)
-    wanted = np.mean([sum(g[i, b] @ g[j, b] for i in range(3) for j in range(3) if i != j) for b in range(8)]) / 2
-    close(found, wanted, 1e-3)
-
-
-def test_diversity_turns_the_critics_gradients_apart():
-    args, data, _, agent, ring = small_world()
-    batch = M.mixed_batch(ring, data, jax.random.key(0), args)
-    q = lambda p: M.alignment(lambda a: M.critic_net(args).apply(p, batch.observations, a), batch.actions)
-    own, losses = dataclasses.replace(args, critic_diversity=2.0), []
-    for flags in (args, own):
-        losses += [critic_loss(agent.critic, agent.target, agent.actor, 1.0, batch, jax.random.key(1), flags)[0]]
-    close(losses[1] - losses[0], 2.0 * q(agent.critic), 1e-3)
-
-
 def test_normalised_critics_are_bounded_far_away():
     """Where LayerNorm divides the size away, Q does not grow with the observations."""
     args = tiny(critic_norm=True)
@@ -933,7 +906,6 @@ def test_run_leaves_what_it_promises(dataset, tmp_path, monkeypatch):
         (dict(real_ratio=1.0), "--real-ratio: a batch needs a model row"),
         (dict(rollout_batch=10_007), "--rollout-batch needs a divisor"),
         (dict(holdout_share=1.0), "--holdout-share must be above 0"),
-        (dict(critic_diversity=1.0, num_critics=1), "--critic-diversity needs two critics"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(changes, message):
