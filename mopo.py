@@ -39,8 +39,8 @@ Deviations
       line (7), and the whole squared error.
   D10 Codes divide by any input std above 1e-12; here: only above 1e-6 of the mean, because in float32 a
       constant column may have a std of that order.
-  D11 Codes: 2 critics; here: --num-critics, --critic-norm, --critic-diversity. The states after a rollout's last step
-      are never trained on, and two critics may overrate them far and for long (docs/mopo.md, "When Q climbs").
+  D11 Codes: plain critics; here: with LayerNorm, which bounds what they say far from the rows that they learn from,
+      such as the states after a rollout's last step. Published presets: as the codes. --num-critics may be more than 2.
   D12 Codes: the model predicts (s' - s, r) in raw units, and its log-variance starts at 0.5 at most: where speeds
       have a variance of 100, u is a constant; here: in standard deviations of the data; u, errors and figures
       stay in raw units. Published presets: as the codes.
@@ -159,7 +159,7 @@ class Args(runner.Flags):
     """Q networks, the least of which counts (both: 2); try 10 where Q climbs (docs/mopo.md; ours, D11)"""
     standardise_observations: bool = False
     """actor and critics see observations in standard deviations of the data (ours, D16; both: raw)"""
-    critic_norm: bool = False
+    critic_norm: bool = True
     """LayerNorm before each ReLU of the critics, which bounds what they say far from the data (ours, D11)"""
     batch_size: runner.Count = 256
     """B: rows per update, real and model together (both: 256)"""
@@ -212,7 +212,7 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
     "max_epochs": 1_000, "min_model_steps": 5_000, "max_model_steps": 15_000, "num_updates": 20_000,
     "eval_every": 2_000, "rollout_batch": 10_000, "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
-AS_CODES = {"standardise_targets": False, "holdout_run": 1, "fit_score": "mse"}
+AS_CODES = {"standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False}
 PUBLISHED = {
     name: {"horizon": h, "lam": lam, "num_updates": 3_000_000 if name.endswith("v2") else 1_000_000} | AS_CODES
     for name, (h, lam) in HORIZON_AND_LAM.items()

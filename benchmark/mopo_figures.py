@@ -1,9 +1,9 @@
 """Which of MOPO's settings works? Table and figures of the runs in results/mopo/screen/<file>/<setting>.jsonl.
 
-    python benchmark/mopo_figures.py            prints the table; draws screen.png (returns), world.png (the model's share)
+    python benchmark/mopo_figures.py     prints the table; draws screen.png, returns, and world.png, the model's share
 
-The runs are those of benchmark/mopo_grid.json (docs/mopo.md, "Which settings"). Score: mean of the last five evaluations
-over as many steps as the data's episodes have.
+The runs are those of benchmark/mopo_grid.json (docs/mopo.md, "Which settings"). Score: mean of the last five
+evaluations, in as many steps as the data's episodes have.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def curves(path, key):
 
 
 def print_table(folder):
-    """A row a setting: scores in the data's length and in whole evaluations, spread of the last five, Q beside returns."""
+    """A row a setting: score in the data's length, its spread, score in whole evaluations, Q beside returns."""
     print("| file | setting | score | spread | 1000 steps | Q at start | return there, discounted: world | model |")
     print("|---|---|---|---|---|---|---|---|")
     for path in sorted(folder.glob("*/*.jsonl")):
@@ -45,10 +45,8 @@ def draw(folder, name, settings, key=RETURN, ylabel="return, as many steps as th
     panels = []
     for file in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = {s: file / f"{s}.jsonl" for s in settings if (file / f"{s}.jsonl").exists()}
-        lines = [
-            (*curves(path, key), dict(zip(("label", "color", "ls"), settings[s], strict=True)) | {"marker": ".", "lw": 1.2})
-            for s, path in found.items()
-        ]
+        style = lambda setting: dict(zip(("label", "color", "ls"), settings[setting], strict=True))
+        lines = [(*curves(path, key), {"marker": ".", "lw": 1.2, **style(s)}) for s, path in found.items()]
         panels.append({"title": file.name, "xlabel": "updates", "ylabel": ylabel, "lines": lines})
     plots.figure(folder / f"{name}.png", panels, width=5.5)
 

@@ -24,6 +24,7 @@ from tests.oracles.common import close, leaves_close, of_seed, size_of
 TINY = dict(
     model_hidden_sizes=(16, 16), ensemble_size=3, num_elites=2, max_epochs=3, hidden_sizes=(16, 16), batch_size=40,
     horizon=3, retain=2, rollout_batch=64, rollout_freq=10, chunk=20, eval_every=40, num_updates=80, eval_episodes=2,
+    critic_norm=False,
 )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def test_termination_golden(name):
     g = golden("termination")
     next_obs, (terminal, box, convention) = g[f"{name}_next_obs"], TERMINATIONS[name]
     size = next_obs.shape[1]
-    model = M.Model(None, None, None, jnp.full(size, -box), jnp.full(size, box), *[None] * 3)
+    model = M.Model(None, None, None, jnp.full(size, -box), jnp.full(size, box), *[None] * 2)
     ends = M.rollout_ends(model, AbstractTask(terminal), jnp.asarray(next_obs), jnp.zeros(len(next_obs)))
     ends, wanted = np.any(ends, 0), g[f"{name}_done_{convention}"]
     same = np.ones(len(wanted), bool)
@@ -816,6 +817,27 @@ def test_predictions_over_several_steps():
 
 
 # --- what keeps critics from climbing ---
+
+
+def test_normalised_critics_are_the_oracles():
+    """Dense layer, LayerNorm, ReLU, for each critic apart; published presets have plain critics."""
+    args, rng = tiny(critic_norm=True, num_critics=3), np.random.default_rng(0)
+    obs, actions = random_data().observations[:8], random_data().actions[:8]
+    params = M.critic_net(args).init(jax.random.key(0), obs, actions)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    of = lambda kind, i: {k: np.asarray(v, float) for k, v in params["params"][f"{kind}_{i}"].items()}
+    layers, q = 0, []
+    for critic in range(3):
+        x = np.concatenate([obs, actions], -1).astype(float)
+        for hidden in range(2):
+            dense, norm = of("Dense", layers), of("LayerNorm", 2 * critic + hidden)
+            x = x @ dense["kernel"] + dense["bias"]
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            x, layers = np.maximum(x * norm["scale"] + norm["bias"], 0), layers + 1
+        dense, layers = of("Dense", layers), layers + 1
+        q += [(x @ dense["kernel"] + dense["bias"])[:, 0]]
+    close(M.critic_net(args).apply(params, obs, actions), np.stack(q), 1e-4)
+    assert M.Args().critic_norm and not any(values["critic_norm"] for values in M.PUBLISHED.values())
 
 
 def test_normalised_critics_are_bounded_far_away():
