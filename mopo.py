@@ -47,7 +47,7 @@ Deviations
   D13 Codes hold out single rows, whose neighbours are trained on; here: runs of 20. Published presets: as the codes.
   D14 Codes stop by the hold-out's squared error and keep each member where that was least, with whatever std it
       had there; here: by its likelihood, so that u is fitted as well. Published presets: as the codes.
-  D16 Codes: actor and critics see raw observations; --standardise-observations scales them.
+  D15 Codes: actor and critics see raw observations; here: standardised. Published presets: as the codes.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
@@ -157,8 +157,8 @@ class Args(runner.Flags):
     """widths of actor and critics (both: 256, 256)"""
     num_critics: runner.Count = 2
     """Q networks, the least of which counts (both: 2); try 10 where Q climbs (docs/mopo.md; ours, D11)"""
-    standardise_observations: bool = False
-    """actor and critics see observations in standard deviations of the data (ours, D16; both: raw)"""
+    standardise_observations: bool = True
+    """actor and critics see observations in standard deviations of the data (ours, D15; both: raw)"""
     critic_norm: bool = True
     """LayerNorm before each ReLU of the critics, which bounds what they say far from the data (ours, D11)"""
     batch_size: runner.Count = 256
@@ -212,7 +212,10 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
     "max_epochs": 1_000, "min_model_steps": 5_000, "max_model_steps": 15_000, "num_updates": 20_000,
     "eval_every": 2_000, "rollout_batch": 10_000, "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
-AS_CODES = {"standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False}
+AS_CODES = {
+    "standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False,
+    "standardise_observations": False,
+}  # fmt: skip
 PUBLISHED = {
     name: {"horizon": h, "lam": lam, "num_updates": 3_000_000 if name.endswith("v2") else 1_000_000} | AS_CODES
     for name, (h, lam) in HORIZON_AND_LAM.items()
@@ -715,7 +718,7 @@ def seen_moments(data, args):
 
 
 def see(eyes, observations):
-    """Observations as actor and critics see them."""  # D16
+    """Observations as actor and critics see them."""  # D15
     return (observations - eyes[0]) / eyes[1]
 
 
@@ -962,25 +965,23 @@ def make_train(args, task):
         ring = ring_init(row, args.rollout_batch * args.horizon * args.retain)
         return MopoState(key, jnp.int32(0), agent, ring)
 
-    def one_refresh(state, model, data):
+    def one_refresh(state, model, data, seen):
         key, key_refresh, key_updates = jax.random.split(state.key, 3)
         agent, ring = state.agent, state.ring
         ring, rolled = refresh(agent, ring, model, data, key_refresh, args, task)
-        seen = data
-        if args.standardise_observations:  # else all seeds share the data
-            seen = seen_rows(model.eyes, data)
         step = lambda agent, key: mopo_update(agent, ring, seen, key, args)
         agent, learnt = jax.lax.scan(step, agent, jax.random.split(key_updates, args.rollout_freq))
         state = MopoState(key, state.num_updates + args.rollout_freq, agent, ring)
         return state, {**jax.tree.map(jnp.mean, learnt), **rolled}
 
-    def one_chunk(state, model, data):
-        step = lambda state, _: one_refresh(state, model, data)
+    def one_chunk(state, model, data, seen):
+        step = lambda state, _: one_refresh(state, model, data, seen)
         state, metrics = jax.lax.scan(step, state, length=args.chunk // args.rollout_freq)
         return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     def chunk(state, model, data):
-        return runner.map_seeds(lambda x: one_chunk(*x, data), (state, model), args)
+        seen = seen_rows(seen_moments(data, args), data)  # of all seeds
+        return runner.map_seeds(lambda x: one_chunk(*x, data, seen), (state, model), args)
 
     return jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)
 
