@@ -44,7 +44,7 @@ METADATA_TYPES = {
     "layout": str,
     "reward_kind": str,
     "task_options": dict,
-    "dt": (int, float),
+    "dt": (int, float, type(None)),
     "episode_length": int,
     "generator": dict,
     "warmup_transitions": (int, type(None)),
@@ -54,6 +54,7 @@ METADATA_TYPES = {
     "sha256": dict,
 }
 METADATA_DEFAULTS = {
+    "dt": None,
     "task": None,
     "task_options": {},
     "generator": {},
@@ -68,6 +69,7 @@ ACTION_LIMIT = 1.0 + 1e-5
 BLOCK_BYTES = 1 << 24  # values are checked and hashed in blocks of this size
 SAMPLED_ROWS = 4096  # half the rows on which next_observations is compared with the next row
 LARGEST = 2.0**31  # of the numbers in the metadata that readers compute with
+LARGEST_VALUE = 1e15  # of any number in a column: a batch of larger squares overflows in float32
 MAX_MEMBERS = 64
 MAX_METADATA_BYTES = 1 << 26
 MAX_HEADER_BYTES = 10_000  # numpy's own limit on the text header of an array

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.buffers.checks import check_metadata, check_schema, check_shapes, check_values
+from envs.buffers.checks import check_columns, check_metadata, check_schema, check_shapes, check_structure
 from envs.buffers.fields import EPISODE_KEYS, MERGE_KEYS, METADATA, STRUCTURE, Buffer, fail
 from envs.buffers.files import (
     Member,
@@ -48,7 +48,8 @@ def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...
                 packed = members[key].info.compress_type
                 arrays[key] = unpack_member(archive, members[key]) if packed else map_member(path, members[key])
     check_metadata(metadata, path)
-    check_values(arrays, metadata, path, unchecked)
+    check_columns(arrays, path, unchecked)
+    check_structure(arrays, metadata, path, unchecked)
     return Buffer(arrays, metadata, str(path))
 
 
