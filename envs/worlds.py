@@ -59,6 +59,10 @@ def make(name: str | Task, backend: str | None = None, **options) -> Env:
         `envs.physics.MujocoEnv`: xml, gear, margin_scale, contact_cost, num_threads.
     Unknown names, back ends and options raise InputError.
     """
+    if isinstance(name, Task) and not name.eval_length:
+        from envs.unknown import UnknownEnv
+
+        return UnknownEnv(name)
     if isinstance(name, Task):
         options = {k: v for k, v in name.options.items() if k in task_options(name.name)} | options
         name = name.name

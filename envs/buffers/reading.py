@@ -26,6 +26,7 @@ from envs.buffers.files import (
     unpack_member,
 )  # fmt: skip
 from envs.tasks import task_names
+from envs.unknown import unknown_task
 from envs.worlds import task as find_task
 
 
@@ -116,14 +117,21 @@ def load_task(
     """What an offline learner opens: a buffer with task rewards, and its task -> Buffer, Task.
 
     keys: the arrays to read; task: a name that the file's must equal, empty for the file's own; max_rows: as in
-    `load`. Raises InputError as `load` does, where the file's observations are not those of its task, and where two
-    copies of the rows, which every learner holds, do not fit into memory.
+    `load`. Data that name no task, of a world that is not known here, get one that cannot be evaluated. Raises
+    InputError as `load` does, where the file's observations are not those of its task, and where two copies of the
+    rows, which every learner holds, do not fit into memory.
     """
     buffer = load(path, keys, require_rewards=True, task=task or None, max_rows=max_rows)
     size, free = 2 * sum(array.nbytes for array in buffer.arrays.values()), available_memory()
     most = int(0.8 * min(free / size, 1.0) * len(buffer))
     check_fits(path, size, f"train on whole episodes drawn from it, for example --max-rows {most}")
     about = buffer.metadata
+    if about["task"] is None and about["env"] not in task_names():
+        command = import_command(buffer)
+        told = f" (to evaluate, {command})" if "--task" in command else ""
+        print(f"{path}: names no task: the policy is trained and written, but cannot be evaluated{told}", flush=True)
+        sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
+        return buffer, unknown_task(about, *sizes)
     if about["task"] is None:
         remedy = import_command(buffer) or "write its name there as `task`, or relabel by udg_select.py"
         raise fail(path, "metadata_json", "names no task", remedy)

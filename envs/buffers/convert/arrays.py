@@ -153,9 +153,9 @@ def read(
     whole["timeouts"] = ends & ~pieces.terminals
     metadata = {
         "dataset_name": name, "env": task.env if task else f"arrays/{name}", "task": None,
-        "layout": "task" if task else "env", "reward_kind": "task", "dt": dt or (task.dt if task else None), "reference": None,
-        "episode_length": limit or int(lengths.max()), "rows_dropped": pieces.rows_dropped,
-        "generator": {"script": "arrays", "flags": {}},
+        "layout": "task" if task else "env", "reward_kind": "task", "reference": None,
+        "dt": dt or (task.dt if task else None), "episode_length": limit or int(lengths.max()),
+        "rows_dropped": pieces.rows_dropped, "generator": {"script": "arrays", "flags": {}},
         "parents": [{"path": Path(source).name, "sha256": digest or "", "taken": f"{len(kept)} rows"}],
     }  # fmt: skip
     exact = {key: columns[key] for key in ("observations", "next_observations", "rewards") if key in columns}
