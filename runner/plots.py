@@ -32,10 +32,8 @@ def summary(folder, buffer):
     evaluated = read(folder, "eval/return")
     if not evaluated:
         print("result: not evaluated, as the data name no task")
-        return {
-            "data_mean": float(buffer["episode_returns"].mean()),
-            "data_best": float(buffer["episode_returns"].max()),
-        }
+        returns = buffer["episode_returns"]
+        return {"data_mean": float(returns.mean()), "data_best": float(returns.max())}
     values = np.stack([v for _, v in evaluated.values()])
     short = np.stack([v for _, v in read(folder, "eval/return_data_length").values()])
     score, returns = values[:, -5:].mean(1), buffer["episode_returns"]

@@ -1,5 +1,6 @@
 """The contract of a buffer in code (docs/buffer.md): its keys, its metadata, and the object that holds it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ EXTRA_DTYPES = (np.float32, np.int32, np.int64, np.bool_)
 STRUCTURE = ("terminals", "timeouts", *EPISODE_KEYS)  # always read: they define the episodes
 METADATA = "metadata_json"
 
+IMPORTS = ("arrays", "d4rl", "exorl", "minari", "ogbench")  # scripts (metadata, generator) that read others' files
 LAYOUTS = ("env", "task")
 REWARD_KINDS = ("none", "task", "relabelled")
 METADATA_TYPES = {
@@ -81,6 +83,15 @@ def fail(path: Any, key: str, problem: str, remedy: str) -> InputError:
     return InputError(f"{path}: {key}: {problem}. Remedy: {remedy}.")
 
 
+def missing_column(key: str, metadata: Mapping[str, Any]) -> str:
+    """What to do about a column that a buffer lacks."""
+    if metadata.get("generator", {}).get("script") not in IMPORTS:
+        return "record this column where the buffer is made, and name it if you load some keys only"
+    if key.startswith("root_"):
+        return 'use data that have it: docs/data.md, "Rewards of a task for an imported file", says which sets do'
+    return "use other data: the set that was imported does not hold it"
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A checked buffer: arrays by key (mapped read-only where the file allows), and metadata."""
@@ -95,7 +106,7 @@ class Buffer:
                 self.path,
                 key,
                 f"not in the buffer, which has {', '.join(self.arrays)}",
-                "record this column where the buffer is made, or load it by naming it in keys",
+                missing_column(key, self.metadata),
             )
         return self.arrays[key]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from envs.buffers.checks import check_columns, check_metadata, check_schema, check_shapes, check_structure
-from envs.buffers.fields import EPISODE_KEYS, MERGE_KEYS, METADATA, STRUCTURE, Buffer, fail
+from envs.buffers.fields import EPISODE_KEYS, IMPORTS, MERGE_KEYS, METADATA, STRUCTURE, Buffer, fail, missing_column
 from envs.buffers.files import (
     Member,
     available_memory,
@@ -29,6 +29,8 @@ from envs.tasks import task_names
 from envs.unknown import unknown_task
 from envs.worlds import task as find_task
 
+NO_TASK = "use other data"  # a remedy that begins like this says that no task fits
+
 
 def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...]) -> Buffer:
     check_is_file(path)
@@ -39,7 +41,7 @@ def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...
         metadata = parse_metadata(path, text)
         check_schema(metadata, path)
         check_shapes({k: (m.shape, m.dtype) for k, m in members.items()}, path)
-        wanted = _choose_keys(path, members, keys)
+        wanted = _choose_keys(path, members, keys, metadata)
         packed = [members[key] for key in wanted if members[key].info.compress_type]
         size = sum(member.info.file_size for member in packed)
         check_fits(path, size, "write the file uncompressed, then it is memory-mapped")
@@ -54,15 +56,16 @@ def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...
     return Buffer(arrays, metadata, str(path))
 
 
-def _choose_keys(path: Path, members: Mapping[str, Member], keys: Iterable[str] | None):
+def _choose_keys(
+    path: Path, members: Mapping[str, Member], keys: Iterable[str] | None, metadata: Mapping[str, Any]
+) -> list[str]:
     if keys is None:
         return list(members)
     keys = list(keys)
     for key in keys:
         if key not in members:
             problem = f"is not in the file, which holds {', '.join(members)}"
-            remedy = "record this column where the buffer is made, or use another buffer"
-            raise fail(path, key, problem, remedy)
+            raise fail(path, key, problem, missing_column(key, metadata))
     return [key for key in members if key in keys or key in STRUCTURE]
 
 
@@ -234,7 +237,7 @@ def import_command(buffer: Buffer, task: str = "") -> str:
     """
     about = buffer.metadata
     kind = about["generator"].get("script")
-    if kind not in ("d4rl", "minari", "ogbench"):
+    if kind not in IMPORTS:
         return ""
     fit = ["NAME"]
     if {"observations", "actions"} <= buffer.arrays.keys():
@@ -242,7 +245,7 @@ def import_command(buffer: Buffer, task: str = "") -> str:
         known = [find_task(name) for name in task_names()]
         fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == sizes]
         if not fit:
-            return f"use other data: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
+            return f"{NO_TASK}: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
     source = str(about["parents"][0].get("path", "")) if about["parents"] else ""  # it may be a stranger's
     source = source if source and source.isprintable() else "FILE"
     command = f"import it again: python -m envs.buffers from-{kind} {source} --task {task or fit[0]}"

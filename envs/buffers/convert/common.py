@@ -160,7 +160,7 @@ def runs(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def step_notes(world: str, dt: float, known: float | None) -> list[str]:
     """A note where a set's world has another step than the one that is asked for, by --task or --dt."""
-    if known is None or abs(dt - known) < 1e-9:
+    if known is None or dt is None or abs(dt - known) < 1e-9:
         return []
     return [f"a step of '{world}' takes {known} s, not {dt} s as asked for: its physics are others"]
 

@@ -17,7 +17,7 @@ from envs.worlds import make
 from envs.worlds import task as find_task
 
 REPLAY_ROWS, INSPECT_ROWS = 4096, 512  # of an import; of `inspect`, which is to be quick
-BLOCK = 1024  # rows at a time
+BLOCK = 256  # rows at a time
 TOLERANCE = (1e-3, 1e-4)  # absolute; relative to the file's own value
 ELSEWHERE = "replay in the environment the file was made in, or import without the check: --no-replay"
 LOW_SHARE, NO_SHARE = 0.9, 0.02  # of the rows: below it another physics; hardly a row, as with states of other rows
