@@ -14,7 +14,7 @@ from envs.buffers.convert.reach import UNFIT_SHARE, Body, unreachable
 
 SHARE = 0.9  # of the rows behind ends that must look like resets, for all of them to be taken for resets
 RARE = 0.05  # rewards of exactly 0 are rarer than this, or say nothing
-FAR = 0.99  # quantile of the way that a step moves, beyond which resets move
+FAR, FURTHER = 0.99, 2.0  # resets move some number on by more than so many times this quantile of what steps do
 
 LOST = "its next observation is not in the file"
 RESET_ROW = "a reset recorded as a step (Gymnasium's next-step autoreset)"
@@ -63,10 +63,10 @@ def _reset_rows(arrays, flagged: np.ndarray, bad: np.ndarray | None) -> np.ndarr
     told = unpaid.mean() >= SHARE and (rewards[~behind] == 0).mean() < RARE
     if not told and len(rows) > 1:
         following = np.roll(observations, -1, axis=0) if given is None else given
-        scale = observations.std(axis=0) + 1e-9
-        way = np.linalg.norm((following - observations) / scale, axis=1)
-        far = np.quantile(way[:-1][~(behind | flagged)[:-1]], FAR) if not (behind | flagged)[:-1].all() else np.inf
-        told = np.median(way[rows]) > far >= np.median(way[rows - 1])
+        way = np.abs(following.astype(np.float64) - observations)
+        inner = ~(behind | flagged) & (np.arange(len(behind)) < len(behind) - 1)
+        way = (way / (np.quantile(way[inner], FAR, axis=0) + 1e-9)).max(axis=1) if inner.any() else way.max(axis=1)
+        told = inner.any() and np.median(way[rows]) > FURTHER >= np.median(way[rows - 1])
     return behind if told else np.zeros_like(behind)
 
 
@@ -152,7 +152,7 @@ def cut(
         moved = (given == following).all(axis=1)
         if bad is not None:
             moved &= bad | last  # what a step reaches is no reset, whatever stands behind it
-        held = ends & ~resets & ~before_reset & (moved | (given == observations).all(axis=1))
+        held = ends & ~resets & ~before_reset & ~odd & (moved | (given == observations).all(axis=1))
         jump = (none if bad is None else bad) & ~resets & ~held
         lost = {OTHER_STATE: held | (jump & (hard | timeouts)), TELEPORT: jump & ~(hard | timeouts), RESET_ROW: resets}
     valid = ~np.logical_or.reduce(list(lost.values()))
