@@ -404,6 +404,59 @@ def test_ogbench_single_tasks_have_rewards_and_masks(tmp_path):
     )
 
 
+# --- ExORL's folders -----------------------------------------------------------------------------
+
+
+def exorl_episode(steps, ended=False, seed=0, **changes):
+    """A file as URLB's replay writes it: row 0 is the reset, with an action, a reward and a discount of no meaning."""
+    rng = np.random.default_rng(seed)
+    rows = {
+        "observation": rng.normal(size=(steps + 1, 4)).astype(np.float32),
+        "action": rng.uniform(-1, 1, (steps + 1, 2)).astype(np.float32),
+        "reward": rng.uniform(size=(steps + 1, 1)).astype(np.float32),
+        "discount": np.ones((steps + 1, 1), np.float32),
+        "physics": rng.normal(size=(steps + 1, 6)),
+    }
+    rows["action"][0], rows["reward"][0] = 0, 0
+    rows["discount"][-1] = 0.0 if ended else 1.0
+    return rows | changes
+
+
+def test_exorl_folders(tmp_path, monkeypatch):
+    folder = tmp_path / "walker/proto/buffer"
+    folder.mkdir(parents=True)
+    episodes = [exorl_episode(5, seed=0), exorl_episode(3, ended=True, seed=1), exorl_episode(4, seed=2)]
+    for number, episode in zip((2, 9, 10), episodes, strict=True):  # 10 comes after 9, not after 1
+        np.savez(folder / f"episode_{number}_{len(episode['reward']) - 1}.npz", **episode)
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["from-exorl", "walker/proto", "--out", "out.npz"]) == 0
+    buffer = buffers.load("out.npz", quiet=True, verify=True)
+    whole = lambda key, rows: np.concatenate([episode[key][rows] for episode in episodes]).astype(np.float32)
+    before, after = slice(None, -1), slice(1, None)
+    np.testing.assert_array_equal(buffer["observations"], whole("observation", before))
+    np.testing.assert_array_equal(buffer["next_observations"], whole("observation", after))
+    np.testing.assert_array_equal(buffer["physics"], whole("physics", before))
+    np.testing.assert_array_equal(buffer["actions"], whole("action", after))
+    np.testing.assert_array_equal(buffer["rewards"], whole("reward", after)[:, 0])
+    assert (list(np.flatnonzero(buffer["terminals"])), list(np.flatnonzero(buffer["timeouts"]))) == ([7], [4, 11])
+    assert about(buffer, "dataset_name", "task", "reward_kind", "dt") == ("exorl/walker-proto", None, "task", None)
+    assert buffers.load_task("out.npz", None)[1].eval_length == 0
+    read = lambda **changes: (np.savez(folder / "episode_11_2.npz", **exorl_episode(2, **changes)), folder)[1]
+    for changes, words in (
+        ({"reward": np.zeros((2, 1))}, ("reward", "(2, 1)", "3 rows")),
+        ({"observation": np.zeros((3, 9, 9, 3))}, ("observation", "no images")),
+        ({"observation": np.zeros((3, 5))}, ("observation", "episode_2_5.npz")),
+        ({"discount": np.array([1.0, 0.0, 1.0])}, ("discount", "row 1 of 2")),
+        ({"action": np.full((3, 2), np.nan)}, ("action", "row 0 is not finite")),
+    ):
+        refused(lambda changes=changes: convert.from_exorl(read(**changes), "x.npz"), "episode_11_2.npz", *words)
+    np.savez(folder / "episode_11_2.npz", observation=np.zeros((3, 4)))
+    refused(lambda: convert.from_exorl(folder, "x.npz"), "action", "missing")
+    refused(lambda: convert.from_exorl("walker", "x.npz"), "walker", "holds no episodes")
+    refused(lambda: convert.from_exorl("out.npz", "x.npz"), "is no folder")
+    assert not Path("x.npz").exists()
+
+
 # --- limits, scales, engines ---------------------------------------------------------------------
 
 
@@ -418,7 +471,7 @@ def test_timeouts_that_are_all_false_do_not_switch_off_the_limit(tmp_path):
         tmp_path, without(hopper_rows((6, 6), terminal=(1,)), timeouts=rows["timeouts"]), episode_length=3
     )
     assert list(buffer["episode_lengths"]) == [3, 3, 3, 3]
-    assert "is False in every row of timeouts: episodes are cut after 3 steps" in buffer.metadata["notes"][0]
+    assert "timeouts is False in every row: episodes are cut after 3 steps" in buffer.metadata["notes"][0]
     buffer = import_d4rl(tmp_path, hopper_rows((6, 4), terminal=(1,)), episode_length=4)
     assert list(buffer["episode_lengths"]) == [6, 4]
     assert "1 episodes are longer than the 4 steps of this set, the longest 6" in buffer.metadata["notes"][0]

@@ -6,6 +6,7 @@
     convert.from_d4rl("hopper_medium-v2.hdf5")            -> data/hopper-medium-v2.npz
     convert.from_minari("mujoco/hopper/medium-v0", task="hopper")
     convert.from_ogbench("antmaze-large-navigate-v0.npz")
+    convert.from_exorl("datasets/walker/proto/buffer")
     convert.to_minari("data/hopper-medium-v2.npz", "udg/hopper-v0")
     convert.to_ogbench("data/hopper-medium-v2.npz", "hopper-ogbench.npz")
     convert.replay_agreement("hopper_medium-v2.hdf5", env)
@@ -16,7 +17,7 @@ dropped and counted, never given a made-up one.
 
 from pathlib import Path
 
-from envs.buffers.convert import arrays, d4rl, minari, ogbench
+from envs.buffers.convert import arrays, d4rl, exorl, minari, ogbench
 from envs.buffers.convert.common import Problems, runs
 from envs.buffers.convert.physics import describe_checks, replay_agreement
 from envs.buffers.convert.write import check_out, write
@@ -25,8 +26,8 @@ from envs.buffers.reading import load
 from envs.worlds import task as find_task
 
 __all__ = [
-    "describe_checks", "from_arrays", "from_d4rl", "from_minari", "from_ogbench", "replay_agreement", "runs",
-    "to_minari", "to_ogbench", "write",
+    "describe_checks", "from_arrays", "from_d4rl", "from_exorl", "from_minari", "from_ogbench", "replay_agreement",
+    "runs", "to_minari", "to_ogbench", "write",
 ]  # fmt: skip
 
 
@@ -97,6 +98,14 @@ def from_minari(dataset_id, out=None, *, keys=None, task=None, dt=None, episode_
 def from_ogbench(path, out=None, *, task=None, dt=None, episode_length=None, **choices) -> Path:
     """Convert an OGBench npz file, or one that `to_ogbench` wrote. Arguments as in `from_d4rl`."""
     return write(ogbench.read(path, _seconds(task, dt), episode_length), out, task=task, **choices)
+
+
+def from_exorl(folder, out=None, *, name=None, task=None, dt=None, episode_length=None, **choices) -> Path:
+    """Convert a folder of ExORL's or URLB's episodes.
+
+    name: of the set, by default the last two folders' without `buffer`, e.g. walker-proto. Others as in `from_d4rl`.
+    """
+    return write(exorl.read(folder, name, _seconds(task, dt), episode_length), out, task=task, **choices)
 
 
 def to_minari(path, dataset_id: str) -> str:

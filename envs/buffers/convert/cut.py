@@ -123,8 +123,8 @@ def cut(
     if limit is not None and not timeouts.any():
         steps = count_steps(hard | apart | odd | resets)
         timeouts = (steps % limit == limit - 1) & ~hard
-        why = "is False in every row of timeouts" if "timeouts" in arrays else "marks no timeouts"
-        notes.append(f"the file {why}: episodes are cut after {limit} steps")
+        why = "timeouts is False in every row" if "timeouts" in arrays else "the file marks no timeouts"
+        notes.append(f"{why}: episodes are cut after {limit} steps")
         resets |= _reset_rows(arrays, hard | timeouts, bad)
     unmarked = (apart | odd) & ~(hard | timeouts | resets)
     if unmarked.mean() > UNFIT_SHARE:
