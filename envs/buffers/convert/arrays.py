@@ -155,7 +155,8 @@ def read(
         "dataset_name": name, "env": task.env if task else f"arrays/{name}", "task": None,
         "layout": "task" if task else "env", "reward_kind": "task", "reference": None,
         "dt": dt or (task.dt if task else None), "rows_dropped": pieces.rows_dropped,
-        "episode_length": episode_length or max(limit or 0, int(lengths.max())), "generator": {"script": "arrays", "flags": {}},
+        "episode_length": episode_length or max(limit or 0, int(lengths.max())),
+        "generator": {"script": "arrays", "flags": {}},
         "parents": [{"path": Path(source).name, "sha256": digest or "", "taken": f"{len(kept)} rows"}],
     }  # fmt: skip
     exact = {key: columns[key] for key in ("observations", "next_observations", "rewards") if key in columns}
