@@ -230,19 +230,24 @@ class _CEngine:
         packed = np.asarray(packed)
         lead, flat = packed.shape[:-1], packed.reshape(-1, packed.shape[-1])
         before = flat[:, : 2 * self.size].copy().view(np.float64)
-        control = self.centre + self.half * flat[:, 2 * self.size :].view(np.float32)
-        with self.lock:
-            if self.contact_cost:
-                after, cost = self._step_with_contacts(before, control)
-            else:
-                after, cost = self._roll(before, control), 0.0
-        self._hold_unstable(before, after)
+        after, cost = self.advance(before, flat[:, 2 * self.size :].view(np.float32))
         floats = np.empty((len(flat), self.size + 2), np.float32)
         floats[:, : self.size - 1] = after[:, 1:]
         floats[:, self.size - 1] = cost
         floats[:, self.size :] = (after[:, 1:3] - before[:, 1:3]) / self.dt
         arrays = after.view(np.uint32), floats
         return tuple(part.reshape(lead + part.shape[1:]) for part in arrays)
+
+    def advance(self, before: np.ndarray, actions: np.ndarray):
+        """One control step. before (B, n): time, qpos, qvel in float64; actions (B, A) -> states (B, n), costs."""
+        control = self.centre + self.half * actions
+        with self.lock:
+            if self.contact_cost:
+                after, cost = self._step_with_contacts(before, control)
+            else:
+                after, cost = self._roll(before, control), 0.0
+        self._hold_unstable(before, after)
+        return after, cost
 
     def _wait_for(self, packed: jax.Array) -> None:
         """Refuse (InputError) to wait for ever: jax copies over some 100 KB in a pool, whose one thread is here."""

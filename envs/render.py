@@ -138,6 +138,8 @@ def open_gl_works() -> bool:
     os.environ.setdefault("MUJOCO_GL", "egl")
     probe = "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); mujoco.Renderer(m, 8, 8).render()"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True)
+    if done.returncode:
+        os.environ["MUJOCO_GL"] = "disable"  # else MuJoCo could not be imported either
     return done.returncode == 0
 
 

@@ -21,6 +21,7 @@ class Robot:
     start_qpos: float  # U(-w, w) on every entry of qpos
     start_qvel: float  # scale of the noise on qvel ...
     start_normal: bool  # ... normal, or uniform
+    start_z: float  # of the torso's entry in qpos; every joint starts at 0, a free torso upright
     gear: float | None = None  # of all motors; None: as in the XML
     margin_scale: float = 1.0  # of contact margins; 0.5: MuJoCo 2's contacts, which D4RL's data has
     maze: str = ""  # D4RL's ant: a name in envs.maze.MAPS, or "open" without walls
@@ -47,23 +48,24 @@ def _ant_healthy(observations):
 ROBOTS = {
     "ant": Robot(
         "ant.xml", 5, 0.05, 29, 8, skip_qpos=0, clip_qvel=None,
-        start_qpos=0.1, start_qvel=0.1, start_normal=True, gear=30.0, healthy=_ant_healthy,
+        start_qpos=0.1, start_qvel=0.1, start_normal=True, start_z=0.75, gear=30.0, healthy=_ant_healthy,
     ),
     "cheetah": Robot(
         "half_cheetah.xml", 5, 0.05, 17, 6, skip_qpos=1, clip_qvel=None,
-        start_qpos=0.1, start_qvel=0.1, start_normal=True,
+        start_qpos=0.1, start_qvel=0.1, start_normal=True, start_z=0.0,
     ),
     "hopper": Robot(
         "hopper.xml", 4, 0.008, 11, 3, skip_qpos=1, clip_qvel=10.0,
-        start_qpos=0.005, start_qvel=0.005, start_normal=False, healthy=_hopper_healthy, margin_scale=0.5,
+        start_qpos=0.005, start_qvel=0.005, start_normal=False, start_z=1.25,
+        healthy=_hopper_healthy, margin_scale=0.5,
     ),
     "humanoid": Robot(
         "humanoid.xml", 5, 0.015, 45, 17, skip_qpos=2, clip_qvel=None,
-        start_qpos=0.01, start_qvel=0.01, start_normal=False,
+        start_qpos=0.01, start_qvel=0.01, start_normal=False, start_z=1.4,
     ),
     "walker2d": Robot(
         "walker2d.xml", 4, 0.008, 17, 6, skip_qpos=1, clip_qvel=10.0,
-        start_qpos=0.005, start_qvel=0.005, start_normal=False, healthy=_walker_healthy,
+        start_qpos=0.005, start_qvel=0.005, start_normal=False, start_z=1.25, healthy=_walker_healthy,
     ),
 }  # fmt: skip
 for _maze in ("umaze", "medium", "large"):

@@ -40,7 +40,7 @@ class Task:
     action_size: int
     dt: float  # seconds per step
     episode_length: int  # steps of an episode when data is collected
-    eval_length: int  # steps of an episode when a policy is evaluated
+    eval_length: int  # steps of an episode when a policy is evaluated; 0: it cannot be (envs.unknown)
     observe: Callable  # raw observations (..., S_world) -> (..., S)
     reward: Callable  # Transition -> (...,) float32
     terminal: Callable  # Transition -> (...,) bool: true termination after the step

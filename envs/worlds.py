@@ -3,11 +3,36 @@
 An engine is imported only when a world that needs it is made.
 """
 
+import contextlib
+import os
+import sys
+
 from envs import point, tasks
 from envs.base import Env
 from envs.errors import InputError
 from envs.task import Task
 from envs.tasks import check_options, task_options
+
+
+@contextlib.contextmanager
+def with_mujoco():
+    """Turn what MuJoCo raises when it is imported under a MUJOCO_GL that does not work into one InputError.
+
+    It loads the library for pictures at once, though only rendering needs it.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        chosen = os.environ.get("MUJOCO_GL")
+        if not chosen or "envs.physics" in sys.modules:
+            raise
+        raise InputError(
+            f"MUJOCO_GL={chosen}: MuJoCo cannot load that OpenGL ({type(error).__name__}). Remedy: unset MUJOCO_GL or "
+            "set MUJOCO_GL=disable (only pictures need it), or install its library (Debian: libosmesa6 for osmesa, "
+            "libegl1 for egl)"
+        ) from None
 
 
 def task(name: str, **options) -> Task:
@@ -18,7 +43,8 @@ def task(name: str, **options) -> Task:
     names, an unknown option with the known ones.
     """
     if name.startswith("brax/"):
-        from envs.brax_worlds import brax_task
+        with with_mujoco():
+            from envs.brax_worlds import brax_task
 
         return brax_task(name, **options)
     return tasks.task(name, **options)
@@ -33,12 +59,17 @@ def make(name: str | Task, backend: str | None = None, **options) -> Env:
         `envs.physics.MujocoEnv`: xml, gear, margin_scale, contact_cost, num_threads.
     Unknown names, back ends and options raise InputError.
     """
+    if isinstance(name, Task) and not name.eval_length:
+        from envs.unknown import UnknownEnv
+
+        return UnknownEnv(name)
     if isinstance(name, Task):
         options = {k: v for k, v in name.options.items() if k in task_options(name.name)} | options
         name = name.name
     backend = None if backend == "auto" else backend
     if name.startswith("brax/"):
-        from envs.brax_worlds import BraxEnv
+        with with_mujoco():
+            from envs.brax_worlds import BraxEnv
 
         return BraxEnv(name, backend, **options)
     chosen = task(name, **{k: v for k, v in options.items() if k in task_options(name)})
@@ -47,7 +78,8 @@ def make(name: str | Task, backend: str | None = None, **options) -> Env:
         if backend not in (None, "jax"):
             raise InputError(f"'{name}' has one back end, 'jax'; asked for '{backend}'")
         return point.WORLDS[chosen.env](chosen)
-    from envs import physics
+    with with_mujoco():
+        from envs import physics
 
     check_options(name, options, task_options(name) + physics.OPTIONS)
     own = {key: value for key, value in options.items() if key in physics.OPTIONS}

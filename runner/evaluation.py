@@ -34,8 +34,10 @@ def returns_of(act, env, task, buffer, args, sampled=False):
     """-> one(params, key) -> metrics of --eval-episodes episodes: whole ones, and as long as the data's.
 
     act(params, observations [E, S], key) -> actions [E, A]; sampled: it draws random numbers. InputError where this
-    machine cannot step so many environments.
+    machine cannot step so many environments. Where the world is not known, there are no metrics.
     """
+    if not task.eval_length:
+        return lambda params, key: {}
     env.check_batch(args.num_seeds * args.eval_episodes)
     data_length = buffer.metadata["episode_length"]
     length = max(task.eval_length, data_length)

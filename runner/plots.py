@@ -29,7 +29,12 @@ def summary(folder, buffer):
     mean and best episode return of the data; normalized_score: the score as `Task.normalized_score`
     has it, D4RL's way on D4RL's tasks, where the task has a reference, and its standard deviation over seeds.
     """
-    values = np.stack([v for _, v in read(folder, "eval/return").values()])
+    evaluated = read(folder, "eval/return")
+    if not evaluated:
+        print("result: not evaluated, as the data name no task")
+        returns = buffer["episode_returns"]
+        return {"data_mean": float(returns.mean()), "data_best": float(returns.max())}
+    values = np.stack([v for _, v in evaluated.values()])
     short = np.stack([v for _, v in read(folder, "eval/return_data_length").values()])
     score, returns = values[:, -5:].mean(1), buffer["episode_returns"]
     result = {
@@ -91,6 +96,8 @@ def learning_curve(path, folder, task, buffer):
     panels = []
     for key, title in titles.items():
         seeds = read(folder, key)
+        if not seeds:  # the data name no task
+            return
         steps = next(iter(seeds.values()))[0]
         values = np.stack([v for _, v in seeds.values()])
         mean, std = values.mean(0), values.std(0)

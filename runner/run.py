@@ -215,7 +215,8 @@ class Run:
     def write_policy(self, kind, params, name="policy.npz", **about):
         """policy.npz (docs/policy.md): for deployment, flat slash/paths, leading seed or policy axis."""
         self.leave_if_stopped()
-        about = {"task": self.task.name, "task_options": self.task.options, "observations": "task", **about}
+        named = self.task.name if self.task.eval_length else None
+        about = {"task": named, "task_options": self.task.options, "observations": "task", **about}
         about["versions"] = envs.buffers.versions()
         head = {"kind": np.array(kind), "metadata_json": np.array(json.dumps(about))}
         envs.buffers.write_npz(self.folder / name, {**head, **flat_arrays(params)})

@@ -7,6 +7,7 @@ that key. Nothing is ever unpickled, nothing in a file is evaluated or used as a
     buffer = envs.buffers.load("runs/wurl_sac/ant/seed0/buffers/policy_00.npz")
     buffer["observations"], buffer.metadata["env"], len(buffer), buffer.num_episodes
     envs.buffers.save("mine.npz", arrays, metadata)
+    envs.buffers.from_arrays({"observations": .., "actions": .., "rewards": .., "terminals": ..}, "mine.npz")
 
     python -m envs.buffers inspect FILE [--figure out.png]
 """
@@ -30,9 +31,11 @@ from envs.buffers.files import available_memory, check_is_file, find, sha256, wr
 from envs.buffers.reading import digests, import_command, load, load_task, read_metadata
 from envs.buffers.writing import git_commit, save, versions
 
+from envs.buffers.convert import from_arrays  # isort: skip  (it uses all of the above)
+
 __all__ = [
     "ACTION_LIMIT", "COLUMNS", "EPISODE_KEYS", "METADATA", "METADATA_DEFAULTS", "METADATA_TYPES", "REQUIRED", "SCHEMA",
     "SCHEMA_VERSION", "STRUCTURE", "Buffer", "available_memory", "check_is_file", "digests", "fail", "find",
-    "git_commit", "import_command", "load", "load_task", "read_metadata", "save", "sha256", "validate", "versions",
-    "write_npz",
+    "from_arrays", "git_commit", "import_command", "load", "load_task", "read_metadata", "save", "sha256", "validate",
+    "versions", "write_npz",
 ]  # fmt: skip

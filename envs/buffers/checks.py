@@ -11,6 +11,7 @@ from envs.buffers.fields import (
     EPISODE_KEYS,
     EXTRA_DTYPES,
     LARGEST,
+    LARGEST_VALUE,
     LAYOUTS,
     METADATA,
     METADATA_TYPES,
@@ -62,7 +63,7 @@ def check_metadata(metadata: Mapping[str, Any], path: Any) -> None:
             problem = f"is {metadata[key]!r}"
             raise fail(path, f"{METADATA}[{key!r}]", problem, f"use one of {', '.join(values)}")
     for key in ("dt", "episode_length"):
-        if not 0 < metadata[key] < LARGEST:
+        if metadata[key] is not None and not 0 < metadata[key] < LARGEST:
             problem = f"is {str(metadata[key])[:60]}"
             raise fail(path, f"{METADATA}[{key!r}]", problem, "give a positive number")
     warmup = metadata["warmup_transitions"]
@@ -121,6 +122,12 @@ def _check_column(key: str, array: np.ndarray, path: Any) -> None:
             row = start + int(np.argmax(bad.reshape(len(block), -1).any(axis=1)))
             problem = f"row {row} is {np.array2string(array[row], threshold=8)}"
             raise fail(path, key, problem, "values must be finite: find where it was recorded")
+        if array.dtype == np.float32 and np.abs(block).max() > LARGEST_VALUE:
+            row, column = divmod(int(np.argmax(np.abs(block))), max(1, block[0].size))
+            problem = f"row {start + row} has {block.ravel()[np.argmax(np.abs(block))]:.3g}"
+            problem += f" in column {column}" if block[0].size > 1 else ""
+            remedy = "no network learns from such numbers, whose squares overflow: scale that column, or leave it out"
+            raise fail(path, key, problem, remedy)
         if key == "actions" and (np.abs(block) > ACTION_LIMIT).any():
             row = start + int(np.argmax((np.abs(block) > ACTION_LIMIT).any(axis=1)))
             problem = f"row {row} has |a| = {np.abs(array[row]).max():.6g}, beyond 1"
@@ -176,15 +183,17 @@ def _check_successors(arrays: Mapping[str, np.ndarray], path: Any) -> None:
         raise fail(path, "next_observations", problem, remedy)
 
 
-def check_values(
-    arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, Any],
-    path: Any,
-    unchecked: tuple[str, ...] = (),
-) -> None:
+def check_columns(arrays: Mapping[str, np.ndarray], path: Any, unchecked: tuple[str, ...] = ()) -> None:
+    """The values of every column by itself."""
     for key, array in arrays.items():
         if key not in unchecked:
             _check_column(key, array, path)
+
+
+def check_structure(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], path: Any, unchecked: tuple[str, ...] = ()
+) -> None:
+    """Episodes, successors and counts, which tie the columns together."""
     _check_episodes(arrays, path)
     if {"observations", "next_observations"} <= arrays.keys() - set(unchecked):
         _check_successors(arrays, path)
@@ -201,4 +210,5 @@ def validate(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], path
     check_schema(metadata, path)
     check_shapes({key: (a.shape, a.dtype) for key, a in arrays.items()}, path)
     check_metadata(metadata, path)
-    check_values(arrays, metadata, path)
+    check_columns(arrays, path)
+    check_structure(arrays, metadata, path)

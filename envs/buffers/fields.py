@@ -1,5 +1,6 @@
 """The contract of a buffer in code (docs/buffer.md): its keys, its metadata, and the object that holds it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ EXTRA_DTYPES = (np.float32, np.int32, np.int64, np.bool_)
 STRUCTURE = ("terminals", "timeouts", *EPISODE_KEYS)  # always read: they define the episodes
 METADATA = "metadata_json"
 
+IMPORTS = ("arrays", "d4rl", "exorl", "minari", "ogbench")  # scripts (metadata, generator) that read others' files
 LAYOUTS = ("env", "task")
 REWARD_KINDS = ("none", "task", "relabelled")
 METADATA_TYPES = {
@@ -44,7 +46,7 @@ METADATA_TYPES = {
     "layout": str,
     "reward_kind": str,
     "task_options": dict,
-    "dt": (int, float),
+    "dt": (int, float, type(None)),
     "episode_length": int,
     "generator": dict,
     "warmup_transitions": (int, type(None)),
@@ -54,6 +56,7 @@ METADATA_TYPES = {
     "sha256": dict,
 }
 METADATA_DEFAULTS = {
+    "dt": None,
     "task": None,
     "task_options": {},
     "generator": {},
@@ -68,6 +71,7 @@ ACTION_LIMIT = 1.0 + 1e-5
 BLOCK_BYTES = 1 << 24  # values are checked and hashed in blocks of this size
 SAMPLED_ROWS = 4096  # half the rows on which next_observations is compared with the next row
 LARGEST = 2.0**31  # of the numbers in the metadata that readers compute with
+LARGEST_VALUE = 1e15  # of any number in a column: a batch of larger squares overflows in float32
 MAX_MEMBERS = 64
 MAX_METADATA_BYTES = 1 << 26
 MAX_HEADER_BYTES = 10_000  # numpy's own limit on the text header of an array
@@ -77,6 +81,15 @@ ALIGNMENT = 64  # of every array in the file, so that mapped data is as fast as 
 
 def fail(path: Any, key: str, problem: str, remedy: str) -> InputError:
     return InputError(f"{path}: {key}: {problem}. Remedy: {remedy}.")
+
+
+def missing_column(key: str, metadata: Mapping[str, Any]) -> str:
+    """What to do about a column that a buffer lacks."""
+    if metadata.get("generator", {}).get("script") not in IMPORTS:
+        return "record this column where the buffer is made, and name it if you load some keys only"
+    if key.startswith("root_"):
+        return 'use data that have it: docs/data.md, "Rewards of a task for an imported file", says which sets do'
+    return "use other data: the set that was imported does not hold it"
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Buffer:
                 self.path,
                 key,
                 f"not in the buffer, which has {', '.join(self.arrays)}",
-                "record this column where the buffer is made, or load it by naming it in keys",
+                missing_column(key, self.metadata),
             )
         return self.arrays[key]
 

@@ -31,6 +31,8 @@ from envs.buffers.fields import (
 )  # fmt: skip
 from envs.errors import InputError
 
+LFS_POINTER = b"version https://git-lfs."  # what Git leaves in the place of a large file that was not fetched
+
 
 class Member(NamedTuple):
     """One array inside the zip, known from its headers alone."""
@@ -187,6 +189,12 @@ def check_is_file(path: Path) -> None:
             raise fail(path, "file", "is a folder", f"name the files: {path / '*.npz'}")
         if path.exists() and not path.is_file():
             raise fail(path, "file", "is not a file but a pipe or a device", "write it to a file first")
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as handle:
+            pointer = handle.read(len(LFS_POINTER)) == LFS_POINTER
+        if path.exists() and pointer:
+            problem = "is a Git LFS pointer of a few lines, not the data it stands for"
+            remedy = f"run git lfs pull --include {path.name} in its clone, or download the file"
+            raise fail(path, "file", problem, remedy)
 
 
 def find(path: str | os.PathLike) -> list[Path]:

@@ -10,7 +10,7 @@ from envs import maze
 from envs.buffers.convert.common import runs
 from envs.buffers.fields import COLUMNS, STRUCTURE
 from envs.buffers.files import find
-from envs.buffers.reading import load
+from envs.buffers.reading import NO_TASK, import_command, load
 from envs.errors import InputError
 from envs.task import Transition
 from envs.worlds import task as find_task
@@ -54,6 +54,8 @@ def map_buffer(path):
     lazy = tuple(key for key in COLUMNS if key not in read)
     buffer = load(path, quiet=True, unchecked=lazy)
     for key in CHECKED:
+        if key not in buffer.arrays and import_command(buffer).startswith(NO_TASK):
+            raise InputError(f"{path}: env: no task pays '{buffer.metadata['env']}'. Remedy: {import_command(buffer)}")
         buffer[key]
     if buffer.metadata["layout"] != "env" and not shows_world(buffer):
         raise InputError(

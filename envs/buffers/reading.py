@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from envs.buffers.checks import check_metadata, check_schema, check_shapes, check_values
-from envs.buffers.fields import EPISODE_KEYS, MERGE_KEYS, METADATA, STRUCTURE, Buffer, fail
+from envs.buffers.checks import check_columns, check_metadata, check_schema, check_shapes, check_structure
+from envs.buffers.fields import EPISODE_KEYS, IMPORTS, MERGE_KEYS, METADATA, STRUCTURE, Buffer, fail, missing_column
 from envs.buffers.files import (
     Member,
     available_memory,
@@ -26,7 +26,10 @@ from envs.buffers.files import (
     unpack_member,
 )  # fmt: skip
 from envs.tasks import task_names
+from envs.unknown import unknown_task
 from envs.worlds import task as find_task
+
+NO_TASK = "use other data"  # a remedy that begins like this says that no task fits
 
 
 def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...]) -> Buffer:
@@ -38,7 +41,7 @@ def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...
         metadata = parse_metadata(path, text)
         check_schema(metadata, path)
         check_shapes({k: (m.shape, m.dtype) for k, m in members.items()}, path)
-        wanted = _choose_keys(path, members, keys)
+        wanted = _choose_keys(path, members, keys, metadata)
         packed = [members[key] for key in wanted if members[key].info.compress_type]
         size = sum(member.info.file_size for member in packed)
         check_fits(path, size, "write the file uncompressed, then it is memory-mapped")
@@ -48,19 +51,21 @@ def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...
                 packed = members[key].info.compress_type
                 arrays[key] = unpack_member(archive, members[key]) if packed else map_member(path, members[key])
     check_metadata(metadata, path)
-    check_values(arrays, metadata, path, unchecked)
+    check_columns(arrays, path, unchecked)
+    check_structure(arrays, metadata, path, unchecked)
     return Buffer(arrays, metadata, str(path))
 
 
-def _choose_keys(path: Path, members: Mapping[str, Member], keys: Iterable[str] | None):
+def _choose_keys(
+    path: Path, members: Mapping[str, Member], keys: Iterable[str] | None, metadata: Mapping[str, Any]
+) -> list[str]:
     if keys is None:
         return list(members)
     keys = list(keys)
     for key in keys:
         if key not in members:
             problem = f"is not in the file, which holds {', '.join(members)}"
-            remedy = "record this column where the buffer is made, or use another buffer"
-            raise fail(path, key, problem, remedy)
+            raise fail(path, key, problem, missing_column(key, metadata))
     return [key for key in members if key in keys or key in STRUCTURE]
 
 
@@ -115,14 +120,21 @@ def load_task(
     """What an offline learner opens: a buffer with task rewards, and its task -> Buffer, Task.
 
     keys: the arrays to read; task: a name that the file's must equal, empty for the file's own; max_rows: as in
-    `load`. Raises InputError as `load` does, where the file's observations are not those of its task, and where two
-    copies of the rows, which every learner holds, do not fit into memory.
+    `load`. Data that name no task, of a world that is not known here, get one that cannot be evaluated. Raises
+    InputError as `load` does, where the file's observations are not those of its task, and where two copies of the
+    rows, which every learner holds, do not fit into memory.
     """
     buffer = load(path, keys, require_rewards=True, task=task or None, max_rows=max_rows)
     size, free = 2 * sum(array.nbytes for array in buffer.arrays.values()), available_memory()
     most = int(0.8 * min(free / size, 1.0) * len(buffer))
     check_fits(path, size, f"train on whole episodes drawn from it, for example --max-rows {most}")
     about = buffer.metadata
+    if about["task"] is None and about["env"] not in task_names():
+        command = import_command(buffer)
+        told = f" (to evaluate, {command})" if "--task" in command else ""
+        print(f"{path}: names no task: the policy is trained and written, but cannot be evaluated{told}", flush=True)
+        sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
+        return buffer, unknown_task(about, *sizes)
     if about["task"] is None:
         remedy = import_command(buffer) or "write its name there as `task`, or relabel by udg_select.py"
         raise fail(path, "metadata_json", "names no task", remedy)
@@ -225,7 +237,7 @@ def import_command(buffer: Buffer, task: str = "") -> str:
     """
     about = buffer.metadata
     kind = about["generator"].get("script")
-    if kind not in ("d4rl", "minari", "ogbench"):
+    if kind not in IMPORTS:
         return ""
     fit = ["NAME"]
     if {"observations", "actions"} <= buffer.arrays.keys():
@@ -233,7 +245,7 @@ def import_command(buffer: Buffer, task: str = "") -> str:
         known = [find_task(name) for name in task_names()]
         fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == sizes]
         if not fit:
-            return f"use other data: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
+            return f"{NO_TASK}: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
     source = str(about["parents"][0].get("path", "")) if about["parents"] else ""  # it may be a stranger's
     source = source if source and source.isprintable() else "FILE"
     command = f"import it again: python -m envs.buffers from-{kind} {source} --task {task or fit[0]}"

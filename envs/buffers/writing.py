@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.buffers.checks import validate
+from envs.buffers.checks import check_columns, check_metadata, check_shapes, check_structure
 from envs.buffers.fields import EPISODE_KEYS, METADATA, METADATA_DEFAULTS, SCHEMA, SCHEMA_VERSION, fail
 from envs.buffers.files import sha256, write_npz
 
@@ -61,7 +61,7 @@ def save(
         arrays: at least observations (N, S), actions (N, A), rewards (N,), next_observations
             (N, S) in float32 and terminals, timeouts (N,) in bool; optional columns as in
             docs/buffer.md. The episode arrays are computed here.
-        metadata: at least dataset_name, env, layout, reward_kind, dt, episode_length. Schema,
+        metadata: at least dataset_name, env, layout, reward_kind, episode_length. Schema,
             counts, sha256, versions, commit and date are added here.
         compressed: deflate; saves little, reads slower and cannot be memory-mapped.
 
@@ -74,6 +74,8 @@ def save(
     arrays = {key: np.asarray(value) for key, value in arrays.items() if value is not None}
     arrays = {key: value for key, value in arrays.items() if key not in EPISODE_KEYS}
     arrays.update(_episode_arrays(arrays, path))
+    check_shapes({key: (array.shape, array.dtype) for key, array in arrays.items()}, path)
+    check_columns(arrays, path)  # before anything is computed of them
     full = {**METADATA_DEFAULTS, **metadata}
     returns = arrays["episode_returns"].astype(np.float64)
     full.update(
@@ -89,7 +91,8 @@ def save(
         sha256={},
     )
     full = json.loads(_to_json(full, path))  # as a reader will see it
-    validate(arrays, full, path)
+    check_metadata(full, path)
+    check_structure(arrays, full, path)
     full["sha256"] = {key: sha256(array) for key, array in arrays.items()}
     write_npz(path, {**arrays, METADATA: np.array(_to_json(full, path))}, compressed)
     return path

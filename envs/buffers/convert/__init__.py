@@ -2,9 +2,11 @@
 
     from envs.buffers import convert
 
+    convert.from_arrays("mine.npz", task="hopper")        -> data/mine.npz
     convert.from_d4rl("hopper_medium-v2.hdf5")            -> data/hopper-medium-v2.npz
     convert.from_minari("mujoco/hopper/medium-v0", task="hopper")
     convert.from_ogbench("antmaze-large-navigate-v0.npz")
+    convert.from_exorl("datasets/walker/proto/buffer")
     convert.to_minari("data/hopper-medium-v2.npz", "udg/hopper-v0")
     convert.to_ogbench("data/hopper-medium-v2.npz", "hopper-ogbench.npz")
     convert.replay_agreement("hopper_medium-v2.hdf5", env)
@@ -15,23 +17,55 @@ dropped and counted, never given a made-up one.
 
 from pathlib import Path
 
-from envs.buffers.convert import d4rl, minari, ogbench
-from envs.buffers.convert.common import runs
+from envs.buffers.convert import arrays, d4rl, exorl, minari, ogbench
+from envs.buffers.convert.common import Problems, runs
 from envs.buffers.convert.physics import describe_checks, replay_agreement
-from envs.buffers.convert.write import write
+from envs.buffers.convert.write import check_out, write
 from envs.buffers.fields import fail
 from envs.buffers.reading import load
 from envs.worlds import task as find_task
 
 __all__ = [
-    "describe_checks", "from_d4rl", "from_minari", "from_ogbench", "replay_agreement", "runs", "to_minari",
-    "to_ogbench", "write",
+    "describe_checks", "from_arrays", "from_d4rl", "from_exorl", "from_minari", "from_ogbench", "replay_agreement",
+    "runs", "to_minari", "to_ogbench", "write",
 ]  # fmt: skip
 
 
 def _seconds(task: str | None, dt: float | None) -> float | None:
     """Seconds per step: as given, else of a task that is named, else left to the file."""
     return find_task(task).dt if dt is None and task is not None else dt
+
+
+def from_arrays(
+    source, out=None, *, name=None, task=None, dt=None, episode_length=None, force=False, **choices
+) -> Path:
+    """Make a buffer file of plain arrays.
+
+    Args:
+        source: a dict of arrays, or the path of an npz file, with observations (N, S), actions (N, A) in [-1, 1],
+            rewards (N,) and terminals (N,) of rows in the order of time, in any dtype; and, where there are some,
+            timeouts (N,), next_observations (N, S) and the optional columns of docs/buffer.md. Gymnasium's words
+            `terminations` and `truncations` do, too.
+        out: buffer file to write, by default data/<name>.npz. name: of the data; by default the file's.
+        task: name of the task the rewards belong to, if this project has one. Without it the buffer is valid, and
+            learners train on it, but cannot evaluate.
+        dt, episode_length: seconds per step, which may stay unknown; steps after which an episode is cut: a terminal
+            on that step is the time limit, unless the task says that it ends there.
+        force: overwrite `out`. choices: clip, action_limit, replay of `write`.
+
+    Returns: the path written. Raises: InputError, one for all problems.
+    """
+    path, found, digest = arrays.open_source(source)
+    name = name or (Path(path).stem if digest else "arrays")
+    problems, known = Problems(path), None
+    with problems.gather():
+        check_out(out, name, force)
+    with problems.gather():
+        known = None if task is None else find_task(task)
+    scale = {key: choices[key] for key in ("clip", "action_limit") if key in choices}
+    imported = arrays.read(path, problems, found, digest, name, known, dt, episode_length, **scale)
+    problems.raise_all()
+    return write(imported, out, task=task, force=force, **choices)
 
 
 def from_d4rl(path, out=None, *, name=None, task=None, dt=None, episode_length=None, **choices) -> Path:
@@ -64,6 +98,14 @@ def from_minari(dataset_id, out=None, *, keys=None, task=None, dt=None, episode_
 def from_ogbench(path, out=None, *, task=None, dt=None, episode_length=None, **choices) -> Path:
     """Convert an OGBench npz file, or one that `to_ogbench` wrote. Arguments as in `from_d4rl`."""
     return write(ogbench.read(path, _seconds(task, dt), episode_length), out, task=task, **choices)
+
+
+def from_exorl(folder, out=None, *, name=None, task=None, dt=None, episode_length=None, **choices) -> Path:
+    """Convert a folder of ExORL's or URLB's episodes.
+
+    name: of the set, by default the last two folders' without `buffer`, e.g. walker-proto. Others as in `from_d4rl`.
+    """
+    return write(exorl.read(folder, name, _seconds(task, dt), episode_length), out, task=task, **choices)
 
 
 def to_minari(path, dataset_id: str) -> str:

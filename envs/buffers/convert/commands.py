@@ -1,15 +1,17 @@
-"""The converters on the command line: from-d4rl, from-minari, from-ogbench, to-minari, to-ogbench."""
+"""The converters on the command line: from-arrays, -d4rl, -exorl, -minari, -ogbench; to-minari, to-ogbench."""
 
 import argparse
 import os
 
-from envs.buffers.convert import from_d4rl, from_minari, from_ogbench, to_minari, to_ogbench
+from envs.buffers.convert import from_arrays, from_d4rl, from_exorl, from_minari, from_ogbench, to_minari, to_ogbench
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add from-d4rl, from-minari, from-ogbench, to-minari, to-ogbench to the command line of buffers."""
+    """Add the converters to the command line of buffers."""
     readers = {
+        "from-arrays": ("file", "an .npz of observations, actions, rewards and terminals", from_arrays),
         "from-d4rl": ("file", "a D4RL .hdf5 file", from_d4rl),
+        "from-exorl": ("folder", "a folder of ExORL's or URLB's episodes, one .npz each", from_exorl),
         "from-minari": ("id", "id of a local Minari data set, e.g. mujoco/hopper/medium-v0", from_minari),
         "from-ogbench": ("file", "an OGBench .npz file", from_ogbench),
     }
@@ -24,8 +26,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         parser.add_argument(
             "--no-replay", dest="replay", action="store_false", help="skip the check against the physics"
         )
+        parser.add_argument(
+            "--clip", action="store_true", help="clip actions to [-1, 1] as the environment did, however many"
+        )
+        parser.add_argument("--action-limit", type=float, help="divide actions by the environment's limit")
         parser.set_defaults(function=function)
     commands.choices["from-d4rl"].add_argument("--name", help="D4RL's name of the set, e.g. hopper-medium-v2")
+    for command in ("from-arrays", "from-exorl"):
+        commands.choices[command].add_argument("--name", help="what to call the data; default: as the source")
     commands.choices["from-minari"].add_argument(
         "--keys", type=lambda text: text.split(","), help="parts of a Dict observation, joined by commas, in order"
     )

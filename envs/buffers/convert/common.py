@@ -3,13 +3,15 @@
 import contextlib
 import hashlib
 import importlib
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs.buffers.fields import EPISODE_KEYS, METADATA_TYPES, REQUIRED, Buffer, fail
-from envs.buffers.files import parse_metadata
+from envs.buffers.fields import EPISODE_KEYS, LARGEST_VALUE, METADATA_TYPES, REQUIRED, Buffer, fail
+from envs.buffers.files import check_fits, check_is_file, parse_metadata, read_members, unpack_member
 from envs.errors import InputError
 
 PACKAGES = {"h5py": "h5py", "minari": "minari[hdf5]", "pyarrow": "pyarrow"}  # import name -> what pip calls it
@@ -22,7 +24,8 @@ class Imported(NamedTuple):
 
     arrays: columns of docs/buffer.md; metadata: what the dialect knows of it;
     state: (qpos (N, nq), qvel (N, nv)) before each step, float64, or None;
-    notes: what a user should know, one sentence each; source: the file, for messages.
+    notes: what a user should know, one sentence each; source: the file, for messages;
+    exact: observations, next_observations and rewards in float64, where the file has them so, for the replay.
     """
 
     arrays: dict[str, np.ndarray]
@@ -30,6 +33,7 @@ class Imported(NamedTuple):
     state: tuple[np.ndarray, np.ndarray] | None
     notes: list[str]
     source: str
+    exact: dict[str, np.ndarray] = {}  # noqa: RUF012 (read only)
 
 
 def require(name: str) -> Any:
@@ -76,6 +80,15 @@ def to_float32(path: Any, key: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
+def check_size(path: Any, key: str, array: np.ndarray) -> None:
+    """InputError where a number is larger than anything can be learnt from, as a buffer refuses it."""
+    row, column = np.unravel_index(int(np.argmax(np.abs(array))), array.shape + (1,) * (2 - array.ndim))
+    if np.abs(array).max() > LARGEST_VALUE:
+        where = f" in column {column}" if array.ndim > 1 else ""
+        problem = f"row {row} has {np.abs(array).max():.3g}{where}"
+        raise fail(path, key, problem, "scale that column, or leave it out: squares of such numbers overflow")
+
+
 def to_flags(path: Any, key: str, array: np.ndarray) -> np.ndarray:
     """A column of bool from bools or from numbers that are 0 or 1; InputError for any other."""
     if array.dtype == bool:
@@ -87,6 +100,44 @@ def to_flags(path: Any, key: str, array: np.ndarray) -> np.ndarray:
         problem = f"row {np.argmax(wrong)} is {array[np.argmax(wrong)]}, neither 0 nor 1"
         raise fail(path, key, problem, "give bools, or the numbers 0 and 1")
     return array != 0
+
+
+class Problems(list):
+    """What is wrong with an input, all of it: errors are gathered, then raised as one."""
+
+    def __init__(self, path: Any):
+        super().__init__()
+        self.path = path
+
+    @contextlib.contextmanager
+    def gather(self) -> Iterator[None]:
+        """Keep an InputError for later; what follows it in the block is left out."""
+        try:
+            yield
+        except InputError as error:
+            self.append(str(error).removeprefix(f"{self.path}: "))
+
+    def add(self, key: str, problem: str, remedy: str) -> None:
+        self.append(str(fail(self.path, key, problem, remedy)).removeprefix(f"{self.path}: "))
+
+    def raise_all(self) -> None:
+        """One InputError that names them all, where there are any."""
+        if len(self) == 1:
+            raise InputError(f"{self.path}: {self[0]}")
+        if self:
+            listed = " ".join(f"({i}) {problem}" for i, problem in enumerate(self, start=1))
+            raise InputError(f"{self.path}: {len(self)} problems. {listed}")
+
+
+def read_npz(path: Any) -> dict[str, np.ndarray]:
+    """All arrays of a plain npz file, with the checks of a buffer file against hostile archives."""
+    path = Path(path)
+    check_is_file(path)
+    with readable(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+        members = read_members(path, archive)
+        size = sum(member.info.file_size for member in members.values())
+        check_fits(path, 2 * size, "convert the file on a machine with more memory")
+        return {key: unpack_member(archive, member) for key, member in members.items()}
 
 
 def same_rows(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -109,7 +160,7 @@ def runs(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def step_notes(world: str, dt: float, known: float | None) -> list[str]:
     """A note where a set's world has another step than the one that is asked for, by --task or --dt."""
-    if known is None or abs(dt - known) < 1e-9:
+    if known is None or dt is None or abs(dt - known) < 1e-9:
         return []
     return [f"a step of '{world}' takes {known} s, not {dt} s as asked for: its physics are others"]
 

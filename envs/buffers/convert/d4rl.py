@@ -13,18 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from envs.buffers.convert import common
-from envs.buffers.fields import BOMB_BYTES, BOMB_RATIO
-from envs.buffers.files import check_fits, check_is_file
+from envs.buffers.convert.cut import Cut, cut
+from envs.buffers.convert.hdf5 import read_columns
+from envs.buffers.convert.reach import body_of
 from envs.maze import MAPS
 from envs.tasks import D4RL as LOCOMOTION
 from envs.worlds import task as find_task
 
 GOAL_RADIUS = 0.5  # AntMaze pays 1 within this distance, in metres
-MAX_STEP = 2.0  # metres; the ant's torso cannot move this far in one step, a reset can
-MAX_JERK = 10.0  # m/s or rad/s; no contact moves a joint so much faster than its speeds around the step say
 CLIPPED_SPEED = 10.0  # a speed shown like this may be any greater one
-START_NOISE = 0.006  # of every joint and speed at the start of an episode
-UNMARKED_SHARE = 0.1  # more unmarked breaks than this: the rows are in no order
 AGREEMENT = 0.99  # of the rewards with the velocity in infos/qpos, for root columns to be written
 
 
@@ -33,14 +30,13 @@ class Family(NamedTuple):
 
     task: str | None
     env: str
-    sizes: tuple[int, int]  # of an observation and an action; zeros: any
+    sizes: tuple[int, int]  # of an observation and an action
     dt: float
     episode_length: int
     reference: tuple[float, float] | None  # D4RL's (random, expert) returns
     num_qpos: int = 0  # planar robots: observations are qpos without x, then as many qvel
     ctrl_cost: float = 0.0
     survive_bonus: float = 0.0
-    start_z: float | None = None  # episodes start within START_NOISE of this height, upright and at rest
     maze: bool = False  # observations begin with x, y; terminals mark the goal and end nothing
 
 
@@ -51,7 +47,6 @@ def _family(name: str, **fields) -> Family:
     return Family(name, task.env, sizes, task.dt, 1000, task.reference, **fields)
 
 
-START_Z = {"hopper": 1.25, "walker2d": 1.25}
 FAMILIES = {
     **{
         name: _family(
@@ -59,7 +54,6 @@ FAMILIES = {
             num_qpos=(find_task(name).observation_size + 1) // 2,
             ctrl_cost=cost,
             survive_bonus=bonus,
-            start_z=START_Z.get(name),
         )
         for name, (_, cost, bonus, _) in LOCOMOTION.items()
     },
@@ -95,184 +89,31 @@ def dataset_name(path: Any, name: str | None = None) -> str:
     return text
 
 
-def _find_family(path: Any, name: str, dt: float | None, episode_length: int | None) -> Family:
-    """The family of a set; of an unknown one what the caller says. InputError where that lacks."""
-    for key in sorted(FAMILIES, key=len, reverse=True):  # antmaze before ant
-        if re.match(rf"{key}-", name):
-            known = FAMILIES[key]
-            return known._replace(dt=dt or known.dt, episode_length=episode_length or known.episode_length)
-    if dt is None or episode_length is None:
-        problem = f"'{name}' is no set that is known here ({', '.join(FAMILIES)})"
-        raise common.fail(
-            path, "name", problem, "give D4RL's name with --name, or --dt SECONDS and --episode-length STEPS"
-        )
-    return Family(None, f"d4rl/{name}", (0, 0), dt, episode_length, None)
+def _find_family(path: Any, name: str, sizes: tuple[int, int], dt: float | None, episode_length: int | None) -> Family:
+    """The family of a set; of an unknown one what the caller says. InputError where that lacks or does not fit."""
+    key = next((key for key in sorted(FAMILIES, key=len, reverse=True) if name.startswith(f"{key}-")), None)
+    if key is not None and sizes == FAMILIES[key].sizes:
+        known = FAMILIES[key]
+        return known._replace(dt=dt or known.dt, episode_length=episode_length or known.episode_length)
+    if dt is not None and episode_length is not None:
+        return Family(None, f"d4rl/{name}", sizes, dt, episode_length, None)
+    own = "or, for a set of your own, --dt SECONDS and --episode-length STEPS"
+    if key is not None:
+        problem = f"{sizes[0]} numbers and {sizes[1]} actions, {key} has {FAMILIES[key].sizes} of them"
+        raise common.fail(path, "observations", problem, f"give the right name with --name, {own}")
+    problem = f"'{name}' is no set that is known here ({', '.join(FAMILIES)})"
+    raise common.fail(path, "name", problem, f"give D4RL's name with --name, {own}")
 
 
-# --- reading the file ----------------------------------------------------------------------------
-
-
-def _find(h5py, file, path: Any, key: str):
-    """A data set inside the file, or None. Links, which may lead to other files, are refused."""
-    node = file
-    for part in key.split("/"):
-        if not isinstance(node, h5py.Group) or part not in node:
-            return None
-        if not isinstance(node.get(part, getlink=True), h5py.HardLink):
-            raise common.fail(path, key, "is a link, not data", "copy the data into the file")
-        node = node[part]
-    if not isinstance(node, h5py.Dataset):
-        raise common.fail(path, key, "is a group, not an array", "get the file again")
-    if node.is_virtual or node.external:
-        raise common.fail(path, key, "keeps its data in another file", "copy the data into the file")
-    if node.dtype.kind not in "fiub" and not key.startswith("metadata/"):
-        raise common.fail(path, key, f"holds {node.dtype}, not numbers", "give plain arrays of real numbers")
-    return node
-
-
-KEYS = {
-    "observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1, "next_observations": 2,
-    "infos/qpos": 2, "infos/qvel": 2, "infos/goal": 2, "infos/action_log_probs": 1,
-}  # fmt: skip
-NEEDED = ("observations", "actions", "rewards", "terminals")
-
-
-def _read_arrays(path: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The columns a file has, with N rows each, as they are; and who made it."""
-    h5py = common.require("h5py")
-    check_is_file(Path(path))
-    with common.readable(path, "an hdf5 file"), h5py.File(path, "r") as file:
-        nodes = {key: _find(h5py, file, path, key) for key in KEYS}
-        nodes = {key: node for key, node in nodes.items() if node is not None}
-        for key in NEEDED:
-            if key not in nodes:
-                problem = f"is missing; the file holds {', '.join(list(file)[:20]) or 'nothing'}"
-                raise common.fail(path, key, problem, "check that this is a D4RL file: docs/data.md lists its keys")
-        size = sum(node.dtype.itemsize * node.size for node in nodes.values())
-        stored = sum(node.id.get_storage_size() for node in nodes.values())
-        if size > BOMB_BYTES and size > BOMB_RATIO * stored:
-            problem = f"{stored:,} bytes claim to unpack to {size:,}"
-            raise common.fail(path, "file", problem, "do not trust this file; if it is yours, write it uncompressed")
-        _check_shapes(path, {key: node.shape for key, node in nodes.items()})
-        check_fits(path, 2 * size, "convert the file on a machine with more memory")
-        arrays = {key: node[()].reshape(len(node), *node.shape[1 : KEYS[key]]) for key, node in nodes.items()}
-        maker = {key: _read_scalar(h5py, file, path, f"metadata/{key}") for key in ("algorithm", "iteration")}
-    return arrays, {key: value for key, value in maker.items() if value is not None}
-
-
-def _check_shapes(path: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Ranks, equal numbers of rows, equal sizes of observations. (N, 1) passes for (N,)."""
-    rows = shapes["observations"][0] if shapes["observations"] else 0
-    for key, shape in shapes.items():
-        plain = shape[:-1] if KEYS[key] == 1 and len(shape) == 2 and shape[1] == 1 else shape
-        if len(plain) != KEYS[key] or 0 in shape:
-            want = "(N, size)" if KEYS[key] == 2 else "(N,) or (N, 1)"
-            raise common.fail(path, key, f"has the shape {shape}, expected {want}", "get the file again")
-        if shape[0] != rows:
-            problem = f"has {shape[0]} rows, observations has {rows}"
-            raise common.fail(path, key, problem, "the file was cut short or put together from two: get it again")
-    following = shapes.get("next_observations", shapes["observations"])
-    if following != shapes["observations"]:
-        problem = f"has the shape {following}, observations {shapes['observations']}"
-        raise common.fail(path, "next_observations", problem, "get the file again")
-
-
-def _read_scalar(h5py, file, path: Any, key: str) -> str | int | None:
-    """A short text or a whole number under metadata/, or None."""
-    node = _find(h5py, file, path, key)
-    if node is None or node.shape != ():
-        return None
-    value = node[()]
-    if isinstance(value, bytes):
-        return value.decode("ascii", "replace")[:200]
-    return int(value) if node.dtype.kind in "iu" else None
-
-
-# --- trajectories --------------------------------------------------------------------------------
-
-
-def _count_cuts(hard: np.ndarray, limit: int) -> np.ndarray:
-    """Rows (N,) that are the limit-th after a hard end, twice the limit-th, and so on."""
-    rows = np.arange(len(hard))
-    starts = np.concatenate([[0], np.flatnonzero(hard) + 1])
-    step = rows - starts[np.searchsorted(starts, rows, side="right") - 1]
-    return step % limit == limit - 1
-
-
-def _breaks(observations: np.ndarray, family: Family) -> np.ndarray:
-    """Rows (N,) whose next row no step can reach: ends that no flag marks.
-
-    Mazes: the torso jumps. Planar robots: the next row is a start of an episode, or a joint moved
-    much faster than its speeds before and after the step. Other robots: unknown, so none.
-    """
-    found = np.zeros(len(observations), bool)
-    if family.maze:
-        found[:-1] = np.linalg.norm(np.diff(observations[:, :2], axis=0), axis=1) > MAX_STEP
-    elif family.num_qpos:
-        pose, speed = observations[:, : family.num_qpos - 1], observations[:, family.num_qpos :]
-        jerk = np.abs(np.diff(pose, axis=0) / family.dt - 0.5 * (speed[1:] + speed[:-1]))
-        jerk -= 0.5 * np.abs(np.diff(speed, axis=0)) + MAX_JERK
-        shown = np.ones_like(speed, bool) if family.start_z is None else np.abs(speed) < CLIPPED_SPEED
-        found[:-1] = ((jerk > 0) & shown[1:] & shown[:-1]).any(axis=1)
-        if family.start_z is not None:
-            rest = observations.copy()
-            rest[:, 0] -= family.start_z
-            found[:-1] |= (np.abs(rest[1:]) <= START_NOISE).all(axis=1)
-    return found
-
-
-class _Cut(NamedTuple):
-    """Where trajectories end. All (N,) bool: ends; valid: rows with a true successor."""
-
-    ends: np.ndarray
-    valid: np.ndarray
-    next_observations: np.ndarray
-    rows_dropped: dict[str, int]
-
-
-def _cut(path: Any, arrays: dict[str, np.ndarray], family: Family, notes: list[str]) -> _Cut:
-    """Cut the rows into trajectories and find each row's true successor."""
-    observations, terminals = arrays["observations"], arrays["terminals"]
-    following = np.roll(observations, -1, axis=0)
-    hard = np.zeros(len(terminals), bool) if family.maze else terminals.copy()
-    given = arrays.get("next_observations")
-    if given is None:
-        unmarked = _breaks(observations, family)
-    else:
-        unmarked = ~common.same_rows(given, following)
-        unmarked[-1] = False
-    if "timeouts" in arrays:
-        timeouts = arrays["timeouts"]
-    else:
-        timeouts = _count_cuts(hard | unmarked, family.episode_length) & ~hard
-        notes.append(f"the file marks no timeouts: episodes are cut after {family.episode_length} steps")
-    unmarked &= ~(hard | timeouts)
-    if unmarked.mean() > UNMARKED_SHARE:
-        problem = f"{100 * unmarked.mean():.0f} % of the rows inside episodes are not followed by their successor"
-        raise common.fail(path, "observations", problem, "rows must be in the order of time: use the original file")
-    if unmarked.any():
-        notes.append(f"{int(unmarked.sum())} ends of episodes carry no flag in the file: cut there")
-    last = np.arange(len(terminals)) == len(terminals) - 1
-    ends = hard | timeouts | unmarked | last
-    if given is None:
-        lost = {
-            "terminal, its next observation is not in the file": ends & hard,
-            "timeout, its next observation is not in the file": ends & ~hard & timeouts,
-            "end without a flag, its next observation is not in the file": ends & ~hard & ~timeouts,
-        }
-        following[last] = observations[last]
-    else:
-        reset = ends & ((given == following).all(axis=1) | (given == observations).all(axis=1))
-        lost = {"end of an episode, next_observations holds another state": reset}
-        following = given
-    valid = ~np.logical_or.reduce(list(lost.values()))
-    return _Cut(ends, valid, following, {why: int(rows.sum()) for why, rows in lost.items() if rows.any()})
+def _terminal(family: Family):
+    """Observed next observations -> where the family's task ends; None where they do not tell."""
+    return None if family.task is None or family.maze else find_task(family.task).model_terminal
 
 
 # --- columns -------------------------------------------------------------------------------------
 
 
-def _root_planar(arrays, cut: _Cut, family: Family, notes: list[str]) -> tuple[dict[str, np.ndarray], float | None]:
+def _root_planar(arrays, cut: Cut, family: Family, notes: list[str]) -> tuple[dict[str, np.ndarray], float | None]:
     """x, z and their velocities; and the share of rewards that agree with infos/qpos.
 
     The velocity is solved from the reward, v = r + ctrl_cost ||a||^2 - survive_bonus: exact on
@@ -305,7 +146,7 @@ def _root_planar(arrays, cut: _Cut, family: Family, notes: list[str]) -> tuple[d
     return {"root_positions": qpos[:, :2].astype(np.float32), "root_velocities": velocities.astype(np.float32)}, share
 
 
-def _maze_columns(arrays, cut: _Cut, family: Family, notes: list[str]) -> tuple[dict[str, np.ndarray], float | None]:
+def _maze_columns(arrays, cut: Cut, family: Family, notes: list[str]) -> tuple[dict[str, np.ndarray], float | None]:
     """x, y, goals, and which trajectory a row belongs to; and the share of rewards that agree with the goals."""
     before, after = arrays["observations"][:, :2], cut.next_observations[:, :2]
     ids = np.cumsum(cut.ends) - cut.ends
@@ -348,12 +189,9 @@ def read(
 ) -> common.Imported:
     """Read a D4RL file as `envs.buffers.convert.from_d4rl` says -> Imported. Raises InputError."""
     name = dataset_name(path, name)
-    raw, maker = _read_arrays(path)
-    family = _find_family(path, name, dt, episode_length)
+    raw, maker = read_columns(path)
     sizes = raw["observations"].shape[1], raw["actions"].shape[1]
-    if family.sizes != (0, 0) and sizes != family.sizes:
-        problem = f"{sizes[0]} numbers and {sizes[1]} actions, {name} has {family.sizes[0]} and {family.sizes[1]}"
-        raise common.fail(path, "observations", problem, "give the right name with --name")
+    family = _find_family(path, name, sizes, dt, episode_length)
     notes: list[str] = []
     log_probs = raw.pop("infos/action_log_probs", None)
     state = raw.pop("infos/qvel", None)
@@ -365,27 +203,31 @@ def read(
     for key, column in raw.items():
         check = common.to_flags if key in ("terminals", "timeouts") else common.to_float32
         arrays[key] = check(path, key, column)
-    cut = _cut(path, arrays, family, notes)
-    kept = np.flatnonzero(cut.valid)
+    found = cut(
+        path, arrays, notes, body=body_of(family.env, sizes[0], family.dt), limit=family.episode_length,
+        terminal=_terminal(family), ends_at_terminals=not family.maze,
+    )  # fmt: skip
+    arrays["terminals"] = found.terminals
+    kept = np.flatnonzero(found.valid)
     if not len(kept):
         raise common.fail(path, "observations", "no row has a true successor", "use a file with next_observations")
     columns, agreement = {}, None
     if family.maze:
-        columns, agreement = _maze_columns(arrays, cut, family, notes)
+        columns, agreement = _maze_columns(arrays, found, family, notes)
     elif family.num_qpos:
-        columns, agreement = _root_planar(arrays, cut, family, notes)
+        columns, agreement = _root_planar(arrays, found, family, notes)
     if log_probs is not None and np.isfinite(log_probs).all():
         columns["action_log_probs"] = log_probs.astype(np.float32)
     elif log_probs is not None:
         notes.append("infos/action_log_probs is not finite everywhere: not kept")
-    broken = cut.ends | ~np.roll(cut.valid, -1)  # the last row is an end, so that rolling is harmless
+    broken = found.ends | ~np.roll(found.valid, -1)  # the last row is an end, so that rolling is harmless
     columns |= {key: arrays[key] for key in ("observations", "actions", "rewards", "terminals")}
-    columns |= {"next_observations": cut.next_observations, "timeouts": broken & ~arrays["terminals"]}
+    columns |= {"next_observations": found.next_observations, "timeouts": broken & ~arrays["terminals"]}
     metadata = {
         "dataset_name": name, "env": family.env, "task": family.task, "reward_kind": "task",
         "layout": "task" if family.task else "env", "dt": family.dt, "episode_length": family.episode_length,
         "generator": {"script": "d4rl", "flags": maker}, "reference": family.reference,
-        "rows_dropped": cut.rows_dropped, "reward_agreement": agreement,
+        "rows_dropped": found.rows_dropped, "reward_agreement": agreement,
         "parents": [{"path": Path(path).name, "sha256": common.file_sha256(path), "taken": f"{len(kept)} rows"}],
     }  # fmt: skip
     if state is not None and not _states_fit(arrays["observations"], arrays["infos/qpos"], speeds):

@@ -30,6 +30,10 @@ def _open(dataset_id: str):
     from minari.storage.datasets_root_dir import get_dataset_path
 
     folder = get_dataset_path(dataset_id) / "data"
+    if (folder / "main_data.hdf5").is_file() and not (folder / "metadata.json").is_file():
+        problem = "is in the layout of an older Minari: data/main_data.hdf5 without data/metadata.json"
+        remedy = f"minari download {dataset_id} --force, or make the set again with Minari 0.5 or newer"
+        raise common.fail(dataset_id, "data set", problem, remedy)
     if not (folder / "metadata.json").is_file():
         problem = "is not on this machine"
         raise common.fail(dataset_id, "data set", problem, f"minari download {dataset_id}, or set MINARI_DATASETS_PATH")
@@ -152,8 +156,10 @@ def read(
     world = str(spec.get("id", "")).rpartition("/")[2].rpartition("-v")[0]
     known_dt = next((STEP_SECONDS[key] for key in (world, world.partition("_")[0]) if key in STEP_SECONDS), None)
     dt = dt or own.get("dt") or known_dt
-    if dt is None:
-        raise common.fail(dataset_id, "dt", f"'{world}' is no world known here", "give the seconds per step with --dt")
+    place = columns.get("observations/achieved_goal")
+    if dt is None and not own and place is not None and place.shape[1:] == (2,):
+        problem = f"'{world}' is no world known here, and achieved_goal is a place that moves"
+        raise common.fail(dataset_id, "dt", problem, "give the seconds per step with --dt")
     rows = np.arange(lengths.sum()) + np.repeat(np.arange(len(lengths)), lengths)
     names = ["observations/observations"] if keys is None else [f"observations/{key}" for key in keys]
     whole = np.concatenate([common.to_float32(dataset_id, key, columns[key]) for key in names], axis=1)

@@ -2,23 +2,22 @@
 
 import contextlib
 import math
-import operator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from envs.buffers.convert import d4rl
+from envs.buffers.convert import d4rl, reach
+from envs.buffers.convert.reach import NAMED_ROWS
 from envs.buffers.fields import Buffer, fail
 from envs.buffers.reading import load
-from envs.errors import InputError
 from envs.robots import ROBOTS
-from envs.task import Task
+from envs.task import Task, Transition
 from envs.worlds import make
 from envs.worlds import task as find_task
 
 REPLAY_ROWS, INSPECT_ROWS = 4096, 512  # of an import; of `inspect`, which is to be quick
-BLOCK = 128  # rows at a time: on one core a callback waits for ever for 100 kB or more
+BLOCK = 256  # rows at a time
 TOLERANCE = (1e-3, 1e-4)  # absolute; relative to the file's own value
 ELSEWHERE = "replay in the environment the file was made in, or import without the check: --no-replay"
 LOW_SHARE, NO_SHARE = 0.9, 0.02  # of the rows: below it another physics; hardly a row, as with states of other rows
@@ -48,7 +47,11 @@ def replay_agreement(source, env, rows: int = REPLAY_ROWS) -> dict[str, Any]:
 
 
 def measure(arrays, state, env, layout: str, source: str, rows: int = REPLAY_ROWS) -> dict[str, Any]:
-    """`replay_agreement` of columns. state: (qpos, qvel) or None; layout: of the observations, "env" or "task"."""
+    """`replay_agreement` of columns. state: (qpos, qvel) or None; layout: of the observations, "env" or "task".
+
+    Columns in float64 are compared as exactly as they are. Where the task pays, `rewards` of the same rows are
+    compared, too: "reward_share" with the actions as they are, "unclipped_share" with `unclipped` ones.
+    """
     observations = arrays["observations"]
     usable = np.arange(len(observations))
     if state is None:
@@ -65,16 +68,47 @@ def measure(arrays, state, env, layout: str, source: str, rows: int = REPLAY_ROW
     if (qpos.shape[1], qvel.shape[1]) != sizes:
         problem = f"have {qpos.shape[1]} and {qvel.shape[1]} numbers, '{env.name}' has {sizes[0]} and {sizes[1]}"
         raise fail(source, "qpos, qvel", problem, ELSEWHERE)
-    raw = _step(env, qpos, qvel, np.asarray(arrays["actions"][usable]))
-    after = raw if layout == "env" else np.asarray(env.task.observe(raw))
+    actions = np.asarray(arrays["actions"][usable], np.float64)
+    after_qpos, after_qvel = _step(env, qpos, qvel, actions)
+    after = _raw(env, after_qpos, after_qvel)
+    shown = after if layout == "env" else env.task.observe(after)
     recorded = arrays["next_observations"][usable]
-    if after.shape != recorded.shape:
-        problem = f"have {recorded.shape[1]} numbers, '{env.name}' has {after.shape[1]}"
+    if shown.shape != recorded.shape:
+        problem = f"have {recorded.shape[1]} numbers, '{env.name}' has {shown.shape[1]}"
         raise fail(source, "next_observations", problem, ELSEWHERE)
-    error = np.abs(after.astype(np.float64) - recorded)
-    agree = (error <= TOLERANCE[0] + TOLERANCE[1] * np.abs(recorded)).all(axis=1)
-    median = float(np.median(error.max(axis=1)))
-    return {"share": float(agree.mean()), "rows": len(usable), "median_error": median, "env": env.name}
+    error = np.abs(shown - recorded)
+    agree = _close(shown, recorded).all(axis=1)
+    found = {
+        "share": float(agree.mean()), "rows": len(usable), "median_error": float(np.median(error.max(axis=1))),
+        "largest_error": float(error.max()), "env": env.name, **_where(arrays, usable[~agree]),
+    }  # fmt: skip
+    if not env.task.has_reward or "rewards" not in arrays or (env.robot.maze and "goals" not in arrays):
+        return found
+    goals = arrays["goals"][usable] if "goals" in arrays else None
+    paid = arrays["rewards"][usable]
+    velocity = (after_qpos[:, :2] - qpos[:, :2]) / env.dt
+    for name, key in {"reward_share": "actions", "unclipped_share": "unclipped"}.items():
+        if key in arrays:
+            acted = np.asarray(arrays[key][usable], np.float64)
+            step = Transition(_raw(env, qpos, qvel), acted, after, qpos[:, :2], velocity, goals)
+            found[name] = float(_close(np.asarray(env.task.reward(step)), paid)[agree].mean()) if agree.any() else 0.0
+    return found
+
+
+def _close(found: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    return np.abs(found - recorded) <= TOLERANCE[0] + TOLERANCE[1] * np.abs(recorded)
+
+
+def _where(arrays, wrong: np.ndarray) -> dict[str, Any]:
+    """Rows that do not agree, named where half of them or more are an episode's first or its last."""
+    if not len(wrong) or "terminals" not in arrays or "timeouts" not in arrays:
+        return {}
+    ends = np.asarray(arrays["terminals"]) | np.asarray(arrays["timeouts"])
+    first = np.append(True, ends[:-1])
+    for place, rows in {"first": wrong[first[wrong]], "last": wrong[ends[wrong]]}.items():
+        if 2 * len(rows) >= len(wrong) and len(rows) > 1:
+            return {"place": place, "place_count": len(rows), "place_rows": rows[:NAMED_ROWS].tolist()}
+    return {}
 
 
 def _unclipped(observations: np.ndarray, env) -> np.ndarray:
@@ -99,55 +133,68 @@ def _state_from_observations(arrays, rows: np.ndarray, env, source: str) -> tupl
     return qpos, observations[:, env.model.nq - hidden :]
 
 
-def _step(env, qpos: np.ndarray, qvel: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """One control step from each state -> raw next observations (R, S_world) float32, `BLOCK` rows at a time."""
-    import jax
+def _step(env, qpos: np.ndarray, qvel: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One control step from each state -> qpos (R, nq), qvel (R, nv), float64, `BLOCK` rows at a time."""
+    before = np.concatenate([np.zeros((len(qpos), 1)), qpos, qvel], axis=1)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(before), BLOCK)]
+    after = np.concatenate([env.engine.advance(before[block], actions[block])[0] for block in blocks])
+    return after[:, 1 : 1 + env.model.nq], after[:, 1 + env.model.nq :]
 
-    from envs.physics import Physics
 
-    clock = np.zeros((len(qpos), 1))
-    memory = np.concatenate([clock, qpos, qvel], axis=1).astype(np.float64).view(np.uint32)
-    now = Physics(memory, *(np.float32(part) for part in (qpos, qvel, clock[:, 0])))
-
-    def step(now, action):
-        start = env.reset(jax.random.key(0))  # for whatever else a state carries
-        return env.step(start.replace(pipeline_state=now), action).info["raw_obs"]
-
-    step_block = jax.jit(jax.vmap(step))
-    blocks = np.arange(-(-len(qpos) // BLOCK) * BLOCK) % len(qpos)  # the last is filled up from the first rows
-    blocks = blocks.reshape(-1, BLOCK)
-    columns = jax.tree.map(lambda x: x[blocks], (now, actions))
-    parts = [np.asarray(step_block(*jax.tree.map(operator.itemgetter(i), columns))) for i in range(len(blocks))]
-    return np.concatenate(parts)[: len(qpos)]
+def _raw(env, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    """Raw observations (R, S_world) of states, float64."""
+    limit = np.inf if env.robot.clip_qvel is None else env.robot.clip_qvel
+    return np.concatenate([qpos[:, env.robot.skip_qpos :], np.clip(qvel, -limit, limit)], axis=1)
 
 
 def find_env(task: Task):
-    """The task's environment on C MuJoCo, or None where it has no such engine."""
-    try:
-        env = make(task, backend="mujoco")
-    except InputError:
-        return None
-    return env if hasattr(env, "robot") else None
+    """The task's environment on C MuJoCo, None where it has no such engine. InputError where MuJoCo does not load."""
+    return make(task, backend="mujoco") if task.env in ROBOTS else None
 
 
-def say(found: dict[str, Any]) -> list[str]:
-    """The result of a replay as lines; where few rows agree, with what is likely to be behind it."""
+def say(found: dict[str, Any], seconds: float | None = None) -> list[str]:
+    """The result of a replay as lines; where few rows agree, with what is likely to be behind it.
+
+    seconds: per step, by which poses follow speeds in the file, where that is another step than the simulator's.
+    """
     name = f"{found['env']!a}"
     if not found["rows"]:
         return [f"physics: not checked: no row shows its whole state in {name}"]
-    line = (
+    lines = [
         f"physics: {100 * found['share']:.1f} % of {found['rows']:,} replayed steps agree with the file in "
         f"{name} (median error {found['median_error']:.1e})"
-    )
+    ]
+    share, unclipped = found.get("reward_share"), found.get("unclipped_share", 0.0)
+    if share is not None and found["share"] >= LOW_SHARE:
+        lines.append(f"rewards: {100 * share:.1f} % of the steps that agree are paid as in {name}")
+        if share < LOW_SHARE < unclipped:
+            lines[-1] += f", {100 * unclipped:.1f} % if the actions before clipping are charged, as the file does"
+    if "place" in found:
+        rows = f"rows {', '.join(map(str, found['place_rows']))}, ..."
+        where = f"{found['place_count']} of the steps that disagree are the {found['place']} of their episodes ({rows})"
+        lines.append(f"warning: {where}: is a reset recorded as a step there?")
     if found["share"] >= LOW_SHARE:
-        return [line]
-    if found["share"] > NO_SHARE:
+        return lines
+    if seconds is not None:
+        why = f"poses follow speeds by {seconds:.3g} s a step in this file, {name} steps otherwise: another dt"
+    elif found["share"] > NO_SHARE:
         why = f"{name} is not quite the simulator of this file. Likely another version or other constants there "
         why += "(contacts, gear, seconds a step, walls)"
     else:
         why = f"these are hardly observations of {name}, though there are as many numbers. Likely another robot, maze "
-        why += "or task (--task), the numbers in another order (Minari: --keys), or successors of other rows"
-    return [line, f"warning: {why}. A policy learnt from it is judged in {name}: do not trust that score"]
+        why += "or task (--task), the numbers in another order (Minari: --keys), actions on another scale "
+        why += "(--action-limit), or successors of other rows"
+    return [*lines, f"warning: {why}. A policy learnt from it is judged in {name}: do not trust that score"]
+
+
+def other_step(arrays, world: str, dt: float) -> float | None:
+    """Seconds per step by which poses follow speeds in a buffer, where these are others than dt."""
+    body = reach.body_of(world, arrays["observations"].shape[1], dt)
+    if body is None:
+        return None
+    rows = slice(0, REPLAY_ROWS)
+    found = reach.step_seconds(*(np.asarray(arrays[k][rows]) for k in ("observations", "next_observations")), body)
+    return found if found is not None and abs(found / dt - 1) > 0.2 else None
 
 
 def check_now(buffer: Buffer) -> list[str]:
@@ -164,20 +211,26 @@ def check_now(buffer: Buffer) -> list[str]:
         if (task.env, [size, task.action_size]) != (about["env"], sizes):
             return [f"physics: not checked: {sizes} observed and action numbers are not those of {name!a}"]
         env = find_env(task)
-        return [] if env is None else say(measure(buffer.arrays, None, env, about["layout"], buffer.path, INSPECT_ROWS))
+        if env is None:
+            return []
+        columns = buffer.arrays if about["reward_kind"] != "none" else {**buffer.arrays, "rewards": None}
+        columns = {key: column for key, column in columns.items() if column is not None}
+        found = measure(columns, None, env, about["layout"], buffer.path, INSPECT_ROWS)
+        return say(found, other_step(buffer.arrays, about["env"], task.dt))
     except (TypeError, ValueError, ArithmeticError) as error:  # the metadata may be a stranger's
         return [f"physics: not checked: {' '.join(str(error).split())[:160]!a}"]
 
 
-def describe_checks(metadata: dict[str, Any], buffer: Buffer | None = None) -> list[str]:
-    """What an import found out about its file, as lines; of a buffer without a stored replay one is done now."""
+def describe_checks(metadata: dict[str, Any], buffer: Buffer, replay: bool = True) -> list[str]:
+    """What an import found out about its file, as lines; `replay`: of a buffer without a stored one it is done now."""
     lines = []
-    found = metadata.get("replay_agreement")
+    found, world, dt = (metadata.get(key) for key in ("replay_agreement", "env", "dt"))
     if isinstance(found, dict) and isinstance(found.get("share"), (float, type(None))):
         with contextlib.suppress(KeyError, TypeError, ValueError):  # the metadata may be a stranger's
-            lines += say(found)
-    if buffer is not None and not lines:
-        lines += check_now(buffer)
+            lines += say(found, other_step(buffer.arrays, world, dt))
+    lines += reach.describe(buffer.arrays, world, dt, buffer.path)
+    if replay and not any(line.startswith("physics:") for line in lines):
+        lines = check_now(buffer) + lines
     share = metadata.get("reward_agreement")
     if isinstance(share, float) and math.isfinite(share):
         lines.append(f"rewards: {100 * share:.1f} % of the checkable rows agree with the task's formula")

@@ -7,15 +7,26 @@ from typing import Any
 import numpy as np
 
 from envs.buffers.convert import physics
-from envs.buffers.convert.common import CLIPPED_SHARE, Imported
-from envs.buffers.fields import ACTION_LIMIT, fail
+from envs.buffers.convert.actions import OWN_SCALE, fit_scale, settle_actions
+from envs.buffers.convert.common import Imported
+from envs.buffers.fields import Buffer, fail
 from envs.buffers.reading import load
 from envs.buffers.writing import save
 from envs.task import Task
 from envs.worlds import task as find_task
 
 
-def write(found: Imported, out=None, *, task: str | None = None, force: bool = False, replay: bool = True, env=None):
+def write(
+    found: Imported,
+    out=None,
+    *,
+    task: str | None = None,
+    force: bool = False,
+    replay: bool = True,
+    clip: bool = False,
+    action_limit: float | None = None,
+    env=None,
+):
     """Label, check and save what a dialect has read.
 
     Args:
@@ -23,29 +34,45 @@ def write(found: Imported, out=None, *, task: str | None = None, force: bool = F
         task: name of the task the rewards belong to, where the file does not say it.
         force: overwrite an existing file.
         replay: replay rows through the physics of the task, where there is one.
+        clip, action_limit: of `settle_actions`.
         env: the environment to replay in, instead of the task's own.
 
     Returns: the path. Raises: InputError.
     """
     metadata = dict(found.metadata)
+    out = check_out(out, metadata["dataset_name"], force)
+    known = _label(found, metadata, task)
+    notes = list(found.notes)
+    if env is None and known is not None:
+        env = physics.find_env(known) if replay or known.env in OWN_SCALE else None
+    actions = settle_actions(found.arrays["actions"], found.source, notes, clip, action_limit)
+    columns = {**found.arrays, **found.exact, "actions": actions}
+    actions = fit_scale(columns, found.state, env, metadata["layout"], found.source, notes)
+    arrays = {**found.arrays, "actions": actions.astype(np.float32)}
+    if notes:
+        metadata["notes"] = [*metadata.get("notes", []), *notes]
+    if replay and env is not None:
+        columns["actions"] = actions
+        if clip:
+            columns["unclipped"] = found.arrays["actions"].astype(np.float64) / (action_limit or 1.0)
+        if metadata["reward_kind"] == "none":
+            del columns["rewards"]
+        metadata["replay_agreement"] = physics.measure(columns, found.state, env, metadata["layout"], found.source)
+    save(out, arrays, metadata)
+    buffer = Buffer(arrays, metadata, str(out))
+    for line in [*(f"note: {note}" for note in notes), *physics.describe_checks(metadata, buffer, replay=False)]:
+        print(line)
+    load(out)
+    return out
+
+
+def check_out(out, name: str, force: bool) -> Path:
+    """The file to write, by default data/<name>.npz. InputError where it exists."""
     if out is None:
-        out = Path("data", re.sub(r"[^A-Za-z0-9._-]+", "-", metadata["dataset_name"]) + ".npz")
+        out = Path("data", re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".npz")
     out = Path(out)
     if out.exists() and not force:
         raise fail(out, "file", "exists already", "name another file with --out, or allow it with --force")
-    known = _label(found, metadata, task)
-    notes = list(found.notes)
-    arrays = {**found.arrays, "actions": _clip_actions(found, notes)}
-    if notes:
-        metadata["notes"] = [*metadata.get("notes", []), *notes]
-    if replay and env is None and known is not None:
-        env = physics.find_env(known)
-    if replay and env is not None:
-        metadata["replay_agreement"] = physics.measure(arrays, found.state, env, metadata["layout"], found.source)
-    save(out, arrays, metadata)
-    for line in [*(f"note: {note}" for note in notes), *physics.describe_checks(metadata)]:
-        print(line)
-    load(out)
     return out
 
 
@@ -64,21 +91,14 @@ def _label(found: Imported, metadata: dict[str, Any], task: str | None) -> Task 
         metadata.update(task=known.name, layout="task", task_options=known.options, reference=known.reference)
     metadata.setdefault("task_options", known.options)
     metadata["env"] = known.env
-    size = known.observation_size if metadata["layout"] == "task" else known.env_observation_size
-    have = found.arrays["observations"].shape[1], found.arrays["actions"].shape[1]
-    if have != (size, known.action_size):
-        problem = f"{have[0]} observed and {have[1]} action numbers, '{known.name}' has {size} and {known.action_size}"
-        raise fail(found.source, "observations", problem, "name another task with --task")
+    check_sizes(found.arrays, known, metadata["layout"], found.source)
     return known
 
 
-def _clip_actions(found: Imported, notes: list[str]) -> np.ndarray:
-    """Actions within [-1, 1]: an environment clips, so a stray value beyond is what it received."""
-    actions = found.arrays["actions"]
-    beyond = (np.abs(actions) > ACTION_LIMIT).any(axis=1)
-    if beyond.mean() > CLIPPED_SHARE:
-        problem = f"reach {np.abs(actions).max():.3g}, {100 * beyond.mean():.0f} % of the rows are outside [-1, 1]"
-        raise fail(found.source, "actions", problem, "divide them by the environment's action limit first")
-    if beyond.any():
-        notes.append(f"actions of {int(beyond.sum())} rows were outside [-1, 1] and are clipped")
-    return np.clip(actions, -1.0, 1.0)
+def check_sizes(arrays, known: Task, layout: str, source: str) -> None:
+    """InputError where observations and actions are not as many numbers as the task has."""
+    size = known.observation_size if layout == "task" else known.env_observation_size
+    have = arrays["observations"].shape[1], arrays["actions"].shape[1]
+    if have != (size, known.action_size):
+        problem = f"{have[0]} observed and {have[1]} action numbers, '{known.name}' has {size} and {known.action_size}"
+        raise fail(source, "observations", problem, "name another task with --task, or none")
