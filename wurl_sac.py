@@ -83,7 +83,7 @@ import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
-from runner import devices, policies
+from runner import devices, diversity
 from runner.rows import PolicyRows, are_finished, write_buffers
 
 
@@ -628,9 +628,9 @@ def make_evaluation(args, task, rollouts):
     def evaluation(actor, key, num_episodes):
         key_rollout, *keys = jax.random.split(key, 3)
         steps = rollouts(actor, jax.random.split(key_rollout, args.num_policies), num_episodes)
-        return policies.measures(steps, features_of(steps.transition), keys, task, args.hidden_sizes[:2])
+        return diversity.measures(steps, features_of(steps.transition), keys, task, args.hidden_sizes[:2])
 
-    return lambda *inputs: policies.exact(*jax.tree.map(np.asarray, evaluation(*inputs)), task, args.cell)
+    return lambda *inputs: diversity.exact(*jax.tree.map(np.asarray, evaluation(*inputs)), task, args.cell)
 
 
 # === training ===
@@ -874,7 +874,7 @@ def announce(args, task, env, episode_length):
 def log_evaluation(run, step, train, metrics, actor, files):
     """Log and print an evaluation; with --keep-policies, keep the policies that it judged."""
     run.record(step, train | metrics)
-    policies.show_evaluation(step, metrics, run.args, is_diverse(run.args) and not run.args.random)
+    diversity.show_evaluation(step, metrics, run.args, is_diverse(run.args) and not run.args.random)
     if run.args.keep_policies:
         about = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
         about |= {"update": step, "rows": files.rows()}
@@ -945,7 +945,7 @@ def main(args):
         if not args.random:  # the networks of random policies never act
             write_policy(run, actor)
         if run.is_first:
-            policies.write_figures(run, feature_names(args, task), snapshot)
+            diversity.write_figures(run, feature_names(args, task), snapshot)
         fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
         write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
         print(f"{run.folder}: buffers, policies, figures; {time.time() - run.began:.0f} s")
