@@ -754,7 +754,8 @@ def main(args):
     env = envs.make(task, args.backend)
     evaluate = runner.each_seed(runner.returns_of(policy, env, task, buffer, args), args)
 
-    with runner.Run("cped", args, task, buffer) as run:
+    schedules = {"alpha_from": (0.0,), "critic_from": 0.0, "q_from": 0.0}
+    with runner.Run("cped", args, task, buffer, schedules=schedules) as run:
         like = jax.eval_shape(init, keys, data)
         flow_chunk, train_chunk = run.compile(flow_chunk, like, data), run.compile(train_chunk, like, data)
         state = run.restore(init, keys, data, phase="flow")

@@ -586,7 +586,7 @@ def main(args):
     env = envs.make(task, args.backend)
     evaluate = runner.each_seed(runner.returns_of(act, env, task, buffer, args, sampled=True), args)
 
-    with runner.Run("dac", args, task, buffer) as run:
+    with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)
         state = run.restore(init, keys)
         data = jax.device_put(data)  # all rows stay on the device

@@ -24,7 +24,8 @@ NAMES = {  # module -> what `runner` has of it
     "checkpoint": "fill flat_arrays read_npz",
     "devices": "map_seeds over_devices seed_keys",
     "evaluation": "each_seed evaluation_keys play returns_of",
-    "flags": "Count Data Flags Natural Rate RunFlags Share Size check check_run launch parse refuse task_options",
+    "flags": "Count Data Flags Natural Rate RunFlags Share Size "
+    "announce check check_run launch parse refuse task_options",
     "folder": "folder_of open_task state_files",
     "log": "say with_eta write_whole",
     "presets": "preset",

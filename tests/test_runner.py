@@ -84,7 +84,7 @@ def learn(args):
     init, chunk = make_train(args)
     act = lambda state, observations, key: jnp.tile(jnp.tanh(state.x), (len(observations), 1))
     evaluate = runner.each_seed(runner.returns_of(act, envs.make(task), task, buffer, args), args)
-    with runner.Run("toy", args, task, buffer) as r:
+    with runner.Run("toy", args, task, buffer, schedules={"gamma": 0.9, "sizes": (4, 4), "fast": True}) as r:
         program = r.compile(chunk, jax.eval_shape(init, keys), data)
         fit = r.restore(init, keys, phase="fit")
         for step in r.chunks("fit step", args.fit_updates, fit.num_updates):
@@ -289,6 +289,49 @@ def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
     refused("udg-jax was .* and is now '0.1.0'")
     with pytest.raises(envs.InputError, match="x does not fit: another version"):
         runner.fill({"x": jnp.zeros(3)}, {"x": np.zeros(4, np.float32)}, "state.npz")
+
+
+def test_a_finished_run_goes_on_for_more_updates(whole, args, monkeypatch):
+    """And equals one of as many from the start, number by number, its log, too; twice, and over a stop."""
+    long = dataclasses.replace(args, num_updates=80, out=args.out + "-long")
+    result = learn(long)
+    learn(args)
+    positions = {path: checkpoint.read_npz(path)[1]["log"] for path in Path(args.out).rglob("state.npz")}
+    learn(dataclasses.replace(args, resume=True, num_updates=60))
+    more = dataclasses.replace(args, resume=True, num_updates=80)
+    stop(more, monkeypatch, "update", 70)
+    assert learn(more) == result and learn(more) == result
+    assert_same_run(Path(long.out), Path(args.out))
+    assert json.loads((Path(args.out) / "args.json").read_text())["num_updates"] == 80
+    log = (Path(args.out) / "log.jsonl").read_bytes()
+    assert json.loads(log.splitlines()[0])["args"]["num_updates"] == 80
+    for place in positions.values():  # in bytes, as they were
+        assert log[:place].endswith(b"}\n")
+    before = log, (Path(args.out) / "state.npz").read_bytes()
+    with pytest.raises(envs.InputError, match="num_updates was 80 and is now 60; resume with the old one"):
+        learn(dataclasses.replace(more, num_updates=60))
+    assert before == ((Path(args.out) / "log.jsonl").read_bytes(), (Path(args.out) / "state.npz").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (dict(gamma=0.5), "--gamma stretches over the whole run, and only one with --gamma 0.9 can go on"),
+        (dict(sizes=(4,)), "--sizes stretches over the whole run, and only one with --sizes 4 4 can go on"),
+    ],
+)
+def test_a_run_whose_schedule_has_ended_is_not_made_longer(args, changes, why):
+    learn(dataclasses.replace(args, **changes))
+    with pytest.raises(envs.InputError, match=f"a run of 40 updates cannot become one of 80: {why}; start anew"):
+        learn(dataclasses.replace(args, **changes, resume=True, num_updates=80))
+
+
+def test_schedules_that_a_script_does_not_name_or_that_a_flag_turns_off():
+    with pytest.raises(envs.InputError, match=r"x: .* what this script does depends on how many there are"):
+        checkpoint.check_growth("x", 40, {"num_updates": 80}, None)
+    with pytest.raises(envs.InputError, match=r"--lr-cosine stretches .* only one with --no-lr-cosine can"):
+        checkpoint.check_growth("x", 40, {"num_updates": 80, "lr_cosine": True}, {"lr_cosine": False})
+    checkpoint.check_growth("x", 40, {"num_updates": 80, "lr_cosine": False}, {"lr_cosine": False})
 
 
 def test_resuming_nothing_begins_anew(whole, args, capsys):
@@ -576,12 +619,48 @@ def test_flags_win_over_presets(capsys):
     parse = lambda words: runner.parse(Args, words.split(), lambda args: ("named", values))
     args = parse("--rate=0.7 --fast --num-updates 40")
     assert (args.rate, args.fast, args.num_updates, args.sizes) == (0.7, True, 40, (9,))
+    assert not capsys.readouterr().out  # an error may follow, and stands alone
+    runner.announce()
     said = capsys.readouterr().out
+    runner.announce()
+    assert not capsys.readouterr().out
     assert "preset named\n" in said and "not the defaults: num_updates=40 rate=0.7 sizes=(9,)\n" in said
     assert parse("--no-fast --num_updates 6").num_updates == 6
     assert parse("--rate 0.5").rate == 0.5  # given, though it is the default
     with pytest.raises(envs.InputError, match=r"--rate -1.0: must be at least 0"):
         parse("--rate -1")
+
+
+@pytest.mark.parametrize(
+    "words, num_updates, sizes",
+    [
+        ("--num-updates 1e6 --sizes 1e1 8", 1_000_000, (10, 8)),
+        ("--num_updates=2.5e3", 2_500, (4, 4)),
+        ("--num-updates 1_000_000 --sizes 7.0", 1_000_000, (7,)),
+    ],
+)
+def test_counts_may_be_written_as_people_write_them(words, num_updates, sizes):
+    args = runner.parse(Args, [*words.split(), "--rate", "1e-1"])
+    assert (args.num_updates, args.sizes, args.rate) == (num_updates, sizes, 0.1)
+    assert type(args.num_updates) is type(args.sizes[0]) is int
+
+
+@pytest.mark.parametrize("words", ["--num-updates 1.5", "--sizes 4 0.5", "--seed=1e-3", "--chunk inf", "--chunk nan"])
+def test_a_count_that_is_not_whole_is_refused(words):
+    flag, text = re.fullmatch(r"(--[\w-]+)[ =](?:4 )?(\S+)", words).groups()
+    with pytest.raises(envs.InputError, match=f"^{flag} {text}: must be a whole number$"):
+        runner.parse(Args, words.split())
+
+
+def test_errors_stand_alone(args, capsys):
+    """What the command line changed is printed once nothing can refuse the run, and before its own lines."""
+    words = [f"--dataset={args.dataset}", f"--out={args.out}", "--eval-episodes=2", "--num-updates=40", "--chunk=10"]
+    with pytest.raises(envs.InputError, match="--chunk must divide"):
+        learn(runner.parse(Args, [*words, "--eval-every=15"]))
+    assert not capsys.readouterr().out
+    learn(runner.parse(Args, [*words, "--eval-every=40"]))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not the defaults: ")]
+    assert len(told) == 1 and "eval_every=40" in told[0] and "eval_every=15" not in told[0] and "gamma" not in told[0]
 
 
 def test_help_is_in_the_groups_of_the_source(capsys):

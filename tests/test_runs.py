@@ -129,6 +129,30 @@ def test_a_run_stopped_in_every_phase_equals_the_whole_one(name, whole, tmp_path
     assert_same_run(Path(args.out), tmp_path / "run")
 
 
+WHY = {"cped": "--alpha-from stretches", "dac": "--lr-cosine stretches", "qdq": "what this script does"}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_a_schedule_over_the_run_forbids_more_updates(name, whole):
+    args, _ = whole(name)
+    with pytest.raises(envs.InputError, match=f"cannot become one of {2 * args.num_updates}: {WHY[name]}"):
+        module(name).main(dataclasses.replace(args, resume=True, num_updates=2 * args.num_updates))
+
+
+CONSTANT = {"cped": dict(alphas=(0.1,), alpha_from=(0.0,)), "dac": dict(lr_cosine=False)}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_finished_run_that_is_made_longer_equals_a_long_one(name, dataset, tmp_path):
+    args = tiny(name, dataset=dataset, out=str(tmp_path / "long"), **CONSTANT[name])
+    half = dataclasses.replace(args, out=str(tmp_path / "grown"), num_updates=args.eval_every)
+    assert half.num_updates < args.num_updates
+    module(name).main(half)
+    result = module(name).main(dataclasses.replace(args, out=half.out, resume=True))
+    assert module(name).main(args) == result
+    assert_same_run(tmp_path / "long", tmp_path / "grown")
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_seed_alone_is_the_seed_among_others(name, whole, tmp_path):
     args, _ = whole(name)
