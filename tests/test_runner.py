@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -796,6 +797,30 @@ def test_learning_curve_has_one_panel_for_each_length(tmp_path, monkeypatch, len
     plots.learning_curve("x.png", tmp_path, envs.task("point-angle-0"), buffer)
     assert [panel["title"] for panel in drawn] == titles
     assert [y for x, y, _ in drawn[-1]["lines"] if x is None] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("scale", ["loglog", "semilogy"])
+@pytest.mark.parametrize(
+    "low, high", [(1.0, 1.02), (81_000, 83_000), (2.0, 9.0), (1.3e-5, 9e-5), (0.13, 1.6), (0.9, 11.0), (1e-3, 2e7)]
+)
+def test_numbers_of_an_axis_do_not_overlap(tmp_path, monkeypatch, scale, low, high):
+    """On log scales of any range, two numbers at least on each axis, and each at its place."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda drawn: None)
+    x = np.geomspace(low, high, 20)
+    line = (x if scale == "loglog" else np.arange(20), x, {"label": "a"})
+    plots.figure(tmp_path / "x.png", [{"title": "t", "xlabel": "x", "ylabel": "y", "scale": scale, "lines": [line]}], 5)
+    axes = plt.gcf().axes[0]
+    monkeypatch.undo()
+    for axis, along in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        near, far = sorted(axis.get_view_interval())
+        places = [*axis.get_majorticklocs(), *axis.get_minorticklocs()]
+        labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
+        seen = [label for at, label in zip(places, labels, strict=True) if near <= at <= far and label.get_text()]
+        boxes = sorted([label.get_window_extent().get_points()[:, along] for label in seen], key=lambda box: box[0])
+        assert len(seen) >= 2 and all(one[1] < two[0] for one, two in itertools.pairwise(boxes)), seen
+    plt.close("all")
 
 
 def test_training_draws_what_the_log_has(whole, monkeypatch, tmp_path):
