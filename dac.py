@@ -210,7 +210,7 @@ def reward_scale(returns, args):
 
 
 def dac_data(buffer, args):
-    """The rows to sample from, on the host: rewards scaled, actions within 1 - 1e-5 (code)."""
+    """The rows to sample from, of a buffer or dict, on the host: rewards scaled, actions within 1 - 1e-5 (code)."""
     data = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
     rewards = data.rewards * np.float32(reward_scale(buffer["episode_returns"], args))
     return data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))

@@ -97,8 +97,8 @@ class Args(runner.RunFlags):
     task_options: tuple[str, ...] = ()
     """options of the task as name=value, e.g. gear=150 survive_bonus=1; recorded in the buffers"""
     preset: str = ""
-    """a setting by name (PRESETS); empty: our own for the world; paper: the published number of steps and updates on
-    ant and cheetah, all else ours"""
+    """a setting by name, see the list above; empty: our own for the world; paper: the published number of steps and
+    updates on ant and cheetah, all else ours"""
     seed: runner.Natural = 0
     """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
     quick: bool = False
@@ -187,7 +187,7 @@ class Args(runner.RunFlags):
     auto_alpha: bool = False
     """learn alpha towards a stated entropy (SAC); supervised data need it, because a fixed 0.2 makes no expert"""
     target_entropy: float | None = None
-    """that entropy in nats; None: -A (SAC)"""
+    """that entropy in nats; left out: -A (SAC)"""
     log_std_min: float = -20.0
     """lower clip of the actor's log standard deviation (reference: -20)"""
     log_std_max: float = 2.0

@@ -64,13 +64,14 @@ class RunFlags:
     task: str = ""
     """task to evaluate in; empty: the file's, and no other is accepted"""
     preset: str = ""
-    """a setting by name, see the list above; empty: by the file's dataset_name"""
+    """a setting by name, see the list above: cpu takes minutes on two cores, the name of a data set is what was
+    published for it; empty: by the file's dataset_name"""
     seed: Natural = 0
     """first seed"""
     out: str = ""
     """run folder; empty: runs/<script>/<task>/seed<seed>"""
     resume: bool = False
-    """go on from the folder's state.npz, exactly"""
+    """go on from the folder's state.npz, exactly; a finished run for more num_updates, where no schedule forbids it"""
     quick: bool = False
     """a small run on the point robot, under 2 minutes; its data are made on the spot"""
     track: bool = False
@@ -78,8 +79,8 @@ class RunFlags:
     backend: Literal["auto", "mujoco", "mjx"] = "auto"
     """physics: C MuJoCo (auto on a CPU) or MJX (auto elsewhere); the point worlds have their own"""
     num_devices: Natural = 0
-    """devices that share seeds or policies; 0: all there are. A CPU is one, or as many as are asked for; for wide
-    policies of wurl_sac.py 0 makes one of each core"""
+    """devices that share the seeds or policies; 0: all there are. A CPU is one device, or as many as are asked for; for
+    wide policies of wurl_sac.py 0 makes one of each core"""
     # --- budget ---
     num_updates: Count = 1_000_000
     """gradient steps per seed"""

@@ -162,6 +162,7 @@ def test_help_works(name, monkeypatch, capsys):
     assert not ended.value.code and flags <= set(re.findall(r"^  --([\w-]+)", said, re.M))
     first = " ".join(ast.get_docstring(tree(name)).split("\n\n")[0].split())
     assert first in " ".join(said.split()) and "Deviations" not in said
+    assert f"\n  python {name}.py --quick " in said and f"docs/{name}.md" in said
 
 
 # --- the packages ---

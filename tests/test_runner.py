@@ -665,13 +665,15 @@ def test_errors_stand_alone(args, capsys):
 
 
 def test_help_is_in_the_groups_of_the_source(capsys):
-    doc = "toy: learns\nnothing.\n\nPaper   none"
+    run = "Run     python toy.py --quick     (seconds)\n           --more\n"
+    doc = f"toy: learns\nnothing.\n\nPaper   none\n{run}Expect  1"
     with pytest.raises(SystemExit) as ended:
         runner.parse(Args, ["--help"], None, ("cpu", "hopper"), doc)
     said = capsys.readouterr().out
     assert ended.value.code == 0 and "toy: learns nothing." in said and "Paper" not in said
-    assert "presets (--preset): cpu, hopper" in said
-    assert re.findall(r"^(\S.*):$", said, re.M) == ["data", "run", "budget", "the fit"]
+    assert "those on the line win): cpu, hopper" in said and "Expect" not in said
+    assert "examples:\n  python toy.py --quick     (seconds)\n     --more\n" in said
+    assert re.findall(r"^(\S.*):$", said, re.M) == ["examples", "data", "run", "budget", "the fit"]
     found = " ".join(said[said.index("the fit:") :].split())
     for words in (
         "--fit-updates N [60] updates of the fit at most", "--rate X [0.5]", "--sizes N ... [4 4]",
