@@ -174,6 +174,8 @@ def test_a_run_leaves_its_files(whole):
     assert names == {"args.json", "fit", "log.jsonl", "policy.npz", "state.npz", "state.prev.npz", *figures}
     assert all((folder / name).stat().st_size > 5_000 for name in figures)
     assert json.loads((folder / "args.json").read_text())["num_seeds"] == 2
+    header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    assert (header["script"], header["task"]) == ("toy", "point-angle-0")
     steps = [(r["step"], r["seed"], "eval/return" in r) for r in records_of(folder)]
     fit = [(step, seed, False) for step in (10, 20, 30, 40) for seed in (0, 1)]
     assert steps == [*fit, *((step, seed, True) for step in (20, 40) for seed in (0, 1))]
