@@ -607,6 +607,7 @@ def test_cores_become_devices_that_share_the_policies_evenly(cores, K, wanted, m
 def test_flags_without_effect_are_named(words, told, capsys):
     """On the ant, whose preset learns alpha and holds the pay; what the preset sets is nobody's mistake."""
     runner.parse(W.Args, words.split(), W.preset, W.PRESETS, idle=W.idle_flags)
+    runner.announce()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("without effect")]
     assert [line.split()[2].strip("-,") for line in said] == told
 
