@@ -220,7 +220,7 @@ def sample_batch(data, key, batch_size):
 
 
 def cped_data(buffer, args):
-    """Buffer -> CpedData, and mean, std [S] of all rows, which observations were standardised with."""
+    """Buffer, or dict of its columns -> CpedData, and mean, std [S] of all rows, which observations are scaled by."""
     observations = np.asarray(buffer["observations"])
     mean, std = np.zeros(observations.shape[1], np.float32), np.ones(observations.shape[1], np.float32)
     if args.normalize:  # D4
@@ -233,9 +233,9 @@ def cped_data(buffer, args):
         next_observations=(rows.next_observations - mean) / std,
         rewards=rows.rewards + np.float32(args.reward_shift),
     )
-    known = buffer.arrays.get("action_log_probs") if args.flow == "cond" else None
-    order = np.random.default_rng(0).permutation(len(buffer))  # one split for all seeds
-    held, kept = np.split(order, [min(args.holdout_rows, len(buffer) // 10)])
+    known = buffer.get("action_log_probs") if args.flow == "cond" else None
+    order = np.random.default_rng(0).permutation(len(observations))  # one split for all seeds
+    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])
     take = lambda index: jax.tree.map(lambda x: jnp.asarray(x[index]), rows)
     return CpedData(take(kept), take(held), None if known is None else jnp.asarray(known[held])), mean, std
 
@@ -754,7 +754,8 @@ def main(args):
     env = envs.make(task, args.backend)
     evaluate = runner.each_seed(runner.returns_of(policy, env, task, buffer, args), args)
 
-    with runner.Run("cped", args, task, buffer) as run:
+    schedules = {"alpha_from": (0.0,), "critic_from": 0.0, "q_from": 0.0}
+    with runner.Run("cped", args, task, buffer, schedules=schedules) as run:
         like = jax.eval_shape(init, keys, data)
         flow_chunk, train_chunk = run.compile(flow_chunk, like, data), run.compile(train_chunk, like, data)
         state = run.restore(init, keys, data, phase="flow")

@@ -210,7 +210,7 @@ def reward_scale(returns, args):
 
 
 def dac_data(buffer, args):
-    """The rows to sample from, on the host: rewards scaled, actions within 1 - 1e-5 (code)."""
+    """The rows to sample from, of a buffer or dict, on the host: rewards scaled, actions within 1 - 1e-5 (code)."""
     data = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
     rewards = data.rewards * np.float32(reward_scale(buffer["episode_returns"], args))
     return data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
@@ -586,7 +586,7 @@ def main(args):
     env = envs.make(task, args.backend)
     evaluate = runner.each_seed(runner.returns_of(act, env, task, buffer, args, sampled=True), args)
 
-    with runner.Run("dac", args, task, buffer) as run:
+    with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)
         state = run.restore(init, keys)
         data = jax.device_put(data)  # all rows stay on the device

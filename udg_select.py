@@ -729,7 +729,7 @@ def main(args) -> dict[str, Any]:
     files = planned_files(out, tasks, selections, args)
     reference = open_reference(args.reference, sources) if args.reference else None
     rows = sum(len(source.buffer) for source in sources)
-    print(f"{len(sources)} buffers of '{tasks[0].env}', {rows:,} transitions", flush=True)
+    runner.announce(f"{len(sources)} buffers of '{tasks[0].env}', {rows:,} transitions")
     out.mkdir(parents=True, exist_ok=True)
     check_room(out, tasks, sources, selections, args)
 

@@ -83,7 +83,7 @@ import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
-from runner import devices, policies
+from runner import devices, diversity
 from runner.rows import PolicyRows, are_finished, write_buffers
 
 
@@ -97,8 +97,8 @@ class Args(runner.RunFlags):
     task_options: tuple[str, ...] = ()
     """options of the task as name=value, e.g. gear=150 survive_bonus=1; recorded in the buffers"""
     preset: str = ""
-    """a setting by name (PRESETS); empty: our own for the world; paper: the published number of steps and updates on
-    ant and cheetah, all else ours"""
+    """a setting by name, see the list above; empty: our own for the world; paper: the published number of steps and
+    updates on ant and cheetah, all else ours"""
     seed: runner.Natural = 0
     """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
     quick: bool = False
@@ -187,7 +187,7 @@ class Args(runner.RunFlags):
     auto_alpha: bool = False
     """learn alpha towards a stated entropy (SAC); supervised data need it, because a fixed 0.2 makes no expert"""
     target_entropy: float | None = None
-    """that entropy in nats; None: -A (SAC)"""
+    """that entropy in nats; left out: -A (SAC)"""
     log_std_min: float = -20.0
     """lower clip of the actor's log standard deviation (reference: -20)"""
     log_std_max: float = 2.0
@@ -628,9 +628,9 @@ def make_evaluation(args, task, rollouts):
     def evaluation(actor, key, num_episodes):
         key_rollout, *keys = jax.random.split(key, 3)
         steps = rollouts(actor, jax.random.split(key_rollout, args.num_policies), num_episodes)
-        return policies.measures(steps, features_of(steps.transition), keys, task, args.hidden_sizes[:2])
+        return diversity.measures(steps, features_of(steps.transition), keys, task, args.hidden_sizes[:2])
 
-    return lambda *inputs: policies.exact(*jax.tree.map(np.asarray, evaluation(*inputs)), task, args.cell)
+    return lambda *inputs: diversity.exact(*jax.tree.map(np.asarray, evaluation(*inputs)), task, args.cell)
 
 
 # === training ===
@@ -874,7 +874,7 @@ def announce(args, task, env, episode_length):
 def log_evaluation(run, step, train, metrics, actor, files):
     """Log and print an evaluation; with --keep-policies, keep the policies that it judged."""
     run.record(step, train | metrics)
-    policies.show_evaluation(step, metrics, run.args, is_diverse(run.args) and not run.args.random)
+    diversity.show_evaluation(step, metrics, run.args, is_diverse(run.args) and not run.args.random)
     if run.args.keep_policies:
         about = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
         about |= {"update": step, "rows": files.rows()}
@@ -945,7 +945,7 @@ def main(args):
         if not args.random:  # the networks of random policies never act
             write_policy(run, actor)
         if run.is_first:
-            policies.write_figures(run, feature_names(args, task), snapshot)
+            diversity.write_figures(run, feature_names(args, task), snapshot)
         fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
         write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
         print(f"{run.folder}: buffers, policies, figures; {time.time() - run.began:.0f} s")

@@ -7,17 +7,15 @@ distances in the full space. The mean of these costs is at least W1, and equal t
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import sparse
-from scipy.optimize import linear_sum_assignment, linprog
-from scipy.spatial.distance import cdist
+import scipy
 
 
 def wasserstein(x, y):
     """Exact W1 of two samples of n points: min over permutations of mean ||x_i - y_p(i)||."""
-    cost = cdist(x, y)
+    cost = scipy.spatial.distance.cdist(x, y)
     # What is added to a row or a column leaves the best permutation the best; it is found up to four times as fast.
     centred = cost - cost.mean(axis=0) - cost.mean(axis=1, keepdims=True)
-    return float(cost[linear_sum_assignment(centred)].mean())
+    return float(cost[scipy.optimize.linear_sum_assignment(centred)].mean())
 
 
 def mixture_weights(samples, target):
@@ -27,12 +25,14 @@ def mixture_weights(samples, target):
     program in K n m + K numbers, which takes seconds at a million.
     """
     K, n, m = len(samples), len(samples[0]), len(target)
-    cost = np.concatenate([cdist(x, target) for x in samples])
-    sent = sparse.kron(sparse.eye_array(K * n), np.ones((1, m)))
-    received = sparse.kron(np.ones((1, K * n)), sparse.eye_array(m))
-    shares = sparse.kron(sparse.eye_array(K), np.full((n, 1), 1 / n))
-    equal = sparse.block_array([[sent, -shares], [received, None]], format="csr")
-    found = linprog(np.r_[cost.ravel(), np.zeros(K)], A_eq=equal, b_eq=np.r_[np.zeros(K * n), np.full(m, 1 / m)])
+    cost = np.concatenate([scipy.spatial.distance.cdist(x, target) for x in samples])
+    sent = scipy.sparse.kron(scipy.sparse.eye_array(K * n), np.ones((1, m)))
+    received = scipy.sparse.kron(np.ones((1, K * n)), scipy.sparse.eye_array(m))
+    shares = scipy.sparse.kron(scipy.sparse.eye_array(K), np.full((n, 1), 1 / n))
+    equal = scipy.sparse.block_array([[sent, -shares], [received, None]], format="csr")
+    found = scipy.optimize.linprog(
+        np.r_[cost.ravel(), np.zeros(K)], A_eq=equal, b_eq=np.r_[np.zeros(K * n), np.full(m, 1 / m)]
+    )
     weights = np.maximum(found.x[-K:], 0.0)
     return weights / weights.sum(), float(found.fun)
 

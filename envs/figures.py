@@ -21,6 +21,9 @@ def _axes(num, width=6.4, height=5.6):
 def plot_paths(path, task, paths, features, alive, episodes=10):
     """Root paths of every policy, and their features where those are not the root's x and y (one feature: its density).
 
+    The number of a policy stands where its episodes end on average, above all paths, which would hide one that stays
+    where all begin.
+
     path: the png to write; paths [K, E, L, 2] in metres; features [K, E, L, d]; alive [K, E, L] bool.
     """
     on_plane = tuple(task.feature_names[:2]) == ("x", "y")
@@ -39,6 +42,7 @@ def plot_paths(path, task, paths, features, alive, episodes=10):
         if features.shape[-1] == 1:
             values = features[k, ..., 0][alive[k]]
             axes[1].hist(values, 80, density=True, histtype="step", color=shades[k], label=f"policy {k}")
+    _number_ends(axes[0], paths, alive, shades)
     axes[0].set(xlabel="x (m)", ylabel="y (m)" if on_plane else "z (m)")
     if on_plane:
         axes[0].set_aspect("equal", "datalim")
@@ -46,9 +50,21 @@ def plot_paths(path, task, paths, features, alive, episodes=10):
         axes[1].set(xlabel=task.feature_names[0], ylabel="density", title="the feature, all steps")
     else:
         axes[1].set(xlabel=task.feature_names[0], ylabel=task.feature_names[-1], title="features")
-    axes[0].set_title(f"{task.name}: {len(paths)} policies, up to {episodes} episodes each")
+    axes[0].set_title(f"{task.name}: {len(paths)} policies, up to {episodes} episodes each, numbered where they end")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=4)
     figure.savefig(Path(path), dpi=110)
+
+
+def _number_ends(axes, paths, alive, shades):
+    """Numbers of the policies where their episodes end on average; side by side where several end at one place."""
+    last = alive.sum(-1)[..., None, None] - 1
+    ends = np.take_along_axis(paths, last, 2)[:, :, 0].mean(1)  # [K, 2]
+    near = 0.04 * max(np.ptp(paths[alive], 0).max(), 1e-9)
+    for k, end in enumerate(ends):
+        aside = 15 * (np.linalg.norm(ends[:k] - end, axis=-1) < near).sum()
+        disc = {"boxstyle": "circle,pad=0.25", "fc": shades[k], "ec": "white", "lw": 0.8}
+        at = {"xytext": (aside, 0), "textcoords": "offset points", "ha": "center", "va": "center", "zorder": 4}
+        axes.annotate(str(k), end, color="white", fontsize=7, bbox=disc, **at)
 
 
 def walls(env):

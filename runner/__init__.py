@@ -12,38 +12,36 @@
         run.write_policy("diffusion", params)
         return run.finish()                                     figures and the score
 
-Nothing here knows an algorithm. It imports `envs`, never the other way round.
+Nothing here knows an algorithm. It imports `envs`, never the other way round. A name is imported when it is first used:
+runner.policies, which reads a policy.npz where it is deployed, needs neither the rest nor JAX.
 """
 
-import runner.neighbours  # noqa: F401  (first: it says which folder hides one of our packages)
-from runner.checkpoint import fill, flat_arrays, read_npz
-from runner.devices import map_seeds, over_devices, seed_keys
-from runner.evaluation import each_seed, evaluation_keys, play, returns_of
-from runner.flags import (
-    Count,
-    Data,
-    Flags,
-    Natural,
-    Rate,
-    RunFlags,
-    Share,
-    Size,
-    check,
-    check_run,
-    launch,
-    parse,
-    refuse,
-    task_options,
-)
-from runner.folder import folder_of, open_task, state_files
-from runner.log import say, with_eta, write_whole
-from runner.presets import preset
-from runner.run import DIGESTED, Run
-from runner.tables import show
+import importlib
 
-__all__ = [
-    "DIGESTED", "Count", "Data", "Flags", "Natural", "Rate", "Run", "RunFlags", "Share", "Size", "check", "check_run",
-    "each_seed", "evaluation_keys", "fill", "flat_arrays", "folder_of", "launch", "map_seeds", "open_task",
-    "over_devices", "parse", "play", "preset", "read_npz", "refuse", "returns_of", "say", "seed_keys", "show",
-    "state_files", "task_options", "with_eta", "write_whole",
-]  # fmt: skip
+import runner.neighbours  # noqa: F401  (first: it says which folder hides one of our packages)
+
+NAMES = {  # module -> what `runner` has of it
+    "checkpoint": "fill flat_arrays read_npz",
+    "devices": "map_seeds over_devices seed_keys",
+    "evaluation": "each_seed evaluation_keys play returns_of",
+    "flags": "Count Data Flags Natural Rate RunFlags Share Size "
+    "announce check check_run launch parse refuse task_options",
+    "folder": "folder_of open_task state_files",
+    "log": "say with_eta write_whole",
+    "presets": "preset",
+    "run": "DIGESTED Run",
+    "tables": "show",
+}
+HOMES = {name: module for module, names in NAMES.items() for name in names.split()}
+__all__ = list(HOMES)
+
+
+def __getattr__(name):
+    if name not in HOMES:
+        raise AttributeError(f"module 'runner' has no attribute '{name}'")
+    globals()[name] = getattr(importlib.import_module(f"runner.{HOMES[name]}"), name)
+    return globals()[name]
+
+
+def __dir__():
+    return sorted([*globals(), *HOMES])

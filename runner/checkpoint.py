@@ -66,10 +66,11 @@ def read_npz(path, about="meta_json"):
     return arrays, json.loads(str(arrays.pop(about)))
 
 
-def read_state(folder, identity):
+def read_state(folder, identity, schedules=None):
     """The newest readable state of the folder -> arrays, meta, path.
 
-    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another.
+    Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another; a larger
+    num_updates is none, where the `schedules` are off.
     """
     names = ("state.new.npz", "state.npz", "state.prev.npz")  # the first: whole, but a kill came before it had its name
     for path in (folder / name for name in names if (folder / name).exists()):
@@ -80,8 +81,30 @@ def read_state(folder, identity):
             print(f"cannot read {path}: {error}", file=sys.stderr)
     else:
         raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
-    check_identity(path, meta["identity"], json.loads(json.dumps(identity)))
+    old, new, schedules = json.loads(json.dumps((meta["identity"], identity, schedules)))
+    if 0 < old.get("num_updates", 0) < new.get("num_updates", 0):
+        check_growth(path, old["num_updates"], new, schedules)
+        old = {**old, "num_updates": new["num_updates"]}
+    check_identity(path, old, new)
     return arrays, meta, path
+
+
+def check_growth(path, old, new, schedules):
+    """InputError where a run of `old` updates would have been another one, had it been one of new["num_updates"].
+
+    schedules: {flag that makes something follow the share of the run that is done: its value where nothing does}; None:
+    something always does.
+    """
+    text = lambda x: " ".join(map(str, x)) if isinstance(x, list) else x
+    reasons = ["what this script does depends on how many there are"] if schedules is None else []
+    for name, off in (schedules or {}).items():
+        flag = name.replace("_", "-")
+        without = f"--no-{flag}" if off is False else f"--{flag} {text(off)}"
+        if new[name] != off:
+            reasons += [f"--{flag} stretches over the whole run, and only one with {without} can go on"]
+    if reasons:
+        grown = f"a run of {old} updates cannot become one of {new['num_updates']}"
+        raise envs.InputError(f"{path}: {grown}: {reasons[0]}; start anew with another --out")
 
 
 def check_identity(path, old, new):

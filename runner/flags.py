@@ -1,5 +1,6 @@
 """Flags: those that every script has, what a flag's type allows, presets, and the command line."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -39,6 +40,7 @@ Count = Annotated[int, Within(1, MOST)]  # how many, at least one
 Share = Annotated[float, Within(0, 1)]
 Rate = Annotated[float, Within(0)]  # not negative
 Size = Annotated[float, Within(0, open=True)]
+ABOUT = []  # of the last command line: what `announce` will print
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ class RunFlags:
     task: str = ""
     """task to evaluate in; empty: the file's, and no other is accepted"""
     preset: str = ""
-    """a setting by name, see the list above; empty: by the file's dataset_name"""
+    """a setting by name, see the list above: cpu takes minutes on two cores, the name of a data set is what was
+    published for it; empty: by the file's dataset_name"""
     seed: Natural = 0
     """first seed"""
     out: str = ""
     """run folder; empty: runs/<script>/<task>/seed<seed>"""
     resume: bool = False
-    """go on from the folder's state.npz, exactly"""
+    """go on from the folder's state.npz, exactly; a finished run for more num_updates, where no schedule forbids it"""
     quick: bool = False
     """a small run on the point robot, under 2 minutes; its data are made on the spot"""
     track: bool = False
@@ -76,8 +79,8 @@ class RunFlags:
     backend: Literal["auto", "mujoco", "mjx"] = "auto"
     """physics: C MuJoCo (auto on a CPU) or MJX (auto elsewhere); the point worlds have their own"""
     num_devices: Natural = 0
-    """devices that share seeds or policies; 0: all there are. A CPU is one, or as many as are asked for; for wide
-    policies of wurl_sac.py 0 makes one of each core"""
+    """devices that share the seeds or policies; 0: all there are. A CPU is one device, or as many as are asked for; for
+    wide policies of wurl_sac.py 0 makes one of each core"""
     # --- budget ---
     num_updates: Count = 1_000_000
     """gradient steps per seed"""
@@ -104,19 +107,20 @@ def refuse(rules):
 
 
 def bounds_of(kind):
-    """A flag's type -> (limits of its numbers, whether it takes several)."""
+    """A flag's type -> (limits of its numbers, whether it takes several, the type of one)."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):  # None may stand in its place
         kind = next(x for x in typing.get_args(kind) if x is not types.NoneType)
     many = typing.get_origin(kind) is tuple
     kind = typing.get_args(kind)[0] if many else kind
-    return [x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Within)], many
+    limits = [x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Within)]
+    return limits, many, typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
 
 
 def check(args):
     """InputError where a flag is outside of the limits of its type, or no script could do anything with it."""
     for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        bounds, many = bounds_of(kind)
+        bounds, many, _ = bounds_of(kind)
         numbers = value if isinstance(value, tuple) else (value,)
         refuse({f"{flag} needs at least one number": bool(numbers) or not (many and bounds)})
         for x in (x for x in numbers if x is not None):
@@ -158,28 +162,64 @@ def given_flags(argv, fields):
     return {word if word in fields else word.removeprefix("no_") for word in words} & set(fields)
 
 
+def whole_number(flag, text):
+    """1e6 -> 1000000; other words as they are; InputError at a number that is not whole."""
+    with contextlib.suppress(ValueError):
+        int(text)
+        return text
+    try:
+        x = float(text)
+    except ValueError:  # no number: the parser says so
+        return text
+    refuse({f"{flag} {text}: must be a whole number": x.is_integer()})
+    return str(int(x))
+
+
+def whole_numbers(Args, argv):
+    """The command line, its counts in digits."""
+    kinds = typing.get_type_hints(Args, include_extras=True)
+    counts = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if bounds_of(kind)[2] is int}
+    flag, words = "", []
+    for word in argv:
+        name, equals, text = word.partition("=")
+        if word.startswith("--"):
+            flag = name.replace("_", "-")
+            word = f"{name}={whole_number(flag, text)}" if equals and flag in counts else word
+        elif flag in counts:
+            word = whole_number(flag, word)
+        words.append(word)
+    return words
+
+
+def announce(*more):
+    """Print what the command line changed, and more: once all is checked, so that an error stands alone."""
+    print(*ABOUT, *more, sep="\n", end="\n" if ABOUT or more else "", flush=True)
+    ABOUT.clear()
+
+
 def parse(Args, argv, preset_of=None, names=(), doc="", idle=lambda args: {}):
     """Command line -> Args: defaults, then the values that `preset_of(args)` gives, then the flags.
 
-    preset_of(args) -> (name, {field: value}); names: of the presets, for --help; doc: the script's header. Prints what
-    differs from the defaults, and which flags on the line have no effect: idle(args) -> {field: why}.
+    preset_of(args) -> (name, {field: value}); names: of the presets, for --help; doc: the script's header. `announce`
+    prints what differs from the defaults, and which flags on the line have no effect: idle(args) -> {field: why}.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, names, doc))
         sys.exit(0)
-    args = tyro.cli(Args, args=argv, prog=Path(sys.argv[0]).name)
+    args = tyro.cli(Args, args=whole_numbers(Args, argv), prog=Path(sys.argv[0]).name)
     check(args)
+    ABOUT.clear()
     given = given_flags(argv, [field.name for field in dataclasses.fields(Args)])
     if preset_of is not None:
         name, values = preset_of(args)
         args = dataclasses.replace(args, **{k: v for k, v in values.items() if k not in given})
-        print(f"preset {name}")
+        ABOUT.append(f"preset {name}")
     check(args)
     plain = Args()
     changed = {k: v for k, v in dataclasses.asdict(args).items() if v != getattr(plain, k)}
-    print("not the defaults:", *(f"{k}={v}" for k, v in changed.items()), flush=True)
+    ABOUT.append(" ".join(["not the defaults:", *(f"{k}={v}" for k, v in changed.items())]))
     for field in sorted(given & idle(args).keys()):
-        print(f"without effect: --{field.replace('_', '-')}, because {idle(args)[field]}", flush=True)
+        ABOUT.append(f"without effect: --{field.replace('_', '-')}, because {idle(args)[field]}")
     return args
 
 

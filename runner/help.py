@@ -1,4 +1,5 @@
-"""--help: the flags in the groups of the source, which tyro does not know, without the header's tables."""
+"""--help: the header's first paragraph and commands, how to read the rest, and the flags in the groups of the source,
+which tyro does not know."""
 
 import ast
 import dataclasses
@@ -42,16 +43,28 @@ def type_text(kind):
     return SHORT.get(kind, "TEXT")
 
 
+def commands(doc):
+    """The lines of a header's field `Run`, as they stand there."""
+    found = re.search(r"^Run(.*?)(?=^\S|\Z)", doc, re.M | re.S)
+    return textwrap.dedent(f"   {found[1]}").strip().splitlines() if found else []
+
+
 def help_text(Args, names, doc):
-    """First paragraph of the header, the names of the presets, then every flag with its default."""
+    """First paragraph and commands of the header, names of the presets, a legend, then every flag with its default."""
     width = min(shutil.get_terminal_size((110, 20)).columns, 120)
     script = Path(sys.argv[0]).name
     wrap = lambda text, indent: textwrap.fill(
         text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
     lines = [f"usage: python {script} [flags]", "", wrap(" ".join(doc.split("\n\n")[0].split()), ""), ""]
+    if examples := commands(doc):
+        lines += ["examples:", *(f"  {line}" for line in examples), ""]
     if names:
-        lines += [wrap(f"presets (--preset): {', '.join(names)}", ""), ""]
+        lines += [wrap(f"presets (--preset; sets several flags, those on the line win): {', '.join(names)}", ""), ""]
+    about = f"""N: a whole number, also as 1e6; X: a number; ...: one or more; [the default, before a preset]; a switch
+    that a preset turned on is turned off by --no-... Letters such as K and B, numbers such as D1, and what paper, code
+    or reference mean: the top of {script}, and docs/{Path(script).stem}.md."""
+    lines += [wrap(" ".join(about.split()), ""), ""]
     kinds, plain, told = typing.get_type_hints(Args, include_extras=True), Args(), {}
     classes = [cls for cls in reversed(Args.__mro__) if dataclasses.is_dataclass(cls)]
     for name, group, text in (entry for cls in classes for entry in documented(cls)):

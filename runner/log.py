@@ -61,10 +61,11 @@ class Logger:
     and as a new run of W&B, so that nothing stands twice and nothing is missing, whichever phase the steps belong to.
     """
 
-    def __init__(self, folder, args, position=0):
+    def __init__(self, folder, args, position=0, **about):
+        """about: script and task, for the first line."""
         from tensorboardX.event_file_writer import EventsWriter
 
-        header = {"args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
+        header = {**about, "args": dataclasses.asdict(args), "versions": envs.buffers.versions()}
         header |= {"commit": envs.buffers.git_commit(), "device": jax.devices()[0].device_kind}
         header["num_devices"] = jax.device_count()
         self.wandb = start_wandb(folder, header["args"]) if args.track else None
@@ -72,11 +73,24 @@ class Logger:
             events.unlink()
         self.board = EventsWriter(str(folder / "events"))  # in this thread, so that a full disk is an error here
         self.file = open(folder / "log.jsonl", "r+b" if position else "wb")  # noqa: SIM115
-        for line in self.file.read(position).splitlines()[1:] if position else ():
+        first, *lines = self.file.read(position).splitlines() if position else [b""]
+        for line in lines:
             self.show(json.loads(line))
         self.file.truncate(position)
         if not position:
             self.write(header)
+        elif json.loads(first)["args"]["num_updates"] != args.num_updates:
+            self.change(first, args.num_updates)
+
+    def change(self, first, num_updates):
+        """A run that goes on for longer says so in its first line; as long as before, for states know places behind."""
+        header = json.loads(first)
+        header["args"]["num_updates"] = num_updates
+        line = json.dumps(header, separators=(",", ":")).encode().ljust(len(first))
+        if len(line) == len(first):  # the spaces that the first line was written with are more than any number
+            self.file.seek(0)
+            self.file.write(line)
+            self.file.seek(0, os.SEEK_END)
 
     def write(self, record):
         try:

@@ -49,6 +49,20 @@ def summary(folder, buffer):
     return {k: float(v) for k, v in result.items()}
 
 
+def number(axis):
+    """Numbers on an axis with a log scale: powers of ten; where fewer than two of them are in sight, round numbers, and
+    never one beside every small tick, which would overlap."""
+    from matplotlib import ticker
+
+    low, high = sorted(axis.get_view_interval())
+    axis.set_minor_formatter(ticker.NullFormatter())
+    if np.floor(np.log10(high)) > np.ceil(np.log10(low)):
+        return
+    few = ticker.MaxNLocator(4, steps=[1, 2, 5, 10]) if high < 5 * low else ticker.LogLocator(subs=(1.0, 2.0, 5.0))
+    axis.set_major_locator(few)
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+
+
 def figure(path, panels, width=6.0, height=4.5):
     """Draw panels side by side into a png.
 
@@ -74,6 +88,8 @@ def figure(path, panels, width=6.0, height=4.5):
             label = {k: v for k, v in style.items() if k == "label"}
             lines = axis.plot(x, y, **{k: v for k, v in style.items() if k != "label"})
             lines[0].set(**label)
+        for of in filter(lambda of: of.get_scale() == "log", (axis.xaxis, axis.yaxis)):
+            number(of)
         labels = sum("label" in style for _, _, style in panel["lines"])
         if labels:
             beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if labels > 6 else {}

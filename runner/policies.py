@@ -1,143 +1,147 @@
-"""What several policies do, and what is shown of it: measures, a warning where policies do the same, figures."""
+"""Load a policy.npz and act, with NumPy alone: `policies.load(path)(observations)` (docs/policy.md)."""
 
-import dataclasses
+import json
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-
-import envs
-from envs.distances import direction_gap, distance_matrix, exact_measures, neighbour_distances
-from runner import plots
-from runner.log import say
-
-SHOWN = (
-    "w1_nearest", "w1_margin", "w1_closest", "w1_floor", "cells", "direction_gap_deg", "disc_success", "task_return",
-)  # fmt: skip
-CURVES = {  # of distances.png
-    "w1_nearest": "nearest other, mean over policies", "w1_closest": "closest pair",
-    "min_w": "upper bound of the nearest, by projections",
-}  # fmt: skip
 
 
-class Classifier(nn.Module):
-    """K logits of a state: two ReLU layers of Xavier-uniform weights."""
+def load(path, index=0, seed=0):
+    """A policy.npz of any script -> Policy.
 
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x):
-        for width in self.widths[:-1]:
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
-        return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
-
-
-def discriminator_success(x, train, test, key, hidden_sizes):
-    """Geometric mean of p(policy | state) and accuracy of a fresh K-way MLP (WURL: 1000 Adam steps, batch 200).
-
-    x [K, E, L, S] states; trained on the rows with train [K, E, L], judged on those with test [K, E, L].
+    index: which of its policies (wurl_sac.py) or seeds (the learners), from 0; seed: of the noise, for a kind that
+    cannot act without (`diffusion`). Raises envs.InputError where the file cannot be read, is no policy, is of a kind
+    not known here, or has fewer policies.
     """
-    net, optimiser = Classifier((*hidden_sizes, len(x))), optax.adam(2e-3)
-    y = jnp.broadcast_to(jnp.arange(len(x))[:, None, None], train.shape).reshape(-1)
-    x, train, test = x.reshape(-1, x.shape[-1]), train.reshape(-1), test.reshape(-1) / test.sum()
-    rows, cross_entropy = jnp.argsort(~train, stable=True), optax.softmax_cross_entropy_with_integer_labels
-    loss = lambda params, i: cross_entropy(net.apply(params, x[i]), y[i]).mean()
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        kind, about = str(arrays.pop("kind")), json.loads(str(arrays.pop("metadata_json")))
+    except KeyError as error:
+        raise _error(f"{path}: has no {error}; name a policy.npz that a script wrote") from None
+    except Exception as error:  # not there, torn, no npz, ...
+        raise _error(f"{path}: cannot be read ({error}); name a policy.npz that a script wrote") from None
+    if kind not in KINDS:
+        raise _error(f"{path}: holds '{kind}'; the kinds of policies are {', '.join(KINDS)}")
+    try:
+        arrays = {key: x.astype(np.float32) for key, x in arrays.items()}  # as JAX computes
+        count = len(arrays[f"{KINDS[kind].body}/Dense_0/kernel"])
+        if not 0 <= index < count:
+            raise _error(f"{path}: has no policy {index}; choose an index from 0 to {count - 1}")
+        return KINDS[kind]({k: x if k.startswith("schedule/") else x[index] for k, x in arrays.items()}, about, seed)
+    except KeyError as error:
+        raise _error(f"{path}: has no {error}; another version of the script wrote it, train anew") from None
 
-    def step(carry, key):
-        params, state = carry
-        i = rows[jax.random.randint(key, (200,), 0, train.sum())]
-        updates, state = optimiser.update(jax.grad(loss)(params, i), state)
-        return (optax.apply_updates(params, updates), state), None
 
-    key_init, key_steps = jax.random.split(key)
-    params = net.init(key_init, x[:1])
-    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), jax.random.split(key_steps, 1_000))
-    logits = net.apply(params, x)
-    return jnp.exp(-cross_entropy(logits, y) @ test), (logits.argmax(-1) == y) @ test
+class Policy:
+    """policy(observations [.., S]) -> actions [.., A] in [-1, 1], float32.
 
-
-def measures(steps, features, keys, task, hidden_sizes):
-    """What K policies do in E episodes each -> metrics by name, arrays for `exact` and the figures.
-
-    steps: transition, alive [K, E, L, ..]; features [K, E, L, d] of the states s_{t+1}; keys: two, for classifiers of
-    the given widths
+    metadata: of the file, with `task` and `observations` ("env": the world's, "task": after the task's `observe`).
     """
-    t, alive = steps.transition, steps.alive
-    path = t.root_positions + task.dt * t.root_velocities
-    last = alive.sum(-1)[..., None, None] - 1
-    travel = jnp.take_along_axis(path, last, 2)[:, :, 0] - t.root_positions[:, :, 0]
-    angle = jnp.arctan2(travel.mean(1)[:, 1], travel.mean(1)[:, 0])
-    metrics = {
-        "travel": jnp.linalg.norm(travel, axis=-1).mean(1),
-        "direction_deg": jnp.degrees(angle) % 360,
-        "length": alive.sum(-1).mean(1),
-    }
-    if len(alive) > 1:
-        metrics |= neighbour_distances(distance_matrix(features, alive, 32))  # directions, the same every time
-        in_full = neighbour_distances(distance_matrix(t.next_observations, alive, 8))
-        metrics |= {f"{name}_full": x for name, x in in_full.items()}
-        half = alive & (jnp.arange(alive.shape[1]) % 2 == 0)[:, None]
-        splits = ("", alive, alive, keys[0]), ("_held_out", half, alive & ~half, keys[1])
-        for name, train, test, key in splits:  # rows to train on, rows to judge
-            success, accuracy = discriminator_success(t.next_observations, train, test, key, hidden_sizes)
-            metrics |= {f"disc_success{name}": success, f"disc_accuracy{name}": accuracy}
-    if task.has_reward:
-        metrics["task_return"] = jnp.where(alive, task.reward(t), 0.0).sum(-1).mean(1)
-    arrays = {"paths": path, "features": features, "alive": alive, "displacement": travel.mean(1)}
-    return {f"eval/{name}": x for name, x in metrics.items()}, arrays
+
+    body = "actor/params"  # where the network's layers stand
+
+    def __init__(self, arrays, metadata, seed):
+        self.arrays, self.metadata, self.rng = arrays, metadata, np.random.default_rng(seed)
+        self.layers = self.layers_of(self.body)
+        self.action_size = self.layers[-1][0].shape[-1]
+        self.observation_size = len(self.layers[0][0])
+
+    def __call__(self, observations, noise=None):
+        """noise: standard normal numbers to act with, else what the kind does by itself."""
+        x = np.asarray(observations, np.float32)
+        if x.shape[-1:] != (self.observation_size,):
+            raise _error(f"observations {list(x.shape)}: the policy reads [.., {self.observation_size}] numbers")
+        x = (x - self.arrays.get("observation_mean", 0)) / self.arrays.get("observation_std", np.float32(1))
+        return self.act(x, noise)
+
+    def act(self, x, noise):
+        """tanh of the network's output; there is no noise in it."""
+        return np.tanh(forward(self.layers, x))
+
+    def layers_of(self, place):
+        """[(kernel, bias)] of the layers <place>/Dense_i, in the order of i."""
+        count = sum(key.startswith(place + "/Dense_") and key.endswith("/kernel") for key in self.arrays)
+        names = [f"{place}/Dense_{i}" for i in range(max(count, 1))]
+        return [(self.arrays[name + "/kernel"], self.arrays[name + "/bias"]) for name in names]
 
 
-def exact(metrics, arrays, task, cell):
-    """The results of `measures` on the host -> the same, with exact distances and coverage in cells of an edge."""
-    found = exact_measures(arrays["features"], arrays["alive"], cell)
-    if len(arrays["alive"]) > 1 and tuple(task.feature_names[:2]) == ("x", "y"):  # positions are of a plane
-        found["direction_gap_deg"] = direction_gap(arrays["displacement"])
-    return metrics | {f"eval/{name}": x for name, x in found.items()}, arrays
+class Gaussian(Policy):
+    """The tanh of the mean, or with noise [.., A] of a sample."""
+
+    body = "actor/params/MLP_0"
+
+    def __init__(self, arrays, metadata, seed):
+        super().__init__(arrays, metadata, seed)
+        self.action_size //= 2  # the last layer gives a mean and a log standard deviation
+        self.limits = metadata["log_std_min"], metadata["log_std_max"]
+
+    def act(self, x, noise):
+        mean, log_std = np.split(forward(self.layers, x), 2, -1)
+        if noise is None:
+            return np.tanh(mean)
+        log_std = np.clip(log_std, *self.limits)
+        return np.tanh(mean + np.exp(log_std) * np.asarray(noise, np.float32))
 
 
-def collapse(metrics, step, args):
-    """A warning if policies do the same after the first quarter of a run, in which they have hardly moved; else ""."""
-    if args.num_policies == 1 or 4 * step < args.num_updates:
-        return ""
-    w1, pairs = metrics["eval/w1"], metrics["eval/w1_same"]
-    modes = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])  # m modes shared evenly: accuracy m / K
-    if len(pairs):
-        near = ", ".join(f"{k} and {l} ({w1[k, l]:.2f})" for k, l in pairs)
-        alike = f"policies {near} are as near as two samples of one policy ({np.diag(w1).mean():.2f})"
-        return f"{alike}: mode collapse; see --div-features, --objective"
-    if modes < (args.num_policies + 1) / 2:
-        found = f"a classifier tells {modes:.1f} of {args.num_policies} policies apart"
-        return f"{found} (mode collapse, or fewer modes); see --num-policies, --div-features, --objective"
-    return ""
+class Diffusion(Policy):
+    """Of N_a samples the one of greatest Q, with noise [T, .., N_a, A], drawn where none is given."""
+
+    body = "actor/params/trunk"
+
+    def __init__(self, arrays, metadata, seed):
+        super().__init__(arrays, metadata, seed)
+        self.time, self.samples = self.layers_of("actor/params/time"), metadata["num_action_samples"]
+        self.clips, self.temperature = metadata["clip_samples"], np.float32(metadata["temperature"])
+        self.schedule = [arrays[f"schedule/{name}"] for name in ("beta", "alpha", "alpha_bar")]
+        self.critics = self.layers_of("critics/params/members") if self.samples > 1 else []  # [H, in, out], [H, out]
+        self.observation_size -= self.action_size + self.time[-1][0].shape[-1]  # the trunk reads [s, x, time]
+
+    def act(self, s, noise):
+        beta, alpha, bar = self.schedule
+        steps, shape = len(beta) - 1, (*s.shape[:-1], self.samples, self.action_size)
+        noise = self.rng.standard_normal((steps, *shape), np.float32) if noise is None else np.float32(noise)
+        s = np.repeat(s[..., None, :], self.samples, -2)
+        x = noise[0]
+        for t in range(steps, 0, -1):
+            eps = self.predicted(s, x, t)
+            x0 = (x - np.sqrt(1 - bar[t]) * eps) / np.sqrt(bar[t])
+            x0 = np.clip(x0, -1, 1) if self.clips else x0
+            x = np.sqrt(bar[t - 1]) * beta[t] * x0 + np.sqrt(alpha[t]) * (1 - bar[t - 1]) * x
+            x = x / (1 - bar[t])
+            if t > 1:
+                x = x + self.temperature * np.sqrt(beta[t]) * noise[steps + 1 - t]
+        x = np.clip(x, -1, 1)
+        if self.samples == 1:
+            return x[..., 0, :]
+        layers = [[(kernel[h], bias[h]) for kernel, bias in self.critics] for h in range(len(self.critics[0][0]))]
+        q = sum(forward(layer, np.concatenate([s, x], -1), mish) for layer in layers)
+        return np.take_along_axis(x, q.argmax(-2)[..., None], -2)[..., 0, :]
+
+    def predicted(self, s, x, t):
+        """The noise in x at step t, as the actor sees it: [.., A]."""
+        half = len(self.time[0][0]) // 2
+        angles = np.float32(t) * np.exp(-np.log(10_000.0) * np.arange(half) / (half - 1)).astype(np.float32)
+        time = forward(self.time, np.concatenate([np.cos(angles), np.sin(angles)]), mish)
+        return forward(self.layers, np.concatenate([s, x, np.broadcast_to(time, (*s.shape[:-1], len(time)))], -1), mish)
 
 
-def show_evaluation(step, metrics, args, warn):
-    """Print the main numbers, and, with `warn`, a warning if policies do the same."""
-    shown = {n: float(np.mean(metrics[f"eval/{n}"])) for n in SHOWN if f"eval/{n}" in metrics}
-    if args.num_policies > 1:
-        shown["told_apart"] = args.num_policies * float(metrics["eval/disc_accuracy_held_out"])
-    say(f"  evaluation at {step}:", *(f"{n} {v:.3f} " for n, v in shown.items()))
-    say("  travel", *(f"{x:.1f}" for x in metrics["eval/travel"]))
-    warning = collapse(metrics, step, args) if warn else ""
-    if warning:
-        say(f"  warning: {warning}")
+KINDS = {"tanh_gaussian": Gaussian, "tanh_deterministic": Policy, "diffusion": Diffusion}
 
 
-def write_figures(run, names, snapshot):
-    """trajectories.png and, of several policies, distances.png.
+def forward(layers, x, between=lambda x: np.maximum(x, 0)):
+    """Fully connected layers [(kernel, bias)] with a function between them."""
+    for i, (kernel, bias) in enumerate(layers):
+        x = (between(x) if i else x) @ kernel + bias
+    return x
 
-    names [d] of the features, to which --feature-scales are added; snapshot: paths [K, E, L, 2], features [K, E, L, d],
-    alive [K, E, L].
-    """
-    scales = run.args.feature_scales or ("",) * len(names)
-    names = tuple(f"{scale:g} x {name}" if scale else name for scale, name in zip(scales, names, strict=True))
-    task = dataclasses.replace(run.task, feature_names=names)
-    paths = [snapshot[k] for k in ("paths", "features", "alive")]
-    envs.figures.plot_paths(run.folder / "trajectories.png", task, *paths)
-    if len(paths[0]) > 1:
-        log = {name: plots.read(run.folder, f"eval/{name}")[None] for name in (*CURVES, "w1_floor", "w1")}
-        curves = {CURVES[name]: log[name][1] for name in CURVES}
-        steps, floor = log["w1_floor"]
-        envs.figures.plot_distances(run.folder / "distances.png", task, steps, curves, floor, log["w1"][1][-1])
+
+def mish(x):
+    """x tanh(log(1 + e^x))."""
+    return x * np.tanh(np.logaddexp(x, 0, dtype=np.float32))
+
+
+def _error(text):
+    """The error of all bad input. Imported here: `envs` needs JAX, and a good file does not."""
+    from envs.errors import InputError
+
+    return InputError(text)

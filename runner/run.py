@@ -13,6 +13,7 @@ import envs
 import envs.buffers
 from runner import devices, plots
 from runner.checkpoint import fill, flat_arrays, name_state, read_state, save_state
+from runner.flags import announce
 from runner.folder import Hold, folder_of, state_files
 from runner.log import Logger, Progress, say
 from runner.signals import StopSignal
@@ -31,15 +32,17 @@ class Run:
     """A folder that a script writes into, and that --resume goes on from. The phases of a run, such as the fit of a
     model, have folders inside."""
 
-    def __init__(self, script, args, task, buffer=None, gather=None, **identity):
+    def __init__(self, script, args, task, buffer=None, gather=None, schedules=None, **identity):
         """Make or reopen the folder.
 
-        gather(state) -> the state on the host of every process, where several share it; identity: what else must be
-        the same when the run is resumed. Raises InputError where the folder holds another run, cannot be written, or
-        where its states cannot be read or belong to other flags, data or versions; nothing is changed then.
+        gather(state) -> the state on the host of every process, where several share it; schedules: {flag: its value
+        where nothing follows num_updates}, with all of which a run may be resumed for more updates, None: never;
+        identity: what else must be the same when the run is resumed. Raises InputError where the folder holds another
+        run, cannot be written, or where its states cannot be read or belong to other flags, data or versions; nothing
+        is changed then. Prints what the command line changed.
         """
         self.began, self.args, self.task, self.buffer = time.time(), args, task, buffer
-        self.script, self.gather = script, gather or (lambda state: state)
+        self.script, self.gather, self.schedules = script, gather or (lambda state: state), schedules
         self.folder, there = folder_of(args, script, task.name)
         self.is_first = jax.process_index() == 0  # the process that writes
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
@@ -58,6 +61,7 @@ class Run:
                 self.read_states()
             self.resumed = bool(self.states)
             self.hold.tidy()
+            announce()
         except BaseException:
             self.hold.release()
             raise
@@ -65,7 +69,7 @@ class Run:
     def read_states(self):
         """The states of all phases that the run has reached, and what the newest one says beside them (`meta`)."""
         for place in {path.parent for path in state_files(self.folder)} or {self.folder}:
-            arrays, meta, path = read_state(place, self.identity)
+            arrays, meta, path = read_state(place, self.identity, self.schedules)
             self.states[str(place.relative_to(self.folder))] = arrays, path, meta["log"]
             self.meta = max(self.meta, meta, key=lambda x: x.get("log", -1))
         log = self.folder / "log.jsonl"
@@ -76,7 +80,8 @@ class Run:
     @property
     def logger(self):
         if self._logger is None:
-            self._logger = Logger(self.folder, self.args, self.meta.get("log", 0))
+            about = {"script": self.script, "task": self.task.name}
+            self._logger = Logger(self.folder, self.args, self.meta.get("log", 0), **about)
         return self._logger
 
     def compile(self, chunk, state, *inputs, placed=False, disk=0):
@@ -138,7 +143,8 @@ class Run:
         state = self.gather(state)
         if not self.is_first:
             return
-        if not self.resumed and not self._logger:  # the first file of a run: nothing can refuse it any more
+        known = self.meta.get("identity", {}).get("num_updates")  # of the run that is resumed
+        if not self._logger and known != self.args.num_updates:  # the first file: nothing can refuse it any more
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
         log = self.redone or self.logger.position()
         save_state(self.folder / self.phase, state, {**self.meta, "identity": self.identity, "log": log})

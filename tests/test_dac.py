@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import dac as D
 import envs
 import envs.buffers
 import runner
+from runner import policies
 from tests.oracles import common
 from tests.oracles.common import close, mish, mlp, of_seed
 
@@ -410,29 +410,8 @@ def test_log_and_figures(whole_run):
     assert all(np.isfinite(r[f"train/{k}"]) for r in records for k in keys) and len(records) == 4
 
 
-class Recorded:
-    """In the place of a NumPy generator: returns the given noise, step by step."""
-
-    def __init__(self, noise):
-        self.noise = iter(np.asarray(noise))
-
-    def normal(self, size):
-        noise = next(self.noise)
-        assert noise.shape == tuple(size)
-        return noise
-
-
-def load_policy():
-    """The numpy forward of the docs page."""
-    page = (Path(__file__).parents[1] / "docs" / "dac.md").read_text()
-    code = re.search(r"```python\n(import json.*?)```", page, re.S).group(1)
-    names = {}
-    exec(code, names)
-    return names["load_policy"]
-
-
-def test_policy_file_by_the_pages_sampler(whole_run):
-    """The numpy sampler of docs/dac.md acts as `choose_actions` does on the state that was saved."""
+def test_policy_file_acts_as_the_state_that_was_saved(whole_run):
+    """In NumPy as `choose_actions` does, with the same noise."""
     args, folder = whole_run
     arrays, about = runner.read_npz(folder / "policy.npz", "metadata_json")
     assert str(arrays["kind"]) == "diffusion" and arrays["actor/params/trunk/Dense_0/kernel"].shape == (2, 38, 16)
@@ -440,13 +419,13 @@ def test_policy_file_by_the_pages_sampler(whole_run):
     like = jax.eval_shape(D.make_train(args, 4, 2)[0], runner.seed_keys(args))
     state = runner.fill(like, runner.read_npz(folder / "state.npz")[0], folder)
     key = jax.random.key(3)
-    noise = jax.random.normal(key, (3, 1, 4, 2))[:, 0]
+    noise = jax.random.normal(key, (3, 1, 4, 2))
     choose = jax.jit(D.choose_actions, static_argnums=(3, 4))
     for index in (0, 1):
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
-        wanted = choose(of_seed((state.actor, state.target_critics), index), obs[None], key, args, 2)[0]
-        policy = load_policy()(folder / "policy.npz", index, Recorded(noise))
-        np.testing.assert_allclose(policy(np.asarray(obs)), wanted, atol=1e-5)
+        wanted = choose(of_seed((state.actor, state.target_critics), index), obs[None], key, args, 2)
+        policy = policies.load(folder / "policy.npz", index)
+        np.testing.assert_allclose(policy(obs[None], noise), wanted, atol=1e-5)
 
 
 def test_quick_beats_its_data(dataset, tmp_path, optimised):
@@ -460,7 +439,7 @@ def test_a_cloned_policy_has_no_critics(dataset, tmp_path):
     D.main(tiny(dataset=dataset, guidance="none", out=str(tmp_path / "run")))
     arrays, about = runner.read_npz(tmp_path / "run" / "policy.npz", "metadata_json")
     assert not any(key.startswith("critics") for key in arrays) and about["num_action_samples"] == 1
-    action = load_policy()(tmp_path / "run" / "policy.npz", 0, np.random.default_rng(0))(np.zeros(4))
+    action = policies.load(tmp_path / "run" / "policy.npz")(np.zeros(4))
     assert action.shape == (2,) and np.abs(action).max() <= 1
 
 

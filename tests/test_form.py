@@ -162,6 +162,15 @@ def test_help_works(name, monkeypatch, capsys):
     assert not ended.value.code and flags <= set(re.findall(r"^  --([\w-]+)", said, re.M))
     first = " ".join(ast.get_docstring(tree(name)).split("\n\n")[0].split())
     assert first in " ".join(said.split()) and "Deviations" not in said
+    assert f"\n  python {name}.py --quick " in said and f"docs/{name}.md" in said
+
+
+def test_a_script_loads_what_its_flags_need_alone():
+    """--help comes at once: physics, figures and SciPy's parts are loaded where they are used."""
+    heavy = "{'scipy.optimize', 'scipy.stats', 'matplotlib.pyplot', 'mujoco', 'brax', 'gymnasium', 'h5py'}"
+    code = f"import sys, wurl_sac, udg_select; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr[-500:]
 
 
 # --- the packages ---

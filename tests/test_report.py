@@ -197,6 +197,67 @@ def test_runs_of_a_grid_have_their_tasks_and_names(tmp_path):
     assert [row[0] for row in over] == ["mopo bc", "mopo"]
 
 
+def test_a_task_is_that_of_the_first_line(tmp_path):
+    """Wherever the folder lies and whatever file it learns from: one section."""
+    for i, place in enumerate(("mopo/point-angle-0/seed0", "mine/run1", "mopo/old-name/seed2")):
+        folder = learner(tmp_path, f"t{i}", "seed0", [[float(i)] * 6], seed=i)
+        log = folder / "log.jsonl"
+        head, *lines = map(json.loads, log.read_text().splitlines())
+        head["args"]["dataset"] = f"somewhere/{i}.npz"
+        head |= {"script": "mopo", "task": "point-angle-0"}
+        write_log(tmp_path / "runs" / place, head, *lines)
+    runs, _ = reading.read_all([tmp_path / "runs"], [])
+    assert [(run.script, run.task) for run in runs] == [("mopo", "point-angle-0")] * 3
+    page = make(tmp_path, tmp_path / "runs")
+    assert page.count('id="task-') == 1 and "unknown" not in page
+
+
+def test_what_is_true_of_many_files_is_said_once(tmp_path, capsys):
+    learner(tmp_path, "t", "seed0", [[1.0] * 6])
+    for i in range(18):
+        (tmp_path / f"study{i:02d}.jsonl").write_text(lines_of({"study": "bound", "missing": []}))
+    (tmp_path / "table.jsonl").write_text(lines_of({"task": "t", "buffers": {}}, {"mean": 1.0}))
+    found = Reader(make(tmp_path))
+    assert found.text.count("is a study, left out") == 1 and sum(name == "li" for name, _ in found.elements) == 2
+    assert "study00.jsonl is a study" in found.text and "and 17 more" in found.text and "study17.jsonl" in found.text
+    said = capsys.readouterr().out
+    assert said.count("is a study") == 1 and "(17 more like it)" in said
+    assert "table.jsonl is no log of a run" in found.text and "unknown task" not in found.text
+
+
+def test_lists_that_are_for_a_figure_are_no_fault(tmp_path):
+    """Matrices and lists of pairs, as wurl_sac.py logs them; a list with a word in it is one."""
+    lists = {"eval/w1": [[0.1, 2.0], [2.0, 0.1]], "eval/w1_same": [], "eval/pairs": [[0, 1]], "eval/bad": [[1, "x"]]}
+    write_log(tmp_path / "wurl_sac" / "point" / "seed0", header(task="point", num_policies=2), GOOD | lists)
+    text = Reader(make(tmp_path)).text
+    assert "eval/bad" in text and not [key for key in lists if key != "eval/bad" and f"'{key}'" in text]
+
+
+def test_equal_curves_are_drawn_once(tmp_path):
+    """In all settings of the task; where one differs, both are shown."""
+    for task, less in (("same", 0.0), ("other", 1.0)):
+        for name, minus in (("a-seed0", 0.0), ("b-seed0", less)):
+            folder = learner(tmp_path, task, name, [[1.0, 2, 3, 4, 5, 6]], lam=name)
+            head, *lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+            more = [line | {"eval/return_data_length": line["eval/return"] - minus} for line in lines]
+            write_log(folder, head, *more)
+    page = make(tmp_path)
+    same, other = (re.search(f'<section id="task-{task}">.*?</section>', page, re.S)[0] for task in ("same", "other"))
+    charts = lambda part: re.findall(r'aria-label="([^"]*)"', part)
+    assert charts(same) == ["eval/return", "train/q"]
+    assert charts(other) == ["eval/return", "eval/return_data_length", "train/q"]
+    assert "; the same: <code>eval/return_data_length</code>" in same and "the same" not in other
+    rows = lambda part: len([row for row in Reader(part).rows if row[0].startswith("mopo")])
+    assert (rows(same), rows(other)) == (2, 4)
+
+
+def test_a_run_that_goes_on_is_unfinished(tmp_path):
+    """Though there is a policy.npz, of its former end."""
+    folder = learner(tmp_path, "t", "seed0", [[1.0] * 6], num_updates=900)
+    (folder / "policy.npz").write_text("")
+    assert "is unfinished: 600 of 900 updates" in Reader(make(tmp_path)).text
+
+
 def test_a_copy_counts_once_and_other_numbers_stand_apart(tmp_path):
     log = learner(tmp_path / "runs", "t", "seed0", [[1.0] * 6]) / "log.jsonl"
     committed = tmp_path / "results" / "mopo" / "t"
@@ -350,7 +411,12 @@ const plot = document.querySelector("svg.plot"), dot = plot.querySelectorAll("ci
 const at = {clientX: dot.x + 2, clientY: dot.y + 2, bubbles: true};
 plot.dispatchEvent(new PointerEvent("pointerdown", at));
 const seen = [...document.images].every((image) => image.complete && image.naturalWidth > 0);
-document.title = JSON.stringify({told: document.querySelector("output").textContent, pictures: seen,
+const outside = (text) => {
+  const own = text.getBBox(), all = text.ownerSVGElement.viewBox.baseVal;
+  return own.x < 0 || own.x + own.width > all.width || own.y + own.height > all.height;
+};
+const cut = [...document.querySelectorAll("svg text")].filter(outside).map((text) => text.textContent);
+document.title = JSON.stringify({told: document.querySelector("output").textContent, pictures: seen, cut,
   wide: document.documentElement.scrollWidth, window: innerWidth});
 </script>"""
 
@@ -362,6 +428,8 @@ def test_the_page_in_a_browser(tmp_path):
     wurl(tmp_path / "runs")
     selection(tmp_path / "runs")
     (tmp_path / "runs" / "broken.jsonl").write_text("{")
+    far = [{"step": step, "seed": 0, "eval/return": step * -1e-9} for step in range(500_000, 2_500_001, 500_000)]
+    write_log(tmp_path / "runs" / "mopo" / "with-long-numbers" / "seed0", header(rollout_freq=1), *far)
     page = tmp_path / "page.html"
     make(tmp_path, tmp_path / "runs")
 
@@ -374,7 +442,7 @@ def test_the_page_in_a_browser(tmp_path):
         assert text in found.text, text
     kinds = [attributes["src"][:15] for name, attributes in found.elements if name == "img"]
     assert sorted(kinds) == ["data:image/gif;"] + ["data:image/png;"] * 3
-    assert sum(name == "svg" for name, _ in found.elements) == 5
+    assert sum(name == "svg" for name, _ in found.elements) == 6
     loads_nothing(found, page.read_text())
 
     probe.write_text(page.read_text().replace("</body>", "<script>1</script></body>"))
@@ -391,4 +459,4 @@ def test_the_page_in_a_browser(tmp_path):
     assert not console, console
     seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
     assert seen["pictures"] and seen["told"] == "wurl_sac, 600: 6.000"
-    assert seen["wide"] <= seen["window"] <= 500
+    assert seen["wide"] <= seen["window"] <= 500 and not seen["cut"], seen

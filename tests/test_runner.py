@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -84,7 +85,7 @@ def learn(args):
     init, chunk = make_train(args)
     act = lambda state, observations, key: jnp.tile(jnp.tanh(state.x), (len(observations), 1))
     evaluate = runner.each_seed(runner.returns_of(act, envs.make(task), task, buffer, args), args)
-    with runner.Run("toy", args, task, buffer) as r:
+    with runner.Run("toy", args, task, buffer, schedules={"gamma": 0.9, "sizes": (4, 4), "fast": True}) as r:
         program = r.compile(chunk, jax.eval_shape(init, keys), data)
         fit = r.restore(init, keys, phase="fit")
         for step in r.chunks("fit step", args.fit_updates, fit.num_updates):
@@ -173,6 +174,8 @@ def test_a_run_leaves_its_files(whole):
     assert names == {"args.json", "fit", "log.jsonl", "policy.npz", "state.npz", "state.prev.npz", *figures}
     assert all((folder / name).stat().st_size > 5_000 for name in figures)
     assert json.loads((folder / "args.json").read_text())["num_seeds"] == 2
+    header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    assert (header["script"], header["task"]) == ("toy", "point-angle-0")
     steps = [(r["step"], r["seed"], "eval/return" in r) for r in records_of(folder)]
     fit = [(step, seed, False) for step in (10, 20, 30, 40) for seed in (0, 1)]
     assert steps == [*fit, *((step, seed, True) for step in (20, 40) for seed in (0, 1))]
@@ -289,6 +292,49 @@ def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
     refused("udg-jax was .* and is now '0.1.0'")
     with pytest.raises(envs.InputError, match="x does not fit: another version"):
         runner.fill({"x": jnp.zeros(3)}, {"x": np.zeros(4, np.float32)}, "state.npz")
+
+
+def test_a_finished_run_goes_on_for_more_updates(whole, args, monkeypatch):
+    """And equals one of as many from the start, number by number, its log, too; twice, and over a stop."""
+    long = dataclasses.replace(args, num_updates=80, out=args.out + "-long")
+    result = learn(long)
+    learn(args)
+    positions = {path: checkpoint.read_npz(path)[1]["log"] for path in Path(args.out).rglob("state.npz")}
+    learn(dataclasses.replace(args, resume=True, num_updates=60))
+    more = dataclasses.replace(args, resume=True, num_updates=80)
+    stop(more, monkeypatch, "update", 70)
+    assert learn(more) == result and learn(more) == result
+    assert_same_run(Path(long.out), Path(args.out))
+    assert json.loads((Path(args.out) / "args.json").read_text())["num_updates"] == 80
+    log = (Path(args.out) / "log.jsonl").read_bytes()
+    assert json.loads(log.splitlines()[0])["args"]["num_updates"] == 80
+    for place in positions.values():  # in bytes, as they were
+        assert log[:place].endswith(b"}\n")
+    before = log, (Path(args.out) / "state.npz").read_bytes()
+    with pytest.raises(envs.InputError, match="num_updates was 80 and is now 60; resume with the old one"):
+        learn(dataclasses.replace(more, num_updates=60))
+    assert before == ((Path(args.out) / "log.jsonl").read_bytes(), (Path(args.out) / "state.npz").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (dict(gamma=0.5), "--gamma stretches over the whole run, and only one with --gamma 0.9 can go on"),
+        (dict(sizes=(4,)), "--sizes stretches over the whole run, and only one with --sizes 4 4 can go on"),
+    ],
+)
+def test_a_run_whose_schedule_has_ended_is_not_made_longer(args, changes, why):
+    learn(dataclasses.replace(args, **changes))
+    with pytest.raises(envs.InputError, match=f"a run of 40 updates cannot become one of 80: {why}; start anew"):
+        learn(dataclasses.replace(args, **changes, resume=True, num_updates=80))
+
+
+def test_schedules_that_a_script_does_not_name_or_that_a_flag_turns_off():
+    with pytest.raises(envs.InputError, match=r"x: .* what this script does depends on how many there are"):
+        checkpoint.check_growth("x", 40, {"num_updates": 80}, None)
+    with pytest.raises(envs.InputError, match=r"--lr-cosine stretches .* only one with --no-lr-cosine can"):
+        checkpoint.check_growth("x", 40, {"num_updates": 80, "lr_cosine": True}, {"lr_cosine": False})
+    checkpoint.check_growth("x", 40, {"num_updates": 80, "lr_cosine": False}, {"lr_cosine": False})
 
 
 def test_resuming_nothing_begins_anew(whole, args, capsys):
@@ -576,7 +622,11 @@ def test_flags_win_over_presets(capsys):
     parse = lambda words: runner.parse(Args, words.split(), lambda args: ("named", values))
     args = parse("--rate=0.7 --fast --num-updates 40")
     assert (args.rate, args.fast, args.num_updates, args.sizes) == (0.7, True, 40, (9,))
+    assert not capsys.readouterr().out  # an error may follow, and stands alone
+    runner.announce()
     said = capsys.readouterr().out
+    runner.announce()
+    assert not capsys.readouterr().out
     assert "preset named\n" in said and "not the defaults: num_updates=40 rate=0.7 sizes=(9,)\n" in said
     assert parse("--no-fast --num_updates 6").num_updates == 6
     assert parse("--rate 0.5").rate == 0.5  # given, though it is the default
@@ -584,14 +634,48 @@ def test_flags_win_over_presets(capsys):
         parse("--rate -1")
 
 
+@pytest.mark.parametrize(
+    "words, num_updates, sizes",
+    [
+        ("--num-updates 1e6 --sizes 1e1 8", 1_000_000, (10, 8)),
+        ("--num_updates=2.5e3", 2_500, (4, 4)),
+        ("--num-updates 1_000_000 --sizes 7.0", 1_000_000, (7,)),
+    ],
+)
+def test_counts_may_be_written_as_people_write_them(words, num_updates, sizes):
+    args = runner.parse(Args, [*words.split(), "--rate", "1e-1"])
+    assert (args.num_updates, args.sizes, args.rate) == (num_updates, sizes, 0.1)
+    assert type(args.num_updates) is type(args.sizes[0]) is int
+
+
+@pytest.mark.parametrize("words", ["--num-updates 1.5", "--sizes 4 0.5", "--seed=1e-3", "--chunk inf", "--chunk nan"])
+def test_a_count_that_is_not_whole_is_refused(words):
+    flag, text = re.fullmatch(r"(--[\w-]+)[ =](?:4 )?(\S+)", words).groups()
+    with pytest.raises(envs.InputError, match=f"^{flag} {text}: must be a whole number$"):
+        runner.parse(Args, words.split())
+
+
+def test_errors_stand_alone(args, capsys):
+    """What the command line changed is printed once nothing can refuse the run, and before its own lines."""
+    words = [f"--dataset={args.dataset}", f"--out={args.out}", "--eval-episodes=2", "--num-updates=40", "--chunk=10"]
+    with pytest.raises(envs.InputError, match="--chunk must divide"):
+        learn(runner.parse(Args, [*words, "--eval-every=15"]))
+    assert not capsys.readouterr().out
+    learn(runner.parse(Args, [*words, "--eval-every=40"]))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not the defaults: ")]
+    assert len(told) == 1 and "eval_every=40" in told[0] and "eval_every=15" not in told[0] and "gamma" not in told[0]
+
+
 def test_help_is_in_the_groups_of_the_source(capsys):
-    doc = "toy: learns\nnothing.\n\nPaper   none"
+    run = "Run     python toy.py --quick     (seconds)\n           --more\n"
+    doc = f"toy: learns\nnothing.\n\nPaper   none\n{run}Expect  1"
     with pytest.raises(SystemExit) as ended:
         runner.parse(Args, ["--help"], None, ("cpu", "hopper"), doc)
     said = capsys.readouterr().out
     assert ended.value.code == 0 and "toy: learns nothing." in said and "Paper" not in said
-    assert "presets (--preset): cpu, hopper" in said
-    assert re.findall(r"^(\S.*):$", said, re.M) == ["data", "run", "budget", "the fit"]
+    assert "those on the line win): cpu, hopper" in said and "Expect" not in said
+    assert "examples:\n  python toy.py --quick     (seconds)\n     --more\n" in said
+    assert re.findall(r"^(\S.*):$", said, re.M) == ["examples", "data", "run", "budget", "the fit"]
     found = " ".join(said[said.index("the fit:") :].split())
     for words in (
         "--fit-updates N [60] updates of the fit at most", "--rate X [0.5]", "--sizes N ... [4 4]",
@@ -717,6 +801,30 @@ def test_learning_curve_has_one_panel_for_each_length(tmp_path, monkeypatch, len
     plots.learning_curve("x.png", tmp_path, envs.task("point-angle-0"), buffer)
     assert [panel["title"] for panel in drawn] == titles
     assert [y for x, y, _ in drawn[-1]["lines"] if x is None] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("scale", ["loglog", "semilogy"])
+@pytest.mark.parametrize(
+    "low, high", [(1.0, 1.02), (81_000, 83_000), (2.0, 9.0), (1.3e-5, 9e-5), (0.13, 1.6), (0.9, 11.0), (1e-3, 2e7)]
+)
+def test_numbers_of_an_axis_do_not_overlap(tmp_path, monkeypatch, scale, low, high):
+    """On log scales of any range, two numbers at least on each axis, and each at its place."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda drawn: None)
+    x = np.geomspace(low, high, 20)
+    line = (x if scale == "loglog" else np.arange(20), x, {"label": "a"})
+    plots.figure(tmp_path / "x.png", [{"title": "t", "xlabel": "x", "ylabel": "y", "scale": scale, "lines": [line]}], 5)
+    axes = plt.gcf().axes[0]
+    monkeypatch.undo()
+    for axis, along in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        near, far = sorted(axis.get_view_interval())
+        places = [*axis.get_majorticklocs(), *axis.get_minorticklocs()]
+        labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
+        seen = [label for at, label in zip(places, labels, strict=True) if near <= at <= far and label.get_text()]
+        boxes = sorted([label.get_window_extent().get_points()[:, along] for label in seen], key=lambda box: box[0])
+        assert len(seen) >= 2 and all(one[1] < two[0] for one, two in itertools.pairwise(boxes)), seen
+    plt.close("all")
 
 
 def test_training_draws_what_the_log_has(whole, monkeypatch, tmp_path):

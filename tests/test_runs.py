@@ -23,7 +23,7 @@ import envs
 import envs.buffers
 import runner
 from envs.buffers import scripted
-from runner import checkpoint, log
+from runner import checkpoint, log, policies
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNERS = ("mopo", "cped", "qdq", "dac")
@@ -129,6 +129,30 @@ def test_a_run_stopped_in_every_phase_equals_the_whole_one(name, whole, tmp_path
     assert_same_run(Path(args.out), tmp_path / "run")
 
 
+WHY = {"cped": "--alpha-from stretches", "dac": "--lr-cosine stretches", "qdq": "what this script does"}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_a_schedule_over_the_run_forbids_more_updates(name, whole):
+    args, _ = whole(name)
+    with pytest.raises(envs.InputError, match=f"cannot become one of {2 * args.num_updates}: {WHY[name]}"):
+        module(name).main(dataclasses.replace(args, resume=True, num_updates=2 * args.num_updates))
+
+
+CONSTANT = {"cped": dict(alphas=(0.1,), alpha_from=(0.0,)), "dac": dict(lr_cosine=False)}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_finished_run_that_is_made_longer_equals_a_long_one(name, dataset, tmp_path):
+    args = tiny(name, dataset=dataset, out=str(tmp_path / "long"), **CONSTANT[name])
+    half = dataclasses.replace(args, out=str(tmp_path / "grown"), num_updates=args.eval_every)
+    assert half.num_updates < args.num_updates
+    module(name).main(half)
+    result = module(name).main(dataclasses.replace(args, out=half.out, resume=True))
+    assert module(name).main(args) == result
+    assert_same_run(tmp_path / "long", tmp_path / "grown")
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_seed_alone_is_the_seed_among_others(name, whole, tmp_path):
     args, _ = whole(name)
@@ -140,20 +164,13 @@ def test_a_seed_alone_is_the_seed_among_others(name, whole, tmp_path):
             np.testing.assert_allclose(found[key], wanted[key], rtol=2e-3, atol=2e-3, err_msg=key)
 
 
-def readme_policy(path, index):
-    """The README's loader: numpy alone."""
-    scope = {}
-    exec((ROOT / "README.md").read_text().split("```python")[1].split("```")[0], scope)
-    return scope["load_policy"](path, index)
-
-
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name != "dac"])  # dac samples: tests/test_dac.py
 def test_the_policy_file_is_the_policy_that_was_evaluated(name, whole):
-    """Played from the evaluation's starts by the README's loader, it earns what the log says of the last evaluation."""
+    """Played from the evaluation's starts by runner.policies, it earns what the log says of the last evaluation."""
     args, _ = whole(name)
     env, keys = envs.make("point-angle-0"), runner.evaluation_keys(args)
     for seed in (0, 1):
-        policy = readme_policy(Path(args.out) / "policy.npz", seed)
+        policy = policies.load(Path(args.out) / "policy.npz", seed)
         key = jax.random.split(keys[seed])[0] if name == "mopo" else keys[seed]  # mopo's other half measures its model
         state = jax.vmap(env.reset)(jax.random.split(key, args.eval_episodes))
         step, total = jax.jit(jax.vmap(env.step)), 0.0

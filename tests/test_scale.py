@@ -143,7 +143,7 @@ import jax
 import runner
 import wurl_sac as W
 victim, step, number, *argv = sys.argv[1:]
-runner.policies.discriminator_success = lambda x, *rest: (x.mean(), x.max())
+runner.diversity.discriminator_success = lambda x, *rest: (x.mean(), x.max())
 shown = runner.Run.progress
 
 def strike(run, count, *rest):
@@ -198,7 +198,7 @@ def test_policies_shared_by_processes_through_a_kill_and_a_signal(tmp_path, monk
     assert f"stopped by a signal to another process {where}" in said[0][1]
     assert len(list((out / "rows").glob("*.rows"))) == 6
 
-    monkeypatch.setattr(runner.policies, "discriminator_success", lambda x, *rest: (x.mean(), x.max()))
+    monkeypatch.setattr(runner.diversity, "discriminator_success", lambda x, *rest: (x.mean(), x.max()))
     for folder, more in ((tmp_path / "alone", []), (out, ["--resume"])):
         W.main(runner.parse(W.Args, [*map(str, flags(folder)), *more], W.preset))
     names = ("state.npz", "policy.npz", *(f"buffers/policy_{k:02d}.npz" for k in range(6)))

@@ -11,7 +11,7 @@ import pytest
 
 import udg_figures
 import wurl_sac
-from runner import policies
+from runner import diversity
 
 
 def row(task, label, score, seed=0, **fields):
@@ -316,7 +316,7 @@ def test_figures_find_few_policies_where_wurl_sac_warns():
     for K, accuracy in itertools.product((2, 10, 20), np.linspace(0.05, 1, 20)):
         args = wurl_sac.Args(task="point", num_policies=K, num_updates=400)
         metrics = {"eval/w1": 9.0 - 8.0 * np.eye(K), "eval/w1_same": [], "eval/disc_accuracy_held_out": accuracy}
-        texts = [policies.collapse(metrics, step, args) for step in (100, 200, 300, 400)]
+        texts = [diversity.collapse(metrics, step, args) for step in (100, 200, 300, 400)]
         _, few = udg_figures.collapsed(source("x", (1.0,) * 4, (1.0,) * 4, (accuracy,) * 4, K))
         assert [bool(x) for x in texts] == list(few), (K, accuracy)
 

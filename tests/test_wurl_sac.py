@@ -18,7 +18,7 @@ import envs
 import runner
 import wurl_sac as W
 from envs.distances import pairwise_apwd, same_pairs, unit_directions
-from runner import devices, policies
+from runner import devices, diversity
 from tests.oracles import common
 from tests.oracles.common import leaves_close, mlp, of_seed, size_of
 
@@ -528,7 +528,7 @@ def test_discriminator_success():
     K, E, L, d = 4, 2, 20, 45
     same, mask = jax.random.normal(jax.random.key(0), (K, E, L, d)), jnp.ones((K, E, L), bool)
     even = mask & (jnp.arange(E) % 2 == 0)[:, None]
-    judge = jax.jit(lambda x, train, test: policies.discriminator_success(x, train, test, jax.random.key(1), (64, 64)))
+    judge = jax.jit(lambda x, train, test: diversity.discriminator_success(x, train, test, jax.random.key(1), (64, 64)))
     success, accuracy = judge(same + 5 * jnp.arange(K)[:, None, None, None], mask, mask)
     assert success > 0.9 and accuracy > 0.95
     by_heart, _ = judge(same, mask, mask)
@@ -556,13 +556,13 @@ def test_warning_of_a_collapse(K, closest, accuracy, step, told, capsys):
     w1[0, 1] = w1[1, 0] = closest
     names = {"w1": w1, "w1_same": same_pairs(w1), "disc_accuracy_held_out": accuracy, "travel": [1.0]}
     metrics, args = {f"eval/{k}": v for k, v in names.items()}, tiny(num_policies=K, num_updates=3000)
-    text = policies.collapse(metrics, step, args)
+    text = diversity.collapse(metrics, step, args)
     assert told in text and bool(told) == bool(text)
     for warn in (True, False):  # False: they are not asked to differ
-        policies.show_evaluation(step, metrics, args, warn)
+        diversity.show_evaluation(step, metrics, args, warn)
         said = capsys.readouterr().out
         assert ("warning: " in said) == bool(told and warn) and f"told_apart {K * accuracy:.3f}" in said
-    assert policies.collapse(metrics, step, tiny(num_policies=1)) == ""
+    assert diversity.collapse(metrics, step, tiny(num_policies=1)) == ""
 
 
 def test_supervised_data(tmp_path):
@@ -607,6 +607,7 @@ def test_cores_become_devices_that_share_the_policies_evenly(cores, K, wanted, m
 def test_flags_without_effect_are_named(words, told, capsys):
     """On the ant, whose preset learns alpha and holds the pay; what the preset sets is nobody's mistake."""
     runner.parse(W.Args, words.split(), W.preset, W.PRESETS, idle=W.idle_flags)
+    runner.announce()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("without effect")]
     assert [line.split()[2].strip("-,") for line in said] == told
 

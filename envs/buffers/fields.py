@@ -110,6 +110,9 @@ class Buffer:
             )
         return self.arrays[key]
 
+    def get(self, key: str, default=None):
+        return self.arrays.get(key, default)  # as a dict of arrays has it
+
     def __len__(self) -> int:
         return len(self.arrays["terminals"])
 

@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import cdist, pdist
-from scipy.stats import CensoredData, ecdf, entropy
+import scipy
 
 from envs.buffers.raw import points_of, transitions
 from envs.distances import coverage, wasserstein
@@ -27,7 +26,7 @@ def episode_weights(lengths, complete):
         return np.ones(len(lengths))
     complete = complete | (lengths == lengths.max())
     # an episode that ends by itself at a step can no longer be cut there: half a step before
-    uncut = ecdf(CensoredData(uncensored=lengths[~complete], right=lengths[complete] - 0.5)).sf
+    uncut = scipy.stats.ecdf(scipy.stats.CensoredData(uncensored=lengths[~complete], right=lengths[complete] - 0.5)).sf
     return np.where(complete, 1 / np.where(complete, uncut.evaluate(lengths - 0.5), 1.0), 0.0)
 
 
@@ -52,7 +51,7 @@ def return_statistics(returns, lengths, complete):
 def action_entropy(actions, bins=32):
     """Entropy of actions [n, A] in [-1, 1], as a share of that of uniform ones, mean over the A numbers: 0 to 1."""
     counts = [np.histogram(column, bins, (-1, 1))[0] for column in actions.T]
-    return float(np.mean([entropy(count) for count in counts]) / np.log(bins))
+    return float(np.mean([scipy.stats.entropy(count) for count in counts]) / np.log(bins))
 
 
 def saturation(actions, limit=0.95):
@@ -80,9 +79,9 @@ def effective_numbers(samples):
     distance between episodes of all samples, so that samples compare.
     """
     pooled = np.concatenate(samples)
-    width = 0.5 * np.median(pdist(pooled)) if len(pooled) > 1 else 0.0
-    kernels = [np.exp(-0.5 * (cdist(x, x) / (width or 1.0)) ** 2) / len(x) for x in samples]
-    return [float(np.exp(entropy(np.maximum(np.linalg.eigvalsh(kernel), 0)))) for kernel in kernels]
+    width = 0.5 * np.median(scipy.spatial.distance.pdist(pooled)) if len(pooled) > 1 else 0.0
+    kernels = [np.exp(-0.5 * (scipy.spatial.distance.cdist(x, x) / (width or 1.0)) ** 2) / len(x) for x in samples]
+    return [float(np.exp(scipy.stats.entropy(np.maximum(np.linalg.eigvalsh(kernel), 0)))) for kernel in kernels]
 
 
 # --- of buffers ---

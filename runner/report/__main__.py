@@ -9,7 +9,7 @@ import numpy as np
 
 import runner.report
 from envs.errors import InputError
-from runner.report.markup import printable
+from runner.report.markup import alike, printable
 from runner.report.page import build_page, write_page
 from runner.report.reading import read_all
 
@@ -26,8 +26,8 @@ def main(argv):
     with np.errstate(all="ignore"):  # a diverged run has numbers that overflow; the page says so
         page = build_page(runs, selections, notices, shlex.join(["python", "-m", "runner.report", *argv]))
     write_page(out, page)
-    for path, text in dict.fromkeys(notices):
-        print(printable(f"notice: {path} {text}"))
+    for text, (first, *others) in alike(notices).items():
+        print(printable(f"notice: {first} {text}" + (f" ({len(others)} more like it)" if others else "")))
     print(f"{printable(out)}: {len(runs)} logs, {len(selections)} selections, {len(page) / 1e6:.1f} MB")
     return out
 

@@ -20,7 +20,7 @@ METRICS = {
 MAX_POINTS = 300  # of a drawn line
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 290, 54, 12, 12, 34
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 290, 60, 22, 12, 34  # room for the longest number on either side
 
 
 def ticks(low, high, count=5):
@@ -110,8 +110,24 @@ def draw_curve(frame, style, label, seeds):
     return parts
 
 
-def chart(key, groups):
-    """Curves of one key, all settings of a task."""
+def titled(key, same):
+    """A key's name in words; same: the keys that have the same numbers."""
+    name = join(tag("b", METRICS[key]), " ", tag("code", key)) if key in METRICS else tag("b", key)
+    return join(name, *(join("; the same: ", tag("code", other)) for other in same))
+
+
+def distinct(keys, groups):
+    """Keys -> {key: those after it with the same numbers in all settings}: what is equal is shown once."""
+    found = {}
+    for key in keys:
+        series = [group.series(key) for group in groups]
+        first = next((k for k in found if series == [group.series(k) for group in groups]), key)
+        found.setdefault(first, []).extend([key] if first != key else [])
+    return found
+
+
+def chart(key, groups, same=()):
+    """Curves of one key, all settings of a task; same: the keys that have the same curves."""
     found = [(f"c{i % 8} d{i // 8 % 3}", group, group.series(key)) for i, group in enumerate(groups)]
     found = [(style, group, seeds) for style, group, seeds in found if seeds]
     everything = [(s, v) for _, _, seeds in found for steps in seeds.values() for s, v in steps.items()]
@@ -119,7 +135,7 @@ def chart(key, groups):
     frame = Frame([s for s, _ in everything], [v for _, v in everything + edges])
     drawn = [draw_curve(frame, style, group.label, seeds) for style, group, seeds in found]
     unit = "updates" if key.startswith(("eval/", "train/", "time/")) else "step as logged"
-    name = tag("text", unit, x=WIDTH - RIGHT, y=HEIGHT - 2, text_anchor="end")
+    name = tag("text", unit, x=WIDTH - RIGHT, y=HEIGHT - 4, text_anchor="end")
     view = dict(viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="plot", role="img", aria_label=key)
     svg = tag("svg", *frame.grid(), name, *drawn, **view)
     counts = ((style, group, len(seeds)) for style, group, seeds in found)
@@ -127,5 +143,4 @@ def chart(key, groups):
         tag("span", tag("i", class_=f"{style} key"), f"{group.label} ({n} seed{'s' * (n > 1)})")
         for style, group, n in counts
     ]
-    title = tag("b", key) if key not in METRICS else join(tag("b", METRICS[key]), " ", tag("code", key))
-    return tag("figure", title, svg, tag("output", " "), tag("figcaption", legend), class_="curve")
+    return tag("figure", titled(key, same), svg, tag("output", " "), tag("figcaption", legend), class_="curve")

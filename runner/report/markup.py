@@ -57,6 +57,14 @@ def table(head, rows, class_="numbers"):
     return tag("div", inner, class_=f"wide {class_}", tabindex=0)
 
 
+def alike(notices):
+    """[(path, text)] -> {text: its paths}, each once, in the order in which they came up."""
+    found = {}
+    for path, text in dict.fromkeys(notices):
+        found.setdefault(text, []).append(path)
+    return found
+
+
 def folded(title, *parts):
     return tag("details", tag("summary", title), *parts)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from envs.errors import InputError
 from runner.report.groups import group_runs
-from runner.report.markup import Html, folded, tag
+from runner.report.markup import Html, alike, folded, tag
 from runner.report.sections import (
     aggregate_section,
     anchor,
@@ -42,8 +42,11 @@ def head():
 
 
 def notice_list(notices):
-    """What could not be shown, and what to do; each once."""
-    items = [tag("li", tag("code", path), f" {text}") for path, text in dict.fromkeys(notices)]
+    """What could not be shown, and what to do; said once of all the files that it is true of."""
+    items = []
+    for text, (first, *others) in alike(notices).items():
+        more = folded(f"and {len(others)} more", [tag("div", tag("code", path)) for path in others]) if others else ""
+        items.append(tag("li", tag("code", first), f" {text}", more))
     return tag("section", tag("ul", items), class_="notice", id="notices") if items else Html("")
 
 

@@ -77,6 +77,12 @@ def parse_lines(path, notices):
     return found
 
 
+def is_list_of_numbers(value):
+    """A list, of any depth, of numbers, which may be empty: logged for a figure of the script, and no curve."""
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+    return isinstance(value, list) and all(number(x) or is_list_of_numbers(x) for x in value)
+
+
 def as_number(value):
     """A number, or the mean of a list of numbers -> float; None where it is neither."""
     values = value if isinstance(value, list) and value else [value]
@@ -102,7 +108,7 @@ def collect_series(path, records, first_seed, notices):
                 series.setdefault(key, {}).setdefault(seed, {})[step] = found
                 if not math.isfinite(found):
                     infinite.setdefault(key, step)
-            elif "/" in key:
+            elif "/" in key and not is_list_of_numbers(value):
                 odd.setdefault(key, number)
         lists = {k: v for k, v in record.items() if isinstance(v, list) and k.startswith("eval/")}
         per_policy = {k: v for k, v in lists.items() if k in series} or per_policy
@@ -143,6 +149,9 @@ def read_run(log, notices):
     if "study" in header:
         notices.append((log, "is a study, left out. Remedy: python benchmark/udg_figures.py draws it"))
         return None
+    if "args" not in header and not any("step" in record for _, record in records):
+        notices.append((log, "is no log of a run, left out. Remedy: name the folders of runs alone"))
+        return None
     if not isinstance(header.get("args"), dict):
         notices.append((log, "line 1: key 'args' is missing: flags and versions unknown. Remedy: restore the log"))
         header = {k: v for k, v in header.items() if k != "args"}
@@ -151,10 +160,12 @@ def read_run(log, notices):
     series, per_policy = collect_series(log, records[1:] if header else records, seed, notices)
     script, task, name = place(home.resolve())
     guessed = guess(args)
+    told = lambda key: header[key] if isinstance(header.get(key), str) else ""  # logs of 0.1 do not say
     digest = hashlib.sha256(json.dumps([r for _, r in records[1:]]).encode()).hexdigest()
-    run = Run(home, script or guessed[0], task or guessed[1], name, header, series, per_policy, digest)
+    script, task = told("script") or script or guessed[0], told("task") or task or guessed[1]
+    run = Run(home, script, task, name, header, series, per_policy, digest)
     total = args.get("num_updates")
-    run.finished = (log.parent / "policy.npz").is_file() or (isinstance(total, int) and run.last_step >= total)
+    run.finished = run.last_step >= total if isinstance(total, int) else (log.parent / "policy.npz").is_file()
     if not any(key.startswith("eval/") for key in series):
         notices.append((log, "has no evaluation yet: in no table. Remedy: wait, or lower --eval-every"))
     elif not run.finished:

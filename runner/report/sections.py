@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.report.charts import METRICS, chart, tick_text
+from runner.report.charts import METRICS, chart, distinct, tick_text, titled
 from runner.report.groups import same_over_tasks
 from runner.report.markup import Html, folded, join, number, picture, table, tag, text_of
 from runner.report.numbers import LAST, bootstrap, final_scores, iqm
@@ -43,9 +43,9 @@ def interval_text(strata):
 def final_table(groups):
     """One row per metric and setting of a task."""
     rows = []
-    for key, title in METRICS.items():
+    for key, same in distinct([key for key in METRICS if any(g.series(key) for g in groups)], groups).items():
         shown = [(group, group.series(key)) for group in groups if group.series(key)]
-        rows += [[join(title, " ", tag("code", key))]] if shown else []
+        rows += [[titled(key, same)]]
         for group, seeds in shown:
             behind = [run for run in group.runs if not run.finished]
             state = f"{len(behind)} unfinished" if behind else "finished"
@@ -66,9 +66,9 @@ def task_section(task, groups):
     keys = list(dict.fromkeys(key for group in groups for run in group.runs for key in run.series))
     main = [key for key in CURVES if key in keys]
     rest = [key for key in sorted(keys) if key not in main and not key.endswith("_deg")]
-    more = tag("div", [chart(key, groups) for key in rest], class_="charts")
-    more = folded(f"more curves ({len(rest)})", more) if rest else ""
-    shown = tag("div", [chart(key, groups) for key in main], class_="charts")
+    main, rest = ([chart(key, groups, same) for key, same in distinct(keys, groups).items()] for keys in (main, rest))
+    more = folded(f"more curves ({len(rest)})", tag("div", rest, class_="charts")) if rest else ""
+    shown = tag("div", main, class_="charts")
     return tag("section", tag("h2", task), final_table(groups), shown, more, id=anchor(task))
 
 
