@@ -143,9 +143,9 @@ class Run:
         state = self.gather(state)
         if not self.is_first:
             return
-        known = self.meta.get("identity", {}).get("num_updates")  # of the run that is resumed
-        if not self._logger and known != self.args.num_updates:  # the first file: nothing can refuse it any more
+        if self.meta.get("identity", {}).get("num_updates") != self.args.num_updates:  # a new run, or one made longer
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+            self.meta["identity"] = self.identity
         log = self.redone or self.logger.position()
         save_state(self.folder / self.phase, state, {**self.meta, "identity": self.identity, "log": log})
 

@@ -301,6 +301,7 @@ def test_a_finished_run_goes_on_for_more_updates(whole, args, monkeypatch):
     learn(args)
     positions = {path: checkpoint.read_npz(path)[1]["log"] for path in Path(args.out).rglob("state.npz")}
     learn(dataclasses.replace(args, resume=True, num_updates=60))
+    assert json.loads((Path(args.out) / "args.json").read_text())["num_updates"] == 60
     more = dataclasses.replace(args, resume=True, num_updates=80)
     stop(more, monkeypatch, "update", 70)
     assert learn(more) == result and learn(more) == result
