@@ -503,7 +503,7 @@ def test_a_large_batch_of_c_mujoco_on_one_core(threads):
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, numpy as np, envs
-env, envs.physics.PATIENCE = envs.make("ant"), 1.0
+env, envs.host.PATIENCE = envs.make("ant"), 1.0
 qpos, rest = np.tile(env.model.qpos0, (700, 1)), np.zeros((700, 1 + env.model.nv))
 memory = np.concatenate([rest[:, :1], qpos, rest[:, 1:]], 1).view(np.uint32)
 state = envs.physics.Physics(memory, np.float32(qpos), np.float32(rest[:, 1:]), np.zeros(700, np.float32))

@@ -1,5 +1,6 @@
 """Reading buffers: one file, a glob of shards as one, some episodes of a large one; their metadata alone."""
 
+import dataclasses
 import os
 import sys
 import zipfile
@@ -25,8 +26,9 @@ from envs.buffers.files import (
     sha256,
     unpack_member,
 )  # fmt: skip
-from envs.tasks import task_names
+from envs.tasks import never, task_names
 from envs.worlds import task as find_task
+from envs.worlds import task_of_file
 
 
 def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...]) -> Buffer:
@@ -127,7 +129,7 @@ def load_task(
         remedy = import_command(buffer) or "write its name there as `task`, or relabel by udg_select.py"
         raise fail(path, "metadata_json", "names no task", remedy)
     try:
-        found = find_task(about["task"], **about["task_options"])
+        found = (find_task if task else task_of_file)(about["task"], **about["task_options"])
     except (TypeError, ValueError, ArithmeticError) as error:  # the metadata may be a stranger's
         remedy = import_command(buffer) or "name a task that is known here, and the options it has"
         raise fail(path, f"{METADATA}['task']", str(error), remedy) from None
@@ -138,6 +140,8 @@ def load_task(
             remedy = f"convert: {select_command(buffer, found.name)}"
         problem = f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes {found.observation_size}"
         raise fail(path, "observations", problem, remedy)
+    if not found.knows_end and not buffer["terminals"].any():  # nor does a model of these data
+        found = dataclasses.replace(found, model_terminal=never)
     return buffer, found
 
 
