@@ -172,8 +172,8 @@ def open_reference(word, sources):
     return buffer
 
 
-def open_task(name, options, sources, paid_by=None):
-    """Return the task, with the physical options (gear) that the buffers were recorded with. paid_by: --task-reward."""
+def open_task(name, options, sources, task_reward=""):
+    """Return the task, with the physical options (gear) that the buffers were recorded with, paid by --task-reward."""
     metadata = sources[0].buffer.metadata
     known = envs.task_options(name)
     recorded = {k: v for k, v in gear(sources[0].buffer).items() if k in known}
@@ -183,8 +183,7 @@ def open_task(name, options, sources, paid_by=None):
                 f"--task-options {key}={options[key]:g}: the buffers were recorded with {key} {value:g}, and a learner "
                 f"would be judged in another world. Remedy: leave {key} out"
             )
-    task = envs.task(name, **{**recorded, **options})
-    task = envs.rewards.paid_by(task, paid_by) if paid_by else task
+    task = envs.rewards.paid_by(envs.task(name, **{**recorded, **options}), task_reward)
     ended = any(source.buffer.metadata["task_options"].get("terminate") for source in sources)
     if ended and task.options.get("terminate") is False:
         problem = "episodes of the buffers end where the task would go on"
@@ -722,18 +721,15 @@ def main(args) -> dict[str, Any]:
     runner.check(args)
     options = runner.task_options(args.task_options)
     names = dict.fromkeys(flatten(args.tasks))
-    paid_by = envs.rewards.read(args.task_reward) if args.task_reward else None
     for name in names:
         envs.task(name)  # a wrong name is refused before anything is read
     sources = open_sources(flatten(args.buffers), args.seed)
     selections = parse_selections(args, len(sources))
-    tasks = [open_task(name, options, sources, paid_by) for name in names]
+    tasks = [open_task(name, options, sources, args.task_reward) for name in names]
     out = Path(args.out or "runs/udg_select")
     files = planned_files(out, tasks, selections, args)
     reference = open_reference(args.reference, sources) if args.reference else None
-    print(
-        f"{len(sources)} buffers of '{tasks[0].env}', {sum(len(x.buffer) for x in sources):,} transitions", flush=True
-    )
+    print(f"{len(sources)} buffers of '{tasks[0].env}', {sum(len(x.buffer) for x in sources):,} rows", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     check_room(out, tasks, sources, selections, args)
 
@@ -752,6 +748,7 @@ def main(args) -> dict[str, Any]:
     figures.plot_heatmap(out / "heatmap.png", [source.name for source in sources], list(table), values, args.score)
     learner = "cped" if "goals" in sources[0].buffer.arrays else "mopo"  # MOPO refuses mazes
     budget = " --preset cpu" if jax.default_backend() == "cpu" else ""  # minutes, where the published size takes days
+    budget += f" --task-reward {args.task_reward}" if args.task_reward else ""
     print(f"{out}: figures, scores.json; {time.time() - started:.1f} s\n"
           f"next: python {learner}.py --dataset {next(iter(files.values()))}{budget}", flush=True)  # fmt: skip
     return table

@@ -33,6 +33,10 @@ class RewardFunction:
     function: Callable
 
     @property
+    def called(self) -> str:
+        return self.name.rpartition(":")[2]
+
+    @property
     def about(self) -> dict[str, str]:
         """What a buffer's metadata keep of it."""
         return {"name": self.name, "sha256": self.sha256}
@@ -97,8 +101,14 @@ def read(word: str) -> RewardFunction:
     return RewardFunction(f"{file.name}:{name}", hashlib.sha256(file.read_bytes()).hexdigest(), function)
 
 
-def paid_by(task: Task, function: RewardFunction) -> Task:
-    """Return the task with another reward. No reference returns: they were measured with its own."""
+def paid_by(task: Task, function: RewardFunction | str) -> Task:
+    """Return the task with another reward, of a function or of "file.py:function"; "": the task as it is.
+
+    No reference returns are left: they were measured with its own reward.
+    """
+    if not function:
+        return task
+    function = read(function) if isinstance(function, str) else function
 
     def reward(step):
         arrays = step.observations, step.actions, step.next_observations
@@ -120,15 +130,16 @@ def of_data(metadata: dict[str, Any], path: str, task: Task, word: str) -> Task:
     about = metadata.get("reward_function")
     if not about and not word:
         return task
-    named = about.get("name") if isinstance(about, dict) else about
+    named = str(about.get("name") if isinstance(about, dict) else about)
     if not word:
         raise InputError(
             f"{path}: its rewards are of the function {named!a}, and an evaluation must pay the same: add "
             "--task-reward with the path of that file, such as --task-reward file.py:function"
         )
     function = read(word)
-    if about != function.about:
-        made = f"of {named!a}, whose file had other content" if about else "of no function"
+    known = about.get("sha256") if isinstance(about, dict) else None
+    if (known, named.rpartition(":")[2]) != (function.sha256, function.called):
+        made = f"of {named!a}, or its file has changed since" if about else "of no function"
         raise InputError(
             f"{path}: --task-reward {word}: the file's rewards are {made}. Remedy: relabel it, udg_select.py "
             f"--task {task.name} --task-reward {word}" + ("" if about else ", or leave --task-reward out")

@@ -182,8 +182,9 @@ def _merge(parts: list[Buffer], path: str) -> Buffer:
     first = parts[0]
     for part in parts[1:]:
         for key in MERGE_KEYS:
-            if part.metadata[key] != first.metadata[key]:
-                problem = f"{part.metadata[key]!r}, but {first.path} has {first.metadata[key]!r}"
+            here, there = part.metadata.get(key), first.metadata.get(key)
+            if here != there:
+                problem = f"{here!r}, but {first.path} has {there!r}"
                 raise fail(part.path, key, problem, "name only files of one kind in the glob")
         for key in ("observations", "actions"):
             if key in part.arrays and part[key].shape[1:] != first[key].shape[1:]:
