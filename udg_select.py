@@ -749,6 +749,7 @@ def main(args) -> dict[str, Any]:
     learner = "cped" if "goals" in sources[0].buffer.arrays else "mopo"  # MOPO refuses mazes
     budget = " --preset cpu" if jax.default_backend() == "cpu" else ""  # minutes, where the published size takes days
     budget += f" --task-reward {args.task_reward}" if args.task_reward else ""
+    budget += f" --task {tasks[0].name}" if envs.imports.module_of(tasks[0].name) else ""  # no file may import it
     print(f"{out}: figures, scores.json; {time.time() - started:.1f} s\n"
           f"next: python {learner}.py --dataset {next(iter(files.values()))}{budget}", flush=True)  # fmt: skip
     return table

@@ -38,7 +38,4 @@ def check_imported(name: str) -> None:
     """Refuse (InputError) a name, read from a file, whose module is not imported yet."""
     module = module_of(name)
     if module and module not in sys.modules:
-        raise InputError(
-            f"'{name}' is of the module '{module}', which no file may import: name the task yourself by --task {name}, "
-            f"or import {module} before"
-        )
+        raise InputError(f"'{name}' is of the module '{module}', which no file may import")

@@ -36,8 +36,8 @@ def own_task(
 
     def unknown(_):
         raise InputError(
-            f"when '{name}' ends is its own and cannot be computed from observations: use a learner without a model "
-            "(cped.py, qdq.py, dac.py), or data in which no episode ends before its time limit"
+            f"when '{name}' ends is its own and cannot be computed from observations: learn it from data "
+            "(runner.learn_end), or use a learner without a model"
         )
 
     defaults = dict(

@@ -18,6 +18,7 @@ Nothing here knows an algorithm. It imports `envs`, never the other way round.
 import runner.neighbours  # noqa: F401  (first: it says which folder hides one of our packages)
 from runner.checkpoint import fill, flat_arrays, read_npz
 from runner.devices import map_seeds, over_devices, seed_keys
+from runner.ends import learn_end
 from runner.evaluation import each_seed, evaluation_keys, play, returns_of
 from runner.flags import (
     Count,
@@ -43,7 +44,7 @@ from runner.tables import show
 
 __all__ = [
     "DIGESTED", "Count", "Data", "Flags", "Natural", "Rate", "Run", "RunFlags", "Share", "Size", "check", "check_run",
-    "each_seed", "evaluation_keys", "fill", "flat_arrays", "folder_of", "launch", "map_seeds", "open_task",
+    "each_seed", "evaluation_keys", "fill", "flat_arrays", "folder_of", "launch", "learn_end", "map_seeds", "open_task",
     "over_devices", "parse", "play", "preset", "read_npz", "refuse", "returns_of", "say", "seed_keys", "show",
     "state_files", "task_options", "with_eta", "write_whole",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from envs.buffers.files import (
     sha256,
     unpack_member,
 )  # fmt: skip
+from envs.imports import module_of
 from envs.tasks import never, task_names
 from envs.worlds import task as find_task
 from envs.worlds import task_of_file
@@ -132,6 +133,8 @@ def load_task(
         found = (find_task if task else task_of_file)(about["task"], **about["task_options"])
     except (TypeError, ValueError, ArithmeticError) as error:  # the metadata may be a stranger's
         remedy = import_command(buffer) or "name a task that is known here, and the options it has"
+        if module_of(about["task"]) and not task:
+            remedy = f"add --task {about['task']} (in a program: import {module_of(about['task'])} before)"
         raise fail(path, f"{METADATA}['task']", str(error), remedy) from None
     sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
