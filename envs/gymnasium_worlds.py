@@ -20,7 +20,7 @@ import numpy as np
 
 from envs import host
 from envs.base import Env
-from envs.errors import InputError
+from envs.errors import InputError, said
 from envs.imports import import_for, module_of
 from envs.own import own_task
 from envs.task import Task
@@ -34,6 +34,7 @@ RUNNING, ENDED, CUT = (
     1,
     2,
 )  # an episode goes on; it terminated; the environment itself cut it off at the task's limit
+FEWEST = 16  # environments that a pool may always make
 HEAD = 4  # numbers of a GymState that come before its observation
 
 
@@ -112,7 +113,7 @@ def _make(name: str):
     try:
         env = gymnasium.make(short, max_episode_steps=-1, disable_env_checker=True)
     except Exception as error:  # an unknown name, a missing package, or what the environment's own code raises
-        raise InputError(f"'{name}' cannot be made: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise InputError(f"'{name}' cannot be made: {said(error)}") from None
     if env.spec.id != short:  # Gymnasium takes the newest version where none is named
         raise InputError(f"'{name}': name its version, '{name.removesuffix(short)}{env.spec.id}'")
     return env, gymnasium.spec(short).max_episode_steps
@@ -156,7 +157,7 @@ def _begin(name: str, env, seed: int, size: int) -> np.ndarray:
     try:
         obs, _ = env.reset(seed=int(seed))
     except Exception as error:
-        raise InputError(f"'{name}': its reset raised {type(error).__name__}: {error}") from error
+        raise InputError(f"'{name}': its reset raised {said(error)}") from error
     return _observed(name, obs, size, "reset")
 
 
@@ -170,8 +171,8 @@ def _observed(name: str, obs, size: int, when: str) -> np.ndarray:
 class _Pool:
     """Environments of one name; reset and step are functions of one of them, batched by jax.
 
-    As many are kept as twice the largest batch of each device takes; of more episodes the one that was stepped longest
-    ago gives up its environment.
+    As many are kept as twice the largest batch of each device takes, 16 at least; of more episodes the one that was
+    stepped longest ago gives up its environment.
     """
 
     def __init__(self, name: str, limit: int):
@@ -179,7 +180,7 @@ class _Pool:
         self.size, self.actions = self.space.observation_size, len(self.space.low)
         self.running = collections.OrderedDict()  # episode -> [environment, steps], the last stepped at the end
         self.idle = []  # environments of episodes that ended
-        self.numbers, self.most = itertools.count(1), 0
+        self.numbers, self.most = itertools.count(1), FEWEST
         self.scratch = None  # of resets, which begin no episode
         self.devices = jax.local_device_count()
         self.one_thread, self.lock = host.one_thread(), threading.Lock()  # several devices call back at once
@@ -215,11 +216,12 @@ class _Pool:
         packed = np.asarray(packed)
         rows = np.ascontiguousarray(packed.reshape(-1, packed.shape[-1]))
         floats = rows[:, HEAD:].copy().view(np.float32)
+        obs, actions = floats[:, : self.size], self._scaled(floats[:, self.size :])
         out = np.empty((len(rows), 3), np.int32), np.zeros((len(rows), self.size + 2), np.float32)
         with self.lock:
             self.most = max(self.most, 2 * len(rows) * self.devices)
-            for i, (head, values) in enumerate(zip(rows[:, :HEAD].tolist(), floats, strict=True)):
-                out[0][i], out[1][i] = self._step_one(*head, values[: self.size], values[self.size :])
+            for i, head in enumerate(rows[:, :HEAD].tolist()):
+                out[0][i], out[1][i] = self._step_one(*head, obs[i], actions[i])
         return tuple(part.reshape(*packed.shape[:-1], -1) for part in out)
 
     def _step_one(self, seed, episode, time, over, obs, action):
@@ -228,9 +230,9 @@ class _Pool:
             return (episode, time, over), (*obs, 0.0, over == ENDED)
         episode, env = self._go_on(episode, time) if time else self._new_episode(seed, obs)
         try:
-            obs, reward, ended, cut, _ = env.step(self._scaled(action))
+            obs, reward, ended, cut, _ = env.step(action)
         except Exception as error:
-            raise InputError(f"'{self.name}': its step raised {type(error).__name__}: {error}") from error
+            raise InputError(f"'{self.name}': its step raised {said(error)}") from error
         obs, time = _observed(self.name, obs, self.size, f"step {time + 1}"), time + 1
         if not math.isfinite(reward):
             raise InputError(f"'{self.name}': step {time} returned the reward {reward}")
@@ -266,7 +268,7 @@ class _Pool:
         return episode, env
 
     def _scaled(self, action: np.ndarray) -> np.ndarray:
-        """From [-1, 1] to the bounds of the space, both ends exactly."""
+        """Actions (..., A) from [-1, 1] to the bounds of the space, both ends exactly."""
         low, high, action = (x.astype(np.float64) for x in (self.space.low, self.space.high, action))
         scaled = np.where(action > 0, high - (1 - action) * (high - low) / 2, low + (action + 1) * (high - low) / 2)
         return np.clip(scaled.astype(self.space.low.dtype), self.space.low, self.space.high)

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from envs.errors import InputError
+from envs.errors import InputError, said
 
 
 def module_of(name: str) -> str:
@@ -30,7 +30,7 @@ def import_for(name: str) -> None:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             found = f"there is no module '{error.name}', neither installed nor in {here}"
         else:
-            found = f"importing {module} ended with {type(error).__name__}: {error}"
+            found = f"importing {module} ended with {said(error)}"
         raise InputError(f"'{name}': {found}") from None
 
 

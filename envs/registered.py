@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from envs.base import Env
-from envs.errors import InputError
+from envs.errors import InputError, said
 from envs.imports import import_for, module_of
 from envs.own import own_task
 from envs.task import Task
@@ -110,7 +110,7 @@ def _inner(name: str, entry: Entry):
     try:
         inner = entry.make()
     except Exception as error:  # whatever the user's code raises
-        raise InputError(f"'{name}' cannot be made: {type(error).__name__}: {error}") from error
+        raise InputError(f"'{name}' cannot be made: {said(error)}") from error
     if hasattr(inner, "step_env"):
         return GymnaxEnv(name, inner)
     missing = [x for x in ("reset", "step", "observation_size", "action_size") if not hasattr(inner, x)]
@@ -134,7 +134,7 @@ def registered_task(name: str, **options) -> Task:
     except InputError:
         raise
     except Exception as error:
-        found = f"its reset(key) or step(state, action) failed: {type(error).__name__}: {error}"
+        found = f"its reset(key) or step(state, action) failed: {said(error)}"
         raise InputError(f"'{name}': {found}") from error
     size = int(inner.observation_size)
     wanted = [(size,), (size,), (), ()]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.errors import InputError
+from envs.errors import InputError, said
 from envs.task import Task
 
 COMPARED = 8  # rows that are also given one by one: what a row earns must not depend on the others
@@ -62,7 +62,7 @@ class RewardFunction:
             found = np.asarray(self.function(*rows))
         except Exception as error:  # whatever the user's code raises
             shapes = ", ".join(str(list(x.shape)) for x in rows)
-            problem = f"raised {type(error).__name__}: {error}, given arrays {shapes}"
+            problem = f"raised {said(error)}, given arrays {shapes}"
             raise InputError(f"--task-reward {self.name}: {problem}") from error
         wanted = (len(rows[0]),)
         if found.shape != wanted or found.dtype.kind not in "fiub":
@@ -93,7 +93,7 @@ def read(word: str) -> RewardFunction:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's code raises
-        raise InputError(f"--task-reward {word}: {file} ended with {type(error).__name__}: {error}") from error
+        raise InputError(f"--task-reward {word}: {file} ended with {said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
