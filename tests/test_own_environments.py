@@ -23,7 +23,7 @@ import envs.buffers
 import runner
 import udg_select
 import wurl_sac
-from envs import gymnasium_worlds, host, registered
+from envs import gymnasium_pool, host, registered
 from envs.gymnasium_worlds import seed_of
 from envs.tasks import never
 from tests.test_runs import LEARNERS, readme_policy, tiny
@@ -198,9 +198,9 @@ def test_a_state_is_stepped_once_but_a_start_as_often_as_one_likes(world):
 def test_more_episodes_than_environments(world):
     """Kept for later, an episode may lose its environment to newer ones; it never goes on with another's state."""
     env = envs.make(NAME)
-    step, keys = jax.jit(env.step), jax.random.split(jax.random.key(0), gymnasium_worlds.FEWEST + 4)
+    step, keys = jax.jit(env.step), jax.random.split(jax.random.key(0), gymnasium_pool.FEWEST + 4)
     old = [step(env.reset(key), jnp.zeros(2)) for key in keys]
-    assert len(env.pool.made) == gymnasium_worlds.FEWEST + 1  # and one for resets
+    assert len(env.pool.made) == gymnasium_pool.FEWEST + 1  # and one for resets
     step(old[-1], jnp.zeros(2)).obs.block_until_ready()
     with pytest.raises((RuntimeError, ValueError), match="or kept while many other episodes ran"):
         step(old[0], jnp.zeros(2)).obs.block_until_ready()
@@ -438,7 +438,7 @@ def test_a_resumed_run_is_the_whole_one(collected, world, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(wurl_sac.policies, "show_evaluation", stop)
         wurl_sac.main(cut)
-    gymnasium_worlds._spaces.cache_clear()
+    gymnasium_pool.spaces.cache_clear()
     wurl_sac.main(dataclasses.replace(cut, resume=True))
     for k in range(args.num_policies):
         one, other = (envs.buffers.load(Path(x.out) / f"buffers/policy_{k:02d}.npz") for x in (args, cut))
