@@ -96,8 +96,10 @@ def world(tmp_path_factory):
     (folder / "hidden_world.py").write_text(HIDDEN)
     (folder / "my_worlds.py").write_text(PAGE.split("```python\n")[1].split("```")[0])
     os.chdir(folder)
+    envs.task("my_worlds:slide")
     yield folder
     os.chdir(before)
+    registered._ENTRIES.pop("slide")
     sys.path[:] = [place for place in sys.path if place != str(folder)]
     for name in ("hidden_world", "my_worlds"):
         sys.modules.pop(name, None)
@@ -310,7 +312,7 @@ class Counter:
 
 
 @pytest.fixture
-def entries(monkeypatch):
+def entries(monkeypatch, world):
     monkeypatch.setattr(registered, "_ENTRIES", dict(registered._ENTRIES))
 
 
@@ -329,7 +331,6 @@ def test_gymnaxs_interface(entries):
 
 def test_functions_that_are_given_pay_and_end(entries, world):
     """The same ones step, relabel and tell a model; feature and reference are the task's."""
-    envs.task("my_worlds:slide")
     slide = registered._ENTRIES["slide"]
     envs.register(
         "other", slide.make, episode_length=30, reward=lambda s, a, s2: s2[..., 0] - s[..., 0] + 0 * a[..., 0],
