@@ -1053,6 +1053,7 @@ def main(args):
     """Fit the model, train the policy in it, write policy and figures -> scores."""
     check_args(args)
     buffer, task = runner.open_task("mopo", args, DATA_KEYS)
+    task = runner.learn_end(task, buffer)  # where no function tells it
     check_task(args, task)
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
     runner.refuse({few: args.model != "ensemble" or int(args.holdout_share * len(buffer)) > 0})

@@ -91,6 +91,8 @@ class Args:
     """tasks to select for, e.g. ant-angle-60; several allowed"""
     task_options: tuple[str, ...] = ()
     """options of the tasks as name=value, e.g. ctrl_cost=0.5; recorded in the files"""
+    task_reward: str = ""
+    """file.py:function of arrays (s [N, S], a [N, A], s' [N, S]) -> [N] that pays instead of the task's own reward"""
     reference: str = ""
     """a buffer of the same world, made by an expert of the task: its W1 to every buffer is shown"""
     # --- selection ---
@@ -170,10 +172,10 @@ def open_reference(word, sources):
     return buffer
 
 
-def open_task(name, options, sources):
-    """Return the task, with the physical options (gear) that the buffers were recorded with."""
+def open_task(name, options, sources, task_reward=""):
+    """Return the task, with the physical options (gear) that the buffers were recorded with, paid by --task-reward."""
     metadata = sources[0].buffer.metadata
-    known = envs.tasks.task_options(name)
+    known = envs.task_options(name)
     recorded = {k: v for k, v in gear(sources[0].buffer).items() if k in known}
     for key, value in recorded.items():
         if options.get(key, value) != value:
@@ -181,7 +183,7 @@ def open_task(name, options, sources):
                 f"--task-options {key}={options[key]:g}: the buffers were recorded with {key} {value:g}, and a learner "
                 f"would be judged in another world. Remedy: leave {key} out"
             )
-    task = envs.task(name, **{**recorded, **options})
+    task = envs.rewards.paid_by(envs.task(name, **{**recorded, **options}), task_reward)
     ended = any(source.buffer.metadata["task_options"].get("terminate") for source in sources)
     if ended and task.options.get("terminate") is False:
         problem = "episodes of the buffers end where the task would go on"
@@ -513,7 +515,7 @@ def write_selection(path, label, chosen, rewards, scores, episodes, task, args):
         "backend": chosen[0].buffer.metadata.get("backend"),
         "parents": parents,
     }
-    envs.buffers.save(path, arrays, metadata)
+    envs.buffers.save(path, arrays, metadata | ({"reward_function": task.paid_by.about} if task.paid_by else {}))
     saved = envs.buffers.load(path, ("rewards",), quiet=True)
     print(f"wrote {saved.summary()} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
     keys = ("num_transitions", "num_episodes", "mean_return", "std_return")
@@ -522,9 +524,8 @@ def write_selection(path, label, chosen, rewards, scores, episodes, task, args):
 
 def portable_flags(args):
     """Flags for the metadata: file names without their folders, which mean nothing elsewhere."""
-    flags = dataclasses.asdict(args)
-    flags["buffers"] = [Path(word).name for word in flatten(args.buffers)]
-    return {**flags, "reference": Path(args.reference).name, "out": Path(args.out).name}
+    flags = dataclasses.asdict(args) | {"buffers": [Path(word).name for word in flatten(args.buffers)]}
+    return flags | {name: Path(flags[name]).name for name in ("reference", "out", "task_reward")}
 
 
 # === run ===
@@ -724,12 +725,11 @@ def main(args) -> dict[str, Any]:
         envs.task(name)  # a wrong name is refused before anything is read
     sources = open_sources(flatten(args.buffers), args.seed)
     selections = parse_selections(args, len(sources))
-    tasks = [open_task(name, options, sources) for name in names]
+    tasks = [open_task(name, options, sources, args.task_reward) for name in names]
     out = Path(args.out or "runs/udg_select")
     files = planned_files(out, tasks, selections, args)
     reference = open_reference(args.reference, sources) if args.reference else None
-    rows = sum(len(source.buffer) for source in sources)
-    runner.announce(f"{len(sources)} buffers of '{tasks[0].env}', {rows:,} transitions")
+    runner.announce(f"{len(sources)} buffers of '{tasks[0].env}', {sum(len(x.buffer) for x in sources):,} rows")
     out.mkdir(parents=True, exist_ok=True)
     check_room(out, tasks, sources, selections, args)
 
@@ -744,14 +744,14 @@ def main(args) -> dict[str, Any]:
     for task, ready in zip(tasks, prepared, strict=True):
         (out / task.name).mkdir(parents=True, exist_ok=True)
         table[task.name] = select(ready, reference, matrix, measured, selections, files, args)
-    labels = [source.name for source in sources]
     values = np.array(list(table.values())).T
-    figures.plot_heatmap(out / "heatmap.png", labels, list(table), values, args.score)
-    first = next(iter(files.values()))
+    figures.plot_heatmap(out / "heatmap.png", [source.name for source in sources], list(table), values, args.score)
     learner = "cped" if "goals" in sources[0].buffer.arrays else "mopo"  # MOPO refuses mazes
     budget = " --preset cpu" if jax.default_backend() == "cpu" else ""  # minutes, where the published size takes days
+    budget += f" --task-reward {args.task_reward}" if args.task_reward else ""
+    budget += f" --task {tasks[0].name}" if envs.imports.module_of(tasks[0].name) else ""  # no file may import it
     print(f"{out}: figures, scores.json; {time.time() - started:.1f} s\n"
-          f"next: python {learner}.py --dataset {first}{budget}", flush=True)  # fmt: skip
+          f"next: python {learner}.py --dataset {next(iter(files.values()))}{budget}", flush=True)  # fmt: skip
     return table
 
 

@@ -845,8 +845,6 @@ def open_world(args):
     """Refuse bad flags -> args in whole rounds, task, env, steps of an episode."""
     runner.check(args)
     task = envs.task(args.task, **runner.task_options(args.task_options))
-    if task.env.startswith("brax/"):  # brax's rewards are not functions of a recorded transition
-        task = dataclasses.replace(task, has_reward=False, reward=lambda t: 0.0 * t.root_positions[..., 0])
     physical = {k: v for k, v in task.options.items() if k in envs.task_options(task.env)}  # the gear
     env = envs.make(envs.task(task.env, **physical), args.backend)
     if task.name != task.env:  # the raw observations of the world; a task may end episodes where the world does not

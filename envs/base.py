@@ -35,7 +35,8 @@ class State:
     pipeline_state: the world's physics; obs (S,) float32: what the task observes;
     reward, done (): float32, done is 1 for a true termination and never for a time limit;
     metrics: {}; info: raw_obs (S_world,), root_position (2,) of THIS state, root_velocity (2,):
-    the displacement over the step that led here / dt (zeros after a reset); goal (2,) in mazes with one.
+    the displacement over the step that led here / dt (zeros after a reset); goal (2,) in mazes with one; reward,
+    terminal () float32 in worlds with a reward and an end of their own.
     """
 
     pipeline_state: Any
@@ -74,6 +75,10 @@ class Env(abc.ABC):
         """Return a cost that only the physics knows, taken off the reward; none by default."""
         return jnp.zeros((), jnp.float32)
 
+    def _own(self, physics: Any) -> dict[str, jax.Array]:
+        """Return reward and terminal (), float32, of the step that led here, where the world has its own."""
+        return {}
+
     def reset(self, key: jax.Array) -> State:
         """Start an episode. key: one JAX key, typed or raw."""
         physics = self._start(key)
@@ -82,6 +87,7 @@ class Env(abc.ABC):
             "raw_obs": raw_obs,
             "root_position": position,
             "root_velocity": jnp.zeros((2,), jnp.float32),
+            **self._own(physics),
         }
         zero = jnp.zeros((), jnp.float32)
         return State(physics, self.task.observe(raw_obs), zero, zero, {}, info)
@@ -111,9 +117,13 @@ class Env(abc.ABC):
         action = jnp.clip(jnp.asarray(action, jnp.float32), -1.0, 1.0)
         physics, velocity = self._advance(state.pipeline_state, action)
         raw_obs, position = self._read(physics)
-        now = {"raw_obs": raw_obs, "root_position": position, "root_velocity": velocity}
+        own = self._own(physics)
+        now = {"raw_obs": raw_obs, "root_position": position, "root_velocity": velocity, **own}
         before = state.info
-        step = Transition(before["raw_obs"], action, raw_obs, before["root_position"], velocity, before.get("goal"))
+        step = Transition(
+            before["raw_obs"], action, raw_obs, before["root_position"], velocity, before.get("goal"),
+            own.get("reward"), own.get("terminal"),
+        )  # fmt: skip
         return State(
             pipeline_state=physics,
             obs=self.task.observe(raw_obs),
@@ -161,6 +171,8 @@ def transition(state: State, action: jax.Array, next_state: State) -> Transition
         root_positions=state.info["root_position"],
         root_velocities=next_state.info["root_velocity"],
         goals=state.info.get("goal"),
+        rewards=next_state.info.get("reward"),
+        terminals=next_state.info.get("terminal"),
     )
 
 

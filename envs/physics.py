@@ -14,7 +14,6 @@ import importlib.util
 import os
 import pathlib
 import threading
-import time
 import weakref
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ import mujoco
 import numpy as np
 from mujoco import rollout
 
-from envs import maze
+from envs import host, maze
 from envs.base import Env, State, quiet_imports
 from envs.errors import InputError
 from envs.mjx_contacts import exact_contacts
@@ -34,7 +33,6 @@ from envs.task import Task
 BACKENDS = ("mujoco", "mjx")
 # keyword arguments of MujocoEnv that envs.make accepts
 OPTIONS = ("xml", "gear", "margin_scale", "contact_cost", "num_threads")
-PATIENCE = 10.0  # seconds for jax to hand over arguments, which takes milliseconds or never ends
 _FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
 
 
@@ -201,8 +199,7 @@ class _CEngine:
         self.centre, self.half = _control_range(model)
         self.datas = [mujoco.MjData(model) for _ in range(num_threads)]
         self.pool = rollout.Rollout(nthread=num_threads)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.one_thread = cores == 1 and "NPROC" not in os.environ
+        self.one_thread = host.one_thread()
         # Several devices of one process call back at once; the pool's MjData are not theirs alone.
         self.lock = threading.Lock()
         weakref.finalize(self, self.pool.close)  # ends its threads with the engine, or at exit
@@ -226,7 +223,7 @@ class _CEngine:
     def host_step(self, packed):
         """Step a batch. packed (..., 2n + A) uint32, bits of states and actions -> arrays of self.shapes."""
         if self.one_thread:
-            self._wait_for(packed)
+            host.wait_for(packed, "C MuJoCo")
         packed = np.asarray(packed)
         lead, flat = packed.shape[:-1], packed.reshape(-1, packed.shape[-1])
         before = flat[:, : 2 * self.size].copy().view(np.float64)
@@ -248,17 +245,6 @@ class _CEngine:
                 after, cost = self._roll(before, control), 0.0
         self._hold_unstable(before, after)
         return after, cost
-
-    def _wait_for(self, packed: jax.Array) -> None:
-        """Refuse (InputError) to wait for ever: jax copies over some 100 KB in a pool, whose one thread is here."""
-        until = time.monotonic() + PATIENCE
-        while not packed.is_ready():
-            if time.monotonic() > until:
-                raise InputError(
-                    f"{packed.size // packed.shape[-1]} environments of C MuJoCo at once on one core: jax cannot hand "
-                    "them over. Set NPROC=2 in the environment (jax's threads), or let it have a second core"
-                )
-            time.sleep(1e-3)
 
     def _roll(self, before: np.ndarray, control: np.ndarray) -> np.ndarray:
         batch, steps = len(before), self.frame_skip

@@ -18,7 +18,8 @@ class Transition(NamedTuple):
     observations, next_observations (..., S); actions (..., A) in [-1, 1];
     root_positions (..., 2): x, y (planar robots: x, z) before the step, in metres;
     root_velocities (..., 2): displacement over the step / dt, in m/s;
-    goals (..., 2): mazes with a goal only.
+    goals (..., 2): mazes with a goal only;
+    rewards, terminals (...): what a world with a reward and an end of its own said of the step (envs/own.py).
     """
 
     observations: Any
@@ -27,6 +28,8 @@ class Transition(NamedTuple):
     root_positions: Any
     root_velocities: Any
     goals: Any = None
+    rewards: Any = None
+    terminals: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,8 +52,10 @@ class Task:
     has_reward: bool = True
     model_reward: Callable | None = None  # (obs, actions, next obs), observed layout -> (...,)
     model_terminal: Callable = None  # observed next observations -> (...,) bool
+    knows_end: bool = True  # False: the world's own end, which no function of the observations gives
     options: dict = dataclasses.field(default_factory=dict)
     reference: tuple[float, float] | None = None  # (random, expert) returns over eval_length
+    paid_by: Any = None  # the user's own reward function (envs/rewards.py), where one pays
 
     def normalized_score(self, returns):
         """Return 100 (R - random) / (expert - random); InputError where no reference is known."""

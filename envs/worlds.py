@@ -10,8 +10,12 @@ import sys
 from envs import point, tasks
 from envs.base import Env
 from envs.errors import InputError
+from envs.imports import check_imported
+from envs.registered import OPTIONS as REGISTERED_OPTIONS
+from envs.registered import is_registered, make_registered, registered_task
+from envs.rewards import paid_by
 from envs.task import Task
-from envs.tasks import check_options, task_options
+from envs.tasks import check_options
 
 
 @contextlib.contextmanager
@@ -40,21 +44,47 @@ def task(name: str, **options) -> Task:
 
     The numbers in a name (an angle) may be repeated as options, so `task(name, **task(name).options)` works. Reference
     returns are known for measured tasks under their own options only. An unknown name raises InputError with the near
-    names, an unknown option with the known ones.
+    names, an unknown option with the known ones. A name with a module, "my_worlds:cart" or "gym:my_worlds:Cart-v0",
+    imports it.
     """
     if name.startswith("brax/"):
         with with_mujoco():
             from envs.brax_worlds import brax_task
 
         return brax_task(name, **options)
+    if name.startswith("gym:"):
+        from envs.gymnasium_worlds import gym_task
+
+        return gym_task(name, **options)
+    if is_registered(name):
+        return registered_task(name, **options)
     return tasks.task(name, **options)
+
+
+def task_of_file(name: str, **options) -> Task:
+    """Return the task that a file names: as `task`, but no module is imported for it (InputError)."""
+    check_imported(name)
+    return task(name, **options)
+
+
+def task_options(name: str) -> tuple[str, ...]:
+    """Return the names of the options a task takes; none for an unknown name."""
+    if name.startswith("gym:") or is_registered(name):
+        return REGISTERED_OPTIONS
+    return tasks.task_options(name)
+
+
+def is_own(name: str) -> bool:
+    """Return whether a name is of a world with a reward and an end of its own, and no root (envs/own.py)."""
+    return name.startswith(("gym:", "brax/")) or is_registered(name)
 
 
 def make(name: str | Task, backend: str | None = None, **options) -> Env:
     """Make the environment of a world or task name, or of a Task with the options that it has.
 
     backend: "mujoco" (C MuJoCo, the default on a CPU) or "mjx" (the default elsewhere) for the
-        MuJoCo robots, one of brax's for brax/<name>, None or "jax" for the point robots.
+        MuJoCo robots, one of brax's for brax/<name>, None or "jax" for the point robots and registered
+        environments, None or "gymnasium" for gym:<name>.
     options: fields of the task (`Task.options`), and for the MuJoCo robots the arguments of
         `envs.physics.MujocoEnv`: xml, gear, margin_scale, contact_cost, num_threads.
     Unknown names, back ends and options raise InputError.
@@ -64,14 +94,24 @@ def make(name: str | Task, backend: str | None = None, **options) -> Env:
 
         return UnknownEnv(name)
     if isinstance(name, Task):
-        options = {k: v for k, v in name.options.items() if k in task_options(name.name)} | options
-        name = name.name
+        env = make(
+            name.name, backend, **{k: v for k, v in name.options.items() if k in task_options(name.name)} | options
+        )
+        if name.paid_by:
+            env.task = paid_by(env.task, name.paid_by)
+        return env
     backend = None if backend == "auto" else backend
     if name.startswith("brax/"):
         with with_mujoco():
             from envs.brax_worlds import BraxEnv
 
         return BraxEnv(name, backend, **options)
+    if name.startswith("gym:"):
+        from envs.gymnasium_worlds import GymEnv
+
+        return GymEnv(name, backend, **options)
+    if is_registered(name):
+        return make_registered(name, backend, **options)
     chosen = task(name, **{k: v for k, v in options.items() if k in task_options(name)})
     if chosen.env in point.WORLDS:
         check_options(name, options, task_options(name))

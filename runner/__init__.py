@@ -23,6 +23,7 @@ import runner.neighbours  # noqa: F401  (first: it says which folder hides one o
 NAMES = {  # module -> what `runner` has of it
     "checkpoint": "fill flat_arrays read_npz",
     "devices": "map_seeds over_devices seed_keys",
+    "ends": "learn_end",
     "evaluation": "each_seed evaluation_keys play returns_of",
     "flags": "Count Data Flags Natural Rate RunFlags Share Size "
     "announce check check_run launch parse refuse task_options",

@@ -52,6 +52,8 @@ class Data:
     """buffer file with task rewards, or a quoted glob of shards (docs/buffer.md)"""
     max_rows: Natural = 0
     """rows to train on; of a larger file whole episodes are drawn at random, and only these are held; 0: all"""
+    task_reward: str = ""
+    """file.py:function that made the file's rewards (udg_select.py --task-reward), to evaluate by it"""
     num_seeds: Annotated[int, Within(1, 100_000)] = 1
     """S: independent runs at once, a leading axis of all arrays; a seed gives the same run alone or among others"""
 
@@ -238,8 +240,10 @@ def launch(main, Args, preset_of=None, names=(), doc="", again="--resume", cpu_d
         main(args)
     except (envs.InputError, OSError) as error:
         devices.leave(f"{script}: error: {error}")
-    except (ValueError, RuntimeError) as error:  # of a collective operation: another process may be gone
-        if not jax.distributed.is_initialized():
+    except (ValueError, RuntimeError) as error:
+        if told := envs.host.cause(error):  # of a world that is stepped on the host
+            devices.leave(f"{script}: error: {told}")
+        if not jax.distributed.is_initialized():  # of a collective operation: another process may be gone
             raise
         lost = f"another process ended, or this one failed ({error})"
         devices.leave(f"{script}: error: {lost}; go on with the same command and --resume")

@@ -78,6 +78,7 @@ def open_task(script, args, keys):
     if not path:
         path = scripted.dataset(folder_of(args, script, QUICK_TASK)[0])
     buffer, task = envs.buffers.load_task(path, keys, args.task, args.max_rows)
+    task = envs.rewards.of_data(buffer.metadata, buffer.path, task, args.task_reward)
     folder_of(args, script, task.name)  # refused before any long work
     if len(buffer) < 20:
         raise envs.InputError(f"--dataset: {len(buffer)} rows are too few")

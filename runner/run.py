@@ -18,7 +18,8 @@ from runner.folder import Hold, folder_of, state_files
 from runner.log import Logger, Progress, say
 from runner.signals import StopSignal
 
-FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound")  # flags that may change at a resume
+# flags that may change at a resume; --task-reward must fit the data, which may not
+FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound", "task_reward")
 SAVE_EVERY = 60.0  # seconds between two checkpoints
 DIGESTED = ("observations", "actions", "rewards", "terminals", "timeouts")  # what tells data from others
 

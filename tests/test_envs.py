@@ -448,7 +448,8 @@ def test_states_keep_their_structure(name):
     state = jax.eval_shape(env.reset, jax.random.key(0))
     after = jax.eval_shape(env.step, state, jax.ShapeDtypeStruct((env.action_size,), jnp.float32))
     assert_same_structure(state, after)
-    assert set(state.info) == {"raw_obs", "root_position", "root_velocity"}
+    own = {"reward", "terminal"} if name.startswith("brax/") else set()
+    assert set(state.info) == {"raw_obs", "root_position", "root_velocity"} | own
     assert state.metrics == {}
     assert state.obs.shape == (env.observation_size,) and state.obs.dtype == jnp.float32
     assert state.reward.dtype == state.done.dtype == jnp.float32
@@ -503,7 +504,7 @@ def test_a_large_batch_of_c_mujoco_on_one_core(threads):
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, numpy as np, envs
-env, envs.physics.PATIENCE = envs.make("ant"), 1.0
+env, envs.host.PATIENCE = envs.make("ant"), 1.0
 qpos, rest = np.tile(env.model.qpos0, (700, 1)), np.zeros((700, 1 + env.model.nv))
 memory = np.concatenate([rest[:, :1], qpos, rest[:, 1:]], 1).view(np.uint32)
 state = envs.physics.Physics(memory, np.float32(qpos), np.float32(rest[:, 1:]), np.zeros(700, np.float32))
@@ -555,8 +556,9 @@ def test_brax_worlds():
     assert not np.any(step.root_velocities)
     np.testing.assert_array_equal(env.task.feature(step), after.obs)
     assert after.reward.shape == (3,)
+    np.testing.assert_array_equal(env.task.reward(step), after.reward)
     with pytest.raises(envs.InputError, match="cannot be computed from a buffer"):
-        env.task.reward(step)
+        env.task.reward(step._replace(rewards=None))
     with pytest.raises(envs.InputError, match="learner without a model"):
         brax_worlds.brax_task("brax/inverted_pendulum").model_terminal(None)
 

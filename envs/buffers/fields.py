@@ -65,7 +65,7 @@ METADATA_DEFAULTS = {
     "reference": None,
     "parents": [],
 }
-MERGE_KEYS = ("env", "task", "layout", "reward_kind", "task_options", "dt")
+MERGE_KEYS = ("env", "task", "layout", "reward_kind", "task_options", "dt", "reward_function")
 
 ACTION_LIMIT = 1.0 + 1e-5
 BLOCK_BYTES = 1 << 24  # values are checked and hashed in blocks of this size

@@ -13,9 +13,10 @@ from envs.buffers.files import find
 from envs.buffers.reading import NO_TASK, import_command, load
 from envs.errors import InputError
 from envs.task import Transition
-from envs.worlds import task as find_task
+from envs.worlds import is_own, task_of_file
 
-CHECKED = ("actions", "root_positions", "root_velocities")  # columns whose values are checked when a buffer is opened
+ROOT = ("root_positions", "root_velocities")
+CHECKED = ("actions", *ROOT)  # columns whose values are checked when a buffer is opened
 BLOCK = 1 << 18  # rows that a task looks at at a time
 
 
@@ -53,6 +54,10 @@ def map_buffer(path):
     read = {*CHECKED, *STRUCTURE}
     lazy = tuple(key for key in COLUMNS if key not in read)
     buffer = load(path, quiet=True, unchecked=lazy)
+    if is_own(buffer.metadata["env"]):  # such a world has no root, and its buffers need not say so
+        nothing = np.broadcast_to(np.float32(0), (len(buffer), 2))
+        rooted = dict.fromkeys(ROOT, nothing) | buffer.arrays
+        buffer = dataclasses.replace(buffer, arrays=rooted)
     for key in CHECKED:
         if key not in buffer.arrays and import_command(buffer).startswith(NO_TASK):
             raise InputError(f"{path}: env: no task pays '{buffer.metadata['env']}'. Remedy: {import_command(buffer)}")
@@ -71,7 +76,7 @@ def shows_world(buffer):
     if about["reward_kind"] == "relabelled":  # its goals, terminals and ids are of another selection
         return False
     try:
-        observe = find_task(str(about["task"]), **about["task_options"]).observe
+        observe = task_of_file(str(about["task"]), **about["task_options"]).observe
     except (TypeError, ValueError, ArithmeticError):  # the metadata may be a stranger's
         return False
     numbers = np.arange(1, 1 + buffer["observations"].shape[1], dtype=np.float32)
@@ -133,7 +138,8 @@ def end_by_task(buffer, task):
 
 def transitions(buffer, rows):
     """Raw Transition of some rows (a slice or indices)."""
-    names = (name for name in Transition._fields if name in buffer.arrays)
+    unpaid = buffer.metadata["reward_kind"] == "none"  # its rewards are zeros that nobody paid
+    names = (x for x in Transition._fields if x in buffer.arrays and not (unpaid and x == "rewards"))
     return Transition(**{name: buffer.arrays[name][rows] for name in names})
 
 
@@ -148,5 +154,5 @@ def points_of(buffer, values):
 
 
 def gear(buffer):
-    """{"gear": 30.0} as recorded, or {}: the one option of a task that changes the physics."""
-    return {k: v for k, v in buffer.metadata["task_options"].items() if k == "gear"}
+    """{"gear": 30.0} as recorded, or {}: the options of a task that change its world: motors, or the time limit."""
+    return {k: v for k, v in buffer.metadata["task_options"].items() if k in ("gear", "episode_length")}

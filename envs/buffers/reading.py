@@ -1,5 +1,6 @@
 """Reading buffers: one file, a glob of shards as one, some episodes of a large one; their metadata alone."""
 
+import dataclasses
 import os
 import sys
 import zipfile
@@ -25,9 +26,11 @@ from envs.buffers.files import (
     sha256,
     unpack_member,
 )  # fmt: skip
-from envs.tasks import task_names
+from envs.imports import module_of
+from envs.tasks import never, task_names
 from envs.unknown import unknown_task
 from envs.worlds import task as find_task
+from envs.worlds import task_of_file
 
 NO_TASK = "use other data"  # a remedy that begins like this says that no task fits
 
@@ -139,9 +142,11 @@ def load_task(
         remedy = import_command(buffer) or "write its name there as `task`, or relabel by udg_select.py"
         raise fail(path, "metadata_json", "names no task", remedy)
     try:
-        found = find_task(about["task"], **about["task_options"])
+        found = (find_task if task else task_of_file)(about["task"], **about["task_options"])
     except (TypeError, ValueError, ArithmeticError) as error:  # the metadata may be a stranger's
         remedy = import_command(buffer) or "name a task that is known here, and the options it has"
+        if module_of(about["task"]) and not task:
+            remedy = f"add --task {about['task']} (in a program: import {module_of(about['task'])} before)"
         raise fail(path, f"{METADATA}['task']", str(error), remedy) from None
     sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
@@ -150,6 +155,8 @@ def load_task(
             remedy = f"convert: {select_command(buffer, found.name)}"
         problem = f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes {found.observation_size}"
         raise fail(path, "observations", problem, remedy)
+    if not found.knows_end and not buffer["terminals"].any():  # nor does a model of these data
+        found = dataclasses.replace(found, model_terminal=never)
     return buffer, found
 
 
@@ -190,8 +197,9 @@ def _merge(parts: list[Buffer], path: str) -> Buffer:
     first = parts[0]
     for part in parts[1:]:
         for key in MERGE_KEYS:
-            if part.metadata[key] != first.metadata[key]:
-                problem = f"{part.metadata[key]!r}, but {first.path} has {first.metadata[key]!r}"
+            here, there = part.metadata.get(key), first.metadata.get(key)
+            if here != there:
+                problem = f"{here!r}, but {first.path} has {there!r}"
                 raise fail(part.path, key, problem, "name only files of one kind in the glob")
         for key in ("observations", "actions"):
             if key in part.arrays and part[key].shape[1:] != first[key].shape[1:]:

@@ -67,7 +67,7 @@ def dataset(folder):
     with tempfile.TemporaryDirectory() as raw:
         parts = [envs.buffers.load(file, quiet=True) for file in point_buffers(raw, seed=0, episodes=8)]
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0].arrays}
-    arrays["rewards"] = task.reward(envs.Transition(*(arrays[k] for k in envs.Transition._fields[:-1])))
+    arrays["rewards"] = task.reward(envs.Transition(*(arrays[k] for k in envs.Transition._fields[:5])))
     about = {"dataset_name": "point-angle-0-scripted", "task": task.name, "layout": "task", "reward_kind": "relabelled"}
     about |= {"task_options": task.options, "warmup_transitions": None, "policy_id": None}
     return envs.buffers.save(path, arrays, {**parts[0].metadata, **about})

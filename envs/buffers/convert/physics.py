@@ -13,8 +13,7 @@ from envs.buffers.fields import Buffer, fail
 from envs.buffers.reading import load
 from envs.robots import ROBOTS
 from envs.task import Task, Transition
-from envs.worlds import make
-from envs.worlds import task as find_task
+from envs.worlds import make, task_of_file
 
 REPLAY_ROWS, INSPECT_ROWS = 4096, 512  # of an import; of `inspect`, which is to be quick
 BLOCK = 256  # rows at a time
@@ -206,7 +205,7 @@ def check_now(buffer: Buffer) -> list[str]:
     if about.get("backend") not in (None, "mujoco"):
         return [f"physics: not checked: recorded on {about['backend']!a}, and the check is against C MuJoCo"]
     try:
-        task = find_task(name, **about["task_options"])
+        task = task_of_file(name, **about["task_options"])
         size = task.observation_size if about["layout"] == "task" else task.env_observation_size
         if (task.env, [size, task.action_size]) != (about["env"], sizes):
             return [f"physics: not checked: {sizes} observed and action numbers are not those of {name!a}"]

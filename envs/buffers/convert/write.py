@@ -14,6 +14,7 @@ from envs.buffers.reading import load
 from envs.buffers.writing import save
 from envs.task import Task
 from envs.worlds import task as find_task
+from envs.worlds import task_of_file
 
 
 def write(
@@ -82,7 +83,7 @@ def _label(found: Imported, metadata: dict[str, Any], task: str | None) -> Task 
     if name is None:
         return None
     try:
-        known = find_task(name, **({} if task else metadata.get("task_options", {})))
+        known = (find_task if task else task_of_file)(name, **({} if task else metadata.get("task_options", {})))
     except (TypeError, ValueError):  # the metadata may be a stranger's
         if task is not None:
             raise

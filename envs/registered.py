@@ -1,0 +1,215 @@
+"""Environments of a user's own in JAX: `register` one, then name it like any other.
+
+A name on a command line may say which module registers it: `--task my_worlds:cart` imports `my_worlds`, installed or in
+the working directory, and takes what it registered as "cart" (docs/environments.md has a whole example).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from envs.base import Env
+from envs.errors import InputError, said
+from envs.imports import import_for, module_of
+from envs.own import own_task
+from envs.task import Task
+from envs.tasks import check_options, task_options
+
+OPTIONS = ("episode_length",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What `register` was told."""
+
+    make: Callable[[], Any]
+    episode_length: int | None
+    dt: float
+    reward: Callable | None
+    terminal: Callable | None
+    fields: dict[str, Any]
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    make: Callable[[], Any],
+    *,
+    episode_length: int | None = None,
+    dt: float = 1.0,
+    reward: Callable | None = None,
+    terminal: Callable | None = None,
+    feature: Callable | None = None,
+    feature_names: tuple[str, ...] = (),
+    reference: tuple[float, float] | None = None,
+) -> None:
+    """Make a JAX environment known by a name; a second call with the same name replaces it.
+
+    name: letters, digits, ".", "_" and "-"; none that this package has.
+    make() -> the environment, in one of two interfaces:
+        brax's: reset(key) and step(state, action) return a state with obs (S,), reward (), done (); observation_size
+            and action_size; actions are in [-1, 1], `done` is no time limit;
+        gymnax's: default_params, reset(key, params) -> obs, state; step_env(key, state, action, params) -> obs, state,
+            reward, done, info; observation_space(params), action_space(params), whose `low` and `high` actions in
+            [-1, 1] are mapped to. A limit `max_steps_in_episode` among the parameters is the episode's length, and
+            is taken out of `done`.
+    episode_length: steps; None: gymnax's limit, or 1000. dt: seconds of a step.
+    reward(s, a, s') -> (...,) and terminal(s') -> (...,) bool, of arrays (..., S) and (..., A), in NumPy and JAX: where
+        they are given they are what `step` pays and ends by, data can be relabelled, and mopo.py's model knows
+        both; without them a step pays and ends as the environment says.
+    feature(s') -> (..., d): where wurl_sac.py measures diversity; None: the observation. feature_names: of the d.
+    reference: returns of a random policy and of an expert, for normalised scores.
+    Raises InputError for a name that cannot be used.
+    """
+    plain = name.replace(".", "").replace("_", "").replace("-", "")
+    if not (plain.isascii() and plain.isalnum()):
+        raise InputError(f"'{name}' cannot be registered: use letters, digits, '.', '_' and '-'")
+    if task_options(name) or _is_built_in(name):
+        raise InputError(f"'{name}' cannot be registered: this package has a world or task of that name")
+    fields: dict[str, Any] = {"reference": reference}
+    if feature is not None:
+        fields["feature"] = lambda step: feature(step.next_observations)
+        fields["feature_names"] = tuple(feature_names)
+    _ENTRIES[name] = Entry(make, episode_length, dt, reward, terminal, fields)
+
+
+def _is_built_in(name: str) -> bool:
+    from envs.tasks import task
+
+    try:
+        return bool(task(name))
+    except InputError:
+        return False
+
+
+def is_registered(name: str) -> bool:
+    """Return whether a name is one of `register`, or asks for a module that should register it."""
+    return name in _ENTRIES or bool(module_of(name))
+
+
+def registered_names() -> tuple[str, ...]:
+    return tuple(_ENTRIES)
+
+
+def _entry(name: str) -> Entry:
+    import_for(name)
+    short = name.rpartition(":")[2]
+    if short not in _ENTRIES:
+        known = ", ".join(_ENTRIES) or "nothing"
+        raise InputError(f"'{name}': {module_of(name)} registers no '{short}' (envs.register); registered: {known}")
+    return _ENTRIES[short]
+
+
+def _inner(name: str, entry: Entry):
+    """Make the environment -> it, with brax's interface."""
+    try:
+        inner = entry.make()
+    except Exception as error:  # whatever the user's code raises
+        raise InputError(f"'{name}' cannot be made: {said(error)}") from error
+    if hasattr(inner, "step_env"):
+        return GymnaxEnv(name, inner)
+    missing = [x for x in ("reset", "step", "observation_size", "action_size") if not hasattr(inner, x)]
+    if missing:
+        raise InputError(
+            f"'{name}': its environment {type(inner).__name__} has no {', '.join(missing)}: it needs brax's interface "
+            "or gymnax's (envs.register)"
+        )
+    return inner
+
+
+def registered_task(name: str, **options) -> Task:
+    """Return the task of a registered environment."""
+    check_options(name, options, OPTIONS)
+    entry = _entry(name)
+    inner = _inner(name, entry)
+    try:
+        first = jax.eval_shape(inner.reset, jax.random.key(0))
+        after = jax.eval_shape(inner.step, first, jax.ShapeDtypeStruct((inner.action_size,), jnp.float32))
+        shapes = [tuple(x.shape) for x in (first.obs, after.obs, after.reward, after.done)]
+    except InputError:
+        raise
+    except Exception as error:
+        found = f"its reset(key) or step(state, action) failed: {said(error)}"
+        raise InputError(f"'{name}': {found}") from error
+    size = int(inner.observation_size)
+    wanted = [(size,), (size,), (), ()]
+    if shapes != wanted:
+        found = f"obs after reset and step, reward and done have the shapes {shapes}, not {wanted}"
+        raise InputError(f"'{name}': {found}")
+    limit = entry.episode_length or getattr(inner, "limit", None) or 1000
+    length = int(options.get("episode_length", limit))
+    own = {"options": {"episode_length": length}} if options else {}
+    sizes = size, int(inner.action_size)
+    return own_task(name, sizes, entry.dt, length, entry.reward, entry.terminal, **entry.fields, **own)
+
+
+def make_registered(name: str, backend: str | None = None, **options) -> Env:
+    """Make a registered environment, in this package's interface."""
+    if backend not in (None, "jax"):
+        raise InputError(f"'{name}' has one back end, 'jax'; asked for '{backend}': leave --backend out")
+    return RegisteredEnv(registered_task(name, **options), _inner(name, _entry(name)))
+
+
+class RegisteredEnv(Env):
+    """An environment with brax's interface, `inner`, in this package's."""
+
+    def __init__(self, task: Task, inner):
+        self.inner = inner
+        super().__init__(task, "jax")
+
+    def _start(self, key):
+        return self.inner.reset(key)
+
+    def _advance(self, physics, action):
+        return self.inner.step(physics, action), jnp.zeros((2,), jnp.float32)
+
+    def _read(self, physics):
+        return physics.obs.astype(jnp.float32), jnp.zeros((2,), jnp.float32)
+
+    def _own(self, physics):
+        return {"reward": jnp.asarray(physics.reward, jnp.float32), "terminal": jnp.asarray(physics.done, jnp.float32)}
+
+
+class GymnaxState(NamedTuple):
+    """key: of the steps to come; state: the environment's own; obs, reward, done of the step that led here."""
+
+    key: jax.Array
+    state: Any
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
+
+
+class GymnaxEnv:
+    """An environment with gymnax's interface, in brax's: no autoreset, no time limit, actions in [-1, 1]."""
+
+    def __init__(self, name: str, inner):
+        self.inner, self.params, self.limit = inner, inner.default_params, None
+        if hasattr(self.params, "max_steps_in_episode"):
+            self.limit = int(self.params.max_steps_in_episode)
+            self.params = self.params.replace(max_steps_in_episode=2**30)
+        space, seen = inner.action_space(self.params), inner.observation_space(self.params)
+        if not (hasattr(space, "low") and hasattr(seen, "low") and len(space.shape) <= 1 and len(seen.shape) == 1):
+            found = f"observations {type(seen).__name__}, actions {type(space).__name__}"
+            raise InputError(f"'{name}': {found}; a world here needs a Box with one row of numbers of both")
+        self.observation_size, self.action_size = seen.shape[0], space.shape[0] if space.shape else 1
+        self.shape = space.shape
+        self.low, self.high = (jnp.broadcast_to(x, (self.action_size,)) for x in (space.low, space.high))
+        if not bool(jnp.isfinite(self.low).all() & jnp.isfinite(self.high).all()):
+            raise InputError(f"'{name}': its actions have no finite bounds")
+
+    def reset(self, key):
+        key, now = jax.random.split(key)
+        obs, state = self.inner.reset_env(now, self.params)
+        return GymnaxState(key, state, obs, jnp.float32(0), jnp.float32(0))
+
+    def step(self, physics, action):
+        key, now = jax.random.split(physics.key)
+        action = (self.low + (action + 1) / 2 * (self.high - self.low)).reshape(self.shape)
+        obs, state, reward, done, _ = self.inner.step_env(now, physics.state, action, self.params)
+        return GymnaxState(key, state, obs, *(jnp.asarray(x, jnp.float32).reshape(()) for x in (reward, done)))
