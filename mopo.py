@@ -1066,7 +1066,7 @@ def main(args):
     fit_init, fit_some, make_model = make_fit(args, env)
     init, train_chunk = make_train(args, task)
 
-    with runner.Run("mopo", args, task, buffer) as run:
+    with runner.Run("mopo", args, task, buffer, schedules={"actor_cosine": False}) as run:
         source = key_model  # of the model: what a fit has learnt, or the key that draws the rows of knn
         if args.model == "ensemble":
             source = jax.eval_shape(fit_init, key_model, data)

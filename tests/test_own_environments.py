@@ -26,7 +26,8 @@ import wurl_sac
 from envs import gymnasium_pool, host, registered
 from envs.gymnasium_worlds import seed_of
 from envs.tasks import never
-from tests.test_runs import LEARNERS, readme_policy, tiny
+from runner import policies
+from tests.test_runs import LEARNERS, tiny
 from tests.test_wurl_sac import TINY as TINY_WURL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -469,7 +470,7 @@ def test_every_learner_evaluates_in_it(name, world_name, selected, world, monkey
 def test_a_policys_evaluation_is_what_it_earns_in_gymnasium(selected, world):
     """CPED's policy.npz, played by NumPy and Gymnasium alone, from the same starts."""
     args, _, returns = learnt("cped", NAME, selected, world)
-    policy = readme_policy(Path(args.out) / "policy.npz", 0)
+    policy = policies.load(Path(args.out) / "policy.npz")
     starts, total = jax.random.split(runner.evaluation_keys(args)[0], args.eval_episodes), 0.0
     for key in starts:
         env, over = gymnasium.make(NAME.removeprefix("gym:")), False

@@ -129,7 +129,10 @@ def test_a_run_stopped_in_every_phase_equals_the_whole_one(name, whole, tmp_path
     assert_same_run(Path(args.out), tmp_path / "run")
 
 
-WHY = {"cped": "--alpha-from stretches", "dac": "--lr-cosine stretches", "qdq": "what this script does"}
+WHY = {
+    "cped": "--alpha-from stretches", "dac": "--lr-cosine stretches", "mopo": "--actor-cosine stretches",
+    "qdq": "what this script does",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHY)
@@ -139,7 +142,9 @@ def test_a_schedule_over_the_run_forbids_more_updates(name, whole):
         module(name).main(dataclasses.replace(args, resume=True, num_updates=2 * args.num_updates))
 
 
-CONSTANT = {"cped": dict(alphas=(0.1,), alpha_from=(0.0,)), "dac": dict(lr_cosine=False)}
+CONSTANT = {
+    "cped": dict(alphas=(0.1,), alpha_from=(0.0,)), "dac": dict(lr_cosine=False), "mopo": dict(actor_cosine=False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONSTANT)
