@@ -9,7 +9,7 @@ import optax
 
 import envs
 from runner.log import say
-from runner.policies import Classifier
+from runner.diversity import Classifier
 
 FEWEST = 10  # terminals to learn from
 HELD_OUT = 0.2  # share of the rows, of either kind, that judge

@@ -30,7 +30,7 @@ SEEN = {"observation_mean": EYES[0], "observation_std": EYES[1]}
 
 def write(path, kind, params, **about):
     """As a run writes it."""
-    task = types.SimpleNamespace(name="some", options={})
+    task = types.SimpleNamespace(name="some", options={}, eval_length=10)
     run = types.SimpleNamespace(folder=path.parent, task=task, leave_if_stopped=lambda: None)
     runner.Run.write_policy(run, kind, params, path.name, **about)
 
