@@ -18,8 +18,8 @@ FOLDER = ROOT / "results" / "mopo" / "screen"
 RETURN, WHOLE = "eval/return_data_length", "eval/return"
 SHOWN = (RETURN, WHOLE, "train/q", "value/q_start", "value/world", "value/model", "train/entropy", "model/u_model")
 WORLDS = {
-    "fitted": ("model", "C0", "--"), "norm": ("model, LayerNorm", "C0", "-"),
-    "world": ("simulator", "C1", "--"), "norm-world": ("simulator, LayerNorm", "C1", "-"),
+    "plain": ("model, plain", "C0", "--"), "default": ("model, the default", "C0", "-"),
+    "world": ("simulator, plain", "C1", "--"), "default-world": ("simulator, the default", "C1", "-"),
 }  # fmt: skip
 
 

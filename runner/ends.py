@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 import envs
-from runner.log import say
 from runner.diversity import Classifier
+from runner.log import say
 
 FEWEST = 10  # terminals to learn from
 HELD_OUT = 0.2  # share of the rows, of either kind, that judge
