@@ -438,7 +438,7 @@ def test_a_resumed_run_is_the_whole_one(collected, world, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(wurl_sac.policies, "show_evaluation", stop)
+        patched.setattr(wurl_sac.diversity, "show_evaluation", stop)
         wurl_sac.main(cut)
     gymnasium_pool.spaces.cache_clear()
     wurl_sac.main(dataclasses.replace(cut, resume=True))
