@@ -40,13 +40,16 @@ def print_table(folder):
         print(f"| {path.parent.name} | {path.stem} |", *(f"{x:.0f} |" for x in cells))
 
 
-def draw(folder, name, settings, key=RETURN, ylabel="return, as many steps as the data's episodes"):
-    """One panel a file, one curve a setting: {setting: (label, colour, line style)}."""
+def draw(folder, name, settings, wanted="default"):
+    """One panel a file that has a run of the setting `wanted`, one curve a setting: {setting: (label, colour, line)}."""
     panels = []
     for file in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = {s: file / f"{s}.jsonl" for s in settings if (file / f"{s}.jsonl").exists()}
         style = lambda setting: dict(zip(("label", "color", "ls"), settings[setting], strict=True))
-        lines = [(*curves(path, key), {"marker": ".", "lw": 1.2, **style(s)}) for s, path in found.items()]
+        if wanted not in found:
+            continue
+        lines = [(*curves(path, RETURN), {"marker": ".", "lw": 1.2, **style(s)}) for s, path in found.items()]
+        ylabel = "return, as many steps as the data's episodes"
         panels.append({"title": file.name, "xlabel": "updates", "ylabel": ylabel, "lines": lines})
     plots.figure(folder / f"{name}.png", panels, width=5.5)
 
@@ -59,7 +62,7 @@ def main():
     names = sorted({path.stem for path in folder.glob("*/*.jsonl")})
     plain = [name for name in names if "world" not in name]
     draw(folder, "screen", {name: (name, f"C{i % 10}", "-" if i < 10 else "--") for i, name in enumerate(plain)})
-    draw(folder, "world", WORLDS)
+    draw(folder, "world", WORLDS, wanted="world")
 
 
 if __name__ == "__main__":
