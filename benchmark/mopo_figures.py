@@ -41,7 +41,7 @@ def print_table(folder):
 
 
 def draw(folder, name, settings, wanted="default"):
-    """One panel a file that has a run of the setting `wanted`, one curve a setting: {setting: (label, colour, line)}."""
+    """One panel a file that has a run of the setting `wanted`, a curve a setting: {setting: (label, colour, line)}."""
     panels = []
     for file in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = {s: file / f"{s}.jsonl" for s in settings if (file / f"{s}.jsonl").exists()}
