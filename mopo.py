@@ -54,7 +54,7 @@ Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes r
 Run        python mopo.py --quick                         (point robot, under 2 minutes on 2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     --quick: return 92 (data: mean -0.2, best 93.9), half a minute on 2 CPU cores; --preset cpu on 50,000 rows of
+Expect     --quick: ends at 94 (data: mean -0.2, best 93.9), 30 s on 2 CPU cores; --preset cpu on 50,000 rows of
            the main job's best buffer for ant-angle-60: 265 in 200 steps (three seeds; data 109), last 5 evaluations
 """
 

@@ -26,6 +26,7 @@ import numpy as np
 import envs
 import suite
 from envs import physics, tasks
+from envs.worlds import task_of_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -199,7 +200,7 @@ def return_distribution(path, backend, episodes, seed):
     The suite's walker goes through umaze: there nearly every return is 1, and the length, with a minus, stands for it.
     """
     with np.load(path, allow_pickle=False) as file:
-        task = envs.task(json.loads(str(file["metadata_json"]))["task"])
+        task = task_of_file(json.loads(str(file["metadata_json"]))["task"])
     act, chunk = suite.gaussian(path), None
     if task.name == suite.WALKER:
         task, act, chunk = envs.task("ant-maze-umaze"), suite.through_maze(path, "umaze"), 50

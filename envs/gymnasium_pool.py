@@ -111,7 +111,7 @@ def _begin(name: str, env, seed: int, size: int) -> np.ndarray:
 
 
 def _observed(name: str, obs, size: int, when: str) -> np.ndarray:
-    obs = np.asarray(obs, np.float32)
+    obs = np.array(obs, np.float32)  # a copy: an environment may write its next one into the same array
     if obs.shape != (size,) or not np.isfinite(obs).all():
         raise InputError(f"'{name}': {when} returned the observation {obs}, not {size} finite numbers")
     return obs
@@ -175,16 +175,22 @@ class Pool:
 
     def _step_one(self, seed, episode, time, over, obs, action):
         """One step of one episode -> (episode, time, over), (obs, reward, terminal)."""
-        if over != RUNNING:  # nothing happens any more
-            return (episode, time, over), (*obs, 0.0, over == ENDED)
+        if over == CUT:
+            raise InputError(
+                f"'{self.name}' cut its episode off after {time} steps and was stepped on: its own time limit is in "
+                f"the way; use no longer episodes (--episode-length {time}), or register it without that limit"
+            )
+        if over == ENDED:  # nothing happens any more
+            return (episode, time, over), (*obs, 0.0, True)
         episode, env = self._go_on(episode, time) if time else self._new_episode(seed, obs)
         try:
             obs, reward, ended, cut, _ = env.step(action)
         except Exception as error:
             raise InputError(f"'{self.name}': its step raised {said(error)}") from error
         obs, time = _observed(self.name, obs, self.size, f"step {time + 1}"), time + 1
-        if not math.isfinite(reward):
-            raise InputError(f"'{self.name}': step {time} returned the reward {reward}")
+        if np.size(reward) != 1 or not np.isfinite(np.asarray(reward, float)).all():
+            raise InputError(f"'{self.name}': step {time} returned the reward {reward}, not one finite number")
+        reward = float(np.asarray(reward).item())
         if cut and not ended and time < self.limit:
             raise InputError(
                 f"'{self.name}' cut an episode off (truncated) after {time} steps, before its limit of {self.limit}: "

@@ -102,6 +102,8 @@ def check_growth(path, old, new, schedules):
         without = f"--no-{flag}" if off is False else f"--{flag} {text(off)}"
         if new[name] != off:
             reasons += [f"--{flag} stretches over the whole run, and only one with {without} can go on"]
+    if old % new.get("eval_every", 1):  # a longer run has no such record in its log
+        reasons += [f"it was evaluated at its end, and {old} is no multiple of --eval-every {new['eval_every']}"]
     if reasons:
         grown = f"a run of {old} updates cannot become one of {new['num_updates']}"
         raise envs.InputError(f"{path}: {grown}: {reasons[0]}; start anew with another --out")

@@ -15,6 +15,7 @@ import tyro
 
 import envs
 import envs.buffers
+import envs.host
 from runner import devices
 from runner.help import help_text
 from runner.signals import listen

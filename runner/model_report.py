@@ -120,7 +120,7 @@ def warn_of_climbing(metrics, rewards, gamma):
     bonus = float(np.max(metrics["train/alpha"] * np.maximum(metrics["train/entropy"], 0.0)))
     most = (max(high, 0.0) + bonus + 0.01 * (high - low)) / (1 - gamma)
     if q > most:
-        remedy = "--critic-norm, --num-critics 10, --clip-model or a larger --lam (docs/mopo.md, When Q climbs)"
+        remedy = "--critic-norm (the default of our own data), --num-critics 10 or a larger --lam (docs/mopo.md)"
         say(f"warning: Q is {q:.3g} where episodes begin; the data's best row for ever pays {most:.3g}; {remedy}")
     return q > most
 

@@ -29,7 +29,7 @@ def test_the_chain_learns_more_than_its_data_show(tmp_path, optimised):
     assert set(np.unique(chosen["policy_ids"])) == {int(np.argmax(means))} and len(chosen) == 1_600
     assert chosen.metadata["task"] == TASK and chosen.metadata["reward_kind"] == "relabelled"
     result = mopo.main(mopo.Args(
-        dataset=str(path), out=str(tmp_path / "mopo"), num_updates=1_000, chunk=500, rollout_freq=500,
+        dataset=str(path), out=str(tmp_path / "mopo"), num_updates=2_000, chunk=500, rollout_freq=500,
         eval_every=500, max_epochs=15, model_hidden_sizes=(64, 64), rollout_batch=2_000, hidden_sizes=(64, 64),
         actor_lr=1e-3, alpha_lr=1e-3, lam=0.1,
     ))  # fmt: skip

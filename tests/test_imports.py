@@ -45,6 +45,27 @@ def import_arrays(tmp_path, rows, **choices):
     return buffers.load(out, quiet=True, verify=True)
 
 
+def test_a_time_limit_of_a_gymnasium_world_is_no_end(tmp_path):
+    """Terminals on the step of its limit, of a world that no function tells when it ends."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(400, 3))
+    ends = np.arange(400) % 200 == 199
+    rows = {"observations": states, "next_observations": states + 0.1, "actions": rng.uniform(-1, 1, (400, 1))}
+    rows["next_observations"][:-1][~ends[:-1]] = states[1:][~ends[:-1]]
+    rows |= {"rewards": rng.normal(size=400), "terminals": ends}
+    buffer = buffers.load(buffers.from_arrays(rows, tmp_path / "out.npz", task="gym:Pendulum-v1"))
+    assert len(buffer) == 400 and not buffer["terminals"].any() and buffer["timeouts"].sum() == 2
+
+
+def test_lists_that_are_no_arrays_and_words_for_numbers_are_named(tmp_path):
+    rows = {"observations": [[1.0], [2.0, 3.0]], "actions": np.zeros((2, 1))}
+    with pytest.raises(envs.InputError, match=r"np\.concatenate"):
+        buffers.from_arrays(rows, tmp_path / "out.npz")
+    rows = plain_rows((30,)) | {"policy_ids": np.array(["a"] * 30)}
+    with pytest.raises(envs.InputError, match=r"policy_ids.*give numbers"):
+        buffers.from_arrays(rows, tmp_path / "out.npz")
+
+
 def test_a_dict_of_arrays_becomes_a_buffer(tmp_path, monkeypatch, capsys):
     """Whatever the dtypes and whoever's words for the flags; by the function and by the command."""
     rows = plain_rows()

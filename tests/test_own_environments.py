@@ -263,8 +263,10 @@ def test_what_an_environment_does_wrong_later_is_one_line(fault, says, world, mo
         raise envs.InputError(said)
     if fault == "cuts":  # the remedy works
         env = envs.make(f"gym:hidden_world:Hidden-{fault}-v0", episode_length=5)
-        done = played(env, jax.random.split(jax.random.key(0), 2), -0.5 * jnp.ones((9, 2, 2)))[2]
-        assert env.task.options == {"episode_length": 5} and not done.any()
+        keys, actions = jax.random.split(jax.random.key(0), 2), -0.5 * jnp.ones((6, 2, 2))
+        assert env.task.options == {"episode_length": 5} and not played(env, keys, actions[:5])[2].any()
+        with pytest.raises(Exception, match=r"after 5 steps and was stepped on.*--episode-length 5"):
+            jax.block_until_ready(played(env, keys, actions))  # no rows are made up behind the end
 
 
 def test_a_backend_and_options_it_has_not(world):

@@ -336,6 +336,8 @@ def test_schedules_that_a_script_does_not_name_or_that_a_flag_turns_off():
     with pytest.raises(envs.InputError, match=r"--lr-cosine stretches .* only one with --no-lr-cosine can"):
         checkpoint.check_growth("x", 40, {"num_updates": 80, "lr_cosine": True}, {"lr_cosine": False})
     checkpoint.check_growth("x", 40, {"num_updates": 80, "lr_cosine": False}, {"lr_cosine": False})
+    with pytest.raises(envs.InputError, match="40 is no multiple of --eval-every 30"):
+        checkpoint.check_growth("x", 40, {"num_updates": 80, "eval_every": 30}, {})
 
 
 def test_resuming_nothing_begins_anew(whole, args, capsys):

@@ -432,7 +432,7 @@ def test_rows_and_records_of_a_run_killed_in_two_evaluations(run, tmp_path, monk
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(W.policies, "show_evaluation", cut)
+            patched.setattr(W.diversity, "show_evaluation", cut)
             W.main(dataclasses.replace(args, resume=at > 20))
     W.main(dataclasses.replace(args, resume=True))
     for k in range(args.num_policies):

@@ -23,7 +23,7 @@ from envs.buffers.files import sha256, write_npz
 def versions() -> dict[str, str]:
     """Versions of what makes the numbers, without importing any of it."""
     found = {"python": platform.python_version()}
-    for name in ("udg-jax", "numpy", "jax", "flax", "mujoco", "mujoco-mjx", "brax"):
+    for name in ("udg-jax", "numpy", "jax", "flax", "mujoco", "mujoco-mjx", "brax", "gymnasium"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

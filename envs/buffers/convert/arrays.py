@@ -34,7 +34,11 @@ ELSEWHERE = {  # keys of other layouts -> the command that reads them
 def open_source(source: Any) -> tuple[str, dict[str, np.ndarray], str | None]:
     """A dict of arrays or the path of an npz file -> its name in messages, its arrays, sha256 of a file."""
     if isinstance(source, Mapping):
-        return "arrays", {str(key): np.asarray(value) for key, value in source.items()}, None
+        try:
+            return "arrays", {str(key): np.asarray(value) for key, value in source.items()}, None
+        except ValueError as error:
+            remedy = "join the episodes by np.concatenate, and mark the last row of each in timeouts or terminals"
+            raise common.fail("arrays", "dict", f"holds lists that are no arrays ({error})", remedy) from None
     path = os.fspath(source)
     if Path(path).suffix in (".hdf5", ".h5"):
         remedy = f"python -m envs.buffers from-d4rl {path} --name NAME --dt SECONDS --episode-length STEPS"
@@ -68,7 +72,9 @@ def _columns(found: dict[str, np.ndarray], problems: common.Problems, notes: lis
             other += [key] * (key not in EPISODE_KEYS)
             continue
         if not fits or 0 in plain.shape:
-            problems.add(key, f"has the shape {value.shape}, expected {want}", "reshape it; there are no images here")
+            remedy = "there are no images here; of several environments write one after another, not row by row: "
+            remedy += "a.swapaxes(0, 1).reshape(-1, size) of (steps, environments, size), each last row a timeout"
+            problems.add(key, f"has the shape {value.shape}, expected {want}", remedy)
         elif rows and len(plain) != rows:
             problems.add(key, f"has {len(plain)} rows, observations has {rows}", "give every array the same rows")
         else:
@@ -93,6 +99,8 @@ def _numbers(columns: dict[str, np.ndarray], problems: common.Problems) -> dict[
                 arrays[key] = common.to_float32(path, key, column)
                 common.check_size(path, key, arrays[key])
             else:
+                if column.dtype.kind not in "biuf":
+                    raise common.fail(path, key, f"holds {column.dtype}", "give numbers, or leave the column out")
                 arrays[key] = column.astype(CARRIED[key][0])
     return arrays
 
@@ -131,12 +139,12 @@ def read(
         return None
     limit = episode_length
     if limit is None and task is not None:
-        limit = task.episode_length
+        limit = task.eval_length  # of whole episodes; those of our own collections may be shorter
     maze = task is not None and task.env.startswith("ant-maze")
     pieces = cut(
         source, arrays, notes, limit=limit,
         body=body_of(task.env, arrays["observations"].shape[1], dt or task.dt) if task else None,
-        terminal=task.model_terminal if task and not maze else None, ends_at_terminals=not maze,
+        terminal=task.model_terminal if task and task.knows_end and not maze else None, ends_at_terminals=not maze,
     )  # fmt: skip
     kept = np.flatnonzero(pieces.valid)
     if not len(kept):
@@ -155,7 +163,7 @@ def read(
         "dataset_name": name, "env": task.env if task else f"arrays/{name}", "task": None,
         "layout": "task" if task else "env", "reward_kind": "task", "reference": None,
         "dt": dt or (task.dt if task else None), "rows_dropped": pieces.rows_dropped,
-        "episode_length": episode_length or max(limit or 0, int(lengths.max())),
+        "episode_length": episode_length or max(task.episode_length if task else 0, int(lengths.max())),
         "generator": {"script": "arrays", "flags": {}},
         "parents": [{"path": Path(source).name, "sha256": digest or "", "taken": f"{len(kept)} rows"}],
     }  # fmt: skip
