@@ -45,7 +45,7 @@ def import_arrays(tmp_path, rows, **choices):
     return buffers.load(out, quiet=True, verify=True)
 
 
-def test_a_time_limit_of_a_gymnasium_world_is_no_end(tmp_path):
+def test_a_time_limit_of_a_gymnasium_world_is_no_end(tmp_path, capsys):
     """Terminals on the step of its limit, of a world that no function tells when it ends."""
     rng = np.random.default_rng(0)
     states = rng.normal(size=(400, 3))
@@ -55,15 +55,29 @@ def test_a_time_limit_of_a_gymnasium_world_is_no_end(tmp_path):
     rows |= {"rewards": rng.normal(size=400), "terminals": ends}
     buffer = buffers.load(buffers.from_arrays(rows, tmp_path / "out.npz", task="gym:Pendulum-v1"))
     assert len(buffer) == 400 and not buffer["terminals"].any() and buffer["timeouts"].sum() == 2
+    assert "shares of the range of 'gym:Pendulum-v1', -2 to 2" in capsys.readouterr().out
 
 
 def test_lists_that_are_no_arrays_and_words_for_numbers_are_named(tmp_path):
     rows = {"observations": [[1.0], [2.0, 3.0]], "actions": np.zeros((2, 1))}
     with pytest.raises(envs.InputError, match=r"np\.concatenate"):
         buffers.from_arrays(rows, tmp_path / "out.npz")
+    made = import_arrays(tmp_path, plain_rows() | {"discount": np.ones(12)})  # of no other layout for that
+    assert "discount" not in made.arrays
     rows = plain_rows((30,)) | {"policy_ids": np.array(["a"] * 30)}
     with pytest.raises(envs.InputError, match=r"policy_ids.*give numbers"):
         buffers.from_arrays(rows, tmp_path / "out.npz")
+
+
+def test_a_first_step_that_pays_nothing_is_no_reset(tmp_path):
+    """In a world that is not known, without next observations: what is lost is each episode's last row alone."""
+    rng, ends = np.random.default_rng(0), np.arange(400) % 50 == 49
+    states = 10 * rng.normal(size=(8, 1, 3)) + np.cumsum(rng.normal(size=(8, 50, 3)), 1)
+    rows = {"observations": states.reshape(400, 3), "actions": rng.uniform(-1, 1, (400, 1)), "terminals": 0 * ends}
+    rows |= {"rewards": np.where(np.arange(400) % 50 == 0, 0.0, rng.normal(size=400)), "timeouts": ends}
+    buffer = import_arrays(tmp_path, rows)
+    assert len(buffer) == 8 * 49
+    assert (buffer["rewards"] == 0).sum() == 8
 
 
 def test_a_dict_of_arrays_becomes_a_buffer(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from envs.buffers.convert.cut import cut
 from envs.buffers.convert.reach import body_of
 from envs.buffers.convert.write import check_sizes
 from envs.buffers.fields import COLUMNS, EPISODE_KEYS, METADATA
+from envs.gymnasium_pool import PREFIX, spaces
 from envs.task import Task
 
 NAMES = {"terminations": "terminals", "truncations": "timeouts"}  # Gymnasium's words
@@ -49,7 +50,7 @@ def open_source(source: Any) -> tuple[str, dict[str, np.ndarray], str | None]:
 def _columns(found: dict[str, np.ndarray], problems: common.Problems, notes: list[str]) -> dict[str, np.ndarray]:
     """Columns under our names and of equal length, of the right rank; what is wrong is added to the problems."""
     for key, why in ELSEWHERE.items():
-        if key in found:
+        if key in found and (key != "discount" or "observations" not in found):
             problems.add(key, "is in the file, so it holds no plain arrays", why)
     named = {NAMES.get(key, key): value for key, value in found.items()}
     for key in NEEDED:
@@ -124,6 +125,13 @@ def read(
     with problems.gather():
         if "actions" in arrays:
             settle_actions(arrays["actions"], problems.path, [], clip, action_limit)
+    if task is not None and task.name.startswith(PREFIX) and action_limit is None:
+        low, high = spaces(task.name).low, spaces(task.name).high
+        if not (np.allclose(low, -1) and np.allclose(high, 1)):
+            notes.append(
+                f"actions are taken as shares of the range of '{task.name}', {low.min():g} to {high.max():g}, where -1 "
+                "and 1 are its ends; actions in its own units need --action-limit (action_limit)"
+            )
     with problems.gather():
         if task is not None and {"observations", "actions"} <= arrays.keys():
             check_sizes(arrays, task, "task", problems.path)

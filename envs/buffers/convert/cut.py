@@ -61,12 +61,14 @@ def _reset_rows(arrays, flagged: np.ndarray, bad: np.ndarray | None) -> np.ndarr
         confirmed = bad[rows] & ~bad[rows - 1]
         return behind & (bad | (rewards == 0)) if confirmed.mean() >= SHARE else np.zeros_like(behind)
     told = unpaid.mean() >= SHARE and (rewards[~behind] == 0).mean() < RARE
-    if not told and len(rows) > 1:
-        following = np.roll(observations, -1, axis=0) if given is None else given
-        way = np.abs(following.astype(np.float64) - observations)
-        inner = ~(behind | flagged) & (np.arange(len(behind)) < len(behind) - 1)
-        way = (way / (np.quantile(way[inner], FAR, axis=0) + 1e-9)).max(axis=1) if inner.any() else way.max(axis=1)
-        told = inner.any() and np.median(way[rows]) > FURTHER >= np.median(way[rows - 1])
+    following = np.roll(observations, -1, axis=0) if given is None else given
+    way = np.abs(following.astype(np.float64) - observations)
+    inner = ~(behind | flagged) & (np.arange(len(behind)) < len(behind) - 1)
+    way = (way / (np.quantile(way[inner], FAR, axis=0) + 1e-9)).max(axis=1) if inner.any() else way.max(axis=1)
+    follows = inner.any() and np.median(way[rows - 1]) <= FURTHER  # the row behind an end is where that end led to
+    if given is None:
+        told = told and follows  # else it may be a first step, which some worlds pay nothing for
+    told = told or (len(rows) > 1 and follows and np.median(way[rows]) > FURTHER)
     return behind if told else np.zeros_like(behind)
 
 
