@@ -82,6 +82,7 @@ def test_what_a_file_holds(saved):
     assert (len(buffer), buffer.num_episodes, about["num_transitions"], about["schema"]) == (15, 3, 15, "udg-buffer")
     assert about["mean_return"] == pytest.approx(np.mean(sums), rel=1e-6)
     assert about["versions"]["numpy"] == np.__version__ and about["git_commit"]
+    assert {"jax", "mujoco", "gymnasium"} <= about["versions"].keys()  # what steps worlds
     assert about["created"].endswith("+00:00") and str(Path.home()) not in json.dumps(about)
     assert set(about["sha256"]) == {*arrays, *buffers.EPISODE_KEYS} == set(buffer.arrays)
     assert list(path.parent.iterdir()) == [path]

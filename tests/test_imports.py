@@ -80,6 +80,17 @@ def test_a_first_step_that_pays_nothing_is_no_reset(tmp_path):
     assert (buffer["rewards"] == 0).sum() == 8
 
 
+def test_a_joint_that_leaps_is_no_step():
+    """Further than its speeds say, by more than a step's impulses ever moved one."""
+    body = reach.body_of("hopper", 11, 0.008)
+    before = np.full((1, 11), 0.5)
+    for speed, leaps in ((0.9 * reach.MAX_LEAP, False), (1.1 * reach.MAX_LEAP, True)):
+        after = before.copy()
+        after[0, body.pose[2]] += 0.008 * (0.5 + speed)  # 0.5 is the speed that it shows
+        assert reach.unreachable(before, after, body) == [leaps]
+    assert 10 < reach.MAX_LEAP < 50  # metres or radians a second
+
+
 def test_a_dict_of_arrays_becomes_a_buffer(tmp_path, monkeypatch, capsys):
     """Whatever the dtypes and whoever's words for the flags; by the function and by the command."""
     rows = plain_rows()

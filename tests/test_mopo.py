@@ -568,6 +568,26 @@ def test_actor_and_critics_see_scaled_observations():
     assert len(new) >= 64 and near.max() < 1e-4  # the first steps of rollouts begin at rows of the data, scaled once
 
 
+@pytest.mark.parametrize("standardise", [True, False])
+def test_updates_see_the_data_as_they_see_the_models_rows(standardise, monkeypatch):
+    args, data, model, *_ = small_world()
+    args, seen = dataclasses.replace(args, standardise_observations=standardise, chunk=10), []
+    model = model._replace(eyes=M.seen_moments(data, args))
+
+    def remember(agent, ring, data, key, args):
+        jax.debug.callback(lambda *x: seen.append(x), data.observations, data.next_observations, data.rewards)
+        return update(agent, ring, data, key, args)
+
+    monkeypatch.setattr(M, "mopo_update", remember)
+    init, chunk = M.make_train(args, TASK)
+    one = lambda x: jax.tree.map(lambda leaf: leaf[None], x)
+    jax.block_until_ready(chunk(init(jax.random.split(jax.random.key(0), 1)), one(model), data))
+    scale = lambda x: (x - np.mean(data.observations, 0)) / np.std(data.observations, 0) if standardise else x
+    for found, wanted in zip(seen[0], (data.observations, data.next_observations), strict=False):
+        close(found, scale(np.asarray(wanted)), 1e-4)
+    close(seen[0][2], data.rewards, 1e-6)
+
+
 def test_a_policy_that_sees_scaled_observations_is_one_with_scaled_weights():
     """In the model, in the world and in evaluations: the first layer takes the scale, and nothing else changes."""
     args, data, model, agent, _ = small_world()

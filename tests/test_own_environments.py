@@ -53,7 +53,14 @@ class Hidden(gymnasium.Env):
         super().reset(seed=seed)
         rng = np.random if self.fault == "seed" else self.np_random
         self.x, self.v, self.time, self.over = rng.normal(0, 0.2, 2), np.zeros(2), 0, False
-        return self.x.copy(), {}
+        return self.shown(), {}
+
+    def shown(self):
+        if self.fault != "shares":
+            return self.x.copy()
+        self.buffer = getattr(self, "buffer", np.zeros(2, np.float32))
+        self.buffer[:] = self.x  # the array that it returned before
+        return self.buffer
 
     def step(self, action):
         assert not self.over and self.action_space.contains(action), (self.over, action)
@@ -64,11 +71,11 @@ class Hidden(gymnasium.Env):
         self.x = self.x + self.v
         self.over = bool(abs(self.x[0]) > 1)
         reward = np.nan if self.fault == "nan" else -np.abs(self.x[0]) + 0.01 * action[1]
-        return self.x.copy(), reward, self.over, self.fault == "cuts" and self.time == 5, {}
+        return self.shown(), reward, self.over, self.fault == "cuts" and self.time == 5, {}
 
 
 gymnasium.register("Hidden-v0", Hidden, max_episode_steps=12)
-for fault in ("seed", "raises", "nan", "cuts"):
+for fault in ("seed", "raises", "nan", "cuts", "shares"):
     gymnasium.register(f"Hidden-{fault}-v0", Hidden, kwargs={"fault": fault}, max_episode_steps=12)
 
 
@@ -125,10 +132,10 @@ def gymnasium_episode(name, key, actions):
     """The same of one episode by Gymnasium alone, to its end: obs [l + 1, S], rewards [l], how it ended."""
     env = gymnasium.make(name)
     low, high = env.action_space.low, env.action_space.high
-    obs, rewards = [env.reset(seed=int(seed_of(key)))[0]], []
+    obs, rewards = [env.reset(seed=int(seed_of(key)))[0].copy()], []
     for action in np.asarray(actions, np.float64):
         after, reward, ended, cut, _ = env.step((low + (action + 1) / 2 * (high - low)).astype(np.float32))
-        obs.append(after)
+        obs.append(after.copy())  # some write the next one into the same array
         rewards.append(reward)
         if ended or cut:
             break
@@ -138,7 +145,7 @@ def gymnasium_episode(name, key, actions):
 # --- Gymnasium ---
 
 
-@pytest.mark.parametrize("name", ["Pendulum-v1", "hidden_world:Hidden-v0"])
+@pytest.mark.parametrize("name", ["Pendulum-v1", "hidden_world:Hidden-v0", "hidden_world:Hidden-shares-v0"])
 def test_a_rollout_is_gymnasiums(name, world):
     """Starts, observations, rewards and ends, number by number; past its end an episode stands still and earns 0."""
     env = envs.make(f"gym:{name}")
@@ -528,6 +535,7 @@ def test_mopos_ends_are_learnt(world, capsys):
     arrays = {"next_observations": x, "terminals": np.abs(x[:, 0]) > 1}
     data = envs.buffers.Buffer(arrays, {}, "file.npz")
     found = runner.learn_end(task, data).model_terminal
+    assert abs(int(found(jnp.asarray(x)).sum()) - arrays["terminals"].sum()) <= 1  # as often as in the data
     fresh = jnp.asarray(rng.uniform(-1.3, 1.3, (4_000, 2)).astype(np.float32))
     assert (found(fresh) == (jnp.abs(fresh[:, 0]) > 1)).mean() > 0.98
     assert "held-out terminals" in capsys.readouterr().out
