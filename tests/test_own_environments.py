@@ -21,6 +21,7 @@ import pytest
 import envs
 import envs.buffers
 import runner
+import runner.ends
 import udg_select
 import wurl_sac
 from envs import gymnasium_pool, host, registered
