@@ -1100,4 +1100,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "published", *PUBLISHED), __doc__)

@@ -939,4 +939,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "published", *PUBLISHED), __doc__)

@@ -5,20 +5,18 @@ from runner.flags import refuse
 
 
 def preset_name(data, known):
-    """The name of `known` for a dataset: its own, else that of the same set in another version.
-
-    `ours/x` (benchmark/suite.py) is D4RL's x without a version.
-    """
-    same = lambda name: name.removeprefix("ours/").rstrip("0123456789").removesuffix("-v")
+    """The name of `known` for a dataset: its own, else that of the same set in another version."""
+    same = lambda name: name.rstrip("0123456789").removesuffix("-v")
     return data if data in known else next((name for name in known if same(name) == same(data)), data)
 
 
 def preset(args, published, budgets, quick, own=None):
     """--quick, or what is published for the file's dataset with the budget of --preset on top -> name, {field: value}.
 
-    own: what stands where nothing is published; --preset may also name a published set in place of the file's.
+    own: what stands where nothing is published. --preset may also name a published set in place of the file's;
+    `published` is the set of the file's name, where that is one of ours, too (`ours/x`, benchmark/suite.py).
     """
-    given, known = preset_name(args.preset, published), (*budgets, *published)
+    given, known = preset_name(args.preset, published), (*dict.fromkeys((*budgets, "published")), *published)
     refuse({
         f"--preset {args.preset}: unknown; one of {', '.join(known)}": not args.preset or given in known,
         "--quick is a preset of its own; leave --preset out": not (args.quick and args.preset),
@@ -27,7 +25,11 @@ def preset(args, published, budgets, quick, own=None):
     if args.quick:
         return "quick", quick
     data = envs.buffers.read_metadata(args.dataset)["dataset_name"]
-    named = given if given in published else preset_name(data, published)
+    name = data.removeprefix("ours/") if given == "published" else data
+    named = given if given in published else preset_name(name, published)
+    remedy = f"name a set, as --preset {next(iter(published))}"
+    nothing = f"--preset published: nothing is published for {data}; {remedy}"
+    refuse({nothing: given != "published" or named in published or "published" in budgets})
     found = published.get(named, own or {}) | budgets.get(given, {})
     about = f"as published for {named}; the data is {data}"
     about = about if named in published else f"nothing is published for {data}"

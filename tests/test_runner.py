@@ -716,14 +716,14 @@ def test_a_files_own_preset_is_chosen_without_reading_its_arrays(dataset, monkey
     known = {"point-angle-0-scripted": {"rate": 4.0}}
     name, found = runner.preset(Args(dataset=dataset, preset="cpu"), known, {"cpu": {"chunk": 7}}, {})
     assert "as published for point-angle-0-scripted" in name and found == {"rate": 4.0, "chunk": 7}
-    assert presets.preset_name("ours/hopper-medium", PUBLISHED) == "hopper-medium-v2"
+    assert presets.preset_name("ours/hopper-medium", PUBLISHED) == "ours/hopper-medium"
     assert presets.preset_name("hopper", PUBLISHED) == "hopper"
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (dict(preset="gpu", quick=True), "--preset gpu: unknown; one of cpu, hopper-medium-v2"),
+        (dict(preset="gpu", quick=True), "--preset gpu: unknown; one of cpu, published, hopper-medium-v2"),
         (dict(preset="cpu", quick=True), "leave --preset out"),
         (dict(), "--dataset: name a file that udg_select.py wrote, or try --quick"),
         (dict(dataset="none.npz"), "none.npz: .* does not exist"),
