@@ -28,7 +28,7 @@ Deviations
   D3  Paper: spectral normalisation; released code: none; here: none.
   D4  orig stops after more than 5 epochs without a gain, ORLKit after 5, with no cap; here: 5, and `max_epochs`.
   D5  Codes: an epoch visits every row of the bootstrap once; here: an epoch makes as many random draws
-      from it, N rounded down to whole batches (--exact-epochs for the codes' way).
+      from it, N rounded down to whole batches.
   D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: a
       rollout ends outside the data's range plus a margin, and the value there is min(V, 0). SAC inflates
       V there, and 0, the value of a terminal, rewards leaving where Q < 0. Rows not finite are dropped.
@@ -72,7 +72,6 @@ import optax
 import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
-from envs.distances import nearest
 from runner import model_report
 
 
@@ -85,9 +84,6 @@ class Args(runner.Flags):
     chunk: runner.Count = 1_000
     """gradient steps in one jitted call; a multiple of rollout_freq, a divisor of eval_every and num_updates"""
     # --- model ---
-    model: Literal["ensemble", "knn", "world"] = "ensemble"
-    """ensemble (MOPO); knn: change and reward of the nearest data row, the model of UDG's theory; world: the simulator,
-    with u = 0, where observations show its whole state: what would a perfect model be worth?"""
     ensemble_size: runner.Count = 7
     """E: members (paper: 7)"""
     num_elites: runner.Count = 5
@@ -122,12 +118,6 @@ class Args(runner.Flags):
     """Adam steps before which the fit does not end (ours, D4)"""
     max_model_steps: runner.Natural = 0
     """cap on the Adam steps of the fit, in whole epochs, beside max_epochs; 0: none (ours, D4)"""
-    exact_epochs: bool = False
-    """visit every bootstrap row once an epoch, at the price of a sort (both; D5)"""
-    knn_rows: runner.Count = 20_000
-    """data rows that the knn model keeps; its cost grows with them (ours)"""
-    knn_scale: runner.Rate = 1.0
-    """L: the knn model's u = L * distance to the nearest row in x (ours)"""
     # --- rollouts ---
     horizon: runner.Count = 5
     """h: steps of a model rollout (paper: 1 or 5 by dataset)"""
@@ -524,17 +514,10 @@ class Scale(NamedTuple):
     target_std: jax.Array
 
 
-class Neighbours(NamedTuple):
-    """The nearest-neighbour model: data rows, standardised inputs [K, S + A], targets [K, D]."""
-
-    inputs: jax.Array
-    targets: jax.Array
-
-
 class Model(NamedTuple):
     """What the rollouts of one seed need."""
 
-    net: Any  # Ensemble; Neighbours; of the world a function (s, a) -> targets
+    net: Any  # Ensemble; or another model (benchmark/mopo_models.py): a function (s, a) -> what `predict` gives
     elites: jax.Array  # [M]
     scale: Scale
     low: jax.Array  # [S] rollouts end outside of low, high
@@ -625,14 +608,11 @@ def fit_chunk(fit, data, args):
     """Line (2): some hundred Adam steps, and what is due at the end of an epoch -> Fit."""
     num_rows = fit.bootstrap.shape[1]
     batch, steps, calls = epoch_sizes(num_rows, args)
-    key, key_steps, key_shuffle = jax.random.split(fit.key, 3)
+    key, key_steps = jax.random.split(fit.key)
 
-    def step(carry, xs):
-        (net, opt), (index, key) = carry, xs
+    def step(carry, key):
+        net, opt = carry
         columns = jax.random.randint(key, (args.ensemble_size, batch), 0, num_rows)  # D5
-        if args.exact_epochs:
-            start = batch * (index % (steps * calls))
-            columns = jnp.broadcast_to(start + jnp.arange(batch), columns.shape)
         index = jnp.take_along_axis(fit.bootstrap, columns, 1)
         rows = jax.tree.map(lambda x: x[index], data)  # [E, B, ..]
         x = model_inputs(fit.scale, rows.observations, rows.actions)
@@ -641,12 +621,10 @@ def fit_chunk(fit, data, args):
         change, opt = optax.adam(args.model_lr).update(grads, opt)
         return (optax.apply_updates(net, change), opt), None
 
-    xs = (fit.step + jnp.arange(steps), jax.random.split(key_steps, steps))
-    (net, opt), _ = jax.lax.scan(step, (fit.net, fit.opt), xs)
+    (net, opt), _ = jax.lax.scan(step, (fit.net, fit.opt), jax.random.split(key_steps, steps))
     fit = fit._replace(key=key, step=fit.step + steps, net=net, opt=opt)
     at_end = fit.step % (steps * calls) == 0
-    end = lambda fit: end_epoch(fit, data, key_shuffle, args)
-    return jax.lax.cond(at_end, end, lambda fit: fit, fit)
+    return jax.lax.cond(at_end, lambda fit: end_epoch(fit, data, args), lambda fit: fit, fit)
 
 
 def keep_best(best, idle, score, args):
@@ -656,7 +634,7 @@ def keep_best(best, idle, score, args):
     return jnp.where(gained, score, best), jnp.where(gained.any(), 0, idle + 1), gained
 
 
-def end_epoch(fit, data, key, args):
+def end_epoch(fit, data, args):
     """Line (3): hold-out error of every member's mean, snapshots, idle epochs -> Fit."""
     rows = jax.tree.map(lambda x: x[fit.holdout], data)
     mean, raw = ensemble_apply(fit.net, model_inputs(fit.scale, rows.observations, rows.actions), "highest")
@@ -671,9 +649,6 @@ def end_epoch(fit, data, key, args):
     judged = gained[:, None, None] | (args.fit_score == "mse")  # by their error, codes keep the newest bounds
     bounds = jax.tree.map(lambda new, old: jnp.where(judged, new, old), fit.net[2:], fit.best_net[2:])
     best_net = Ensemble(*layers, *bounds)
-    if args.exact_epochs:
-        shuffled = jax.random.permutation(key, fit.bootstrap, 1, independent=True)
-        fit = fit._replace(bootstrap=shuffled)
     return fit._replace(best_net=best_net, best=best, holdout_mse=mse, idle=idle)
 
 
@@ -689,26 +664,6 @@ def fitted_model(fit, data, args):
     """Every member at its best epoch, the M of best hold-out score as elites -> Model."""
     elites = jnp.argsort(fit.best, stable=True)[: args.num_elites]
     return Model(fit.best_net, elites, fit.scale, *data_range(data, args), seen_moments(data, args))
-
-
-def knn_model(key, data, args):
-    """UDG's model: nothing is learnt, `knn_rows` training rows are kept -> Model."""
-    train, _, scale = split_data(key, data, args)
-    kept = jax.random.permutation(jax.random.fold_in(key, 1), train)[: args.knn_rows]
-    rows = jax.tree.map(lambda x: x[kept], data)
-    net = Neighbours(model_inputs(scale, rows.observations, rows.actions), model_targets(rows))
-    return Model(net, jnp.zeros(1, jnp.int32), scale, *data_range(data, args), seen_moments(data, args))
-
-
-def world_model(key, data, args, env):
-    """The simulator as the model: nothing is learnt, and u is 0 -> Model."""
-
-    def step(obs, action):
-        after = env.step(env.from_observation(obs), action)
-        return jnp.append(after.obs - obs, after.reward)
-
-    net, scale = jax.tree_util.Partial(jax.vmap(step)), split_data(key, data, args)[2]
-    return Model(net, jnp.zeros(1, jnp.int32), scale, *data_range(data, args), seen_moments(data, args))
 
 
 def seen_moments(data, args):
@@ -746,16 +701,10 @@ def penalty(mean, std, elites, kind):
 
 
 def predict(model, observations, actions, args):
-    """Mean and std [E, B, D] of (s' - s, r), and u [B]; the knn model and the world are one member of std 0."""
-    if args.model == "world":
-        targets = model.net(observations, actions)
-        return targets[None], jnp.zeros_like(targets)[None], jnp.zeros(len(targets))
-    x = model_inputs(model.scale, observations, actions)
-    if args.model == "knn":
-        distance, index = nearest(model.net.inputs, x)
-        targets = model.net.targets[index]
-        return targets[None], jnp.zeros_like(targets)[None], args.knn_scale * distance
-    mean, raw = ensemble_apply(model.net, x)
+    """Mean and std [E, B, D] of (s' - s, r), and u [B]."""
+    if not isinstance(model.net, Ensemble):
+        return model.net(observations, actions)
+    mean, raw = ensemble_apply(model.net, model_inputs(model.scale, observations, actions))
     mean = model.scale.target_mean + model.scale.target_std * mean
     std = model.scale.target_std * jnp.exp(0.5 * bound_logvar(model.net, raw))
     return mean, std, penalty(mean, std, model.elites, args.penalty)
@@ -927,11 +876,8 @@ class MopoState(NamedTuple):
     ring: Ring  # of Rows of the model
 
 
-def make_fit(args, env=None):
-    """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds; env: the world of --model world.
-
-    The models knn and world have no fit: model(keys, data).
-    """
+def make_fit(args):
+    """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds."""
 
     def chunk(fit, data):
         go_on = lambda fit: fit_chunk(fit, data, args)
@@ -939,16 +885,8 @@ def make_fit(args, env=None):
         return runner.map_seeds(one, fit, args)
 
     init = lambda keys, data: runner.map_seeds(lambda key: fit_init(key, data, args), keys, args)
-    world = lambda *x: world_model(*x, env)
-    one_model = {"ensemble": fitted_model, "knn": knn_model, "world": world}[args.model]
-    model = lambda source, data: runner.map_seeds(lambda x: one_model(x, data, args), source, args)
+    model = lambda fit, data: runner.map_seeds(lambda fit: fitted_model(fit, data, args), fit, args)
     return jax.jit(init), jax.jit(chunk, donate_argnums=0), jax.jit(model)
-
-
-def make_check(args):
-    """-> check(model, fit, data) of all seeds: `check_fit`."""
-    one = lambda x, data: check_fit(x[0], x[1].holdout, data, args)
-    return jax.jit(lambda model, fit, data: runner.map_seeds(lambda x: one(x, data), (model, fit), args))
 
 
 def make_train(args, task):
@@ -1003,7 +941,7 @@ def check_args(args):
         "--num-elites must be at most --ensemble-size": args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
-        "--holdout-share must be above 0 and below 1": args.model != "ensemble" or 0 < args.holdout_share < 1,
+        "--holdout-share must be above 0 and below 1": 0 < args.holdout_share < 1,
         "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             rows_at_once(args) >= min(args.rollout_batch, 256),
@@ -1015,15 +953,6 @@ def check_task(args, task):
     told = args.reward == "learned" or task.model_reward is not None
     runner.refuse({f"--reward known: the observations of {task.name} do not tell its reward; use learned": told})
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
-
-
-def check_world(args, env):
-    """Refuse a world that cannot be the model, before any work."""
-    try:
-        jax.eval_shape(env.from_observation, jax.ShapeDtypeStruct((env.observation_size,), jnp.float32))
-        env.check_batch(args.num_seeds * rows_at_once(args))
-    except envs.InputError as error:
-        raise envs.InputError(f"--model world: {error}; use --model ensemble") from None
 
 
 def train_model(run, fit_some, fit, data):
@@ -1049,38 +978,44 @@ def train_model(run, fit_some, fit, data):
     return fit
 
 
-def main(args):
-    """Fit the model, train the policy in it, write policy and figures -> scores."""
+def judge_model(run, model, fit, data):
+    """Warn of a fit that is not to be trusted, and draw it."""
+    args = run.args
+    one = lambda x: check_fit(x[0], x[1].holdout, data, args)
+    found, told = jax.jit(lambda *x: runner.map_seeds(one, x, args))(model, fit)
+    epochs = int(fit.step.max()) // epoch_steps(fit.bootstrap.shape[-1], args)
+    model_report.judge_fit(run, epochs, found, fit.idle < args.patience)
+    model_report.plot_fit(run, jax.tree.map(lambda x: np.asarray(x[0]), found | told))
+
+
+def main(args, own_model=None):
+    """Fit the model, train the policy in it, write policy and figures -> scores.
+
+    own_model(keys, data, args, env) -> Model [S] takes the place of the fit (benchmark/mopo_models.py).
+    """
     check_args(args)
     buffer, task = runner.open_task("mopo", args, DATA_KEYS)
     task = runner.learn_end(task, buffer)  # where no function tells it
     check_task(args, task)
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
-    runner.refuse({few: args.model != "ensemble" or int(args.holdout_share * len(buffer)) > 0})
+    runner.refuse({few: int(args.holdout_share * len(buffer)) > 0})
     data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
     (key_model, key_policy), eval_keys = runner.seed_keys(args, 2), runner.evaluation_keys(args)
     env = envs.make(task, args.backend)
-    if args.model == "world":
-        check_world(args, env)
     evaluate = make_evaluation(args, env, task, buffer)
-    fit_init, fit_some, make_model = make_fit(args, env)
+    fit_init, fit_some, make_model = make_fit(args)
     init, train_chunk = make_train(args, task)
+    like = jax.eval_shape(fit_init, key_model, data)
+    model = own_model(key_model, data, args, env) if own_model else jax.eval_shape(make_model, like, data)
 
     with runner.Run("mopo", args, task, buffer, schedules={"actor_cosine": False}) as run:
-        source = key_model  # of the model: what a fit has learnt, or the key that draws the rows of knn
-        if args.model == "ensemble":
-            source = jax.eval_shape(fit_init, key_model, data)
-            fit_some = run.compile(fit_some, source, data)
-        shapes = jax.eval_shape(make_model, source, data)
-        train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_policy), shapes, data)
-        if args.model == "ensemble":
-            source = train_model(run, fit_some, run.restore(fit_init, key_model, data, phase="model"), data)
-        model = make_model(source, data)
-        if args.model == "ensemble":
-            found, told = make_check(args)(model, source, data)
-            epochs = int(source.step.max()) // epoch_steps(source.bootstrap.shape[-1], args)
-            model_report.judge_fit(run, epochs, found, source.idle < args.patience)
-            model_report.plot_fit(run, jax.tree.map(lambda x: np.asarray(x[0]), found | told))
+        if not own_model:
+            fit_some = run.compile(fit_some, like, data)
+        train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_policy), model, data)
+        if not own_model:
+            fit = train_model(run, fit_some, run.restore(fit_init, key_model, data, phase="model"), data)
+            model = make_model(fit, data)
+            judge_model(run, model, fit, data)
         state, climbs = run.restore(init, key_policy), False
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, model, data)

@@ -131,7 +131,7 @@ def args_of(script, words):
 
 def flags_of(cell):
     """The flags that a cell's command means, as its script would write them down."""
-    script = importlib.import_module(cell.command[0].removesuffix(".py"))
+    script = importlib.import_module(Path(cell.command[0]).stem)
     if script.__name__ == "udg_select":
         return script.portable_flags(tyro.cli(script.Args, args=cell.command[1:]))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -156,7 +156,7 @@ def flags_differ(cell):
         wanted, left = json.loads(json.dumps(flags_of(cell))), flags_left(cell)
     except InputError:  # a preset that cannot read the data
         return ["dataset"]
-    fields = dataclasses.fields(importlib.import_module(cell.command[0].removesuffix(".py")).Args)
+    fields = dataclasses.fields(importlib.import_module(Path(cell.command[0]).stem).Args)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     left = json.loads(json.dumps(defaults)) | left if left else {}
     free = {"resume", "q_bound"} | ({"chunk", "out"} if cell.command[0] == "wurl_sac.py" else set())

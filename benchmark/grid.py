@@ -33,7 +33,7 @@ from cells import ROOT, args_of, write_whole
 from envs import InputError, buffers
 from runner import plots, state_files
 
-ALGORITHMS = ("mopo.py", "cped.py", "qdq.py", "dac.py")
+ALGORITHMS = ("mopo.py", "benchmark/mopo_models.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
 
 
@@ -68,7 +68,7 @@ class Run:
             file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
             file.flush()
-            learner = importlib.import_module(script.removesuffix(".py"))
+            learner = importlib.import_module(Path(script).stem)
             resume = ["--resume"] if state_files(folder) else []
             try:
                 learner.main(args_of(learner, [*flags, "--out", str(folder), *resume]))

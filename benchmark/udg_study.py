@@ -93,6 +93,7 @@ POINT_MOPO = (
 # A step reward comes back through some fifty steps of bootstrapping: at 6000 updates a third still stand at 0.
 GOAL_MOPO = POINT_MOPO.replace("--num-updates 6000 --eval-every 1000", "--num-updates 20000 --eval-every 2000")
 FAST = "--hidden-sizes 64 64 --actor-lr 1e-3 --critic-lr 1e-3"
+POINT_KNN = POINT_MOPO.replace("mopo.py", "benchmark/mopo_models.py") + " --model knn"
 POINT_CPED = (
     f"cped.py --preset cpu {FAST} --flow-updates 5000 --num-updates 6000 --eval-every 1000 --chunk 500 "
     "--flow-hidden-sizes 64 64 --flow-lr 1e-3 --disc-lr 1e-3"
@@ -119,7 +120,7 @@ ROBOT = {
 }
 LEARNERS = {
     "point": {
-        "mopo": POINT_MOPO, "knn": f"{POINT_MOPO} --model knn", "cped": POINT_CPED, "qdq": POINT_QDQ,
+        "mopo": POINT_MOPO, "knn": POINT_KNN, "cped": POINT_CPED, "qdq": POINT_QDQ,
         "dac": POINT_DAC, "bc": f"{POINT_CPED} --bc-only",
     },
     "point-goal": {"mopo": GOAL_MOPO},
@@ -148,7 +149,7 @@ GPU_ROBOT = {
     "bc": "cped.py --num-seeds 5 --bc-only",
 }
 GPU_LEARNERS = {
-    "point": {"mopo": "mopo.py --num-updates 50000", "knn": "mopo.py --num-updates 50000 --model knn"}
+    "point": {"mopo": "mopo.py --num-updates 50000", "knn": "benchmark/mopo_models.py --num-updates 50000 --model knn"}
     | {name: LEARNERS["point"][name] for name in ("cped", "qdq", "dac", "bc")},
     "ant": GPU_ROBOT,
     "cheetah": GPU_ROBOT,

@@ -369,31 +369,28 @@ def test_a_constant_column_is_not_divided_by_its_rounding(constant):
     assert std[1] == std[3] == 1.0 and std[0] != 1.0
 
 
-def test_a_member_learns_from_its_bootstrap_and_exact_epochs_visit_every_row_of_it_once():
-    """Rows drawn with replacement; then, batch by batch: after an epoch Adam has seen each bootstrap row once."""
-    args, data = tiny(exact_epochs=True, model_batch_size=32), random_data()
+def test_members_learn_from_bootstraps_of_their_own():
+    """Rows drawn with replacement, none held out, as many Adam steps an epoch as whole batches fit."""
+    args, data = tiny(model_batch_size=32), random_data()
     fit = fit_init(jax.random.key(0), data, args)
     assert fit.bootstrap.shape == (3, 320) and not np.isin(fit.bootstrap, fit.holdout).any()
     shares = [len(np.unique(row)) / 320 for row in np.asarray(fit.bootstrap)]
     assert min(shares) > 0.55 and max(shares) < 0.72  # 1 - 1/e of the rows
     assert not np.array_equal(fit.bootstrap[0], fit.bootstrap[1])
-
     assert M.epoch_sizes(320, args) == (32, 10, 1)
-    after = fit_chunk(fit, data, args)
-    np.testing.assert_array_equal(np.sort(after.bootstrap, 1), np.sort(fit.bootstrap, 1))
-    assert not np.array_equal(after.bootstrap, fit.bootstrap)  # shuffled for the next epoch
+    same = fit._replace(bootstrap=jnp.zeros_like(fit.bootstrap))  # one row: what is drawn does not count
+    after = fit_chunk(same, data, args)
     assert int(after.step) == 10 and np.all(after.holdout_mse < 1e9)
 
-    def step(carry, index):  # batch k is the k-th stretch of the bootstrap
-        rows = jax.tree.map(lambda x: x[index], data)
+    def step(carry, _):
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (3, 32, *x.shape[1:])), data)
         x = M.model_inputs(fit.scale, rows.observations, rows.actions)
         y = (M.model_targets(rows) - fit.scale.target_mean) / fit.scale.target_std
         grads = jax.grad(M.mopo_model_loss)(carry[0], x, y, args)
         change, opt = M.optax.adam(args.model_lr).update(grads, carry[1])
         return (jax.tree.map(jnp.add, carry[0], change), opt), None
 
-    batches = fit.bootstrap.reshape(3, 10, 32).swapaxes(0, 1)
-    leaves_close(after.net, jax.lax.scan(step, (fit.net, fit.opt), batches)[0][0], atol=1e-5)
+    leaves_close(after.net, jax.lax.scan(step, (fit.net, fit.opt), length=10)[0][0], atol=1e-5)
 
 
 # --- ring and rollouts ---
@@ -471,56 +468,6 @@ def test_rollouts_draw_from_the_elites():
     rows, keep, _ = roll(model=model, starts=jnp.zeros((50, 3)))
     change = np.asarray(rows.next_observations - rows.observations)[np.asarray(keep)]
     assert set(np.unique(change.round())) == {0.0, 20.0}
-
-
-# --- the nearest-neighbour model ---
-
-
-@pytest.mark.parametrize("rows", [1, 100, 150])  # fewer than a block of the search, one, one and a half
-def test_knn_is_the_oracles(rows):
-    args, data = tiny(model="knn", knn_rows=rows, knn_scale=2.0), random_data()
-    model = M.knn_model(jax.random.key(0), data, args)
-    obs, actions = data.observations[:30] + 0.1, data.actions[:30]
-    mean, std, u = predict(model, obs, actions, args)
-    x = np.asarray(M.model_inputs(model.scale, obs, actions), float)
-    index, distance = oracle.nearest(np.asarray(model.net.inputs, float), x)
-    assert len(model.net.inputs) == rows
-    kept = np.isin(np.asarray(data.rewards), np.asarray(model.net.targets)[:, -1])
-    assert rows < 100 or np.ptp(np.flatnonzero(kept)) > 300  # from all of the file
-    close(u, 2.0 * distance, 1e-4)
-    np.testing.assert_array_equal(mean[0], np.asarray(model.net.targets)[index])
-    assert not std.any() and list(model.elites) == [0]
-
-
-@pytest.mark.parametrize("name", ["point-angle-60", "ant-angle-60", "cheetah-jump"])
-def test_the_world_as_the_model_is_the_world(name):
-    """A step of the model from what an episode observed is the episode's own step, reward and all."""
-    task = envs.task(name)
-    env, args = envs.make(task), tiny(model="world")
-
-    @jax.jit
-    def episode(key):
-        def step(state, key):
-            action = jax.random.uniform(key, (task.action_size,), minval=-1, maxval=1)
-            after = env.step(state, action)
-            return after, (state.obs, action, after.reward, after.obs)
-
-        return jax.lax.scan(step, env.reset(key), jax.random.split(key, 30))[1]
-
-    obs, actions, rewards, after = episode(jax.random.key(0))
-    zeros = jnp.zeros(30)
-    data = M.Rows(obs, actions, rewards, after, zeros, zeros)
-    model = M.world_model(jax.random.key(1), data, args, env)
-    mean, std, u = predict(model, obs, actions, args)
-    close(mean[0, :, :-1], after - obs, 2e-3)
-    close(mean[0, :, -1], rewards, 2e-3)
-    assert not std.any() and not u.any() and mean.shape == (1, 30, task.observation_size + 1)
-
-
-def test_a_world_that_observations_do_not_show_is_refused():
-    env = envs.make("ant-maze-umaze")
-    with pytest.raises(envs.InputError, match=r"--model world: .*a maze's goal is not observed; use --model ensemble"):
-        M.check_world(tiny(), env)
 
 
 # --- what is said of Q ---
@@ -613,13 +560,12 @@ def test_a_policy_that_sees_scaled_observations_is_one_with_scaled_weights():
     pairs = (actor, eyes), (folded(actor, 4), raw)
     leaves_close(*(M.real_rows(env, *pair, jax.random.key(0), args, 10) for pair in pairs), atol=1e-4)
     data = M.Rows(jnp.zeros((9, 4)), jnp.zeros((9, 2)), jnp.zeros(9), jnp.ones((9, 4)), jnp.zeros(9), jnp.zeros(9))
-    args = dataclasses.replace(args, model="knn")
     critic = M.critic_net(args).init(jax.random.key(4), jnp.zeros(4), jnp.zeros(2))
     one = lambda tree: jax.tree.map(lambda x: x[None], tree)
     evaluate = M.make_evaluation(args, env, task, buffer)
     returns = [
         evaluate(one(agent._replace(actor=actor, critic=critic)),
-                 one(M.knn_model(jax.random.key(1), data, args)._replace(eyes=pair)),
+                 one(M.fitted_model(fit_init(jax.random.key(1), data, args), data, args)._replace(eyes=pair)),
                  jax.random.split(jax.random.key(2), 1))[0]["eval/return"]
         for actor, pair in pairs
     ]  # fmt: skip
@@ -634,7 +580,7 @@ def test_a_member_at_its_best_keeps_the_bounds_it_was_judged_with():
     for score, gains, wanted in (("nll", False, 0.5), ("nll", True, 1.5), ("mse", False, 1.5)):
         flags = dataclasses.replace(args, fit_score=score)
         best = jnp.full(3, jnp.inf if gains else -1e3)
-        after = M.end_epoch(moved._replace(best=best), data, jax.random.key(1), flags)
+        after = M.end_epoch(moved._replace(best=best), data, flags)
         assert (after.best_net.max_logvar == wanted).all() and after.best_net.max_logvar.shape == (3, 1, 4)
 
 
@@ -759,7 +705,7 @@ def uneven_world(standardise):
     fit = init(jax.random.split(jax.random.key(0), 1), data)
     while M.fitting(fit, args).all():
         fit = chunk(fit, data)
-    metrics, arrays = of_seed(M.make_check(args)(model(fit, data), fit, data))
+    metrics, arrays = M.check_fit(of_seed(model(fit, data)), of_seed(fit).holdout, data, args)
     return metrics, arrays["u"], obs[np.asarray(fit.holdout[0]), 0]
 
 
@@ -894,28 +840,6 @@ def test_vmapped_seeds_are_mapped_seeds(monkeypatch):
 
 
 # --- the whole script ---
-
-
-def test_knn_runs_and_resumes(dataset, tmp_path):
-    args = tiny(dataset=dataset, out=str(tmp_path / "run"), model="knn", knn_rows=300, num_updates=40, reward="known")
-    result = M.main(args)
-    assert np.isfinite(result["score"]) and not (tmp_path / "run" / "model" / "state.npz").exists()
-    assert M.main(dataclasses.replace(args, resume=True)) == result
-
-
-def test_the_world_as_the_model_runs_and_resumes(dataset, tmp_path):
-    """With scaled observations, which policy.npz has to know."""
-    args = tiny(
-        dataset=dataset, out=str(tmp_path / "run"), model="world", num_updates=40, standardise_observations=True
-    )
-    result = M.main(args)
-    assert np.isfinite(result["score"]) and M.main(dataclasses.replace(args, resume=True)) == result
-    header = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert header["num_devices"] == jax.device_count()
-    policy, buffer = np.load(tmp_path / "run" / "policy.npz"), envs.buffers.load(dataset)
-    close(policy["observation_mean"][0], buffer["observations"].mean(0), 1e-3)
-    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:]]
-    assert all(r["model/world_error"] < 1e-3 and r["model/u_model"] == 0 for r in records)
 
 
 def test_too_few_rows_to_hold_any_out(dataset, tmp_path):
