@@ -72,12 +72,12 @@ def draw(path, found, against):
     titles = {"IQM": "0: as the data, 1: as its best episode", f"P(better than {against})": "probability"}
     for column, (title, unit) in enumerate(titles.items()):
         lines = []
-        for i, (name, values) in enumerate(found.items()):
+        for i, values in enumerate(reversed(found.values())):
             middle, low, high = values[column]
             lines.append(([low, high], [i, i], {"color": f"C{i}", "lw": 5, "alpha": 0.4}))
-            lines.append(([middle], [i], {"color": f"C{i}", "marker": "o", "ls": "", "label": name}))
-        panels.append({"title": title, "xlabel": unit, "ylabel": "", "lines": lines[::-1]})
-    plots.figure(path, panels)
+            lines.append(([middle], [i], {"color": f"C{i}", "marker": "o"}))
+        panels.append({"title": title, "xlabel": unit, "ylabel": "", "lines": lines, "names": list(found)[::-1]})
+    plots.figure(path, panels, height=1.5 + 0.4 * len(found))
 
 
 def main(argv=None):

@@ -68,7 +68,7 @@ def figure(path, panels, width=6.0, height=4.5):
 
     panels: dicts with title, xlabel, ylabel, scale ("linear", "semilogy" or "loglog") and `lines`:
     (x, y, style) with style the keywords of matplotlib's plot; y [n] or [n, k], k lines of one label;
-    x None: a horizontal line at y.
+    x None: a horizontal line at y. names: what stands at y = 0, 1, .. in place of numbers.
     """
     import matplotlib
 
@@ -88,6 +88,8 @@ def figure(path, panels, width=6.0, height=4.5):
             label = {k: v for k, v in style.items() if k == "label"}
             lines = axis.plot(x, y, **{k: v for k, v in style.items() if k != "label"})
             lines[0].set(**label)
+        if "names" in panel:
+            axis.set_yticks(range(len(panel["names"])), panel["names"])
         for of in filter(lambda of: of.get_scale() == "log", (axis.xaxis, axis.yaxis)):
             number(of)
         labels = sum("label" in style for _, _, style in panel["lines"])
