@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from envs import host
 from envs.errors import InputError, said
 from envs.task import Task
 
@@ -114,7 +115,12 @@ def paid_by(task: Task, function: RewardFunction | str) -> Task:
         arrays = step.observations, step.actions, step.next_observations
         if any(isinstance(x, jax.core.Tracer) for x in arrays):
             shape = jax.ShapeDtypeStruct(arrays[0].shape[:-1], jnp.float32)
-            return jax.pure_callback(function, shape, *arrays, vmap_method="broadcast_all")
+            return jax.pure_callback(on_host, shape, *arrays, vmap_method="broadcast_all")
+        return function(*arrays)
+
+    def on_host(*arrays):
+        for x in arrays if host.one_thread() else ():
+            host.wait_for(x, f"--task-reward {function.name}")
         return function(*arrays)
 
     return dataclasses.replace(

@@ -32,6 +32,8 @@ def with_mujoco():
         chosen = os.environ.get("MUJOCO_GL")
         if not chosen or "envs.physics" in sys.modules:
             raise
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(("OpenGL", "glfw")):
+            raise  # MuJoCo itself, or something else that it needs
         raise InputError(
             f"MUJOCO_GL={chosen}: MuJoCo cannot load that OpenGL ({type(error).__name__}). Remedy: unset MUJOCO_GL or "
             "set MUJOCO_GL=disable (only pictures need it), or install its library (Debian: libosmesa6 for osmesa, "

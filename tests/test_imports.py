@@ -108,6 +108,8 @@ def test_a_dict_of_arrays_becomes_a_buffer(tmp_path, monkeypatch, capsys):
     words |= {"terminations": rows["terminals"] > 0, "truncations": rows["timeouts"].astype(np.float32)}
     again = import_arrays(tmp_path, words, name="mine")
     assert again.metadata["sha256"] == buffer.metadata["sha256"] and "left out: extra" in again.metadata["notes"]
+    with pytest.raises(envs.InputError, match="terminations: and terminals are both in the file and mean the same"):
+        import_arrays(tmp_path, words | {"terminals": rows["terminals"]})
     monkeypatch.chdir(tmp_path)
     np.savez("pendulum.npz", **rows)
     assert command_line(["from-arrays", "pendulum.npz"]) == 0

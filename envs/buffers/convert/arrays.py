@@ -52,6 +52,9 @@ def _columns(found: dict[str, np.ndarray], problems: common.Problems, notes: lis
     for key, why in ELSEWHERE.items():
         if key in found and (key != "discount" or "observations" not in found):
             problems.add(key, "is in the file, so it holds no plain arrays", why)
+    for key, ours in NAMES.items():
+        if {key, ours} <= found.keys():
+            problems.add(key, f"and {ours} are both in the file and mean the same", f"leave {key} out")
     named = {NAMES.get(key, key): value for key, value in found.items()}
     for key in NEEDED:
         if key not in named:
