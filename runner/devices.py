@@ -11,6 +11,9 @@ from jax.experimental import multihost_utils
 
 import envs
 
+# --matmul-precision -> what jax calls it; "highest" is float32 also where a device's default is less
+PRECISIONS = {"float32": "highest", "tensorfloat32": "high", "bfloat16": "BF16_BF16_F32"}
+
 
 def seed_keys(args, num=1):
     """A key for each seed [S], or `num` tuples of such keys; a seed has the same ones alone or among others."""
@@ -83,6 +86,12 @@ def split_cpu(asked, own):
         except RuntimeError:  # brax's worlds compute when they are named
             if asked:
                 raise envs.InputError(f"--num-devices {asked}: jax has begun already, with one; leave it out") from None
+
+
+def multiply_in(precision):
+    """Digits of all matrix products that do not say their own, on an accelerator: a CPU takes float32 always."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", PRECISIONS[precision])
 
 
 def memory():
