@@ -391,9 +391,10 @@ def mopo_phases(rows, small):
 
 
 def for_seeds(tree, num):
-    """The tree [1, ..] of one seed -> [num, ..], each with random numbers of its own."""
+    """The tree [1, ..] of one seed -> [num, ..], copies: the calls take their arrays away. Each has its own key."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: jax.random.split(x[0], num) if is_key(x) else jnp.repeat(x, num, 0), tree)
+    several = lambda x: jax.random.split(x[0], num) if is_key(x) else jnp.copy(jnp.repeat(x, num, 0))
+    return jax.tree.map(several, tree)
 
 
 def learner_maker(phase, num):
@@ -405,8 +406,11 @@ def learners_stage(check):
     small = dict(hidden_sizes=(32, 32), batch_size=32) if check.small else {}
     rows, seeds = (2_000, (2,)) if check.small else (1_000_000, SEEDS)
     phases = []
-    for name, of in (("dac", dac_phases), ("mopo", mopo_phases), ("cped", cped_phases), ("qdq", qdq_phases)):
-        guarded(check, name, lambda: phases.extend(of(rows, small)[: 1 if check.small else None]))  # noqa: B023
+    makers = {"dac": dac_phases, "mopo": mopo_phases, "cped": cped_phases, "qdq": qdq_phases}
+    with concurrent.futures.ThreadPoolExecutor(len(makers)) as pool:
+        parts = {name: pool.submit(of, rows, small) for name, of in makers.items()}
+    for name, part in parts.items():
+        guarded(check, name, lambda: phases.extend(part.result()[: 1 if check.small else None]))  # noqa: B023
     plan = {f"{phase.name}, {num} seeds": (phase, num) for num in seeds for phase in phases}
     if phases and not check.small:  # the one with the largest products
         plan |= {f"{phases[0].name}, 32 seeds, {digits}": (phases[0], 32) for digits in list(devices.PRECISIONS)[1:]}
@@ -604,10 +608,13 @@ def guarded(check, what, work):
 
 def run_stages(check, names):
     """Every stage within what the later ones leave to it."""
-    end = check.began + check.budget
+    end, room, fit = check.began + check.budget, check.budget, set()
+    for name in names:  # the later ones are the first to go
+        if STAGES[name][1] <= room:
+            room, fit = room - STAGES[name][1], fit | {name}
     for place, name in enumerate(names):
         work, least, most = STAGES[name]
-        later = sum(STAGES[name][1] for name in names[place + 1 :])
+        later = sum(STAGES[name][1] for name in names[place + 1 :] if name in fit)
         check.stage, check.until = name, min(end - later, time.monotonic() + most)
         if check.small:  # it says whether all works, however slow the machine is
             check.until = time.monotonic() + 3600
