@@ -22,7 +22,7 @@ def test_all_in_small(tmp_path):
     assert G.main(["--check", "--json", str(path)]) == 0, [row for row in read(path) if row["failed"]]
     told = {row["what"]: row for row in read(path)}
     assert [row["stage"] for row in read(path) if row["what"] == "whole stage"] == list(G.STAGES)
-    assert all("limits of" in told[f"cheetah: {n} from C MuJoCo"]["note"] for n in ("one step", "ten steps"))
+    assert all("limits of" in told[f"cheetah, mjx: {n} from C MuJoCo"]["note"] for n in ("one step", "ten steps"))
     rates = {what.split(":")[0]: row for what, row in told.items() if what.endswith("2 seeds")}
     assert set(rates) == {"dac", "mopo", "cped", "qdq"}
     assert all(row["floor"] > 0 and row["memory_gb"] > 0 for row in rates.values())
@@ -54,7 +54,7 @@ def test_another_engine_is_told(check, moved, ended, failures):
         x = np.full((4, 9), moved, np.float32)
         return G.Built(lambda *_: (Robot(Pose(x, 0 * x), 0 * x[:, 0], np.full(4, ended)),), (None, None, None), {})
 
-    G.parity(check, "cheetah", engine(moved, ended), engine(0.0, 0))
+    G.parity(check, "cheetah", G.mjx_parity.TOLERANCES["cheetah"], engine(moved, ended), engine(0.0, 0))
     assert sum(row["failed"] for row in read(check.path)) == failures and check.ok == (failures == 0)
 
 
