@@ -541,19 +541,15 @@ def wait_for(processes, seconds):
             process.wait(5)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
     return took
 
 
-def golden_tests(check):
-    """Start the golden tests of all scripts, in float32's full precision -> command, environment."""
-    which = (
-        ["tests/test_distances.py", "-k", "D3_T5_d1"]
-        if check.small
-        else [*(f"tests/test_{name}.py" for name in WITH_GOLDENS), "-k", "golden"]
-    )
-    workers = "0" if check.small else "4"
-    command = ["-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", *which]
-    return command, {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+def golden_tests(small):
+    """The command of the golden tests of all scripts."""
+    which = ["-n", "4", *(f"tests/test_{name}.py" for name in WITH_GOLDENS), "-k", "golden"]
+    which = ["-n", "0", "tests/test_distances.py", "-k", "D3_T5_d1"] if small else which
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
 
 
 def last_scores(folder):
@@ -571,12 +567,11 @@ def runs_stage(check):
     runs = {"udg_select": RUNS["udg_select"]} if check.small else RUNS
     with tempfile.TemporaryDirectory() as folder:
         places = {name: Path(folder, str(i)) for i, name in enumerate(runs)} | {GOLDEN: Path(folder, "golden")}
-        commands = {name: ([*runs[name].split(), "--out", str(places[name] / "run")], {}) for name in runs}
-        commands[GOLDEN] = golden_tests(check)
-        processes = {
-            name: start(command, places[name], JAX_PLATFORMS=platforms(), **more)
-            for name, (command, more) in commands.items()
-        }
+        commands = {name: [*runs[name].split(), "--out", str(places[name] / "run")] for name in runs}
+        commands[GOLDEN] = golden_tests(check.small)
+        # what the scripts tell themselves, the tests must be told
+        digits = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_PLATFORMS": platforms()}
+        processes = {name: start(command, places[name], **digits) for name, command in commands.items()}
         took = wait_for(processes, check.left() - 8)
         for name, process in processes.items():
             lines = (places[name] / "output").read_text().replace("\r", "\n").strip().splitlines() or [""]

@@ -74,6 +74,15 @@ def cores():
     return max(num, 1)
 
 
+def begin(args, own):
+    """What jax is told before a script begins; own: the devices to make of a CPU where --num-devices does not say."""
+    split_cpu(getattr(args, "num_devices", 0), own)
+    if getattr(args, "distributed", False):
+        join_processes()
+    if hasattr(args, "matmul_precision"):  # udg_select.py computes on the host
+        multiply_in(args.matmul_precision)
+
+
 def split_cpu(asked, own):
     """Make devices out of the CPU before jax begins; accelerators are what they are.
 

@@ -85,8 +85,7 @@ class RunFlags:
     """devices that share the seeds or policies; 0: all there are. A CPU is one device, or as many as are asked for; for
     wide policies of wurl_sac.py 0 makes one of each core"""
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
-    """products of matrices on an accelerator: in float32, or faster with 10 or 7 bits behind the point, which an
-    accelerator would take by itself; physics and ranks keep float32. A CPU takes float32 always"""
+    """digits of matrix products on an accelerator (docs/gpu.md); physics and ranks keep float32, as all on a CPU"""
     # --- budget ---
     num_updates: Count = 1_000_000
     """gradient steps per seed"""
@@ -238,10 +237,7 @@ def launch(main, Args, preset_of=None, names=(), doc="", again="--resume", cpu_d
     listen(again)
     try:
         args = parse(Args, sys.argv[1:], preset_of, names, doc, **more)
-        devices.split_cpu(getattr(args, "num_devices", 0), cpu_devices(args) if cpu_devices else 1)
-        if getattr(args, "distributed", False):
-            devices.join_processes()
-        devices.multiply_in(getattr(args, "matmul_precision", "float32"))
+        devices.begin(args, cpu_devices(args) if cpu_devices else 1)
         main(args)
     except (envs.InputError, OSError) as error:
         devices.leave(f"{script}: error: {error}")
