@@ -270,7 +270,7 @@ def parity(check, what, limits, ours, theirs):
         )
         told += f"; {apart} ends differ" if apart else ""
         told += f"; limits of the medians {limits[steps]}" if steps in limits else "; no limits are known"
-        above = lambda i, most: any(error[i] > x for error, x in zip(errors, most, strict=True))  # noqa: B023
+        above = lambda i, most: any(not error[i] <= x for error, x in zip(errors, most, strict=True))  # noqa: B023
         # a median above its limit tells a wrong model, and so does a single robot that is far off at once
         wrong = steps in limits and (apart or above(0, limits[steps]) or (steps == 1 and above(1, FAR)))
         check.row(f"{what}: {'one step' if steps == 1 else 'ten steps'} from C MuJoCo", note=told, failed=bool(wrong))

@@ -46,7 +46,7 @@ def check(tmp_path):
     return check
 
 
-@pytest.mark.parametrize("moved, ended, failures", [(0.0, 0, 0), (1e-5, 0, 1), (0.0, 1, 2)])
+@pytest.mark.parametrize("moved, ended, failures", [(0.0, 0, 0), (1e-5, 0, 1), (np.nan, 0, 2), (0.0, 1, 2)])
 def test_another_engine_is_told(check, moved, ended, failures):
     """A cheetah that is elsewhere after one step (ten allow for as much), and one that has ended."""
 
