@@ -588,7 +588,7 @@ def runs_stage(check):
 # === all ===
 
 STAGES = {  # name: what it does, seconds without which it is not begun (the stages before it leave them), at most
-    "device": (device, 10, 30), "physics": (physics_stage, 60, 130), "runs": (runs_stage, 70, 95),
+    "device": (device, 10, 30), "physics": (physics_stage, 60, 130), "runs": (runs_stage, 70, 110),
     "learners": (learners_stage, 60, 120), "rounds": (rounds_stage, 50, 120),
 }  # fmt: skip
 
