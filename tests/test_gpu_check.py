@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dac
 import gpu_check as G
 from runner import devices
 
@@ -93,12 +94,13 @@ def test_matrix_products_take_the_digits_of_the_flag(monkeypatch):
     """On an accelerator; a CPU has one precision. Whoever names a precision of its own keeps it."""
     said = lambda **own: jax.jit(lambda x: jnp.matmul(x, x, **own)).lower(jnp.ones((2, 2))).as_text()
     before = jax.config.jax_default_matmul_precision
-    devices.multiply_in("bfloat16")
+    begin = lambda digits: devices.begin(dac.Args(matmul_precision=digits), 1)
+    begin("bfloat16")
     assert jax.config.jax_default_matmul_precision == before
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     try:
         for name, word in (("bfloat16", "bf16"), ("tensorfloat32", "HIGH,"), ("float32", "HIGHEST")):
-            devices.multiply_in(name)
+            begin(name)
             assert word in said() and "HIGHEST" in said(precision="highest")
     finally:
         jax.config.update("jax_default_matmul_precision", before)
