@@ -345,9 +345,12 @@ def cped_phases(rows, small):
     data = cped.CpedData(of, jax.tree.map(lambda x: x[:100], of), None)
     state = cped.make_train(args)[0](learners.seed_keys(1), data)
     chunk = lambda place: lambda num: cped.make_train(dataclasses.replace(args, num_seeds=num))[place]
-    names = enumerate(learners.CPED_REFERENCE, 1)
-    flops = lambda name: learners.CPED_FLOOR["nice", name]
-    return [Phase(f"cped: {n}", chunk(i), state, (), (data,), args.chunk, flops(n), state.nets) for i, n in names][::-1]
+    n, flops = state.nets, learners.CPED_FLOOR
+    learnt = {"flow": (n.disc, n.disc_opt), "actor-critic": (n.critic, n.critic_opt)}  # in every iteration
+    return [
+        Phase(f"cped: {name}", chunk(place), state, (), (data,), args.chunk, flops["nice", name], learnt[name])
+        for place, name in ((2, "actor-critic"), (1, "flow"))
+    ]
 
 
 def qdq_phases(rows, small):
@@ -363,8 +366,10 @@ def qdq_phases(rows, small):
     parts = {"policy": (third, (model,), (data,)), "teacher": (first, (), (entries,))}
     parts["student"] = student.init(keys, net), (net,), (entries,)
     chunk = lambda name: lambda num: make(num)[list(learners.QDQ_STEPS).index(name)].chunk
+    learnt = {name: part[0].nets for name, part in parts.items()}
+    learnt["policy"] = third.nets.critic, third.nets.critic_opt  # the actor steps in every second
     return [
-        Phase(f"qdq: {name}", chunk(name), *part, args.chunk, learners.QDQ_FLOOR[name], part[0].nets)
+        Phase(f"qdq: {name}", chunk(name), *part, args.chunk, learners.QDQ_FLOOR[name], learnt[name])
         for name, part in parts.items()
     ]
 
