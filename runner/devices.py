@@ -11,6 +11,9 @@ from jax.experimental import multihost_utils
 
 import envs
 
+# --matmul-precision -> what jax calls it; "highest" is float32 also where a device's default is less
+PRECISIONS = {"float32": "highest", "tensorfloat32": "high", "bfloat16": "BF16_BF16_F32"}
+
 
 def seed_keys(args, num=1):
     """A key for each seed [S], or `num` tuples of such keys; a seed has the same ones alone or among others."""
@@ -71,6 +74,15 @@ def cores():
     return max(num, 1)
 
 
+def begin(args, own):
+    """What jax is told before a script begins; own: the devices to make of a CPU where --num-devices does not say."""
+    split_cpu(getattr(args, "num_devices", 0), own)
+    if getattr(args, "distributed", False):
+        join_processes()
+    if hasattr(args, "matmul_precision"):  # udg_select.py computes on the host
+        multiply_in(args.matmul_precision)
+
+
 def split_cpu(asked, own):
     """Make devices out of the CPU before jax begins; accelerators are what they are.
 
@@ -83,6 +95,12 @@ def split_cpu(asked, own):
         except RuntimeError:  # brax's worlds compute when they are named
             if asked:
                 raise envs.InputError(f"--num-devices {asked}: jax has begun already, with one; leave it out") from None
+
+
+def multiply_in(precision):
+    """Digits of all matrix products that do not say their own, on an accelerator: a CPU takes float32 always."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", PRECISIONS[precision])
 
 
 def memory():

@@ -84,6 +84,8 @@ class RunFlags:
     num_devices: Natural = 0
     """devices that share the seeds or policies; 0: all there are. A CPU is one device, or as many as are asked for; for
     wide policies of wurl_sac.py 0 makes one of each core"""
+    matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
+    """digits of matrix products on an accelerator (docs/gpu.md); physics and ranks keep float32, as all on a CPU"""
     # --- budget ---
     num_updates: Count = 1_000_000
     """gradient steps per seed"""
@@ -235,9 +237,7 @@ def launch(main, Args, preset_of=None, names=(), doc="", again="--resume", cpu_d
     listen(again)
     try:
         args = parse(Args, sys.argv[1:], preset_of, names, doc, **more)
-        devices.split_cpu(getattr(args, "num_devices", 0), cpu_devices(args) if cpu_devices else 1)
-        if getattr(args, "distributed", False):
-            devices.join_processes()
+        devices.begin(args, cpu_devices(args) if cpu_devices else 1)
         main(args)
     except (envs.InputError, OSError) as error:
         devices.leave(f"{script}: error: {error}")

@@ -1,7 +1,7 @@
 """benchmark/mjx_parity.py's committed numbers: within its limits, and those that docs/envs.md shows.
 
-What MJX makes of single steps is in test_envs.py (the cheetah, the ant's accelerations) and test_d4rl_tasks.py (walls);
-the other robots' programs take a minute each to compile, and are compared by the command.
+What MJX makes of single steps is in test_gpu_check.py (the cheetah), test_envs.py (the ant's accelerations) and
+test_d4rl_tasks.py (walls); the other robots' programs take a minute each to compile, and are compared by the command.
 """
 
 import json
