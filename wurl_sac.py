@@ -326,7 +326,8 @@ def own_cost(features, alive, directions, args):
     if N == 1 or not (args.own_weight or args.nearest == "debiased"):
         return jnp.zeros(alive.shape)
     pairs = lambda x: pairwise_apwd(x[0], x[1], x[0], x[1], directions, args.plan)  # [N, N, L]
-    return jax.lax.map(pairs, (features, alive)).mean(2, where=~jnp.eye(N, dtype=bool)[..., None])
+    at_once = None if jax.default_backend() == "cpu" else len(features)
+    return jax.lax.map(pairs, (features, alive), batch_size=at_once).mean(2, where=~jnp.eye(N, dtype=bool)[..., None])
 
 
 def apwd_reward(cost, own, alive, weight, args):
@@ -372,10 +373,9 @@ def dads_log_prob(net, features, change, index, args):
 
 def dads_reward(net, features, change, args):
     """DADS-I: r = scale [ log K - log(1 + sum over l != k of exp(clip(log p_l - log p_k, -20, 1))) ]."""
-    log_p = [dads_log_prob(net, features, change, jnp.full(features.shape[:-1], l), args)
-             for l in range(args.num_policies)]  # fmt: skip
-    log_p = jnp.stack(log_p, 1)  # [K, K, N, L]: first axis who acted, second who is asked
     own = jnp.arange(args.num_policies)
+    asked = lambda l: dads_log_prob(net, features, change, jnp.full(features.shape[:-1], l), args)
+    log_p = jax.vmap(asked, out_axes=1)(own)  # [K, K, N, L]: first axis who acted, second who is asked
     ratio = jnp.exp(jnp.clip(log_p - log_p[own, own][:, None], -20.0, 1.0)).sum(1)  # the own term is 1
     return args.reward_scale * (jnp.log(args.num_policies) - jnp.log(ratio))
 

@@ -45,7 +45,8 @@ def returns_of(act, env, task, buffer, args, sampled=False):
     def one(params, key):
         key_start, key_steps = jax.random.split(key) if sampled else (key, key)
         starts, steps = jax.random.split(key_start, args.eval_episodes), jax.random.split(key_steps, length)
-        totals = play(env, act, params, starts, steps)
+        with jax.default_matmul_precision("highest"):  # the policy that is deployed, whatever it learns with
+            totals = play(env, act, params, starts, steps)
         returns = totals[:, task.eval_length - 1]
         metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std()}
         metrics |= {"eval/return_data_length": totals[:, data_length - 1].mean()}

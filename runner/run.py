@@ -188,6 +188,7 @@ class Run:
 
     def progress(self, step, metrics, names, last=False):
         """Show the count, rate, ETA and the metrics of these names; InputError where a metric diverged (--q-bound)."""
+        metrics = jax.device_get(metrics)  # in one transfer
         for name, values in metrics.items() if self.args.q_bound else ():
             largest = np.abs(values).max()
             if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
@@ -205,7 +206,7 @@ class Run:
 
     def log(self, step, metrics, seeds=None):
         """A record for each seed (or those of these places), the leading axis of every metric; prints the returns."""
-        metrics = {k: np.asarray(v) for k, v in metrics.items()}
+        metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
         for s in range(self.args.num_seeds) if seeds is None else seeds:
             metrics_of = {k: v[s] for k, v in metrics.items()} | {"time/updates_per_s": self.rate()}
             self.record(step, metrics_of, seed=self.args.seed + int(s))
