@@ -32,6 +32,7 @@ def check_warp() -> None:
     if jax.default_backend() != "cpu" and "cuda" not in backends():
         kind = jax.devices()[0].device_kind
         raise InputError(f"backend='warp' runs on NVIDIA GPUs, and on a CPU to look at, not on {kind}: use 'mjx'")
+    warp.warp.config.log_level = max(warp.warp.config.log_level, warp.warp.LOG_WARNING)  # else a line for every kernel
 
 
 def possible_contacts(model: mujoco.MjModel, pairs: np.ndarray) -> int:

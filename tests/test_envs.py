@@ -178,7 +178,7 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
         touching = point_data.contact.geom[:, 1]
         steep += np.any(np.abs(point_data.geom_xmat[touching, 8]) > np.sqrt(0.75))
     assert steep > 10  # states where MJX itself goes another way
-    engine = physics._MjxEngine(model, 5)
+    engine = physics.MjxEngine(model, 5)
 
     def accelerate(qpos, qvel, action):
         state = engine.template.replace(qpos=qpos, qvel=qvel, ctrl=action)
