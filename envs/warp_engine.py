@@ -41,6 +41,40 @@ def possible_contacts(model: mujoco.MjModel, pairs: np.ndarray) -> int:
     return sum(1 if _SPHERE in pair else _CONTACTS.get(tuple(pair), 8) for pair in kinds)
 
 
+def one_batch(function):
+    """function of arrays (B, n) -> the same, which however many vmaps turn into one call with all rows."""
+    batch = jax.custom_batching.custom_vmap(function)
+
+    @batch.def_vmap
+    def more_rows(size, batched, *arrays):
+        arrays = [
+            x if there else jnp.broadcast_to(x, (size, *x.shape)) for x, there in zip(arrays, batched, strict=True)
+        ]
+        after = batch(*(x.reshape(-1, x.shape[-1]) for x in arrays))
+        return tuple(x.reshape(size, -1, x.shape[-1]) for x in after), (True,) * len(after)
+
+    return batch
+
+
+def check_room(values, listed, rows, num_contacts, num_rows):
+    """Return `values` (B, n), of B worlds; what finds no place there ends the program with an InputError.
+
+    listed: contacts, or pairs that may touch, of all worlds; rows: constraints of the world that has most.
+    num_contacts, num_rows: places of one world.
+    """
+    worlds = len(values)
+
+    def refuse(values, listed, rows):
+        a_world = max(-(-int(listed) // worlds), -(-int(rows) * num_contacts // num_rows))
+        raise InputError(
+            f"{worlds} worlds on 'warp' had {int(listed)} contacts and up to {int(rows)} constraints each, with room "
+            f"for {worlds * num_contacts} and {num_rows}: envs.make(.., num_contacts={a_world}), or backend 'mjx'"
+        )
+
+    stop = lambda values: jax.pure_callback(refuse, values, values, listed, rows)
+    return jax.lax.cond((listed > worlds * num_contacts) | (rows > num_rows), stop, lambda values: values, values)
+
+
 class WarpEngine(MjxEngine):
     """MuJoCo Warp, float32; start and step are functions of one environment, and a batch is one call of Warp."""
 
@@ -49,47 +83,35 @@ class WarpEngine(MjxEngine):
     def __init__(self, model: mujoco.MjModel, frame_skip: int, num_contacts: int | None):
         check_warp()
         super().__init__(model, frame_skip)
+        self.model = self.model.tree_replace({"opt._impl.warn_overflow": 0})  # it is not printed, but checked below
         self.mujoco_model = model
         pairs = np.asarray(self.model._impl.nxn_geom_pair_filtered)
         self.num_contacts = num_contacts or min(max(possible_contacts(model, pairs), 1), MOST_CONTACTS)
-        friction = 2 * (int(model.geom_condim.max()) - 1)  # edges of a contact's pyramid
-        self.num_rows = max(friction, 1) * self.num_contacts + int(model.jnt_limited.sum())
-        self.of_batch = jax.custom_batching.custom_vmap(self.substeps_of_batch)
-        self.of_batch.def_vmap(self.more_worlds)
+        edges = 2 * (int(model.geom_condim.max()) - 1)  # of the pyramid of a contact's friction
+        self.num_rows = max(edges, 1) * self.num_contacts + int(model.jnt_limited.sum())
+        self.of_batch = one_batch(self.substeps_of_batch)
 
     def substeps(self, *arrays):
-        """As MjxEngine's. However many vmaps deep, there is one batch, and its size is known: the list is for all."""
+        """As MjxEngine's: a batch of one world, for now."""
         return tuple(x[0] for x in self.of_batch(*(x[None] for x in arrays)))
-
-    def more_worlds(self, size, batched, *arrays):
-        """The rule of vmap: `size` batches (B, n) are one of size * B worlds."""
-        arrays = [
-            x if there else jnp.broadcast_to(x, (size, *x.shape)) for x, there in zip(arrays, batched, strict=True)
-        ]
-        after = self.of_batch(*(x.reshape(-1, x.shape[-1]) for x in arrays))
-        return tuple(x.reshape(size, -1, x.shape[-1]) for x in after), (True,) * len(after)
 
     def substeps_of_batch(self, qpos, qvel, memory, control):
         """qpos (B, nq), qvel (B, nv), memory (B, nv), control (B, A) -> qpos, qvel, memory after a control step."""
-        places = len(qpos) * self.num_contacts
-        empty = self.make_data(places)
+        empty = self.make_data(len(qpos) * self.num_contacts)
 
         def of_world(qpos, qvel, memory, control):
             data = empty.replace(qpos=qpos, qvel=qvel, qacc_warmstart=memory, ctrl=control)
 
             def substep(data, _):
                 data = self.mjx.step(self.model, data)
-                listed = jnp.maximum(data._impl.nacon[0], data._impl.ncollision[0])  # contacts, pairs of all worlds
+                listed = jnp.maximum(data._impl.nacon[0], data._impl.ncollision[0])  # of all worlds
                 return data, (listed, jnp.max(data._impl.nefc))
 
             data, most = jax.lax.scan(substep, data, None, length=self.frame_skip)
             return data.qpos, data.qvel, data.qacc_warmstart, most
 
         qpos, qvel, memory, (listed, rows) = jax.vmap(of_world)(qpos, qvel, memory, control)
-        listed, rows = jnp.max(listed), jnp.max(rows)
-        fits = (listed <= places) & (rows <= self.num_rows)
-        refuse = lambda qpos: jax.pure_callback(self.refuse, qpos, qpos, listed, rows)
-        return jax.lax.cond(fits, lambda qpos: qpos, refuse, qpos), qvel, memory
+        return check_room(qpos, jnp.max(listed), jnp.max(rows), self.num_contacts, self.num_rows), qvel, memory
 
     def make_data(self, places):
         """MJX's Data of one world, in a list for all. Nothing of it but zeros is large, and zeros need no storing."""
@@ -97,12 +119,3 @@ class WarpEngine(MjxEngine):
             data = self.mjx.make_data(self.mujoco_model, impl="warp", naconmax=places, njmax=self.num_rows)
             data = jax.tree.map(lambda x: np.asarray(x) if hasattr(x, "shape") else x, data)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if np.ndim(x) and not x.any() else x, data)
-
-    def refuse(self, qpos, listed, rows):
-        """The callback of a list that is full."""
-        worlds = len(qpos)
-        a_world = max(-(-int(listed) // worlds), -(-int(rows) * self.num_contacts // self.num_rows))
-        raise InputError(
-            f"{worlds} worlds on 'warp' had {int(listed)} contacts and up to {int(rows)} constraints each, with room "
-            f"for {worlds * self.num_contacts} and {self.num_rows}: envs.make(.., num_contacts={a_world}), or 'mjx'"
-        )

@@ -142,6 +142,40 @@ def open_loop(env, start, actions):
     return whole, stepwise
 
 
+def peers(robot, worlds, length):
+    """What others step as many worlds with, as many threads, random actions and no policy -> [(name, function)].
+
+    EnvPool is left out where it is not installed. Its ant and Gymnasium's are without contact forces and without ends,
+    as ours. Gymnasium's processes are one for each world, which 256 would be too many.
+    """
+    import gymnasium
+
+    name, threads = {"ant": "Ant-v5", "cheetah": "HalfCheetah-v5"}[robot], os.cpu_count()
+    ant = robot == "ant"
+    theirs = {"include_cfrc_ext_in_observation": False, "terminate_when_unhealthy": False} if ant else {}
+    made = {"Gymnasium, one process": gymnasium.make_vec(name, worlds, vectorization_mode="sync", **theirs)}
+    if worlds <= 20:
+        made["Gymnasium, a process each"] = gymnasium.make_vec(name, worlds, vectorization_mode="async", **theirs)
+    try:
+        import envpool
+    except ImportError:
+        print("EnvPool is not installed (pip install envpool): left out", flush=True)
+    else:
+        theirs = {"use_contact_force": False, "terminate_when_unhealthy": False} if ant else {}
+        about = dict(num_envs=worlds, num_threads=threads, post_constraint=False, **theirs)
+        made = {"EnvPool": envpool.make(name, env_type="gymnasium", **about)} | made
+    size = envs.task(robot).action_size
+    actions = np.random.default_rng(0).uniform(-1, 1, (length, worlds, size))
+
+    def play(env):
+        for step in actions:
+            env.step(step)
+
+    for env in made.values():
+        env.reset()
+    return [(name, lambda env=env: play(env)) for name, env in made.items()]
+
+
 def collection_at(bench, robot, num_policies, num_envs, length, target):
     """Steps of wurl_sac's rollouts against raw MuJoCo on the same starts and actions."""
     env, task = envs.make(robot, "mujoco"), envs.task(robot)
@@ -162,13 +196,17 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
         raise SystemExit(f"{robot}: raw MuJoCo lands {apart:.2g} m from the rollout")
     size, amount = f"{robot}, {num_policies} x {num_envs} environments", steps.actions[..., 0].size
     case = lambda name, f: Case(f"{size}: {name}", f, "steps/s", amount, calls=amount > 10_000)
-    fast, raw, raw_steps = bench.measure(
+    others = peers(robot, num_policies * num_envs, length)
+    fast, raw, raw_steps, *of_others = bench.measure(
         case("wurl_sac.rollout", ours),
         case("mujoco.rollout, whole episodes in a call", whole),
         case("mujoco.rollout, a call for each step", stepwise),
+        *(case(f"{name}, no policy", function) for name, function in others),
     )
     bench.ratio(f"{size}: of whole episodes", fast, raw, target, "%", 100)
     bench.ratio(f"{size}: of a call for each step", fast, raw_steps, None, "%", 100)
+    for (name, _), theirs in zip(others, of_others, strict=True):
+        bench.ratio(f"{size}: of {name}", fast, theirs, None, "%", 100)
 
 
 def collection(bench):
