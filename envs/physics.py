@@ -11,6 +11,7 @@ Same XML, start, observation, reward and termination. A step that makes the simu
 observations, not a termination.
 """
 
+import copy
 import importlib.util
 import os
 import pathlib
@@ -306,6 +307,10 @@ class MjxEngine:
         self.mjx = mjx
         self.frame_skip = frame_skip
         self.dt = model.opt.timestep * frame_skip
+        if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # the humanoid's, which is in C MuJoCo only
+            model = copy.copy(model)
+            model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # ends where PGS would, given more iterations
+        self.host_model = model
         self.model = mjx.put_model(model, impl=self.impl)
         self.template = mjx.make_data(model, impl=self.impl)
         centre, half = _control_range(model)

@@ -84,7 +84,6 @@ class WarpEngine(MjxEngine):
         check_warp()
         super().__init__(model, frame_skip)
         self.model = self.model.tree_replace({"opt._impl.warn_overflow": 0})  # it is not printed, but checked below
-        self.mujoco_model = model
         pairs = np.asarray(self.model._impl.nxn_geom_pair_filtered)
         self.num_contacts = num_contacts or min(max(possible_contacts(model, pairs), 1), MOST_CONTACTS)
         edges = 2 * (int(model.geom_condim.max()) - 1)  # of the pyramid of a contact's friction
@@ -116,6 +115,6 @@ class WarpEngine(MjxEngine):
     def make_data(self, places):
         """MJX's Data of one world, in a list for all. Nothing of it but zeros is large, and zeros need no storing."""
         with jax.ensure_compile_time_eval():
-            data = self.mjx.make_data(self.mujoco_model, impl="warp", naconmax=places, njmax=self.num_rows)
+            data = self.mjx.make_data(self.host_model, impl="warp", naconmax=places, njmax=self.num_rows)
             data = jax.tree.map(lambda x: np.asarray(x) if hasattr(x, "shape") else x, data)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if np.ndim(x) and not x.any() else x, data)

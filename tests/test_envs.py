@@ -191,6 +191,21 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
     assert np.median(error) < 1e-6 and error.max() < 1e-4
 
 
+def test_mjx_has_a_solver_for_the_humanoid():
+    env, newton = envs.make("humanoid", "mjx"), mujoco.mjtSolver.mjSOL_NEWTON
+    assert env.engine.model.opt.solver == newton != env.model.opt.solver
+    model, data = env.engine.host_model, [mujoco.MjData(m) for m in (env.model, env.engine.host_model)]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        action = rng.uniform(-0.4, 0.4, model.nu)
+        data[1].qpos, data[1].qvel, data[1].qacc_warmstart = data[0].qpos, data[0].qvel, data[0].qacc_warmstart
+        for m, d in zip((env.model, model), data, strict=True):
+            d.ctrl[:] = action
+            mujoco.mj_step(m, d, 5)
+        np.testing.assert_allclose(data[1].qpos, data[0].qpos, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(data[1].qvel, data[0].qvel, rtol=0, atol=1e-3)
+
+
 def test_mjx_is_left_as_it_was():
     from mujoco.mjx._src import collision_convex, collision_driver, collision_primitive
 
