@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -143,29 +144,30 @@ def open_loop(env, start, actions):
 
 
 def peers(robot, worlds, length):
-    """What others step as many worlds with, as many threads, random actions and no policy -> [(name, function)].
+    """What others step as many worlds with, as many threads, random actions and no policy -> [(name, function)], steps.
 
-    EnvPool is left out where it is not installed. Its ant and Gymnasium's are without contact forces and without ends,
-    as ours. Gymnasium's processes are one for each world, which 256 would be too many.
+    Who is not installed is left out. Their ants are without contact forces and without ends, as ours. Gymnasium's has
+    no threads; its other way is a process for each world.
     """
-    import gymnasium
-
-    name, threads = {"ant": "Ant-v5", "cheetah": "HalfCheetah-v5"}[robot], os.cpu_count()
-    ant = robot == "ant"
-    theirs = {"include_cfrc_ext_in_observation": False, "terminate_when_unhealthy": False} if ant else {}
-    made = {"Gymnasium, one process": gymnasium.make_vec(name, worlds, vectorization_mode="sync", **theirs)}
-    if worlds <= 20:
-        made["Gymnasium, a process each"] = gymnasium.make_vec(name, worlds, vectorization_mode="async", **theirs)
+    name, endless = {"ant": "Ant-v5", "cheetah": "HalfCheetah-v5"}[robot], {"terminate_when_unhealthy": False}
+    pool = {"num_threads": os.cpu_count(), "post_constraint": False}  # without the contact forces of MuJoCo's last pass
+    vector = {"vectorization_mode": "sync"}
+    if robot == "ant":
+        pool |= {"use_contact_force": False, **endless}
+        vector |= {"include_cfrc_ext_in_observation": False, **endless}
+    made = {}
     try:
         import envpool
-    except ImportError:
-        print("EnvPool is not installed (pip install envpool): left out", flush=True)
-    else:
-        theirs = {"use_contact_force": False, "terminate_when_unhealthy": False} if ant else {}
-        about = dict(num_envs=worlds, num_threads=threads, post_constraint=False, **theirs)
-        made = {"EnvPool": envpool.make(name, env_type="gymnasium", **about)} | made
+
+        made["EnvPool"] = envpool.make(name, env_type="gymnasium", num_envs=worlds, **pool)
+    except ImportError as error:
+        print(f"EnvPool is left out: {error} (pip install envpool)", flush=True)
+    try:
+        made["Gymnasium, one process"] = gymnasium.make_vec(name, worlds, **vector)
+    except ImportError as error:
+        print(f"Gymnasium is left out: {error} (pip install imageio)", flush=True)
     size = envs.task(robot).action_size
-    actions = np.random.default_rng(0).uniform(-1, 1, (length, worlds, size))
+    actions = np.random.default_rng(0).uniform(-1, 1, (min(length, 5000 // worlds), worlds, size))
 
     def play(env):
         for step in actions:
@@ -173,7 +175,7 @@ def peers(robot, worlds, length):
 
     for env in made.values():
         env.reset()
-    return [(name, lambda env=env: play(env)) for name, env in made.items()]
+    return [(name, lambda env=env: play(env)) for name, env in made.items()], actions[..., 0].size
 
 
 def collection_at(bench, robot, num_policies, num_envs, length, target):
@@ -195,13 +197,13 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     if not apart < 1e-4:
         raise SystemExit(f"{robot}: raw MuJoCo lands {apart:.2g} m from the rollout")
     size, amount = f"{robot}, {num_policies} x {num_envs} environments", steps.actions[..., 0].size
-    case = lambda name, f: Case(f"{size}: {name}", f, "steps/s", amount, calls=amount > 10_000)
-    others = peers(robot, num_policies * num_envs, length)
+    case = lambda name, f, n=amount: Case(f"{size}: {name}", f, "steps/s", n, calls=n > 10_000)
+    others, of_call = peers(robot, num_policies * num_envs, length)
     fast, raw, raw_steps, *of_others = bench.measure(
         case("wurl_sac.rollout", ours),
         case("mujoco.rollout, whole episodes in a call", whole),
         case("mujoco.rollout, a call for each step", stepwise),
-        *(case(f"{name}, no policy", function) for name, function in others),
+        *(case(f"{name}, no policy", function, of_call) for name, function in others),
     )
     bench.ratio(f"{size}: of whole episodes", fast, raw, target, "%", 100)
     bench.ratio(f"{size}: of a call for each step", fast, raw_steps, None, "%", 100)
