@@ -156,6 +156,7 @@ def peers(robot, worlds, length):
         pool |= {"use_contact_force": False, **endless}
         vector |= {"include_cfrc_ext_in_observation": False, **endless}
     made = {}
+    mujoco.set_mju_user_warning(lambda _: None)  # of an attribute in Gymnasium's XML, for every world
     try:
         import envpool
 
@@ -166,6 +167,7 @@ def peers(robot, worlds, length):
         made["Gymnasium, one process"] = gymnasium.make_vec(name, worlds, **vector)
     except ImportError as error:
         print(f"Gymnasium is left out: {error} (pip install imageio)", flush=True)
+    mujoco.set_mju_user_warning(None)
     size = envs.task(robot).action_size
     actions = np.random.default_rng(0).uniform(-1, 1, (min(length, 5000 // worlds), worlds, size))
 
