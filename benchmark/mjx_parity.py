@@ -5,6 +5,7 @@
     python benchmark/mjx_parity.py --no-parity --recorded            both against transitions recorded with MuJoCo 2.2
     python benchmark/mjx_parity.py --no-parity --returns runs/suite/cpu-seed0/hopper/policy.npz --episodes 100
     python benchmark/mjx_parity.py --speed --batches 256 4096 16384      on a GPU
+    python benchmark/mjx_parity.py --backend warp --robots cheetah --num-starts 4 --num-steps 10     MuJoCo Warp instead
 
 Parity: both engines start from the same float32 states (of random play) and take the same random actions.
 Prints one table per question and writes the numbers to --out. Exits with 1 where a median after one
@@ -46,6 +47,7 @@ TOLERANCES = {
 # of 200 single steps recorded with MuJoCo 2.2, medians on either back end; no end may differ
 OF_RECORDED = {1: (1e-6, 2e-4, 1e-5)}
 CTRL_COST = {"cheetah": 0.1, "hopper": 1e-3, "walker2d": 1e-3, "ant": 0.5}
+ENGINES = ("mujoco", "mjx")
 RECORDED = ("halfcheetah", "hopper", "walker2d", "ant")  # tests/golden: MuJoCo 2.2, as D4RL's files
 
 
@@ -109,12 +111,12 @@ def spread(error):
     return float(np.median(largest)), float(largest.max())
 
 
-def parity(robot, num_starts, num_steps, seed):
-    """-> {steps: {quantity: (median, max)}} of |MJX - C| over starts; ends: starts that have ended at other steps.
+def parity(robot, backend, num_starts, num_steps, seed):
+    """-> {steps: {quantity: (median, max)}} of |back end - C| over starts; ends: starts that have ended at other steps.
 
     ended: of how many starts an episode has ended until there, on C. In a maze also at_walls: starts that touch a wall.
     """
-    engines = [make_env(robot, backend) for backend in ("mujoco", "mjx")]
+    engines = [make_env(robot, backend) for backend in ("mujoco", backend)]
     qpos, qvel = starts(engines[0], num_starts, seed)
     shape = (num_steps, num_starts, engines[0].action_size)
     actions = jax.random.uniform(jax.random.key(seed + 1), shape, minval=-1)
@@ -278,7 +280,7 @@ def print_recorded(results, keep):
     print(f"\n{head}\n|---|---|---|---|---|---|---|")
     failures = []
     for name in RECORDED:
-        for backend in physics.BACKENDS:
+        for backend in ENGINES:
             table = results[f"{name} {backend}"] = recorded(name, backend)
             for steps, row in table.items():
                 print(f"| {name} | {backend} | {steps} | {' | '.join(cells_of(row))} |", flush=True)
@@ -319,6 +321,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--robots", nargs="+", default=list(TOLERANCES), choices=list(TOLERANCES))
+    parser.add_argument(
+        "--backend", default="mjx", choices=("mjx", "warp"), help="beside C MuJoCo, for parity and --speed"
+    )
     parser.add_argument("--num-starts", type=int, default=32)
     parser.add_argument("--num-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -350,7 +355,7 @@ def main(argv=None):
     if not args.no_parity:
         print("| robot | steps | qpos median / max | qvel | reward | ends that differ |\n|---|---|---|---|---|---|")
         for robot in args.robots:
-            table = parity(robot, args.num_starts, args.num_steps, args.seed)
+            table = parity(robot, args.backend, args.num_starts, args.num_steps, args.seed)
             print_parity(robot, table)
             failures += check(robot, table, TOLERANCES[robot])
             results["parity"][robot] = table
@@ -363,7 +368,9 @@ def main(argv=None):
     if args.speed:
         print("\n| robot | back end | environments | steps per second | compile s |")
         print("|---|---|---|---|---|")
-        for robot, backend, batch in [(r, b, n) for r in args.robots for b in ("mujoco", "mjx") for n in args.batches]:
+        for robot, backend, batch in [
+            (r, b, n) for r in args.robots for b in ("mujoco", args.backend) for n in args.batches
+        ]:
             try:
                 rate, compiled = speed(robot, backend, batch, args.seconds)
             except (envs.InputError, RuntimeError) as error:  # no such batch here, or no memory for it

@@ -1,15 +1,17 @@
-"""MuJoCo robots on two engines behind one environment class.
+"""MuJoCo robots on three engines behind one environment class.
 
 "mujoco": C MuJoCo, stepped from inside a jitted program by a host callback that hands the whole
     batch, however many `vmap`s deep, to one thread pool. Its float64 state travels through the
     program as bits, so results are those of MuJoCo itself and x64 need not be on.
 "mjx": MuJoCo's JAX port, float32, for accelerators.
+"warp": the same interface over MuJoCo Warp's kernels, float32, for NVIDIA GPUs (envs/warp_engine.py).
 
 Same XML, start, observation, reward and termination. A step that makes the simulation unstable
 (not finite, or MuJoCo resets itself) keeps the pose and stops the robot: velocity 0, finite
 observations, not a termination.
 """
 
+import copy
 import importlib.util
 import os
 import pathlib
@@ -30,9 +32,9 @@ from envs.mjx_contacts import exact_contacts
 from envs.robots import ROBOTS
 from envs.task import Task
 
-BACKENDS = ("mujoco", "mjx")
+BACKENDS = ("mujoco", "mjx", "warp")
 # keyword arguments of MujocoEnv that envs.make accepts
-OPTIONS = ("xml", "gear", "margin_scale", "contact_cost", "num_threads")
+OPTIONS = ("xml", "gear", "margin_scale", "contact_cost", "num_threads", "num_contacts")
 _FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
 
 
@@ -40,7 +42,7 @@ class Physics(NamedTuple):
     """State of a robot.
 
     memory: what the engine needs besides: C MuJoCo the bits of its float64 state, (2n,) uint32;
-        MJX its solver's starting point (nv,) float32.
+        MJX and Warp their solver's starting point (nv,) float32.
     qpos (nq,), qvel (nv,), contact_cost (): float32.
     """
 
@@ -53,7 +55,7 @@ class Physics(NamedTuple):
 class MujocoEnv(Env):
     """A task on a MuJoCo robot.
 
-    task: what is observed and paid. backend: "mujoco", "mjx", or None: by device.
+    task: what is observed and paid. backend: "mujoco", "mjx", "warp", or None: one of the first two, by device.
     xml: another XML than the robot's: a name in Gymnasium's assets, or a path.
     gear: of every motor; None: the task's, else the robot's.
     margin_scale: factor on all contact margins (0.5 gives MuJoCo 2's contacts from a MuJoCo 3.5
@@ -62,6 +64,7 @@ class MujocoEnv(Env):
     contact_cost: weight of the contact forces clipped to +-1 and squared, taken off the reward
         (Gymnasium's Ant-v5: 5e-4). C MuJoCo only, slow, and not in relabelled rewards.
     num_threads: of the pool; None: all cores.
+    num_contacts: places for contacts of one world on "warp"; None: all that the robot can have, 64 at most.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class MujocoEnv(Env):
         margin_scale: float | None = None,
         contact_cost: float = 0.0,
         num_threads: int | None = None,
+        num_contacts: int | None = None,
     ):
         if backend is None:
             backend = "mujoco" if jax.default_backend() == "cpu" else "mjx"
@@ -81,6 +85,8 @@ class MujocoEnv(Env):
             raise InputError(f"'{task.name}' has no back end '{backend}': use one of {BACKENDS}")
         if contact_cost and backend != "mujoco":
             raise InputError("contact_cost needs backend='mujoco'")
+        if num_contacts is not None and backend != "warp":
+            raise InputError("num_contacts needs backend='warp': C MuJoCo and MJX have a place for every contact")
         super().__init__(task, backend)
         self.robot = ROBOTS[task.env]
         if gear is None:
@@ -91,8 +97,12 @@ class MujocoEnv(Env):
         if backend == "mujoco":
             pool = num_threads or os.cpu_count()
             self.engine = _CEngine(self.model, self.robot.frame_skip, pool, contact_cost)
+        elif backend == "warp":
+            from envs.warp_engine import WarpEngine  # it needs packages that are not always there
+
+            self.engine = WarpEngine(self.model, self.robot.frame_skip, num_contacts)
         else:
-            self.engine = _MjxEngine(self.model, self.robot.frame_skip)
+            self.engine = MjxEngine(self.model, self.robot.frame_skip)
 
     def _check_model(self, xml: str) -> None:
         size = self.model.nq + self.model.nv - self.robot.skip_qpos
@@ -286,8 +296,10 @@ class _CEngine:
             after[unstable, 1 + self.model.nq :] = 0.0
 
 
-class _MjxEngine:
+class MjxEngine:
     """MJX, float32; start and step are functions of one environment."""
+
+    impl = "jax"
 
     def __init__(self, model: mujoco.MjModel, frame_skip: int):
         with quiet_imports():
@@ -295,8 +307,12 @@ class _MjxEngine:
         self.mjx = mjx
         self.frame_skip = frame_skip
         self.dt = model.opt.timestep * frame_skip
-        self.model = mjx.put_model(model, impl="jax")
-        self.template = mjx.make_data(model, impl="jax")
+        if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # the humanoid's, which is in C MuJoCo only
+            model = copy.copy(model)
+            model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # ends where PGS would, given more iterations
+        self.host_model = model
+        self.model = mjx.put_model(model, impl=self.impl)
+        self.template = mjx.make_data(model, impl=self.impl)
         centre, half = _control_range(model)
         self.centre, self.half = jnp.asarray(centre, jnp.float32), jnp.asarray(half, jnp.float32)
 
@@ -304,12 +320,22 @@ class _MjxEngine:
         return Physics(jnp.zeros_like(qvel), qpos, qvel, jnp.zeros((), jnp.float32))
 
     def step(self, physics: Physics, action: jax.Array) -> tuple[Physics, jax.Array]:
-        data = self.template.replace(
-            qpos=physics.qpos,
-            qvel=physics.qvel,
-            qacc_warmstart=physics.memory,
-            ctrl=self.centre + self.half * action,
+        control = self.centre + self.half * action
+        qpos, qvel, memory = self.substeps(physics.qpos, physics.qvel, physics.memory, control)
+        now = Physics(memory, qpos, qvel, physics.contact_cost)
+        at_rest = Physics(
+            jnp.zeros_like(physics.memory),
+            physics.qpos,
+            jnp.zeros_like(physics.qvel),
+            physics.contact_cost,
         )
+        stable = jnp.all(jnp.isfinite(qpos)) & jnp.all(jnp.isfinite(qvel))
+        now = jax.tree.map(lambda new, old: jnp.where(stable, new, old), now, at_rest)
+        return now, (now.qpos[:2] - physics.qpos[:2]) / self.dt
+
+    def substeps(self, qpos, qvel, memory, control):
+        """The substeps of a control step -> qpos, qvel, memory."""
+        data = self.template.replace(qpos=qpos, qvel=qvel, qacc_warmstart=memory, ctrl=control)
 
         def substep(data, _):
             # GPUs since Ampere would multiply matrices with 10 bits of mantissa, which is too few for contacts.
@@ -317,16 +343,7 @@ class _MjxEngine:
                 return self.mjx.step(self.model, data), None
 
         data, _ = jax.lax.scan(substep, data, None, length=self.frame_skip)
-        now = Physics(data.qacc_warmstart, data.qpos, data.qvel, physics.contact_cost)
-        at_rest = Physics(
-            jnp.zeros_like(physics.memory),
-            physics.qpos,
-            jnp.zeros_like(physics.qvel),
-            physics.contact_cost,
-        )
-        stable = jnp.all(jnp.isfinite(data.qpos)) & jnp.all(jnp.isfinite(data.qvel))
-        now = jax.tree.map(lambda new, old: jnp.where(stable, new, old), now, at_rest)
-        return now, (now.qpos[:2] - physics.qpos[:2]) / self.dt
+        return data.qpos, data.qvel, data.qacc_warmstart
 
 
 def double_bits(values: jax.Array) -> jax.Array:

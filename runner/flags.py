@@ -79,8 +79,8 @@ class RunFlags:
     """a small run on the point robot, under 2 minutes; its data are made on the spot"""
     track: bool = False
     """mirror the log to Weights & Biases (needs `pip install wandb`)"""
-    backend: Literal["auto", "mujoco", "mjx"] = "auto"
-    """physics: C MuJoCo (auto on a CPU) or MJX (auto elsewhere); the point worlds have their own"""
+    backend: Literal["auto", "mujoco", "mjx", "warp"] = "auto"
+    """physics: C MuJoCo (auto on a CPU), MJX (auto elsewhere) or MuJoCo Warp; the point worlds have their own"""
     num_devices: Natural = 0
     """devices that share the seeds or policies; 0: all there are. A CPU is one device, or as many as are asked for; for
     wide policies of wurl_sac.py 0 makes one of each core"""

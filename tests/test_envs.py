@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import brax_worlds, buffers, mjx_contacts, physics, point, render, robots, tasks
+from envs import brax_worlds, buffers, mjx_contacts, physics, point, render, robots, tasks, warp_engine
 from envs.base import MAX_MJX_ON_OLD_CPU, State
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
         touching = point_data.contact.geom[:, 1]
         steep += np.any(np.abs(point_data.geom_xmat[touching, 8]) > np.sqrt(0.75))
     assert steep > 10  # states where MJX itself goes another way
-    engine = physics._MjxEngine(model, 5)
+    engine = physics.MjxEngine(model, 5)
 
     def accelerate(qpos, qvel, action):
         state = engine.template.replace(qpos=qpos, qvel=qvel, ctrl=action)
@@ -174,6 +174,21 @@ def test_mjx_forward_of_the_ant_turns_contacts_as_mujoco_does():
     got = np.asarray(jax.jit(jax.vmap(accelerate))(*inputs))
     error = np.abs(got - expected).max(axis=1) / np.abs(expected).max(axis=1)
     assert np.median(error) < 1e-6 and error.max() < 1e-4
+
+
+def test_mjx_has_a_solver_for_the_humanoid():
+    env, newton = envs.make("humanoid", "mjx"), mujoco.mjtSolver.mjSOL_NEWTON
+    assert env.engine.model.opt.solver == newton != env.model.opt.solver
+    model, data = env.engine.host_model, [mujoco.MjData(m) for m in (env.model, env.engine.host_model)]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        action = rng.uniform(-0.4, 0.4, model.nu)
+        data[1].qpos, data[1].qvel, data[1].qacc_warmstart = data[0].qpos, data[0].qvel, data[0].qacc_warmstart
+        for m, d in zip((env.model, model), data, strict=True):
+            d.ctrl[:] = action
+            mujoco.mj_step(m, d, 5)
+        np.testing.assert_allclose(data[1].qpos, data[0].qpos, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(data[1].qvel, data[0].qvel, rtol=0, atol=1e-3)
 
 
 def test_mjx_is_left_as_it_was():
@@ -369,6 +384,7 @@ def test_healthy_rules():
     (("cheetah",), r"hopper.xml has 11 observed", dict(xml="hopper.xml")),
     (("ant",), r"no XML file 'ant2.xml'", dict(xml="ant2.xml")),
     (("ant",), "mujoco", dict(backend="mjx", contact_cost=1.0)),
+    (("ant",), "num_contacts needs backend='warp'", dict(num_contacts=4)),
 ])  # fmt: skip
 def test_names_and_options_are_checked(names, message, options):
     for name in names:
@@ -416,6 +432,61 @@ def test_making_a_point_robot_needs_no_engine():
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "mine" in done.stderr and "warp" not in done.stderr and "jaxopt" not in done.stderr
+
+
+# --- MuJoCo Warp, without it: its step is benchmark/mjx_parity.py --backend warp --------------
+
+
+def test_warp_is_refused_where_it_cannot_run(monkeypatch):
+    from mujoco.mjx import warp
+
+    monkeypatch.setattr(warp, "WARP_INSTALLED", False)
+    with pytest.raises(envs.InputError, match=r"pip install 'mujoco-mjx\[warp\]'"):
+        envs.make("cheetah", "warp")
+    monkeypatch.setattr(warp, "WARP_INSTALLED", True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(envs.InputError, match="runs on NVIDIA GPUs"):
+        envs.make("cheetah", "warp")
+
+
+def test_places_for_contacts_are_enough_for_a_robot_on_its_side():
+    model = physics.load_model("ant.xml")
+    floor, body = np.flatnonzero(model.geom_bodyid == 0), np.flatnonzero(model.geom_bodyid)
+    pairs = np.stack([np.repeat(floor, len(body)), body], axis=1)
+    assert warp_engine.possible_contacts(model, pairs) == 2 * 12 + 1  # twelve capsules, one ball
+    assert warp_engine.possible_contacts(model, pairs[:, ::-1]) == 25
+    data = mujoco.MjData(model)
+    data.qpos[2] = 0.0  # half of it in the floor
+    mujoco.mj_forward(model, data)
+    assert 10 < data.ncon <= 25
+
+
+def test_worlds_of_many_vmaps_are_one_call_of_warp():
+    seen = []
+
+    def double(x, y):
+        seen.append(x.shape)
+        return x + y, 2 * y
+
+    batch = warp_engine.one_batch(double)
+    x, y = np.arange(24.0).reshape(2, 3, 4), np.arange(4.0)
+    once = lambda x, y: tuple(z[0] for z in batch(x[None], y[None]))
+    total, twice = jax.jit(jax.vmap(jax.vmap(once, (0, None)), (0, None)))(x, y)
+    assert seen[-1] == (6, 4)
+    np.testing.assert_array_equal(total, x + y)
+    np.testing.assert_array_equal(twice, np.broadcast_to(2 * y, x.shape))
+
+
+@pytest.mark.parametrize(("listed", "rows", "asked"), [(12, 24, None), (13, 24, 5), (12, 25, 5), (24, 8, 8)])
+def test_contacts_without_a_place_end_the_program(listed, rows, asked):
+    values = jnp.ones((3, 2))
+    check = jax.jit(lambda listed, rows: warp_engine.check_room(values, listed, rows, num_contacts=4, num_rows=24))
+    if asked is None:
+        np.testing.assert_array_equal(check(listed, rows), values)
+    else:
+        with pytest.raises(Exception, match="3 worlds on 'warp'") as error:
+            jax.block_until_ready(check(listed, rows))
+        assert envs.host.cause(error.value).endswith(f"num_contacts={asked}), or backend 'mjx'")
 
 
 # --- as a program -------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import mjx_parity as P
-from envs import physics
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +25,7 @@ def committed(name, part):
 def test_committed_numbers_are_within_the_limits():
     engines, recorded = committed("mjx", "parity"), committed("recorded", "recorded")
     assert set(engines) == set(P.TOLERANCES)
-    assert set(recorded) == {f"{robot} {backend}" for robot in P.RECORDED for backend in physics.BACKENDS}
+    assert set(recorded) == {f"{robot} {backend}" for robot in P.RECORDED for backend in P.ENGINES}
     for tables, limits_of in ((engines, P.TOLERANCES), (recorded, dict.fromkeys(recorded, P.OF_RECORDED))):
         for robot, table in tables.items():
             assert set(table) == set(P.HORIZONS)

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -142,6 +143,43 @@ def open_loop(env, start, actions):
     return whole, stepwise
 
 
+def peers(robot, worlds, length):
+    """What others step as many worlds with, as many threads, random actions and no policy -> [(name, function)], steps.
+
+    Who is not installed is left out. Their ants are without contact forces and without ends, as ours. Gymnasium's has
+    no threads; its other way is a process for each world.
+    """
+    name, endless = {"ant": "Ant-v5", "cheetah": "HalfCheetah-v5"}[robot], {"terminate_when_unhealthy": False}
+    pool = {"num_threads": os.cpu_count(), "post_constraint": False}  # without the contact forces of MuJoCo's last pass
+    vector = {"vectorization_mode": "sync"}
+    if robot == "ant":
+        pool |= {"use_contact_force": False, **endless}
+        vector |= {"include_cfrc_ext_in_observation": False, **endless}
+    made = {}
+    mujoco.set_mju_user_warning(lambda _: None)  # of an attribute in Gymnasium's XML, for every world
+    try:
+        import envpool
+
+        made["EnvPool"] = envpool.make(name, env_type="gymnasium", num_envs=worlds, **pool)
+    except ImportError as error:
+        print(f"EnvPool is left out: {error} (pip install envpool)", flush=True)
+    try:
+        made["Gymnasium, one process"] = gymnasium.make_vec(name, worlds, **vector)
+    except ImportError as error:
+        print(f"Gymnasium is left out: {error} (pip install imageio)", flush=True)
+    mujoco.set_mju_user_warning(None)
+    size = envs.task(robot).action_size
+    actions = np.random.default_rng(0).uniform(-1, 1, (min(length, 5000 // worlds), worlds, size))
+
+    def play(env):
+        for step in actions:
+            env.step(step)
+
+    for env in made.values():
+        env.reset()
+    return [(name, lambda env=env: play(env)) for name, env in made.items()], actions[..., 0].size
+
+
 def collection_at(bench, robot, num_policies, num_envs, length, target):
     """Steps of wurl_sac's rollouts against raw MuJoCo on the same starts and actions."""
     env, task = envs.make(robot, "mujoco"), envs.task(robot)
@@ -161,14 +199,18 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     if not apart < 1e-4:
         raise SystemExit(f"{robot}: raw MuJoCo lands {apart:.2g} m from the rollout")
     size, amount = f"{robot}, {num_policies} x {num_envs} environments", steps.actions[..., 0].size
-    case = lambda name, f: Case(f"{size}: {name}", f, "steps/s", amount, calls=amount > 10_000)
-    fast, raw, raw_steps = bench.measure(
+    case = lambda name, f, n=amount: Case(f"{size}: {name}", f, "steps/s", n, calls=n > 10_000)
+    others, of_call = peers(robot, num_policies * num_envs, length)
+    fast, raw, raw_steps, *of_others = bench.measure(
         case("wurl_sac.rollout", ours),
         case("mujoco.rollout, whole episodes in a call", whole),
         case("mujoco.rollout, a call for each step", stepwise),
+        *(case(f"{name}, no policy", function, of_call) for name, function in others),
     )
     bench.ratio(f"{size}: of whole episodes", fast, raw, target, "%", 100)
     bench.ratio(f"{size}: of a call for each step", fast, raw_steps, None, "%", 100)
+    for (name, _), theirs in zip(others, of_others, strict=True):
+        bench.ratio(f"{size}: of {name}", fast, theirs, None, "%", 100)
 
 
 def collection(bench):
