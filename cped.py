@@ -37,10 +37,15 @@ Deviations
       gradient. Here: the table, by shares of num_updates (C24's formula turns negative where
       T0 < 500k); --constraint hinge | dual for the paper's.
   D9  paper: the flow learns in both loops; C24: frozen after the first; here: frozen (--flow-in-rl).
-  D10 codes: raw Q, 5 % of the run clones at alpha = 1000; here: Q / mean |Q| and no cloning, but for
-      D4RL's presets, which are the codes'.
+  D10 codes: raw rewards and Q, 5 % of the run clones at alpha = 1000; here: rewards / root mean square,
+      Q / mean |Q|, no cloning.
   D11 codes skip steps at a nan or a loss above 1e7; here: a gradient not finite counts as 0.
   D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and flow layers.
+  D13 codes: D has d = S + A outputs, losses take their mean and the penalty their sum, so that the
+      adversarial term has 1/d of eq. 4's weight; here: one output (--disc-outputs many for theirs).
+  D14 codes: plain critics; here: with LayerNorm (--no-critic-norm for theirs).
+  D15 codes: learn from all rows; here: 1000 are kept to judge the density on.
+      Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10, D13 and D14.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/cped/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png, density.png
@@ -96,14 +101,18 @@ class Args(runner.Flags):
     """weight of the discriminator in it; 0: maximum likelihood only, no discriminator (codes: 1)"""
     gp_weight: runner.Rate = 0.5
     """weight of the gradient penalty (codes: 0.5, usual: 10)"""
+    disc_outputs: Literal["one", "many"] = "one"
+    """one: a scalar D (eq. 4); many: S + A outputs, whose mean counts at 1 / (S + A) of eq. 4's weight (codes; D13)"""
     disc_ratio: runner.Count = 5
     """discriminator steps per flow step (C24: 5)"""
     flow_lr: runner.Rate = 1e-4
     """Adam rate of the flow (codes: 1e-4)"""
     disc_lr: runner.Rate = 1e-4
     """Adam rate of the discriminator (C24: 1e-4, C23: 1e-5)"""
+    flow_adam: tuple[runner.Share, runner.Rate] = (0.999, 1e-8)
+    """b2 and eps of the flow's Adam (ours, D6; codes: 0.01, 1e-4)"""
     max_grad_norm: runner.Size = 10.0
-    """the flow's gradient is scaled down to this norm (ours, D6)"""
+    """the flow's gradient is scaled down to this norm (ours, D6; codes: not at all)"""
     flow_in_rl: bool = False
     """let the flow learn on, one pass of (1), (2) after each actor step (paper, D9)"""
     # --- constraint ---
@@ -130,6 +139,10 @@ class Args(runner.Flags):
     """standardise observations by the data's mean and std (ours, D4)"""
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (codes: 256, 256)"""
+    scale_rewards: bool = True
+    """divide rewards by their root mean square, so that any unit gives the same run (ours, D10)"""
+    critic_norm: bool = False
+    """LayerNorm before each ReLU of the critics (ours, D14)"""
     batch_size: runner.Count = 256
     """B: rows per update, of flow, discriminator, actor and critics (codes: 256)"""
     actor_lr: runner.Rate = 1e-4
@@ -152,20 +165,17 @@ class Args(runner.Flags):
     """rows, at most a tenth, kept from all training to judge the density on (ours)"""
 
 
-MUJOCO = {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
+CODE = {  # what the released code does on any data, but for the deviations that have no flag
+    "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "scale_rewards": False,
+    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False,
+}  # fmt: skip
+MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
-    "critic_from": 0.03, "q_from": 0.05, "q_norm": False, "actor_lr": 1e-4,
+    "critic_from": 0.03, "q_from": 0.05, "actor_lr": 1e-4,
 }  # fmt: skip
-ANTMAZE = {  # C24: T0 = 300k, 700k updates after it
+ANTMAZE = CODE | {  # C24: T0 = 300k, 700k updates after it
     "alphas": (0.25, 0.1, 0.08), "alpha_from": (0.0, 2 / 7, 5 / 7), "critic_from": 3 / 70, "q_from": 5 / 70,
-    "q_norm": False, "actor_lr": 3e-4, "reward_shift": -1.0, "flow_updates": 300_000, "num_updates": 700_000,
-}  # fmt: skip
-CODE = {  # --preset published: what else the released code does, for any data
-    "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False,
-}  # fmt: skip
-CPU = {
-    "flow_updates": 20_000, "num_updates": 20_000, "eval_every": 2_000, "flow_lr": 3e-4, "disc_lr": 3e-4,
-    "actor_lr": 3e-4,
+    "actor_lr": 3e-4, "reward_shift": -1.0, "flow_updates": 300_000, "num_updates": 700_000,
 }  # fmt: skip
 ANTMAZE_LARGE = ANTMAZE | {  # C24 for the large mazes: T0 = 400k (or 500k), 600k updates after it
     "alpha_from": (0.0, 1 / 6, 4 / 6), "critic_from": 3 / 60, "q_from": 5 / 60,
@@ -178,7 +188,11 @@ PUBLISHED = {
     **{f"antmaze-{maze}-v2": ANTMAZE for maze in MAZES},
     **{f"antmaze-large-{kind}-v2": ANTMAZE_LARGE for kind in ("play", "diverse")},
 }
-BUDGETS = {"cpu": CPU, "published": CODE}
+CPU = {
+    "flow_updates": 20_000, "num_updates": 20_000, "eval_every": 2_000, "flow_lr": 3e-4, "disc_lr": 3e-4,
+    "actor_lr": 3e-4,
+}  # fmt: skip
+BUDGETS = {"cpu": CPU, "ours": {}, "published": {}}
 QUICK = {
     "flow_updates": 5_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000, "flow_hidden_sizes": (64, 64),
     "hidden_sizes": (64, 64), "flow_lr": 1e-3, "disc_lr": 1e-3, "actor_lr": 1e-3, "critic_lr": 1e-3,
@@ -213,29 +227,40 @@ class CpedData(NamedTuple):
     log_probs: jax.Array | None  # [H] log p(a | s) of the behaviour there, where the buffer has it and f is of it
 
 
-def sample_batch(data, key, batch_size):
-    """`batch_size` rows of the data, uniformly with replacement."""
-    index = jax.random.randint(key, (batch_size,), 0, data.rewards.shape[0])
+def sample_batches(data, key, num, batch_size):
+    """`num` batches of rows of the data, uniformly with replacement: leaves [num, B, ..]."""
+    index = jax.random.randint(key, (num, batch_size), 0, data.rewards.shape[0])
     return jax.tree.map(lambda x: x[index], data)
 
 
+def reward_scale(rewards):
+    """1 / the rewards' root mean square."""
+    size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
+    return np.float32(1 / max(size, np.finfo(np.float32).tiny))
+
+
 def cped_data(buffer, args):
-    """Buffer, or dict of its columns -> CpedData, and mean, std [S] of all rows, which observations are scaled by."""
+    """Buffer, or dict of its columns -> CpedData, and mean, std [S] of all rows, which observations are scaled by.
+
+    A column that is constant is divided by its size, so that its rounding errors stay small.
+    """
     observations = np.asarray(buffer["observations"])
     mean, std = np.zeros(observations.shape[1], np.float32), np.ones(observations.shape[1], np.float32)
     if args.normalize:  # D4
         mean = observations.mean(0, np.float64).astype(np.float32)
-        std = observations.std(0, np.float64).astype(np.float32) + np.float32(1e-3)
+        std, size = observations.std(0, np.float64).astype(np.float32), np.abs(observations).max(0)
+        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))
     columns = [np.asarray(buffer[name], np.float32) for name in Transitions._fields]
     rows = Transitions(*columns)
+    rewards = rows.rewards + np.float32(args.reward_shift)
     rows = rows._replace(
         observations=(rows.observations - mean) / std,
         next_observations=(rows.next_observations - mean) / std,
-        rewards=rows.rewards + np.float32(args.reward_shift),
+        rewards=rewards * reward_scale(rewards) if args.scale_rewards else rewards,  # D10
     )
     known = buffer.get("action_log_probs") if args.flow == "cond" else None
     order = np.random.default_rng(0).permutation(len(observations))  # one split for all seeds
-    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])
+    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])  # D15
     take = lambda index: jax.tree.map(lambda x: jnp.asarray(x[index]), rows)
     return CpedData(take(kept), take(held), None if known is None else jnp.asarray(known[held])), mean, std
 
@@ -265,6 +290,26 @@ class Critics(nn.Module):
     def __call__(self, observations, actions):
         x = jnp.concatenate([observations, actions], -1)
         return jnp.stack([MLP((*self.hidden_sizes, 1))(x)[..., 0] for _ in range(self.num)])
+
+
+class NormCritics(Critics):
+    """Critics with LayerNorm before each ReLU."""
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        dense = lambda width: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
+
+        def q(x):
+            for width in self.hidden_sizes:
+                x = nn.relu(nn.LayerNorm()(dense(width)(x)))
+            return dense(1)(x)[..., 0]
+
+        return jnp.stack([q(jnp.concatenate([observations, actions], -1)) for _ in range(self.num)])
+
+
+def twin_critics(args):
+    """The critics' architecture."""
+    return (NormCritics if args.critic_norm else Critics)(args.hidden_sizes)  # D14
 
 
 def polyak(target, online, tau):
@@ -406,7 +451,9 @@ def flow_sample(flow, observations, action_size, key, args):
 
 
 class Discriminator(nn.Module):
-    """D(x) [.., d], of which the mean counts: d -> 2 d -> 4 d -> d (C24), with a layer norm that has no gain."""
+    """D(x) [.., outputs], of which the mean counts: d -> 2 d -> 4 d -> outputs, layer norms without a gain (C24)."""
+
+    outputs: int
 
     @nn.compact
     def __call__(self, x):
@@ -416,24 +463,31 @@ class Discriminator(nn.Module):
             x = dense(x)
             x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True, ddof=1) + 1e-6)
             x = nn.leaky_relu(x + self.param(f"centre_{width}", nn.initializers.zeros, (width,)))
-        return nn.Dense(size, kernel_init=within(3e-3), bias_init=within(3e-3))(x)
+        return nn.Dense(self.outputs, kernel_init=within(3e-3), bias_init=within(3e-3))(x)
+
+
+def discriminator(size, args):
+    """D's architecture for x of this size."""
+    return Discriminator(size if args.disc_outputs == "many" else 1)  # D13
 
 
 # === losses ===
 
 
-def gradient_penalty(disc, real, fake, mix):
-    """mean_B (||grad_x sum_d D(x~)||_2 - 1)^2,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
+def gradient_penalty(disc, real, fake, mix, args):
+    """mean_B (||grad_x sum D(x~)||_2 - 1)^2, sum over outputs,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
     x = mix * real + (1 - mix) * fake
-    grads = jax.grad(lambda x: Discriminator().apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
+    net = discriminator(x.shape[-1], args)
+    grads = jax.grad(lambda x: net.apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
     return jnp.mean((jnp.linalg.norm(grads, axis=-1) - 1.0) ** 2)
 
 
-def wgan_loss(disc, real, fake, mix, gp_weight):
+def wgan_loss(disc, real, fake, mix, args):
     """Line (1): mean D(fake) - mean D(real) + gp_weight * penalty; real, fake [B, S + A] -> scalar, metrics."""
-    values = Discriminator().apply(disc, jnp.concatenate([fake, real])).reshape(2, *fake.shape)
-    gap, penalty = values[1].mean() - values[0].mean(), gradient_penalty(disc, real, fake, mix)
-    return gp_weight * penalty - gap, {"flow/disc_gap": gap, "flow/gradient_penalty": penalty}
+    values = discriminator(real.shape[-1], args).apply(disc, jnp.concatenate([fake, real]))
+    values = values.reshape(2, -1).mean(-1)
+    gap, penalty = values[1] - values[0], gradient_penalty(disc, real, fake, mix, args)
+    return args.gp_weight * penalty - gap, {"flow/disc_gap": gap, "flow/gradient_penalty": penalty}
 
 
 def cped_disc_loss(disc, flow, batch, key, args):
@@ -442,12 +496,15 @@ def cped_disc_loss(disc, flow, batch, key, args):
     real = jnp.concatenate([batch.observations, batch.actions], -1)
     fake = flow_sample(flow, batch.observations, batch.actions.shape[-1], key_fake, args)
     mix = jax.random.uniform(key_mix, (len(real), 1))  # D3
-    return wgan_loss(disc, real, jax.lax.stop_gradient(fake), mix, args.gp_weight)
+    return wgan_loss(disc, real, jax.lax.stop_gradient(fake), mix, args)
 
 
 def cped_flow_loss(flow, disc, batch, key, args):
-    """Line (2): nll_weight * mean -log p(a + noise | s) - adv_weight * mean D(s, a^) -> scalar, metrics."""
-    key_noise, key_fake = jax.random.split(key)
+    """Line (2): nll_weight * mean -log p(a + noise | s) - adv_weight * mean D(s, a^) -> scalar, metrics.
+
+    With the batch and key of D's last step the fakes are that step's.
+    """
+    key_fake, key_noise = jax.random.split(key)
     noise = args.action_noise * jax.random.normal(key_noise, batch.actions.shape)  # D5
     loss, metrics = 0.0, {}
     if args.nll_weight:
@@ -455,7 +512,7 @@ def cped_flow_loss(flow, disc, batch, key, args):
         loss, metrics = args.nll_weight * nll, {"flow/nll": nll}
     if args.adv_weight:
         fake = flow_sample(flow, batch.observations, batch.actions.shape[-1], key_fake, args)
-        adv = -Discriminator().apply(disc, fake).mean()
+        adv = -discriminator(fake.shape[-1], args).apply(disc, fake).mean()
         loss, metrics = loss + args.adv_weight * adv, metrics | {"flow/adversarial": adv}
     return loss, metrics
 
@@ -475,7 +532,7 @@ def cped_critic_loss(critic, target_critic, target_actor, batch, key, args):
     next_actions = act(target_actor, batch.next_observations, args, batch.actions.shape[-1])
     noise = args.target_noise * jax.random.normal(key, next_actions.shape)
     next_actions = smoothed_action(next_actions, noise, args.target_noise_clip)
-    critics = Critics(args.hidden_sizes)
+    critics = twin_critics(args)
     y = td_target(batch, critics.apply(target_critic, batch.next_observations, next_actions), args.gamma)
     q = critics.apply(critic, batch.observations, batch.actions)
     chex.assert_equal_shape([q[0], y])
@@ -497,7 +554,7 @@ def cped_actor_loss(actor, critic, flow, alpha, eps, with_q, batch, args):
     nll = flow_nll(flow, batch.observations, actions, args)
     if args.bc_only:
         return nll.mean(), {"train/nll_pi": nll.mean(), "train/actor_loss": nll.mean()}
-    q = Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
+    q = twin_critics(args).apply(critic, batch.observations, actions).min(0)
     loss = lagrangian(with_q * q, nll, alpha, eps, args)
     metrics = {"train/actor_loss": loss, "train/nll_pi": nll.mean(), "train/q_pi": q.mean(), "train/alpha": alpha}
     return loss, metrics
@@ -529,11 +586,10 @@ class CpedNets(NamedTuple):
 
 
 def cped_optimisers(args):
-    """Adam of flow, D, actor, critics and log alpha; the critics' rate is 0 until critic_from."""
-    start = round(args.critic_from * args.num_updates)
-    critic_lr = lambda count: jnp.where(count < start, 0.0, args.critic_lr)
-    flow = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.flow_lr))  # D6
-    return flow, *map(optax.adam, (args.disc_lr, args.actor_lr, critic_lr, args.alpha_lr))
+    """Adam of flow, D, actor, critics and log alpha."""
+    b2, eps = args.flow_adam
+    flow = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.flow_lr, b2=b2, eps=eps))  # D6
+    return flow, *map(optax.adam, (args.disc_lr, args.actor_lr, args.critic_lr, args.alpha_lr))
 
 
 def alpha_at(step, args):
@@ -550,48 +606,50 @@ def cped_step(optimiser, grads, opt, params):
 
 
 def cped_flow_update(nets, rows, key, args):
-    """Lines (1), (2) -> nets, metrics."""
-    key_disc, key_batch, key_loss = jax.random.split(key, 3)
+    """Lines (1), (2); the flow has the batch and the fakes of D's last step -> nets, metrics."""
+    key_batch, key_loss = jax.random.split(key)
     flow_adam, disc_adam, *_ = cped_optimisers(args)
+    num = args.disc_ratio if args.adv_weight else 1
+    batches, keys = sample_batches(rows, key_batch, num, args.batch_size), jax.random.split(key_loss, num)
 
-    def disc_step(carry, key):
-        key_batch, key_loss = jax.random.split(key)
-        batch = sample_batch(rows, key_batch, args.batch_size)
-        grads, metrics = jax.grad(cped_disc_loss, has_aux=True)(carry[0], nets.flow, batch, key_loss, args)
+    def disc_step(carry, xs):
+        grads, metrics = jax.grad(cped_disc_loss, has_aux=True)(carry[0], nets.flow, *xs, args)
         return cped_step(disc_adam, grads, carry[1], carry[0]), metrics
 
     metrics = {}
     if args.adv_weight:
-        keys = jax.random.split(key_disc, args.disc_ratio)
-        (disc, disc_opt), metrics = jax.lax.scan(disc_step, (nets.disc, nets.disc_opt), keys)
+        (disc, disc_opt), metrics = jax.lax.scan(disc_step, (nets.disc, nets.disc_opt), (batches, keys))
         nets = nets._replace(disc=disc, disc_opt=disc_opt)
 
-    batch = sample_batch(rows, key_batch, args.batch_size)
-    grads, flow_metrics = jax.grad(cped_flow_loss, has_aux=True)(nets.flow, nets.disc, batch, key_loss, args)
+    last = jax.tree.map(lambda x: x[-1], (batches, keys))
+    grads, flow_metrics = jax.grad(cped_flow_loss, has_aux=True)(nets.flow, nets.disc, *last, args)
     flow, flow_opt = cped_step(flow_adam, grads, nets.flow_opt, nets.flow)
     return nets._replace(flow=flow, flow_opt=flow_opt), jax.tree.map(jnp.mean, metrics) | flow_metrics
 
 
 def cped_update(nets, rows, eps, step, key, args):
-    """Lines (3) to (5); `step` counts critic steps before these -> nets, metrics."""
-    key_critic, key_actor, key_flow = jax.random.split(key, 3)
+    """Lines (3) to (5), the actor on the critics' last batch; `step`: critic steps before these -> nets, metrics."""
+    key_batch, key_noise, key_flow = jax.random.split(key, 3)
     _, _, actor_adam, critic_adam, alpha_adam = cped_optimisers(args)
+    batches = sample_batches(rows, key_batch, args.policy_delay, args.batch_size)
+    keys = jax.random.split(key_noise, args.policy_delay)
 
-    def critic_step(carry, key):
-        key_batch, key_noise = jax.random.split(key)
-        batch = sample_batch(rows, key_batch, args.batch_size)
+    def critic_step(carry, xs):
         grads, metrics = jax.grad(cped_critic_loss, has_aux=True)(
-            carry[0], nets.target_critic, nets.target_actor, batch, key_noise, args
+            carry[0], nets.target_critic, nets.target_actor, *xs, args
         )
         return cped_step(critic_adam, grads, carry[1], carry[0]), metrics
 
     metrics = {}
     if not args.bc_only:
-        keys = jax.random.split(key_critic, args.policy_delay)
-        (critic, critic_opt), metrics = jax.lax.scan(critic_step, (nets.critic, nets.critic_opt), keys)
-        nets = nets._replace(critic=critic, critic_opt=critic_opt)
+        critics = nets.critic, nets.critic_opt
+        after, metrics = jax.lax.scan(critic_step, critics, (batches, keys))
+        if args.critic_from:  # until then neither the critics nor their Adam's moments move
+            started = step >= round(args.critic_from * args.num_updates)
+            after = jax.tree.map(lambda new, old: jnp.where(started, new, old), after, critics)
+        nets = nets._replace(critic=after[0], critic_opt=after[1])
 
-    batch = sample_batch(rows, key_actor, args.batch_size)
+    batch = jax.tree.map(lambda x: x[-1], batches)
     alpha = jnp.exp(nets.log_alpha) if args.constraint == "dual" else alpha_at(step, args)
     with_q = jnp.float32(step >= round(args.q_from * args.num_updates))
     grads, actor_metrics = jax.grad(cped_actor_loss, has_aux=True)(
@@ -655,9 +713,9 @@ def cped_init(key, data, args):
         flow = cond_init(key_flow, data.rows.actions, num_obs, args)
     else:
         flow = nice_init(key_flow, num_obs + size, args)
-    disc = Discriminator().init(key_disc, jnp.zeros(num_obs + size))
+    disc = discriminator(num_obs + size, args).init(key_disc, jnp.zeros(num_obs + size))
     actor = MLP((*args.hidden_sizes, size)).init(key_actor, obs)
-    critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
+    critic = twin_critics(args).init(key_critic, obs, actions)
     params = flow, disc, actor, critic, log_alpha
     opts = [opt.init(p) for opt, p in zip(cped_optimisers(args), params, strict=True)]
     nets = CpedNets(*params[:4], *jax.tree.map(jnp.copy, (actor, critic)), log_alpha, *opts)
@@ -702,7 +760,7 @@ def make_train(args):
 
 
 def preset(args):
-    """--quick, or the values for the file's dataset with those of --preset on top -> name, {field: value}."""
+    """--quick, or what is published for D4RL's sets, ours for others, with --preset on top -> name, {field: value}."""
     own = MUJOCO if args.preset == "published" else {}
     return runner.preset(args, PUBLISHED, BUDGETS, QUICK, own)
 

@@ -16,7 +16,8 @@ def preset_name(data, known):
 def preset(args, published, budgets, quick, own=None):
     """--quick, or what is published for the file's dataset with the budget of --preset on top -> name, {field: value}.
 
-    own: what stands where nothing is published; --preset may also name a published set in place of the file's.
+    own: what stands where nothing is published; --preset may also name a published set in place of the file's. With an
+    "ours" among the budgets, nothing published is taken for `ours/x`, unless asked for, nor for --preset ours.
     """
     given, known = preset_name(args.preset, published), (*budgets, *published)
     refuse({
@@ -27,8 +28,9 @@ def preset(args, published, budgets, quick, own=None):
     if args.quick:
         return "quick", quick
     data = envs.buffers.read_metadata(args.dataset)["dataset_name"]
-    named = given if given in published else preset_name(data, published)
+    ours = "ours" in budgets and (given == "ours" or (data.startswith("ours/") and given != "published"))
+    named = given if given in published else "" if ours else preset_name(data, published)
     found = published.get(named, own or {}) | budgets.get(given, {})
     about = f"as published for {named}; the data is {data}"
-    about = about if named in published else f"nothing is published for {data}"
+    about = about if named in published else f"our own settings for {data}" if ours else f"nothing is published for {data}"
     return f"{args.preset or 'by the file'} ({about})", found
