@@ -475,7 +475,7 @@ def discriminator(size, args):
 
 
 def gradient_penalty(disc, real, fake, mix, args):
-    """mean_B (||grad_x sum D(x~)||_2 - 1)^2, sum over outputs,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
+    """mean_B (||grad_x sum_o D_o(x~)||_2 - 1)^2,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
     x = mix * real + (1 - mix) * fake
     net = discriminator(x.shape[-1], args)
     grads = jax.grad(lambda x: net.apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each

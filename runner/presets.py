@@ -32,5 +32,6 @@ def preset(args, published, budgets, quick, own=None):
     named = given if given in published else "" if ours else preset_name(data, published)
     found = published.get(named, own or {}) | budgets.get(given, {})
     about = f"as published for {named}; the data is {data}"
-    about = about if named in published else f"our own settings for {data}" if ours else f"nothing is published for {data}"
+    if named not in published:
+        about = f"our own for {data}" if ours else f"nothing is published for {data}"
     return f"{args.preset or 'by the file'} ({about})", found

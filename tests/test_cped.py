@@ -357,9 +357,9 @@ def test_update_is_in_the_order_of_the_header():
     key_batch, key_noise, _ = jax.random.split(key, 3)
     critic, opt = nets.critic, nets.critic_opt
     batches = C.sample_batches(data.rows, key_batch, 2, args.batch_size)
-    for i, key_noise in enumerate(jax.random.split(key_noise, 2)):
+    for i, key_step in enumerate(jax.random.split(key_noise, 2)):
         batch = jax.tree.map(lambda x, i=i: x[i], batches)
-        loss = lambda p, b=batch, k=key_noise: critic_loss(p, nets.target_critic, nets.target_actor, b, k, args)[0]
+        loss = lambda p, b=batch, k=key_step: critic_loss(p, nets.target_critic, nets.target_actor, b, k, args)[0]
         change, opt = C.cped_optimisers(args)[3].update(jax.grad(loss)(critic), opt)
         critic = jax.tree.map(jnp.add, critic, change)
     leaves_close(after.critic, critic, atol=1e-6)
@@ -378,12 +378,12 @@ def test_flow_update_steps_the_discriminator_first():
     key_batch, key_loss = jax.random.split(key)
     batches = C.sample_batches(data.rows, key_batch, args.disc_ratio, args.batch_size)
     disc, opt = nets.disc, nets.disc_opt
-    for i, key_loss in enumerate(jax.random.split(key_loss, args.disc_ratio)):
+    for i, key_step in enumerate(jax.random.split(key_loss, args.disc_ratio)):
         batch = jax.tree.map(lambda x, i=i: x[i], batches)
-        grads = jax.grad(lambda p, b=batch, k=key_loss: disc_loss(p, nets.flow, b, k, args)[0])(disc)
+        grads = jax.grad(lambda p, b=batch, k=key_step: disc_loss(p, nets.flow, b, k, args)[0])(disc)
         disc, opt = C.cped_step(C.cped_optimisers(args)[1], grads, opt, disc)
     leaves_close(after.disc, disc, atol=1e-6)
-    grads = jax.grad(lambda p: flow_loss(p, after.disc, batch, key_loss, args)[0])(nets.flow)  # D's last batch and key
+    grads = jax.grad(lambda p: flow_loss(p, after.disc, batch, key_step, args)[0])(nets.flow)  # D's last batch and key
     wanted = C.cped_step(C.cped_optimisers(args)[0], grads, nets.flow_opt, nets.flow)
     leaves_close((after.flow, after.flow_opt), wanted, atol=2e-6)
     counts = [int(x) for x in jax.tree.leaves((after.disc_opt, after.flow_opt)) if x.dtype == jnp.int32]
