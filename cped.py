@@ -167,7 +167,7 @@ class Args(runner.Flags):
 
 CODE = {  # what the released code does on any data, but for the deviations that have no flag
     "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "scale_rewards": False,
-    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False,
+    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False, "critic_norm": False,
 }  # fmt: skip
 MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
