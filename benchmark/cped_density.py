@@ -99,7 +99,7 @@ def sliced_w1(x, y, num=256):
 
 def judge(flow, data, key, args):
     """Measures of one seed's flow on the held-out rows -> dict."""
-    found, _ = cped.density_metrics(flow, data, args)
+    found = cped.density_metrics(flow, data, args)
     held = data.holdout
     fake = cped.flow_sample(flow, held.observations, held.actions.shape[-1], key, args)
     true = np.concatenate([held.observations, held.actions], -1)
