@@ -48,7 +48,7 @@ Deviations
       Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10, D13 and D14.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/cped/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png, density.png
+           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
 Run        python cped.py --quick                         (point robot, under 2 minutes on 2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
@@ -69,7 +69,6 @@ import optax
 
 import envs
 import runner
-from runner import plots
 
 
 @dataclass(frozen=True)
@@ -197,6 +196,7 @@ QUICK = {
 }  # fmt: skip
 SHOWN = ("train/actor_loss", "train/nll_pi", "train/nll_data")  # in the progress line
 TRAINING = (  # panels of training.png
+    ({"flow/nll_data": "training rows", "flow/nll_holdout": "held-out rows"}, "fit of the flow", "-log p", "linear"),
     ({"train/nll_pi": "policy", "train/nll_data": "data, mean", "train/nll_data_p95": "data, 95 %"},
      "policy against data, mean over seeds", "-log p", "linear"),
     ("train/alpha", "weight of the constraint", "alpha", "semilogy"),
@@ -552,11 +552,6 @@ def cped_actor_loss(actor, critic, flow, alpha, eps, with_q, batch, args):
     return loss, metrics
 
 
-def cped_alpha_loss(log_alpha, nll, eps):
-    """-log alpha (nll - eps): dual ascent, alpha grows while the policy's mean nll is above eps."""  # D8
-    return -log_alpha * jax.lax.stop_gradient(nll - eps)
-
-
 # === update ===
 
 
@@ -650,7 +645,7 @@ def cped_update(nets, rows, eps, step, key, args):
     actor, actor_opt = cped_step(actor_adam, grads, nets.actor_opt, nets.actor)
     nets = nets._replace(actor=actor, actor_opt=actor_opt)
     if args.constraint == "dual":
-        grad = jax.grad(cped_alpha_loss)(nets.log_alpha, actor_metrics["train/nll_pi"], eps)
+        grad = eps - actor_metrics["train/nll_pi"]  # D8: ascent in log alpha, which grows while nll is above eps
         log_alpha, alpha_opt = cped_step(alpha_adam, grad, nets.alpha_opt, nets.log_alpha)
         nets = nets._replace(log_alpha=jnp.clip(log_alpha, -7.0, 7.0), alpha_opt=alpha_opt)
 
@@ -774,16 +769,6 @@ def check_args(args):
     })  # fmt: skip
 
 
-def plot_density(run, data):
-    """density.png: the fit of the flow, beside the behaviour's own where the buffer knows it."""
-    fits = plots.read(run.folder, "flow/nll_holdout")
-    lines = [(*fits[seed], {"marker": "o", "ms": 3, "label": f"held-out rows, seed {seed}"}) for seed in fits]
-    if data.log_probs is not None:
-        lines += [(None, -float(data.log_probs.mean()), {"color": "k", "ls": "--", "lw": 1, "label": "true density"})]
-    panel = {"title": "fit of the flow", "xlabel": "iterations", "ylabel": "mean -log p", "lines": lines}
-    plots.figure(run.folder / "density.png", [panel])
-
-
 def main(args):
     """Train the flow, then the policy, write policy and figures -> scores."""
     check_args(args)
@@ -819,7 +804,6 @@ def main(args):
         scale = {"observation_mean": mean, "observation_std": std}
         scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
         run.write_policy("tanh_deterministic", {"actor": state.nets.actor, **scale})
-        plot_density(run, data)
         return run.finish(TRAINING)
 
 

@@ -11,10 +11,10 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
     python cped.py --quick --num-seeds 3 --bc-only --out runs/cped/point-angle-0/quick-bc
 }
 
-density() { # learnt against true density: hybrid, likelihood only, adversarial only; 4 minutes on one core, the ant 9
-    python benchmark/cped_density.py --num-seeds 3 --out runs/cped/density
-    python benchmark/cped_density.py --num-seeds 3 --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz \
-        --flow-updates 6000 --out runs/cped/density-ant
+density() { # the adversarial term's weight and form against the true density, 3 seeds
+    python benchmark/cped_density.py --num-seeds 3 --flow-updates 10000 --out runs/cped/density
+    python benchmark/cped_density.py --num-seeds 3 --flow-updates 6000 --out runs/cped/density-ant \
+        --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz
 }
 
 ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared
@@ -24,6 +24,18 @@ ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared
 
 paper() { # 0.5M + 1M iterations, 5 seeds: for a GPU
     for part in top1 all; do
+        python cped.py --dataset $ant/$part-size50000.npz --num-seeds 5 --out runs/cped/ant-angle-60/$part-1M
+    done
+}
+
+published() { # the released code's settings, and ours, on D4RL files converted to our layout: for a GPU
+    for data in halfcheetah-medium-v2 hopper-medium-v2 walker2d-medium-v2; do
+        python cped.py --dataset data/$data.npz --num-seeds 5 --out runs/cped/$data/published
+        python cped.py --dataset data/$data.npz --preset ours --num-seeds 5 --out runs/cped/$data/ours
+    done
+}
+
+for part in top1 all; do
         python cped.py --dataset $ant/$part-size50000.npz --num-seeds 5 --out runs/cped/ant-angle-60/$part-1M
     done
 }

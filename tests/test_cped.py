@@ -334,8 +334,6 @@ def test_gradients_stop_where_the_equations_say():
     assert size_of(grads[0]) > 0 and size_of(grads[1:]) == 0
     grads = jax.grad(lambda *x: disc_loss(*x, batch, key, args)[0], (0, 1))(nets.disc, nets.flow)
     assert size_of(grads[0]) > 0 and size_of(grads[1]) == 0
-    grads = jax.grad(C.cped_alpha_loss, (0, 1))(jnp.float32(0.3), jnp.float32(2.0), 1.5)
-    assert float(grads[0]) == -0.5 and float(grads[1]) == 0  # nll above eps: alpha grows
 
     q, nll = jnp.array([1.0, -3.0]), jnp.array([0.5, 2.0])
     grads = jax.grad(lambda q, nll: C.lagrangian(q, nll, 0.2, 0.0, C.Args()), (0, 1))(q, nll)
@@ -597,7 +595,7 @@ def test_flags_run_on_data_with_a_known_density(changes, dataset, tmp_path):
     arrays = {**buffer.arrays, "action_log_probs": -np.sum(np.asarray(buffer["actions"]) ** 2, 1)}
     path = envs.buffers.save(tmp_path / "known.npz", arrays, buffer.metadata)
     result = C.main(tiny(dataset=str(path), out=str(tmp_path / "run"), flow_updates=40, num_updates=40, **changes))
-    assert np.isfinite(result["score"]) and (tmp_path / "run" / "density.png").exists()
+    assert np.isfinite(result["score"]) and (tmp_path / "run" / "training.png").exists()
     records = records_of(tmp_path / "run")
     fits = [r for r in records if "flow/nll_holdout" in r]
     assert ("flow/nll" in records[-1]) == changes.get("flow_in_rl", False)
@@ -614,7 +612,6 @@ def test_learns_on_the_point_robot_and_leaves_what_it_promises(dataset, tmp_path
     quick = {**C.QUICK, "flow_updates": 2_500, "num_updates": 2_000, "eval_every": 1_000}
     result = C.main(C.Args(dataset=dataset, out=str(tmp_path / "run"), **quick))
     assert result["last"] > result["data_mean"] + 50, result
-    assert (tmp_path / "run" / "density.png").stat().st_size > 5_000
     records = records_of(tmp_path / "run")
     fits = [r for r in records if "flow/nll_holdout" in r]
     assert [r["step"] for r in fits] == [1_000, 2_000, 2_500]
