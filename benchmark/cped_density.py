@@ -7,7 +7,7 @@ Without --policy the behaviour is scripted: a = tanh(u), u from two normals of w
 m turning with x and y. With --policy it is a tanh-normal policy of wurl_sac.py (number --index), rolled out afresh.
 Trains cped.py's flow with each loss on the same file, and judges it on held-out rows: KL(true || learnt), correlation
 of the log densities, and sliced W1 between true (s, a) and (s, a^), a^ a sample of the flow at the same s. The row
-`true` is the behaviour's own W1, its actions drawn again. Writes density.json and prints a table; --table reads it.
+`true` is the behaviour's own W1, its actions drawn again. Writes density.json and prints a table.
 """
 
 import argparse
@@ -25,13 +25,13 @@ import runner
 import wurl_sac
 from policies import load_actor
 
-LOSSES = {  # cell: changed flags
+LOSSES = {  # cell: changed flags; the released D has S + A outputs, eq. 4's one
     "likelihood": {"adv_weight": 0.0},
-    "released: many outputs, weight 1": {"disc_outputs": "many"},
-    "eq. 4: one output, weight 1": {},
-    "one output, weight 0.3": {"adv_weight": 0.3},
-    "one output, weight 3": {"adv_weight": 3.0},
-    "adversarial alone, one output": {"nll_weight": 0.0},
+    "released": {"disc_outputs": "many"},
+    "eq4": {},
+    "eq4-weight0.3": {"adv_weight": 0.3},
+    "eq4-weight3": {"adv_weight": 3.0},
+    "adversarial": {"nll_weight": 0.0},
 }
 KEYS = ("kl", "correlation", "nll_holdout", "sliced_w1")
 
@@ -130,10 +130,10 @@ def table(found):
 
 def main(options):
     """Make the data, fit the flows, print the table."""
+    if options.table:
+        return print(table(json.loads(Path(options.table).read_text())))
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if options.table:
-        return print(table(json.loads((folder / "density.json").read_text())))
     behave = tanh_normal(options.policy, options.index) if options.policy else two_modes
     path, again = make_buffer(folder / f"{options.task}.npz", options.task, behave, options.episodes)
     base = dict(
@@ -147,7 +147,8 @@ def main(options):
     side = lambda actions: np.concatenate([data.holdout.observations, actions], -1)
     truth = {"kl": 0.0, "correlation": 1.0, "nll_holdout": -float(data.log_probs.mean())}
     found = {"true": [truth | {"sliced_w1": sliced_w1(side(data.holdout.actions), side(again[held]))}]}
-    for name, loss in LOSSES.items():
+    for name in options.losses:
+        loss = LOSSES[name]
         found[name] = fit(data, cped.Args(**base | loss))
         print(name, *(f"{key} {[round(seed[key], 4) for seed in found[name]]}" for key in KEYS), flush=True)
         (folder / "density.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -156,7 +157,7 @@ def main(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", default="runs/cped/density")
     parser.add_argument("--task", default="point-angle-0")
     parser.add_argument("--policy", help="policy.npz of wurl_sac.py; its world must be the task's")
     parser.add_argument("--index", type=int, default=0)
@@ -165,5 +166,6 @@ if __name__ == "__main__":
     parser.add_argument("--disc-lr", type=float, default=1e-3)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--num-seeds", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of --out")
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
+    parser.add_argument("--table", metavar="FILE", help="only print the table of a density.json")
     main(parser.parse_args())
