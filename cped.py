@@ -117,7 +117,7 @@ class Args(runner.Flags):
     # --- constraint ---
     constraint: Literal["schedule", "hinge", "dual"] = "schedule"
     """schedule: alpha * nll; hinge: alpha * max(nll - eps, 0); dual: alpha grows while nll > eps (D8)"""
-    alphas: tuple[runner.Rate, ...] = (0.1, 0.03, 0.01)
+    alphas: tuple[runner.Rate, ...] = (0.1, 0.03, 0.003)
     """alpha from each share of the run in alpha_from on; dual starts at the first (ours; D4RL: C24's)"""
     alpha_from: tuple[runner.Share, ...] = (0.0, 0.1, 0.3)
     """shares of num_updates at which the alphas begin, the first 0"""
@@ -187,7 +187,7 @@ LARGE = ("antmaze-large-play-v2", "antmaze-large-diverse-v2")
 PUBLISHED = dict.fromkeys(ROBOTS, MUJOCO) | dict.fromkeys(MAZES, ANTMAZE) | dict.fromkeys(LARGE, ANTMAZE_LARGE)
 CPU = {
     "flow_updates": 20_000, "num_updates": 20_000, "eval_every": 2_000, "flow_lr": 3e-4, "disc_lr": 3e-4,
-    "actor_lr": 3e-4,
+    "actor_lr": 3e-4, "tau": 0.02,
 }  # fmt: skip
 BUDGETS = {"cpu": CPU, "ours": {}, "published": {}}
 QUICK = {
