@@ -43,9 +43,8 @@ Deviations
   D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and flow layers.
   D13 codes: D has d = S + A outputs, losses take their mean and the penalty their sum, so that the
       adversarial term has 1/d of eq. 4's weight; here: one output (--disc-outputs many for theirs).
-  D14 codes: plain critics; here: with LayerNorm (--no-critic-norm for theirs).
-  D15 codes: learn from all rows; here: 1000 are kept to judge the density on.
-      Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10, D13 and D14.
+  D14 codes: learn from all rows; here: 1000 are kept to judge the density on.
+      Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10 and D13.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/cped/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
@@ -140,8 +139,6 @@ class Args(runner.Flags):
     """widths of actor and critics (codes: 256, 256)"""
     scale_rewards: bool = True
     """divide rewards by their root mean square, so that any unit gives the same run (ours, D10)"""
-    critic_norm: bool = False
-    """LayerNorm before each ReLU of the critics (ours, D14)"""
     batch_size: runner.Count = 256
     """B: rows per update, of flow, discriminator, actor and critics (codes: 256)"""
     actor_lr: runner.Rate = 1e-4
@@ -166,7 +163,7 @@ class Args(runner.Flags):
 
 CODE = {  # what the released code does on any data, but for the deviations that have no flag
     "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "scale_rewards": False,
-    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False, "critic_norm": False,
+    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False,
 }  # fmt: skip
 MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -238,16 +235,13 @@ def reward_scale(rewards):
 
 
 def cped_data(buffer, args):
-    """Buffer, or dict of its columns -> CpedData, and mean, std [S] of all rows, which observations are scaled by.
-
-    A column that is constant is divided by its size, so that its rounding errors stay small.
-    """
+    """Buffer, or dict of its columns -> CpedData, and mean, std [S] of all rows, which observations are scaled by."""
     observations = np.asarray(buffer["observations"])
     mean, std = np.zeros(observations.shape[1], np.float32), np.ones(observations.shape[1], np.float32)
     if args.normalize:  # D4
         mean = observations.mean(0, np.float64).astype(np.float32)
         std, size = observations.std(0, np.float64).astype(np.float32), np.abs(observations).max(0)
-        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))
+        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))  # a constant's rounding errors stay small
     columns = [np.asarray(buffer[name], np.float32) for name in Transitions._fields]
     rows = Transitions(*columns)
     rewards = rows.rewards + np.float32(args.reward_shift)
@@ -258,7 +252,7 @@ def cped_data(buffer, args):
     )
     known = buffer.get("action_log_probs") if args.flow == "cond" else None
     order = np.random.default_rng(0).permutation(len(observations))  # one split for all seeds
-    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])  # D15
+    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])  # D14
     take = lambda index: jax.tree.map(lambda x: jnp.asarray(x[index]), rows)
     return CpedData(take(kept), take(held), None if known is None else jnp.asarray(known[held])), mean, std
 
@@ -288,26 +282,6 @@ class Critics(nn.Module):
     def __call__(self, observations, actions):
         x = jnp.concatenate([observations, actions], -1)
         return jnp.stack([MLP((*self.hidden_sizes, 1))(x)[..., 0] for _ in range(self.num)])
-
-
-class NormCritics(Critics):
-    """Critics with LayerNorm before each ReLU."""
-
-    @nn.compact
-    def __call__(self, observations, actions):
-        dense = lambda width: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
-
-        def q(x):
-            for width in self.hidden_sizes:
-                x = nn.relu(nn.LayerNorm()(dense(width)(x)))
-            return dense(1)(x)[..., 0]
-
-        return jnp.stack([q(jnp.concatenate([observations, actions], -1)) for _ in range(self.num)])
-
-
-def twin_critics(args):
-    """The critics' architecture."""
-    return (NormCritics if args.critic_norm else Critics)(args.hidden_sizes)  # D14
 
 
 def polyak(target, online, tau):
@@ -492,11 +466,8 @@ def cped_disc_loss(disc, flow, batch, key, args):
 
 
 def cped_flow_loss(flow, disc, batch, key, args):
-    """Line (2): nll_weight * mean -log p(a + noise | s) - adv_weight * mean D(s, a^) -> scalar, metrics.
-
-    With the batch and key of D's last step the fakes are that step's.
-    """
-    key_fake, key_noise = jax.random.split(key)
+    """Line (2): nll_weight * mean -log p(a + noise | s) - adv_weight * mean D(s, a^) -> scalar, metrics."""
+    key_fake, key_noise = jax.random.split(key)  # as in D's loss: with its key, its fakes
     noise = args.action_noise * jax.random.normal(key_noise, batch.actions.shape)  # D5
     loss, metrics = 0.0, {}
     if args.nll_weight:
@@ -524,7 +495,7 @@ def cped_critic_loss(critic, target_critic, target_actor, batch, key, args):
     next_actions = act(target_actor, batch.next_observations, args, batch.actions.shape[-1])
     noise = args.target_noise * jax.random.normal(key, next_actions.shape)
     next_actions = smoothed_action(next_actions, noise, args.target_noise_clip)
-    critics = twin_critics(args)
+    critics = Critics(args.hidden_sizes)
     y = td_target(batch, critics.apply(target_critic, batch.next_observations, next_actions), args.gamma)
     q = critics.apply(critic, batch.observations, batch.actions)
     chex.assert_equal_shape([q[0], y])
@@ -546,7 +517,7 @@ def cped_actor_loss(actor, critic, flow, alpha, eps, with_q, batch, args):
     nll = flow_nll(flow, batch.observations, actions, args)
     if args.bc_only:
         return nll.mean(), {"train/nll_pi": nll.mean(), "train/actor_loss": nll.mean()}
-    q = twin_critics(args).apply(critic, batch.observations, actions).min(0)
+    q = Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
     loss = lagrangian(with_q * q, nll, alpha, eps, args)
     metrics = {"train/actor_loss": loss, "train/nll_pi": nll.mean(), "train/q_pi": q.mean(), "train/alpha": alpha}
     return loss, metrics
@@ -701,7 +672,7 @@ def cped_init(key, data, args):
         flow = nice_init(key_flow, num_obs + size, args)
     disc = discriminator(num_obs + size, args).init(key_disc, jnp.zeros(num_obs + size))
     actor = MLP((*args.hidden_sizes, size)).init(key_actor, obs)
-    critic = twin_critics(args).init(key_critic, obs, actions)
+    critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
     params = flow, disc, actor, critic, log_alpha
     opts = [opt.init(p) for opt, p in zip(cped_optimisers(args), params, strict=True)]
     nets = CpedNets(*params[:4], *jax.tree.map(jnp.copy, (actor, critic)), log_alpha, *opts)
@@ -747,8 +718,10 @@ def make_train(args):
 
 def preset(args):
     """--quick, or what is published for D4RL's sets, ours for others, with --preset on top -> name, {field: value}."""
-    own = MUJOCO if args.preset == "published" else {}
-    return runner.preset(args, PUBLISHED, BUDGETS, QUICK, own)
+    if args.preset == "ours" and args.dataset and not args.quick:
+        return "ours", {}
+    published = args.preset == "published"
+    return runner.preset(args, PUBLISHED, BUDGETS, QUICK, MUJOCO if published else {}, stand_ins=published)
 
 
 def check_args(args):

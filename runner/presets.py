@@ -13,11 +13,11 @@ def preset_name(data, known):
     return data if data in known else next((name for name in known if same(name) == same(data)), data)
 
 
-def preset(args, published, budgets, quick, own=None):
+def preset(args, published, budgets, quick, own=None, stand_ins=True):
     """--quick, or what is published for the file's dataset with the budget of --preset on top -> name, {field: value}.
 
-    own: what stands where nothing is published; --preset may also name a published set in place of the file's. With an
-    "ours" among the budgets, nothing published is taken for `ours/x`, unless asked for, nor for --preset ours.
+    own: what stands where nothing is published; --preset may also name a published set in place of the file's.
+    stand_ins: whether a set `ours/x` takes what is published for D4RL's x.
     """
     given, known = preset_name(args.preset, published), (*budgets, *published)
     refuse({
@@ -28,10 +28,9 @@ def preset(args, published, budgets, quick, own=None):
     if args.quick:
         return "quick", quick
     data = envs.buffers.read_metadata(args.dataset)["dataset_name"]
-    ours = "ours" in budgets and (given == "ours" or (data.startswith("ours/") and given != "published"))
-    named = given if given in published else "" if ours else preset_name(data, published)
+    by_file = preset_name(data, published) if stand_ins or not data.startswith("ours/") else data
+    named = given if given in published else by_file
     found = published.get(named, own or {}) | budgets.get(given, {})
     about = f"as published for {named}; the data is {data}"
-    if named not in published:
-        about = f"our own for {data}" if ours else f"nothing is published for {data}"
+    about = about if named in published else f"nothing is published for {data}"
     return f"{args.preset or 'by the file'} ({about})", found

@@ -47,7 +47,7 @@ def choose(script, path, **flags):
     with contextlib.redirect_stdout(io.StringIO()):
         said, values = script.preset(script.Args(dataset=str(path), **flags))
     found = re.search(r"as published for ([\w-]+)", said)
-    assert bool(found) != ("nothing is published" in said or "our own" in said), said
+    assert bool(found) != ("nothing is published" in said), said
     return said, found[1] if found else "", values
 
 
@@ -56,41 +56,30 @@ def choose(script, path, **flags):
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_set_of_ours_finds_its_preset(learner, named):
-    """ours/x takes what is published for D4RL's x; what has nothing published says so.
-
-    A learner with settings of our own has these for ours/x, and what is published by --preset published.
-    """
+    """ours/x takes what is published for D4RL's x; what has nothing published says so."""
     script = LEARNERS[learner]
-    asked = {"preset": "published"} if "ours" in getattr(script, "BUDGETS", ()) else {}
-    if asked:
-        said, known, values = choose(script, named("hopper-medium-v2"), preset="ours")
-        assert values == {} and "our own for hopper-medium-v2" in said
     for name in suite.SETS:
-        if asked:
-            assert choose(script, named(f"ours/{name}"))[1:] == ("", {})
-            assert choose(script, named(f"ours/{name}"), preset="cpu")[1:] == ("", script.CPU)
-        said, known, values = choose(script, named(f"ours/{name}"), **asked)
+        said, known, values = choose(script, named(f"ours/{name}"))
         expected = name.startswith(ROBOTS) and "medium" in name
         expected |= learner != "mopo" and name.startswith("antmaze")
         expected |= learner == "mopo" and name.startswith(ROBOTS) and name.endswith("random")
+        expected &= learner != "cped"  # takes its own settings on ours/x
         assert known.rpartition("-v")[0] == (name if expected else ""), said
         if expected:
-            assert f"ours/{name}" in said and values == choose(script, named(known), **asked)[2]
+            assert f"ours/{name}" in said and values == choose(script, named(known))[2]
     assert not choose(script, named("hopper-easy"))[1]  # no set of ours
     assert choose(script, named("hopper-easy"), preset="cpu")[2]["num_updates"] == 20_000
 
 
 @pytest.mark.parametrize("grid", ["suite_short", "suite_full"])
 def test_grids_of_the_suite_are_of_its_sets(grid, named):
-    """Every set has a preset in every learner that is to run on it by published numbers."""
+    """Every set has a preset in every learner that is to run on it."""
     lists = json.loads((ROOT / "benchmark" / f"{grid}.json").read_text())
     for data, file in lists["datasets"].items():
         assert file == f"data/{data}.npz" and data in suite.SETS
         for algorithm, command in lists["algorithms"].items():
-            script, asked = LEARNERS[command.split()[0].removesuffix(".py")], re.findall(r"--preset (\S+)", command)
-            known = choose(script, named(f"ours/{data}"), preset="".join(asked))[1]
-            ours = "ours" in getattr(script, "BUDGETS", ()) and asked != ["published"]
-            assert bool(known) == (f"{algorithm} {data[:7]}" != "mopo antmaze" and not ours)
+            known = choose(LEARNERS[command.split()[0].removesuffix(".py")], named(f"ours/{data}"))[1]
+            assert bool(known) == (command[:4] != "cped" and f"{algorithm} {data[:7]}" != "mopo antmaze")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +202,18 @@ def test_cped_has_the_published_numbers(named):
         assert of_preset(cped, named, name, *code) == ("nice", (750, 750), 4, "logistic", 0.0, False, False, False)
         code = "disc_outputs", "nll_weight", "adv_weight", "gp_weight", "disc_ratio", "flow_lr", "disc_lr", "flow_adam"
         assert of_preset(cped, named, name, *code) == ("many", 1.0, 1.0, 0.5, 5, 1e-4, 1e-4, (0.01, 1e-4))
-        code = "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "gamma", "tau", "policy_delay", "critic_norm"
+        code = "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "gamma", "tau", "policy_delay"
         actor_lr = 1e-4 if shift == 0 else 3e-4
-        assert of_preset(cped, named, name, *code) == ((256, 256), 256, actor_lr, 3e-4, 0.99, 0.005, 2, False)
+        assert of_preset(cped, named, name, *code) == ((256, 256), 256, actor_lr, 3e-4, 0.99, 0.005, 2)
+
+
+def test_cped_has_settings_of_our_own_and_published_ones_by_name(named):
+    """--preset published on a set of ours: as for D4RL's of that name; --preset ours on D4RL's: the defaults."""
+    for data in ("antmaze-umaze", "hopper-medium"):
+        assert choose(cped, named(f"ours/{data}"), preset="cpu")[1:] == ("", cped.CPU)
+        assert choose(cped, named(f"ours/{data}"), preset="published")[1:] == (
+            f"{data}-v2",
+            cped.PUBLISHED[f"{data}-v2"],
+        )
+    assert cped.preset(cped.Args(dataset=str(named("hopper-medium-v2")), preset="ours")) == ("ours", {})
+    assert choose(cped, named("hopper-udg-top1"), preset="published")[2] == cped.MUJOCO
