@@ -76,7 +76,7 @@ def run_cell(cell, flows, options):
     policy = lambda actor, obs, key: cped.act(actor, (obs - mean) / std, args, task.action_size)
     env = envs.make(task, args.backend)
     evaluate = runner.each_seed(runner.returns_of(policy, env, task, buffer, args), args)
-    name = re.sub(r"[^\w.]+", "-", cell).strip("-")
+    name = re.sub(r"[^\w.]+", "-", f"{options.all} {cell}").strip("-")
     about = {"dataset": buffer.metadata["dataset_name"], "cell": cell, "all": options.all, "seed": args.seed}
     about |= {"flow_updates": args.flow_updates, "num_updates": args.num_updates}
     print(f"--- {cell}", flush=True)
