@@ -116,7 +116,7 @@ class Args(runner.Flags):
     # --- constraint ---
     constraint: Literal["schedule", "hinge", "dual"] = "schedule"
     """schedule: alpha * nll; hinge: alpha * max(nll - eps, 0); dual: alpha grows while nll > eps (D8)"""
-    alphas: tuple[runner.Rate, ...] = (0.1, 0.03, 0.003)
+    alphas: tuple[runner.Rate, ...] = (0.1, 0.03, 0.01)
     """alpha from each share of the run in alpha_from on; dual starts at the first (ours; D4RL: C24's)"""
     alpha_from: tuple[runner.Share, ...] = (0.0, 0.1, 0.3)
     """shares of num_updates at which the alphas begin, the first 0"""
@@ -125,7 +125,7 @@ class Args(runner.Flags):
     alpha_lr: runner.Rate = 1e-3
     """Adam rate of log alpha in the dual form, which stays within +-7 (ours)"""
     q_unit: Literal["mean", "slope", "raw"] = "mean"
-    """what Q is divided by in the actor's loss: mean |Q|, or the root mean square of ||dQ/da|| (ours, D10); codes: raw"""
+    """Q in the actor's loss is divided by mean |Q|, or by the rms of ||dQ/da||, or not (ours, D10; codes: raw)"""
     critic_from: runner.Share = 0.0
     """share of num_updates during which the critics stay as they are (C24: 0.03)"""
     q_from: runner.Share = 0.0
