@@ -124,8 +124,8 @@ class Args(runner.Flags):
     """eps: this quantile of the data's nll, for hinge and dual (ours)"""
     alpha_lr: runner.Rate = 1e-3
     """Adam rate of log alpha in the dual form, which stays within +-7 (ours)"""
-    q_unit: Literal["mean", "slope", "raw"] = "mean"
-    """Q in the actor's loss is divided by mean |Q|, or by the rms of ||dQ/da||, or not (ours, D10; codes: raw)"""
+    q_norm: bool = True
+    """divide Q by its mean magnitude in the actor's loss (ours, D10; codes: raw)"""
     critic_from: runner.Share = 0.0
     """share of num_updates during which the critics stay as they are (C24: 0.03)"""
     q_from: runner.Share = 0.0
@@ -163,7 +163,7 @@ class Args(runner.Flags):
 
 CODE = {  # what the released code does on any data, but for the deviations that have no flag
     "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "scale_rewards": False,
-    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_unit": "raw",
+    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False,
 }  # fmt: skip
 MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -505,7 +505,7 @@ def cped_critic_loss(critic, target_critic, target_actor, batch, key, args):
 
 def lagrangian(q, nll, alpha, eps, args):
     """Line (4): -mean q + alpha mean nll, with hinge -mean q + alpha mean max(nll - eps, 0); q, nll [B]."""
-    if args.q_unit == "mean":
+    if args.q_norm:
         q = q / jax.lax.stop_gradient(jnp.abs(q).mean() + 1e-6)  # D10
     cost = jnp.maximum(nll - eps, 0.0) if args.constraint == "hinge" else nll  # D8
     return alpha * cost.mean() - q.mean()
@@ -517,12 +517,8 @@ def cped_actor_loss(actor, critic, flow, alpha, eps, with_q, batch, args):
     nll = flow_nll(flow, batch.observations, actions, args)
     if args.bc_only:
         return nll.mean(), {"train/nll_pi": nll.mean(), "train/actor_loss": nll.mean()}
-    value = lambda actions: Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
-    q, unit = value(actions), 1.0
-    if args.q_unit == "slope":
-        slope = jax.grad(lambda actions: value(actions).sum())(actions)
-        unit = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.sum(slope**2, -1))) + 1e-6)  # D10
-    loss = lagrangian(with_q * q / unit, nll, alpha, eps, args)
+    q = Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
+    loss = lagrangian(with_q * q, nll, alpha, eps, args)
     metrics = {"train/actor_loss": loss, "train/nll_pi": nll.mean(), "train/q_pi": q.mean(), "train/alpha": alpha}
     return loss, metrics
 
