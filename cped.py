@@ -51,9 +51,9 @@ Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes r
 Run        python cped.py --quick                         (point robot, under 2 minutes on 2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     --quick: QUICKTEXT; 10k updates of --preset cpu
-           with --adv-weight 0 on our suite's half cheetah replay, seed 0: 1474 (data 170, clone 711), 3 minutes on one
-           core that others shared; more in docs/cped.md
+Expect     --quick: return 94 (data: mean -0.2, best 93.9), 40 s of one core; 10k updates of --preset cpu --adv-weight 0
+           on our suite's half cheetah replay, seed 0: 1474 (data 170, clone 711), 3 minutes of one core that others
+           shared; more in docs/cped.md
 """
 
 from dataclasses import dataclass
