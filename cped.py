@@ -37,18 +37,22 @@ Deviations
       gradient. Here: the table, by shares of num_updates (C24's formula turns negative where
       T0 < 500k); --constraint hinge | dual for the paper's.
   D9  paper: the flow learns in both loops; C24: frozen after the first; here: frozen (--flow-in-rl).
-  D10 codes: raw Q, 5 % of the run clones at alpha = 1000; here: Q / mean |Q| and no cloning, but for
-      D4RL's presets, which are the codes'.
+  D10 codes: raw rewards and Q, 5 % of the run clones at alpha = 1000; here: rewards / root mean square,
+      Q / mean |Q|, no cloning.
   D11 codes skip steps at a nan or a loss above 1e7; here: a gradient not finite counts as 0.
   D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and flow layers.
+  D13 codes: D has d = S + A outputs, losses take their mean and the penalty their sum, so that the
+      adversarial term has 1/d of eq. 4's weight; here: one output (--disc-outputs many for theirs).
+  D14 codes: learn from all rows; here: 1000 are kept to judge the density on.
+      Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10 and D13.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/cped/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png, density.png
+           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
 Run        python cped.py --quick                         (point robot, under 2 minutes on 2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     --quick: return 95 (data: mean -0.2, best 93.9), 55 s; --preset cpu on ant-angle-60, top-1, seed 0: 192 in
-           200 steps, mean of the last 5 (data 108, cloning 117), 21 minutes; both on 2 CPU cores that others
+Expect     --quick: return 94 (data: mean -0.2, best 93.9), 40 s of one core; 10k updates of --preset cpu --adv-weight 0
+           on our suite's half cheetah replay, seed 0: 1474 (data 170, clone 711), 3 minutes of one core that others
            shared; more in docs/cped.md
 """
 
@@ -64,7 +68,6 @@ import optax
 
 import envs
 import runner
-from runner import plots
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,18 @@ class Args(runner.Flags):
     """weight of the discriminator in it; 0: maximum likelihood only, no discriminator (codes: 1)"""
     gp_weight: runner.Rate = 0.5
     """weight of the gradient penalty (codes: 0.5, usual: 10)"""
+    disc_outputs: Literal["one", "many"] = "one"
+    """one: a scalar D (eq. 4); many: S + A outputs, whose mean counts at 1 / (S + A) of eq. 4's weight (codes; D13)"""
     disc_ratio: runner.Count = 5
     """discriminator steps per flow step (C24: 5)"""
     flow_lr: runner.Rate = 1e-4
     """Adam rate of the flow (codes: 1e-4)"""
     disc_lr: runner.Rate = 1e-4
     """Adam rate of the discriminator (C24: 1e-4, C23: 1e-5)"""
+    flow_adam: tuple[runner.Share, runner.Rate] = (0.999, 1e-8)
+    """b2 and eps of the flow's Adam (ours, D6; codes: 0.01, 1e-4)"""
     max_grad_norm: runner.Size = 10.0
-    """the flow's gradient is scaled down to this norm (ours, D6)"""
+    """the flow's gradient is scaled down to this norm (ours, D6; codes: not at all)"""
     flow_in_rl: bool = False
     """let the flow learn on, one pass of (1), (2) after each actor step (paper, D9)"""
     # --- constraint ---
@@ -130,6 +137,8 @@ class Args(runner.Flags):
     """standardise observations by the data's mean and std (ours, D4)"""
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (codes: 256, 256)"""
+    scale_rewards: bool = True
+    """divide rewards by their root mean square, so that any unit gives the same run (ours, D10)"""
     batch_size: runner.Count = 256
     """B: rows per update, of flow, discriminator, actor and critics (codes: 256)"""
     actor_lr: runner.Rate = 1e-4
@@ -152,39 +161,39 @@ class Args(runner.Flags):
     """rows, at most a tenth, kept from all training to judge the density on (ours)"""
 
 
-MUJOCO = {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
+CODE = {  # what the released code does on any data, but for the deviations that have no flag
+    "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "scale_rewards": False,
+    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False,
+}  # fmt: skip
+MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
-    "critic_from": 0.03, "q_from": 0.05, "q_norm": False, "actor_lr": 1e-4,
+    "critic_from": 0.03, "q_from": 0.05, "actor_lr": 1e-4,
 }  # fmt: skip
-ANTMAZE = {  # C24: T0 = 300k, 700k updates after it
+ANTMAZE = CODE | {  # C24: T0 = 300k, 700k updates after it
     "alphas": (0.25, 0.1, 0.08), "alpha_from": (0.0, 2 / 7, 5 / 7), "critic_from": 3 / 70, "q_from": 5 / 70,
-    "q_norm": False, "actor_lr": 3e-4, "reward_shift": -1.0, "flow_updates": 300_000, "num_updates": 700_000,
-}  # fmt: skip
-CODE = {  # --preset published: what else the released code does, for any data
-    "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False,
-}  # fmt: skip
-CPU = {
-    "flow_updates": 20_000, "num_updates": 20_000, "eval_every": 2_000, "flow_lr": 3e-4, "disc_lr": 3e-4,
-    "actor_lr": 3e-4,
+    "actor_lr": 3e-4, "reward_shift": -1.0, "flow_updates": 300_000, "num_updates": 700_000,
 }  # fmt: skip
 ANTMAZE_LARGE = ANTMAZE | {  # C24 for the large mazes: T0 = 400k (or 500k), 600k updates after it
     "alpha_from": (0.0, 1 / 6, 4 / 6), "critic_from": 3 / 60, "q_from": 5 / 60,
     "flow_updates": 400_000, "num_updates": 600_000,
 }  # fmt: skip
-KINDS = ("medium", "medium-replay", "medium-expert")
-MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse")
-PUBLISHED = {
-    **{f"{robot}-{kind}-v2": MUJOCO for robot in ("halfcheetah", "hopper", "walker2d") for kind in KINDS},
-    **{f"antmaze-{maze}-v2": ANTMAZE for maze in MAZES},
-    **{f"antmaze-large-{kind}-v2": ANTMAZE_LARGE for kind in ("play", "diverse")},
-}
-BUDGETS = {"cpu": CPU, "published": CODE}
+KINDS = ("medium-v2", "medium-replay-v2", "medium-expert-v2")
+ROBOTS = [f"{robot}-{kind}" for robot in ("halfcheetah", "hopper", "walker2d") for kind in KINDS]
+MAZES = [f"antmaze-{maze}-v2" for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")]
+LARGE = ("antmaze-large-play-v2", "antmaze-large-diverse-v2")
+PUBLISHED = dict.fromkeys(ROBOTS, MUJOCO) | dict.fromkeys(MAZES, ANTMAZE) | dict.fromkeys(LARGE, ANTMAZE_LARGE)
+CPU = {
+    "flow_updates": 20_000, "num_updates": 20_000, "eval_every": 2_000, "flow_lr": 3e-4, "disc_lr": 3e-4,
+    "actor_lr": 3e-4, "tau": 0.02,
+}  # fmt: skip
+BUDGETS = {"cpu": CPU, "published": {}}
 QUICK = {
     "flow_updates": 5_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000, "flow_hidden_sizes": (64, 64),
     "hidden_sizes": (64, 64), "flow_lr": 1e-3, "disc_lr": 1e-3, "actor_lr": 1e-3, "critic_lr": 1e-3,
 }  # fmt: skip
 SHOWN = ("train/actor_loss", "train/nll_pi", "train/nll_data")  # in the progress line
 TRAINING = (  # panels of training.png
+    ({"flow/nll_data": "training rows", "flow/nll_holdout": "held-out rows"}, "fit of the flow", "-log p", "linear"),
     ({"train/nll_pi": "policy", "train/nll_data": "data, mean", "train/nll_data_p95": "data, 95 %"},
      "policy against data, mean over seeds", "-log p", "linear"),
     ("train/alpha", "weight of the constraint", "alpha", "semilogy"),
@@ -213,10 +222,16 @@ class CpedData(NamedTuple):
     log_probs: jax.Array | None  # [H] log p(a | s) of the behaviour there, where the buffer has it and f is of it
 
 
-def sample_batch(data, key, batch_size):
-    """`batch_size` rows of the data, uniformly with replacement."""
-    index = jax.random.randint(key, (batch_size,), 0, data.rewards.shape[0])
+def sample_batches(data, key, num, batch_size):
+    """`num` batches of rows of the data, uniformly with replacement: leaves [num, B, ..]."""
+    index = jax.random.randint(key, (num, batch_size), 0, data.rewards.shape[0])
     return jax.tree.map(lambda x: x[index], data)
+
+
+def reward_scale(rewards):
+    """1 / the rewards' root mean square."""
+    size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
+    return np.float32(1 / max(size, np.finfo(np.float32).tiny))
 
 
 def cped_data(buffer, args):
@@ -225,17 +240,19 @@ def cped_data(buffer, args):
     mean, std = np.zeros(observations.shape[1], np.float32), np.ones(observations.shape[1], np.float32)
     if args.normalize:  # D4
         mean = observations.mean(0, np.float64).astype(np.float32)
-        std = observations.std(0, np.float64).astype(np.float32) + np.float32(1e-3)
+        std, size = observations.std(0, np.float64).astype(np.float32), np.abs(observations).max(0)
+        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))  # a constant's rounding errors stay small
     columns = [np.asarray(buffer[name], np.float32) for name in Transitions._fields]
     rows = Transitions(*columns)
+    rewards = rows.rewards + np.float32(args.reward_shift)
     rows = rows._replace(
         observations=(rows.observations - mean) / std,
         next_observations=(rows.next_observations - mean) / std,
-        rewards=rows.rewards + np.float32(args.reward_shift),
+        rewards=rewards * reward_scale(rewards) if args.scale_rewards else rewards,  # D10
     )
     known = buffer.get("action_log_probs") if args.flow == "cond" else None
     order = np.random.default_rng(0).permutation(len(observations))  # one split for all seeds
-    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])
+    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])  # D14
     take = lambda index: jax.tree.map(lambda x: jnp.asarray(x[index]), rows)
     return CpedData(take(kept), take(held), None if known is None else jnp.asarray(known[held])), mean, std
 
@@ -347,27 +364,25 @@ def nice_init(key, num_inputs, args):
     return {"layers": layers, "log_scale": jnp.zeros(num_inputs)}
 
 
-def nice_shift(layer, reads, moves, args):
-    """By how much a layer shifts the half `moves`, given the other one."""
-    return NiceShift((*args.flow_hidden_sizes, moves.shape[-1])).apply(layer, reads)
+def nice_halves(flow, x, args, sign=1):
+    """The halves of x shift each other in turn, a layer each; sign -1: backwards."""
+    a, b = jnp.split(x, [x.shape[-1] // 2], -1)
+    shift = lambda layer, reads, moves: NiceShift((*args.flow_hidden_sizes, moves.shape[-1])).apply(layer, reads)
+    for i, layer in list(enumerate(flow["layers"]))[::sign]:
+        a, b = (a, b + sign * shift(layer, a, b)) if i % 2 == 0 else (a + sign * shift(layer, b, a), b)
+    return jnp.concatenate([a, b], -1)
 
 
 def nice_forward(flow, observations, actions, args):
-    """z = f(s, a) and log |det df/dx|, one number for all x: the halves move each other in turn."""
-    x = jnp.concatenate([observations, actions], -1)
-    a, b = jnp.split(x, [x.shape[-1] // 2], -1)
-    for i, layer in enumerate(flow["layers"]):
-        a, b = (a, b + nice_shift(layer, a, b, args)) if i % 2 == 0 else (a + nice_shift(layer, b, a, args), b)
-    return jnp.concatenate([a, b], -1) * jnp.exp(flow["log_scale"]), jnp.sum(flow["log_scale"])
+    """z = f(s, a) and log |det df/dx|, one number for all x."""
+    x = nice_halves(flow, jnp.concatenate([observations, actions], -1), args)
+    return x * jnp.exp(flow["log_scale"]), jnp.sum(flow["log_scale"])
 
 
-def nice_inverse(flow, z, num_obs, args):
-    """(s, a) = f^-1(z): first the scale, then the halves backwards -> s, a."""
-    x = z * jnp.exp(-flow["log_scale"])  # D2
-    a, b = jnp.split(x, [x.shape[-1] // 2], -1)
-    for i, layer in reversed(list(enumerate(flow["layers"]))):
-        a, b = (a, b - nice_shift(layer, a, b, args)) if i % 2 == 0 else (a - nice_shift(layer, b, a, args), b)
-    return jnp.split(jnp.concatenate([a, b], -1), [num_obs], -1)
+def nice_inverse(flow, observations, z, args):
+    """(s, a) = f^-1(z): first the scale, then the halves backwards; only the observations' size counts -> s, a."""
+    x = nice_halves(flow, z * jnp.exp(-flow["log_scale"]), args, -1)  # D2
+    return jnp.split(x, [observations.shape[-1]], -1)
 
 
 def prior_log_prob(z, prior):
@@ -379,16 +394,12 @@ def prior_log_prob(z, prior):
 
 def flow_forward(flow, observations, actions, args):
     """z = f(a; s), or f(s, a) for nice, and log |det df|."""  # D1
-    if args.flow == "cond":
-        return cond_forward(flow, observations, actions, args)
-    return nice_forward(flow, observations, actions, args)
+    return (cond_forward if args.flow == "cond" else nice_forward)(flow, observations, actions, args)
 
 
 def flow_inverse(flow, observations, z, args):
     """f^-1: s as given and a = f^-1(z; s), or both from z for nice -> s, a."""
-    if args.flow == "cond":
-        return cond_inverse(flow, observations, z, args)
-    return nice_inverse(flow, z, observations.shape[-1], args)
+    return (cond_inverse if args.flow == "cond" else nice_inverse)(flow, observations, z, args)
 
 
 def flow_nll(flow, observations, actions, args):
@@ -406,7 +417,9 @@ def flow_sample(flow, observations, action_size, key, args):
 
 
 class Discriminator(nn.Module):
-    """D(x) [.., d], of which the mean counts: d -> 2 d -> 4 d -> d (C24), with a layer norm that has no gain."""
+    """D(x) [.., outputs], of which the mean counts: d -> 2 d -> 4 d -> outputs, layer norms without a gain (C24)."""
+
+    outputs: int
 
     @nn.compact
     def __call__(self, x):
@@ -416,24 +429,31 @@ class Discriminator(nn.Module):
             x = dense(x)
             x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True, ddof=1) + 1e-6)
             x = nn.leaky_relu(x + self.param(f"centre_{width}", nn.initializers.zeros, (width,)))
-        return nn.Dense(size, kernel_init=within(3e-3), bias_init=within(3e-3))(x)
+        return nn.Dense(self.outputs, kernel_init=within(3e-3), bias_init=within(3e-3))(x)
+
+
+def discriminator(size, args):
+    """D's architecture for x of this size."""
+    return Discriminator(size if args.disc_outputs == "many" else 1)  # D13
 
 
 # === losses ===
 
 
-def gradient_penalty(disc, real, fake, mix):
-    """mean_B (||grad_x sum_d D(x~)||_2 - 1)^2,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
+def gradient_penalty(disc, real, fake, mix, args):
+    """mean_B (||grad_x sum_o D_o(x~)||_2 - 1)^2,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
     x = mix * real + (1 - mix) * fake
-    grads = jax.grad(lambda x: Discriminator().apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
+    net = discriminator(x.shape[-1], args)
+    grads = jax.grad(lambda x: net.apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
     return jnp.mean((jnp.linalg.norm(grads, axis=-1) - 1.0) ** 2)
 
 
-def wgan_loss(disc, real, fake, mix, gp_weight):
+def wgan_loss(disc, real, fake, mix, args):
     """Line (1): mean D(fake) - mean D(real) + gp_weight * penalty; real, fake [B, S + A] -> scalar, metrics."""
-    values = Discriminator().apply(disc, jnp.concatenate([fake, real])).reshape(2, *fake.shape)
-    gap, penalty = values[1].mean() - values[0].mean(), gradient_penalty(disc, real, fake, mix)
-    return gp_weight * penalty - gap, {"flow/disc_gap": gap, "flow/gradient_penalty": penalty}
+    values = discriminator(real.shape[-1], args).apply(disc, jnp.concatenate([fake, real]))
+    values = values.reshape(2, -1).mean(-1)
+    gap, penalty = values[1] - values[0], gradient_penalty(disc, real, fake, mix, args)
+    return args.gp_weight * penalty - gap, {"flow/disc_gap": gap, "flow/gradient_penalty": penalty}
 
 
 def cped_disc_loss(disc, flow, batch, key, args):
@@ -442,12 +462,12 @@ def cped_disc_loss(disc, flow, batch, key, args):
     real = jnp.concatenate([batch.observations, batch.actions], -1)
     fake = flow_sample(flow, batch.observations, batch.actions.shape[-1], key_fake, args)
     mix = jax.random.uniform(key_mix, (len(real), 1))  # D3
-    return wgan_loss(disc, real, jax.lax.stop_gradient(fake), mix, args.gp_weight)
+    return wgan_loss(disc, real, jax.lax.stop_gradient(fake), mix, args)
 
 
 def cped_flow_loss(flow, disc, batch, key, args):
     """Line (2): nll_weight * mean -log p(a + noise | s) - adv_weight * mean D(s, a^) -> scalar, metrics."""
-    key_noise, key_fake = jax.random.split(key)
+    key_fake, key_noise = jax.random.split(key)  # as in D's loss: with its key, its fakes
     noise = args.action_noise * jax.random.normal(key_noise, batch.actions.shape)  # D5
     loss, metrics = 0.0, {}
     if args.nll_weight:
@@ -455,7 +475,7 @@ def cped_flow_loss(flow, disc, batch, key, args):
         loss, metrics = args.nll_weight * nll, {"flow/nll": nll}
     if args.adv_weight:
         fake = flow_sample(flow, batch.observations, batch.actions.shape[-1], key_fake, args)
-        adv = -Discriminator().apply(disc, fake).mean()
+        adv = -discriminator(fake.shape[-1], args).apply(disc, fake).mean()
         loss, metrics = loss + args.adv_weight * adv, metrics | {"flow/adversarial": adv}
     return loss, metrics
 
@@ -503,11 +523,6 @@ def cped_actor_loss(actor, critic, flow, alpha, eps, with_q, batch, args):
     return loss, metrics
 
 
-def cped_alpha_loss(log_alpha, nll, eps):
-    """-log alpha (nll - eps): dual ascent, alpha grows while the policy's mean nll is above eps."""  # D8
-    return -log_alpha * jax.lax.stop_gradient(nll - eps)
-
-
 # === update ===
 
 
@@ -529,11 +544,10 @@ class CpedNets(NamedTuple):
 
 
 def cped_optimisers(args):
-    """Adam of flow, D, actor, critics and log alpha; the critics' rate is 0 until critic_from."""
-    start = round(args.critic_from * args.num_updates)
-    critic_lr = lambda count: jnp.where(count < start, 0.0, args.critic_lr)
-    flow = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.flow_lr))  # D6
-    return flow, *map(optax.adam, (args.disc_lr, args.actor_lr, critic_lr, args.alpha_lr))
+    """Adam of flow, D, actor, critics and log alpha."""
+    b2, eps = args.flow_adam
+    flow = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.flow_lr, b2=b2, eps=eps))  # D6
+    return flow, *map(optax.adam, (args.disc_lr, args.actor_lr, args.critic_lr, args.alpha_lr))
 
 
 def alpha_at(step, args):
@@ -550,48 +564,50 @@ def cped_step(optimiser, grads, opt, params):
 
 
 def cped_flow_update(nets, rows, key, args):
-    """Lines (1), (2) -> nets, metrics."""
-    key_disc, key_batch, key_loss = jax.random.split(key, 3)
+    """Lines (1), (2); the flow has the batch and the fakes of D's last step -> nets, metrics."""
+    key_batch, key_loss = jax.random.split(key)
     flow_adam, disc_adam, *_ = cped_optimisers(args)
+    num = args.disc_ratio if args.adv_weight else 1
+    batches, keys = sample_batches(rows, key_batch, num, args.batch_size), jax.random.split(key_loss, num)
 
-    def disc_step(carry, key):
-        key_batch, key_loss = jax.random.split(key)
-        batch = sample_batch(rows, key_batch, args.batch_size)
-        grads, metrics = jax.grad(cped_disc_loss, has_aux=True)(carry[0], nets.flow, batch, key_loss, args)
+    def disc_step(carry, xs):
+        grads, metrics = jax.grad(cped_disc_loss, has_aux=True)(carry[0], nets.flow, *xs, args)
         return cped_step(disc_adam, grads, carry[1], carry[0]), metrics
 
     metrics = {}
     if args.adv_weight:
-        keys = jax.random.split(key_disc, args.disc_ratio)
-        (disc, disc_opt), metrics = jax.lax.scan(disc_step, (nets.disc, nets.disc_opt), keys)
+        (disc, disc_opt), metrics = jax.lax.scan(disc_step, (nets.disc, nets.disc_opt), (batches, keys))
         nets = nets._replace(disc=disc, disc_opt=disc_opt)
 
-    batch = sample_batch(rows, key_batch, args.batch_size)
-    grads, flow_metrics = jax.grad(cped_flow_loss, has_aux=True)(nets.flow, nets.disc, batch, key_loss, args)
+    last = jax.tree.map(lambda x: x[-1], (batches, keys))
+    grads, flow_metrics = jax.grad(cped_flow_loss, has_aux=True)(nets.flow, nets.disc, *last, args)
     flow, flow_opt = cped_step(flow_adam, grads, nets.flow_opt, nets.flow)
     return nets._replace(flow=flow, flow_opt=flow_opt), jax.tree.map(jnp.mean, metrics) | flow_metrics
 
 
 def cped_update(nets, rows, eps, step, key, args):
-    """Lines (3) to (5); `step` counts critic steps before these -> nets, metrics."""
-    key_critic, key_actor, key_flow = jax.random.split(key, 3)
+    """Lines (3) to (5), the actor on the critics' last batch; `step`: critic steps before these -> nets, metrics."""
+    key_batch, key_noise, key_flow = jax.random.split(key, 3)
     _, _, actor_adam, critic_adam, alpha_adam = cped_optimisers(args)
+    batches = sample_batches(rows, key_batch, args.policy_delay, args.batch_size)
+    keys = jax.random.split(key_noise, args.policy_delay)
 
-    def critic_step(carry, key):
-        key_batch, key_noise = jax.random.split(key)
-        batch = sample_batch(rows, key_batch, args.batch_size)
+    def critic_step(carry, xs):
         grads, metrics = jax.grad(cped_critic_loss, has_aux=True)(
-            carry[0], nets.target_critic, nets.target_actor, batch, key_noise, args
+            carry[0], nets.target_critic, nets.target_actor, *xs, args
         )
         return cped_step(critic_adam, grads, carry[1], carry[0]), metrics
 
     metrics = {}
     if not args.bc_only:
-        keys = jax.random.split(key_critic, args.policy_delay)
-        (critic, critic_opt), metrics = jax.lax.scan(critic_step, (nets.critic, nets.critic_opt), keys)
-        nets = nets._replace(critic=critic, critic_opt=critic_opt)
+        critics = nets.critic, nets.critic_opt
+        after, metrics = jax.lax.scan(critic_step, critics, (batches, keys))
+        if args.critic_from:  # until then neither the critics nor their Adam's moments move
+            started = step >= round(args.critic_from * args.num_updates)
+            after = jax.tree.map(lambda new, old: jnp.where(started, new, old), after, critics)
+        nets = nets._replace(critic=after[0], critic_opt=after[1])
 
-    batch = sample_batch(rows, key_actor, args.batch_size)
+    batch = jax.tree.map(lambda x: x[-1], batches)
     alpha = jnp.exp(nets.log_alpha) if args.constraint == "dual" else alpha_at(step, args)
     with_q = jnp.float32(step >= round(args.q_from * args.num_updates))
     grads, actor_metrics = jax.grad(cped_actor_loss, has_aux=True)(
@@ -600,7 +616,7 @@ def cped_update(nets, rows, eps, step, key, args):
     actor, actor_opt = cped_step(actor_adam, grads, nets.actor_opt, nets.actor)
     nets = nets._replace(actor=actor, actor_opt=actor_opt)
     if args.constraint == "dual":
-        grad = jax.grad(cped_alpha_loss)(nets.log_alpha, actor_metrics["train/nll_pi"], eps)
+        grad = eps - actor_metrics["train/nll_pi"]  # D8: ascent in log alpha, which grows while nll is above eps
         log_alpha, alpha_opt = cped_step(alpha_adam, grad, nets.alpha_opt, nets.log_alpha)
         nets = nets._replace(log_alpha=jnp.clip(log_alpha, -7.0, 7.0), alpha_opt=alpha_opt)
 
@@ -620,8 +636,7 @@ def cped_update(nets, rows, eps, step, key, args):
 def density_metrics(flow, data, args):
     """How well the flow fits: nll on 4096 training rows and on the held-out ones, without noise, and its round trip.
 
-    Where the behaviour's density is known: kl = mean log p_true - log p, in nats, and the correlation of the
-    two -> metrics, held-out log p [H].
+    Where the behaviour's density is known: kl = mean log p_true - log p, in nats, and the correlation of the two.
     """
     seen, held = jax.tree.map(lambda x: x[:4096], data.rows), data.holdout
     log_p = -flow_nll(flow, held.observations, held.actions, args)
@@ -632,7 +647,7 @@ def density_metrics(flow, data, args):
     if data.log_probs is not None:
         metrics["flow/kl"] = jnp.mean(data.log_probs - log_p)
         metrics["flow/correlation"] = jnp.corrcoef(data.log_probs, log_p)[0, 1]
-    return metrics, log_p
+    return metrics
 
 
 # === training ===
@@ -655,7 +670,7 @@ def cped_init(key, data, args):
         flow = cond_init(key_flow, data.rows.actions, num_obs, args)
     else:
         flow = nice_init(key_flow, num_obs + size, args)
-    disc = Discriminator().init(key_disc, jnp.zeros(num_obs + size))
+    disc = discriminator(num_obs + size, args).init(key_disc, jnp.zeros(num_obs + size))
     actor = MLP((*args.hidden_sizes, size)).init(key_actor, obs)
     critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
     params = flow, disc, actor, critic, log_alpha
@@ -702,9 +717,8 @@ def make_train(args):
 
 
 def preset(args):
-    """--quick, or the values for the file's dataset with those of --preset on top -> name, {field: value}."""
-    own = MUJOCO if args.preset == "published" else {}
-    return runner.preset(args, PUBLISHED, BUDGETS, QUICK, own)
+    """--quick, or what is published for D4RL's sets, ours for others, with --preset on top -> name, {field: value}."""
+    return runner.preset(args, PUBLISHED, BUDGETS, QUICK, MUJOCO if args.preset == "published" else {})
 
 
 def check_args(args):
@@ -723,23 +737,6 @@ def check_args(args):
         "--eps-quantile must be above 0 and below 1": 0 < args.eps_quantile < 1,
         "--flow-layers must be 2 or more, so that every coordinate is moved": args.flow_layers >= 2,
     })  # fmt: skip
-
-
-def plot_density(run, data, log_p):
-    """density.png: the fit of the flow, and its density beside the true one where the buffer has that."""
-    fits = plots.read(run.folder, "flow/nll_holdout")
-    lines = [(*fits[seed], {"marker": "o", "ms": 3, "label": f"held-out rows, seed {seed}"}) for seed in fits]
-    panels = [{"title": "fit of the flow", "xlabel": "iterations", "ylabel": "mean -log p", "lines": lines}]
-    if data.log_probs is not None:
-        true, log_p = np.asarray(data.log_probs), np.asarray(log_p[0])
-        lines += [(None, -float(true.mean()), {"color": "k", "ls": "--", "lw": 1, "label": "true density"})]
-        ends = np.array([true.min(), true.max()])
-        kl, correlation = np.mean(true - log_p), np.corrcoef(true, log_p)[0, 1]
-        title = f"held-out (s, a), seed {min(fits)}: KL {kl:.2f} nats, correlation {correlation:.2f}"
-        dots = (true, log_p, {"marker": ".", "ls": "", "ms": 3, "alpha": 0.4, "label": "a held-out row"})
-        equal = (ends, ends, {"color": "k", "ls": "--", "lw": 1, "label": "equal"})
-        panels += [{"title": title, "xlabel": "true log p", "ylabel": "learnt log p", "lines": [dots, equal]}]
-    plots.figure(run.folder / "density.png", panels)
 
 
 def main(args):
@@ -763,7 +760,7 @@ def main(args):
             state, metrics = flow_chunk(state, data)
             run.progress(step, metrics, ("flow/nll" if args.nll_weight else "flow/adversarial",))
             if run.due(step):
-                run.log(step, metrics | densities(state.nets.flow, data)[0])
+                run.log(step, metrics | densities(state.nets.flow, data))
             run.save(state)
 
         state = run.restore(lambda flow: flow._replace(num_updates=jnp.zeros_like(flow.num_updates)), state)
@@ -777,9 +774,8 @@ def main(args):
         scale = {"observation_mean": mean, "observation_std": std}
         scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
         run.write_policy("tanh_deterministic", {"actor": state.nets.actor, **scale})
-        plot_density(run, data, densities(state.nets.flow, data)[1])
         return run.finish(TRAINING)
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, (*BUDGETS, *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__)

@@ -1035,4 +1035,4 @@ def main(args, own_model=None):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "published", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__)

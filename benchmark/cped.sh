@@ -11,10 +11,21 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
     python cped.py --quick --num-seeds 3 --bc-only --out runs/cped/point-angle-0/quick-bc
 }
 
-density() { # learnt against true density: hybrid, likelihood only, adversarial only; 4 minutes on one core, the ant 9
-    python benchmark/cped_density.py --num-seeds 3 --out runs/cped/density
-    python benchmark/cped_density.py --num-seeds 3 --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz \
-        --flow-updates 6000 --out runs/cped/density-ant
+density() { # the adversarial term's weight and form against the true density, 3 seeds
+    python benchmark/cped_density.py --num-seeds 3 --flow-updates 10000 --out runs/cped/density
+    python benchmark/cped_density.py --num-seeds 3 --flow-updates 6000 --out runs/cped/density-ant \
+        --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz
+}
+
+grid() { # settings for short runs on the suite's replays (benchmark/suite.py): 2 to 3 minutes a cell on one core
+    loose="--alphas 0.1 0.03 0.003; --constraint dual --alphas 0.03 --alpha-from 0 --alpha-lr 3e-3 --eps-quantile 0.95"
+    for data in hopper-medium-replay halfcheetah-medium-replay; do
+        for tau in 0.005 0.02; do
+            python benchmark/cped_grid.py --dataset data/$data.npz --cells "default; $loose" \
+                --all "--adv-weight 0 --tau $tau"
+        done
+    done
+    python benchmark/cped_grid.py --table runs/cped/grid/*.jsonl
 }
 
 ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared
@@ -28,10 +39,10 @@ paper() { # 0.5M + 1M iterations, 5 seeds: for a GPU
     done
 }
 
-published() { # the released code's networks, phases and alphas on D4RL files converted to our layout: for a GPU
+published() { # the released code's settings, and ours, on D4RL files converted to our layout: for a GPU
     for data in halfcheetah-medium-v2 hopper-medium-v2 walker2d-medium-v2; do
-        python cped.py --dataset data/$data.npz --preset published --num-seeds 5 --out runs/cped/$data/published
-        python cped.py --dataset data/$data.npz --num-seeds 5 --out runs/cped/$data/cond
+        python cped.py --dataset data/$data.npz --num-seeds 5 --out runs/cped/$data/published
+        python cped.py --dataset data/$data.npz --preset ours --num-seeds 5 --out runs/cped/$data/ours
     done
 }
 

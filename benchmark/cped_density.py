@@ -1,16 +1,17 @@
-"""Is the learnt density right? Hybrid loss, likelihood only and adversarial only on data of known density.
+"""Is the learnt density right? The weight and the form of CPED's adversarial term, on data of known density.
 
     python benchmark/cped_density.py --out runs/cped/density                      point robot, two modes
     python benchmark/cped_density.py --out runs/cped/density --task ant-angle-60 --policy POLICY.npz     tanh-normal
 
 Without --policy the behaviour is scripted: a = tanh(u), u from two normals of weights 0.6 and 0.4 around +-m(s),
 m turning with x and y. With --policy it is a tanh-normal policy of wurl_sac.py (number --index), rolled out afresh.
-Trains cped.py's flow with each loss on the same file and prints KL(true || learnt) and correlation of the log
-densities on held-out rows.
+Trains cped.py's flow with each loss on the same file, and judges it on held-out rows: KL(true || learnt), correlation
+of the log densities, and sliced W1 between true (s, a) and (s, a^), a^ a sample of the flow at the same s. The row
+`true` is the behaviour's own W1, its actions drawn again. Writes density.json and prints a table.
 """
 
 import argparse
-import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -20,11 +21,19 @@ import numpy as np
 import cped
 import envs
 import envs.buffers
+import runner
 import wurl_sac
 from policies import load_actor
-from runner import plots
 
-LOSSES = {"hybrid": {}, "likelihood": {"adv_weight": 0.0}, "adversarial": {"nll_weight": 0.0}}
+LOSSES = {  # cell: changed flags; the released D has S + A outputs, eq. 4's one
+    "likelihood": {"adv_weight": 0.0},
+    "released": {"disc_outputs": "many"},
+    "eq4": {},
+    "eq4-weight0.3": {"adv_weight": 0.3},
+    "eq4-weight3": {"adv_weight": 3.0},
+    "adversarial": {"nll_weight": 0.0},
+}
+KEYS = ("kl", "correlation", "nll_holdout", "sliced_w1")
 
 
 def two_modes(obs, key):
@@ -51,7 +60,10 @@ def tanh_normal(path, index):
 
 
 def make_buffer(path, task_name, behave, episodes, seed=0):
-    """Roll `behave` out in the task's world -> a relabelled buffer with action_log_probs at `path`."""
+    """Roll `behave` out in the task's world -> a relabelled buffer with action_log_probs at `path`, actions drawn anew.
+
+    The latter [N, A] are a second draw in the states of the first.
+    """
     task, world = envs.task(task_name), envs.make(envs.task(task_name).env)
     length = task.episode_length
     key_reset, key_steps = jax.random.split(jax.random.key(seed))
@@ -59,15 +71,15 @@ def make_buffer(path, task_name, behave, episodes, seed=0):
     def step(state, key):
         actions, log_p = behave(state.obs, key)
         after = jax.vmap(world.step)(state, actions)
-        return after, (jax.vmap(envs.transition)(state, actions, after), log_p)
+        again = behave(state.obs, jax.random.fold_in(key, 1))[0]
+        return after, (jax.vmap(envs.transition)(state, actions, after), log_p, again)
 
     roll = lambda start: jax.lax.scan(step, start, jax.random.split(key_steps, length))[1]
     start = jax.vmap(world.reset)(jax.random.split(key_reset, episodes))
-    steps, log_p = jax.tree.map(lambda x: np.asarray(jnp.swapaxes(x, 0, 1)), jax.jit(roll)(start))
-    flat = lambda x: None if x is None else x.reshape(episodes * length, *x.shape[2:])
-    steps = envs.Transition(*map(flat, steps))
+    flat = lambda x: np.asarray(jnp.swapaxes(x, 0, 1)).reshape(episodes * length, *x.shape[2:])
+    steps, log_p, again = jax.tree.map(flat, jax.jit(roll)(start))
     arrays = {k: v for k, v in steps._asdict().items() if v is not None} | {"rewards": task.reward(steps)}
-    arrays |= {"observations": task.observe(steps.observations), "action_log_probs": flat(log_p)}
+    arrays |= {"observations": task.observe(steps.observations), "action_log_probs": log_p}
     arrays |= {"next_observations": task.observe(steps.next_observations)}
     arrays["timeouts"] = np.tile(np.arange(length) == length - 1, episodes)
     arrays["terminals"] = np.zeros(episodes * length, bool)
@@ -75,32 +87,77 @@ def make_buffer(path, task_name, behave, episodes, seed=0):
         "dataset_name": f"{task_name}-known-density", "env": task.env, "task": task_name, "layout": "task",
         "reward_kind": "relabelled", "task_options": task.options, "dt": task.dt, "episode_length": length,
     }  # fmt: skip
-    return envs.buffers.save(path, arrays, about)
+    return envs.buffers.save(path, arrays, about), again
+
+
+def sliced_w1(x, y, num=256):
+    """Mean over random directions of W1 between the projections of two samples [n, d]."""
+    directions = np.random.default_rng(0).normal(size=(x.shape[1], num))
+    directions /= np.linalg.norm(directions, axis=0)
+    return float(np.abs(np.sort(x @ directions, 0) - np.sort(y @ directions, 0)).mean())
+
+
+def judge(flow, data, key, args):
+    """Measures of one seed's flow on the held-out rows -> dict."""
+    found = cped.density_metrics(flow, data, args)
+    held = data.holdout
+    fake = cped.flow_sample(flow, held.observations, held.actions.shape[-1], key, args)
+    true = np.concatenate([held.observations, held.actions], -1)
+    return {k.removeprefix("flow/"): float(v) for k, v in found.items()} | {
+        "sliced_w1": sliced_w1(true, np.asarray(fake))
+    }
+
+
+def fit(data, args):
+    """Train the flow, --num-seeds times -> measures of each seed."""
+    init, flow_chunk, _ = cped.make_train(args)
+    state = init(runner.seed_keys(args), data)
+    for _ in range(args.flow_updates // args.chunk):
+        state, _ = flow_chunk(state, data)
+    seeds = [jax.tree.map(lambda x, s=s: x[s], state.nets.flow) for s in range(args.num_seeds)]
+    return [judge(flow, data, jax.random.key(s), args) for s, flow in enumerate(seeds)]
+
+
+def table(found):
+    """Mean and spread over seeds of every cell."""
+    lines = ["| loss | KL(true, learnt), nats | correlation | held-out -log p | sliced W1 |", "|---|--:|--:|--:|--:|"]
+    for name, seeds in found.items():
+        values = {key: np.array([seed.get(key, np.nan) for seed in seeds]) for key in KEYS}
+        told = [f"{x.mean():.3f} +- {x.std():.3f}" if len(x) > 1 else f"{x.mean():.3f}" for x in values.values()]
+        lines += ["| ".join([f"| {name} ", *(f"{x} " for x in told)]) + "|"]
+    return "\n".join(lines)
 
 
 def main(options):
-    """Make the data, fit the three flows, print the table."""
+    """Make the data, fit the flows, print the table."""
+    if options.table:
+        return print(table(json.loads(Path(options.table).read_text())))
     folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
     behave = tanh_normal(options.policy, options.index) if options.policy else two_modes
-    path = make_buffer(folder / f"{options.task}.npz", options.task, behave, options.episodes)
-    args = cped.Args(
-        dataset=str(path), flow_updates=options.flow_updates, num_updates=1_000, eval_every=5_000, bc_only=True,
-        flow_lr=1e-3, disc_lr=options.disc_lr, flow_hidden_sizes=(options.hidden,) * 2, num_seeds=options.num_seeds,
+    path, again = make_buffer(folder / f"{options.task}.npz", options.task, behave, options.episodes)
+    base = dict(
+        flow_updates=options.flow_updates, flow_lr=1e-3, disc_lr=options.disc_lr, num_seeds=options.num_seeds,
+        flow_hidden_sizes=(options.hidden,) * 2, holdout_rows=4_000, chunk=500,
     )  # fmt: skip
-    lines = ["| loss | KL(true, learnt), nats | correlation | held-out -log p | true |", "|---|--:|--:|--:|--:|"]
-    for name, loss in LOSSES.items():
-        out = folder / f"{options.task}-{name}"
-        cped.main(dataclasses.replace(args, out=str(out), **loss))
-        last = lambda key, out=out: np.array([values[-1] for _, values in plots.read(out, key).values()])
-        kl, correlation, nll = (last(f"flow/{key}") for key in ("kl", "correlation", "nll_holdout"))
-        spread = f"{kl.mean():.3f} +- {kl.std():.3f}"
-        lines += [f"| {name} | {spread} | {correlation.mean():.3f} | {nll.mean():.3f} | {(nll - kl).mean():.3f} |"]
-    print("\n".join(lines))
+    buffer = envs.buffers.load(path, quiet=True)
+    args = cped.Args(**base)
+    data, *_ = cped.cped_data(buffer, args)
+    held = np.random.default_rng(0).permutation(len(again))[: len(data.holdout.rewards)]  # as cped_data holds out
+    side = lambda actions: np.concatenate([data.holdout.observations, actions], -1)
+    truth = {"kl": 0.0, "correlation": 1.0, "nll_holdout": -float(data.log_probs.mean())}
+    found = {"true": [truth | {"sliced_w1": sliced_w1(side(data.holdout.actions), side(again[held]))}]}
+    for name in options.losses:
+        loss = LOSSES[name]
+        found[name] = fit(data, cped.Args(**base | loss))
+        print(name, *(f"{key} {[round(seed[key], 4) for seed in found[name]]}" for key in KEYS), flush=True)
+        (folder / "density.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", default="runs/cped/density")
     parser.add_argument("--task", default="point-angle-0")
     parser.add_argument("--policy", help="policy.npz of wurl_sac.py; its world must be the task's")
     parser.add_argument("--index", type=int, default=0)
@@ -109,4 +166,6 @@ if __name__ == "__main__":
     parser.add_argument("--disc-lr", type=float, default=1e-3)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--num-seeds", type=int, default=1)
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
+    parser.add_argument("--table", metavar="FILE", help="only print the table of a density.json")
     main(parser.parse_args())

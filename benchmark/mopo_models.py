@@ -95,4 +95,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "published", *mopo.PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *mopo.PUBLISHED), __doc__)

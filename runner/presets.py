@@ -14,9 +14,10 @@ def preset(args, published, budgets, quick, own=None):
     """--quick, or what is published for the file's dataset with the budget of --preset on top -> name, {field: value}.
 
     own: what stands where nothing is published. --preset may also name a published set in place of the file's;
-    `published` is the set of the file's name, where that is one of ours, too (`ours/x`, benchmark/suite.py).
+    `published` is the set of the file's name, where that is one of ours, too (`ours/x`, benchmark/suite.py); `ours` is
+    what a file of your own gets.
     """
-    given, known = preset_name(args.preset, published), (*dict.fromkeys((*budgets, "published")), *published)
+    given, known = preset_name(args.preset, published), (*dict.fromkeys((*budgets, "ours", "published")), *published)
     refuse({
         f"--preset {args.preset}: unknown; one of {', '.join(known)}": not args.preset or given in known,
         "--quick is a preset of its own; leave --preset out": not (args.quick and args.preset),
@@ -24,6 +25,8 @@ def preset(args, published, budgets, quick, own=None):
     })  # fmt: skip
     if args.quick:
         return "quick", quick
+    if given == "ours":
+        return "ours", own or {}
     data = envs.buffers.read_metadata(args.dataset)["dataset_name"]
     name = data.removeprefix("ours/") if given == "published" else data
     named = given if given in published else preset_name(name, published)

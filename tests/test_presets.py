@@ -195,3 +195,31 @@ def test_cped_has_the_published_numbers(named):
         flow, updates, alphas, starts, critic, q, shift = of_preset(cped, named, name, *fields)
         at = np.round(updates * np.array([*starts, critic, q]), 6)
         assert (flow, updates, alphas, (*at[:-2],), *at[-2:], shift) == row, name
+        code = (
+            "flow",
+            "flow_hidden_sizes",
+            "flow_layers",
+            "prior",
+            "action_noise",
+            "normalize",
+            "q_norm",
+            "scale_rewards",
+        )
+        assert of_preset(cped, named, name, *code) == ("nice", (750, 750), 4, "logistic", 0.0, False, False, False)
+        code = "disc_outputs", "nll_weight", "adv_weight", "gp_weight", "disc_ratio", "flow_lr", "disc_lr", "flow_adam"
+        assert of_preset(cped, named, name, *code) == ("many", 1.0, 1.0, 0.5, 5, 1e-4, 1e-4, (0.01, 1e-4))
+        code = "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "gamma", "tau", "policy_delay"
+        actor_lr = 1e-4 if shift == 0 else 3e-4
+        assert of_preset(cped, named, name, *code) == ((256, 256), 256, actor_lr, 3e-4, 0.99, 0.005, 2)
+
+
+def test_cped_has_settings_of_our_own_and_published_ones_by_name(named):
+    """--preset published on a set of ours: as for D4RL's of that name; --preset ours on D4RL's: the defaults."""
+    for data in ("antmaze-umaze", "hopper-medium"):
+        assert choose(cped, named(f"ours/{data}"), preset="cpu")[1:] == ("", cped.CPU)
+        assert choose(cped, named(f"ours/{data}"), preset="published")[1:] == (
+            f"{data}-v2",
+            cped.PUBLISHED[f"{data}-v2"],
+        )
+    assert cped.preset(cped.Args(dataset=str(named("hopper-medium-v2")), preset="ours")) == ("ours", {})
+    assert choose(cped, named("hopper-udg-top1"), preset="published")[2] == cped.MUJOCO

@@ -723,7 +723,7 @@ def test_a_files_own_preset_is_chosen_without_reading_its_arrays(dataset, monkey
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (dict(preset="gpu", quick=True), "--preset gpu: unknown; one of cpu, published, hopper-medium-v2"),
+        (dict(preset="gpu", quick=True), "--preset gpu: unknown; one of cpu, ours, published, hopper-medium-v2"),
         (dict(preset="cpu", quick=True), "leave --preset out"),
         (dict(), "--dataset: name a file that udg_select.py wrote, or try --quick"),
         (dict(dataset="none.npz"), "none.npz: .* does not exist"),
