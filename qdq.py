@@ -10,8 +10,8 @@ Algorithm  (1) data set: q = sum_m gamma^m r over a window of T steps, started a
            (2) teacher:  a denoiser D(x_t, t | s, a) of x = q scaled to [-1, 1]
            (3) student:  a consistency model f(x_t, t | s, a), pulled at each level t to its target at the next one,
                          which a Heun step of D leads to
-           (4) H(s, a):  std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return (Eq. 6); or std over the means
-                         of several students; or over the critics' Q, for which (1) to (3) are left out
+           (4) H(s, a):  std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return (Eq. 6); or of the critics' Q,
+                         which needs none of (1) to (3)
            (5) target:   a' ~ target actor at s' with noise; U: rows whose H(s', a') is above the beta quantile;
                          Qm = min_i Qtar_i(s', a');  y = r + gamma (1 - terminal) V
                          product: V = Qm (alpha + (1 - alpha) w), w = 1/H in U, else beta             (Eq. 8)
@@ -26,38 +26,30 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [
            alpha share of the optimistic target | beta level of the quantile | mu tanh mean | B batch
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
 
-Deviations (published: the presets of D4RL's sets)
+Deviations (here: always; ours: by default, not in the published presets, those of D4RL's sets)
   D1  Eq. 5 counts m from the start of the episode, ends a window after k steps and drops the reward of a terminal
-      step; code: m from the start of the window, T steps, all rewards; here: the code's.
+      step; code and here: m from the start of the window, T steps, all rewards.
   D2  Code: T = 200, k = 10, for episodes of 1000 steps; here: T = length / 5, k = T / 20, on AntMaze the code's.
-  D3  Paper: 80k and 160k steps for teacher and student, stored models: 800k and 1.6M; here: the latter. --quick and
+  D3  Paper: 80k and 160k steps for teacher and student, stored models and here: 800k and 1.6M. --quick and
       --preset cpu have fewer steps, 18 levels and a target rate of 0.05.
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
-  D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n; here: a Gauss-Hermite sum over the scalar z,
-      --spread mc for the code's.
+  D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
   D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'), so that as many are flagged
-      whatever the policy does; here: the code's with product, by the quantile of the data's (s, a) with excess.
+      whatever the policy does; ours: by the quantile at the data's (s, a).
   D8  Eq. 8 is not what the code does on AntMaze; here: the code's three weights, --weight.
-  D9  product (paper, code) changes y by a percent, and raises it where 1/H > beta or Qm < 0; here: so in the
-      published presets, elsewhere excess, which has H's unit, and bites by --kappa.
-  D10 Paper: constant rate of the actor; code: cosine over num_updates counted in actor steps, which ends half
-      way; here: the code's.
-  D11 Code: raw states and rewards, raw Q beside the likelihood; here: so in the published presets, elsewhere
-      standardised states (--normalize), rewards over their root mean square (--scale-rewards), and Q over its mean
-      magnitude (--q-norm), so that gamma_ent and kappa have no unit.
+  D9  product (paper, code) changes y by a percent, and raises it where 1/H > beta or Qm < 0; ours: excess.
+  D10 Paper: constant rate of the actor; code and here: a cosine over num_updates actor steps, which ends half way.
+  D11 Code: raw states, rewards and Q; ours: standardised states (--normalize), rewards over their root mean square
+      (--scale-rewards), Q over its mean magnitude (--q-norm), so that gamma_ent and kappa have no unit.
   D12 Code: one student for the policies of all seeds; here: one each, --student to share one.
-  D13 Paper, code: Q and likelihood from the start; here: so in the published presets, elsewhere the actor clones
-      for the first tenth of the updates (--q-from), because the likelihood does not hold it while its std is wide.
+  D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's likelihood does not hold.
   D14 Code: rows of a batch without replacement; here: with.
-  D15 Paper and code differ in alpha, in beta and gamma_ent of some sets, and in layers and loss of AntMaze's actor
-      (Eq. 9 in the paper, advantage-weighted in the code); here: the code's, PUBLISHED.
-  D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; here: so in the published presets,
-      elsewhere a' is around its mean (--sample-target).
-  D17 Code: teacher and student see all episodes; here: so in the published presets, elsewhere --holdout keeps some
-      to judge them by.
-  D18 Paper, code: H of one student, which is no wider off the data than on it; here: so in the published presets
-      and --quick, elsewhere the spread of four critics with LayerNorm (--uncertainty; docs/qdq.md).
+  D15 Paper and code differ in alpha, beta, gamma_ent, AntMaze's layers and actor loss; here: the code's, PUBLISHED.
+  D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; ours: around its mean (--sample-target).
+  D17 Code: teacher and student see all episodes; ours: --holdout keeps some to judge them by.
+  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm,
+      but for --quick, which shows all phases.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
            (docs/policy.md), q_model.npz, log.jsonl, state.npz of the phases, learning_curve.png, training.png
@@ -72,7 +64,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -126,11 +117,8 @@ class Args(runner.Flags):
     student: str = ""
     """q_model.npz of an earlier run on this data: its one student for all seeds, or one each; none is trained (D12)"""
     # --- uncertainty ---
-    uncertainty: Literal["consistency", "students", "critics"] = "consistency"
-    """H: std of a student's returns (paper, code); of the means of several students; of the critics' Q, which needs no
-    student (ours, D18)"""
-    num_students: runner.Count = 4
-    """students of --uncertainty students"""
+    uncertainty: Literal["consistency", "critics"] = "consistency"
+    """H: std of the student's returns (paper, code), or of the critics' Q, which needs no student (ours, D18)"""
     spread: Literal["gh", "mc"] = "gh"
     """std of a student's returns: gh: Gauss-Hermite sum over its noise; mc: samples, as the code (D6)"""
     nodes: runner.Count = 8
@@ -240,9 +228,8 @@ TRAINING = (  # panels of training.png
     ({"student/error": "error", "student/error_held": "error, held-out episodes", "student/spread": "spread H"},
      "student on windows, mean over seeds", "root mean square", "linear"),
     ("train/q", "critics on the data", "mean Q", "linear"),
-    ({f"h/{name}": name.replace("_", " ") for name in PROBES}, "H, mean over seeds", "median", "linear"),
-    ({f"h/flagged_{name}": name.replace("_", " ") for name in PROBES},
-     "H above the data's beta quantile", "share", "linear"),
+    ({f"h/{x}": x for x in PROBES}, "H, mean over seeds", "median", "linear"),
+    ({f"h/flagged_{x}": x for x in PROBES}, "H above the data's beta quantile", "share", "linear"),
     ("train/log_p", "the data's actions", "log N(a; mu, std)", "linear"),
 )  # fmt: skip
 QUICK = SHORT | {
@@ -427,6 +414,11 @@ def consistency(net, c, x, t, args, end=T_MIN):
     return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
 
 
+def q_models(net, entries, args):
+    """The students [S] of all seeds, with the range of D_Q."""
+    return QModel(net, jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high))
+
+
 def denoiser(net, c, x, t, args):
     """D(x, t | c): the mean of x_0 given x at level t."""
     return consistency(net, c, x, t, args, end=0.0)
@@ -490,13 +482,10 @@ def q_values(critic, observations, actions, args):
 
 
 def uncertainty(model, critic, observations, actions, key, args):
-    """Line (4): H(s, a) [..] of a student's returns, or of the opinions of several students or of the critics."""
+    """Line (4): H(s, a) [..], of the student's returns or the critics' Q."""
     if args.uncertainty == "critics":  # D18
         return q_values(critic, observations, actions, args).std(0)
-    c = jnp.concatenate([observations, actions], -1)
-    if args.uncertainty == "students":  # D18
-        return jax.vmap(lambda one: q_moments(one, c, key, args)[0])(model).std(0)
-    return q_moments(model, c, key, args)[1]
+    return q_moments(model, jnp.concatenate([observations, actions], -1), key, args)[1]
 
 
 class QdqActor(nn.Module):
@@ -614,12 +603,10 @@ def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args
     actions = next_actions(target_actor, batch.next_observations, key_action, args)
     h_of = lambda s, a: uncertainty(model, target_critic, s, a, key_h, args)
     h = h_of(batch.next_observations, actions)
-    reference = h if args.penalty == "product" else h_of(batch.observations, batch.actions)
-    level = jnp.quantile(reference, args.beta)  # D7
+    level = jnp.quantile(h if args.penalty == "product" else h_of(batch.observations, batch.actions), args.beta)  # D7
     next_q = q_values(target_critic, batch.next_observations, actions, args).min(0)
     y, metrics = mixed_target(batch, next_q, h, level, args)
     q = q_values(critic, batch.observations, batch.actions, args)
-    chex.assert_equal_shape([q[0], y])
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
     return loss, metrics | {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
 
@@ -668,15 +655,8 @@ def qdq_actor_loss(actor, target_actor, critic, with_q, batch, key, args):
 # === update ===
 
 
-class Teacher(NamedTuple):
-    """Parameters of D and their Adam state, of one seed or of several with a leading axis; so the two below."""
-
-    net: Any
-    opt: Any
-
-
-class Student(NamedTuple):
-    """Parameters of f, its target's, and their RAdam state."""
+class ModelNets(NamedTuple):
+    """Parameters of D or f, those of f's target, and their optimiser's state."""
 
     net: Any
     target: Any
@@ -708,7 +688,7 @@ def teacher_update(teacher, entries, step, key, args):
     """Line (2): one Adam step -> teacher, metrics."""
     loss, grads = jax.value_and_grad(teacher_loss)(teacher.net, entries, key, args)
     change, opt = qdq_optimisers(args)[0].update(grads, teacher.opt)
-    return Teacher(optax.apply_updates(teacher.net, change), opt), {"teacher/loss": loss}
+    return ModelNets(optax.apply_updates(teacher.net, change), None, opt), {"teacher/loss": loss}
 
 
 def student_update(student, teacher, entries, step, key, args):
@@ -717,7 +697,7 @@ def student_update(student, teacher, entries, step, key, args):
     change, opt = qdq_optimisers(args)[1].update(grads, student.opt)
     net = optax.apply_updates(student.net, change)
     tau = jnp.where(step % TAU_EVERY == 0, args.student_tau, 0.0)
-    return Student(net, polyak(student.target, net, tau), opt), {"student/loss": loss}
+    return ModelNets(net, polyak(student.target, net, tau), opt), {"student/loss": loss}
 
 
 def critic_update(nets, model, batch, key, args):
@@ -761,22 +741,27 @@ def qdq_update(nets, model, data, step, key, args):
 
 
 def h_metrics(model, nets, data, args):
-    """H and the share above the data's beta quantile at PROBES -> metrics, the flagged rows of the data [n].
-
-    PROBES: (s, a) of 1024 rows, the same for all seeds; an action near the row's (noise of 0.2); a uniform one; the
-    state moved by noise of 3 standard deviations; the policy's action.
+    """H and the share above the data's beta quantile at PROBES: 1024 rows, the same for all seeds; an action near the
+    row's (noise 0.2); a uniform one; the state moved by 3 stds of noise; the policy's action. And the share of the
+    rows flagged that the next seed flags as well -> metrics [S]
     """
     key_rows, key_near, key_far, key_state, key_h = jax.random.split(jax.random.key(0), 5)
     s, a, *_ = sample_batch(data, key_rows, 1024)
     near = jnp.clip(a + 0.2 * jax.random.normal(key_near, a.shape), -1.0, 1.0)
     far = jax.random.uniform(key_far, a.shape, minval=-1.0)
     moved = s + 3.0 * s.std(0) * jax.random.normal(key_state, s.shape)
-    states, actions = jnp.stack([s, s, s, moved, s]), jnp.stack([a, near, far, a, policy(nets.actor, s, args)[0]])
-    h = uncertainty(model, nets.critic, states, actions, key_h, args)
-    flagged = h > jnp.quantile(h[0], args.beta)
-    metrics = {f"h/{name}": x for name, x in zip(PROBES, jnp.median(h, -1), strict=True)}
-    metrics |= {f"h/flagged_{name}": x for name, x in zip(PROBES, flagged.mean(-1), strict=True)}
-    return metrics, flagged[0]
+
+    def of_seed(own):
+        model, nets = own
+        actions = jnp.stack([a, near, far, a, policy(nets.actor, s, args)[0]])
+        h = uncertainty(model, nets.critic, jnp.stack([s, s, s, moved, s]), actions, key_h, args)
+        return jnp.median(h, -1), h > jnp.quantile(h[0], args.beta)
+
+    h, flagged = runner.map_seeds(of_seed, (model, nets), args)
+    metrics = {f"h/{name}": h[:, i] for i, name in enumerate(PROBES)}
+    metrics |= {f"h/flagged_{name}": flagged[:, i].mean(-1) for i, name in enumerate(PROBES)}
+    both = flagged[:, 0] & jnp.roll(flagged[:, 0], -1, 0)
+    return metrics | ({"h/overlap": both.sum(1) / flagged[:, 0].sum(1)} if args.num_seeds > 1 else {})
 
 
 def fit_metrics(model, entries, held, key, args):
@@ -799,7 +784,7 @@ class State(NamedTuple):
 
     key: jax.Array
     num_updates: jax.Array  # of this phase
-    nets: Any  # Teacher, Student or QdqNets
+    nets: Any  # ModelNets or QdqNets
 
 
 class Phase(NamedTuple):
@@ -816,11 +801,11 @@ def make_train(args, num_obs, num_actions):
     def teacher_init(key):
         key, key_net = jax.random.split(key)
         net = q_net(args).init(key_net, jnp.zeros(num_obs + num_actions), *jnp.ones(2))
-        return State(key, jnp.int32(0), Teacher(net, teacher_adam.init(net)))
+        return State(key, jnp.int32(0), ModelNets(net, None, teacher_adam.init(net)))
 
     def student_init(key, teacher):
         copies = jax.tree.map(jnp.copy, (teacher, teacher))  # the chunk overwrites them, not the teacher  # D5
-        return State(key, jnp.int32(0), Student(*copies, student_radam.init(teacher)))
+        return State(key, jnp.int32(0), ModelNets(*copies, student_radam.init(teacher)))
 
     def policy_init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
@@ -876,8 +861,6 @@ def check_args(args):
         "--nodes must be 2 or more": args.nodes >= 2,
         "--num-levels must be 3 or more": args.num_levels >= 3,
         "--uncertainty critics needs --num-critics 2 or more": args.uncertainty != "critics" or args.num_critics > 1,
-        "--uncertainty students needs --num-students 2 or more":
-            args.uncertainty != "students" or args.num_students > 1,
         "--student: --uncertainty critics needs none": args.uncertainty != "critics" or not args.student,
     })  # fmt: skip
 
@@ -910,13 +893,6 @@ def load_q_model(path, like, identity):
     return jax.tree_util.tree_map_with_path(restore, like)
 
 
-def q_models(net, entries, args):
-    """The students [S], or [S, K] of --uncertainty students, with the range of D_Q."""
-    shape = (args.num_seeds, args.num_students) if args.uncertainty == "students" else (args.num_seeds,)
-    net = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), net)
-    return QModel(net, jnp.full(shape, entries.low), jnp.full(shape, entries.high))
-
-
 def learn_model(run, teacher, student, keys, entries, held):
     """Lines (2), (3): the teachers, then the students of all seeds -> QModel."""
     args = run.args
@@ -924,23 +900,22 @@ def learn_model(run, teacher, student, keys, entries, held):
     second = jax.eval_shape(student.init, keys[1], first.nets.net)
     teach = run.compile(teacher.chunk, first, entries)
     distil = run.compile(student.chunk, second, first.nets.net, entries)
-    by_seed = lambda metrics: {k: x.reshape(args.num_seeds, -1).mean(1) for k, x in metrics.items()}
-    one = lambda x: fit_metrics(QModel(x[0], entries.low, entries.high), entries, held, x[1], args)
-    judge = jax.jit(lambda net: runner.map_seeds(one, (net, keys[2]), args))
+    one = lambda own: fit_metrics(own[0], entries, held, own[1], args)
+    judge = jax.jit(lambda net: runner.map_seeds(one, (q_models(net, entries, args), keys[2]), args))
 
-    def train(name, total, init, chunk, inputs, measure):
-        """All steps of a phase, `init` and `inputs` its arguments -> its nets."""
+    def train(name, total, init, chunk, given, measure):
+        """All steps of a phase -> its nets."""
         state = run.restore(*init, phase=name)
         for step in run.chunks(f"{name} step", total, state.num_updates):
-            state, metrics = chunk(state, *inputs)
+            state, metrics = chunk(state, *given, entries)
             run.progress(step, metrics, (f"{name}/loss",))
             if run.due(step):
-                run.log(step, by_seed(metrics | measure(state.nets.net)))
+                run.log(step, metrics | measure(state.nets.net))
             run.save(state)
         return state.nets.net
 
-    net = train("teacher", args.teacher_updates, (teacher.init, keys[0]), teach, (entries,), lambda net: {})
-    net = train("student", args.student_updates, (student.init, keys[1], net), distil, (net, entries), judge)
+    net = train("teacher", args.teacher_updates, (teacher.init, keys[0]), teach, (), lambda net: {})
+    net = train("student", args.student_updates, (student.init, keys[1], net), distil, (net,), judge)
     return q_models(net, entries, args)
 
 
@@ -957,29 +932,19 @@ def main(args):
     model, belongs, given = None, {}, {}
     if args.uncertainty != "critics":
         entries, held = q_entries(buffer, data, args)
-        belongs, model_keys = student_identity(args, buffer), (*keys[:2], eval_keys)
-        if args.uncertainty == "students":
-            each = jax.vmap(lambda key: jax.random.split(key, args.num_students))
-            model_keys = [each(key).reshape(-1) for key in model_keys]
-        net = jax.eval_shape(teacher.init, model_keys[0]).nets.net
-        model = jax.eval_shape(lambda net: q_models(net, entries, args), net)  # shapes, until it is learnt
+        belongs = student_identity(args, buffer)
+        model = q_models(jax.eval_shape(teacher.init, keys[0]).nets.net, entries, args)  # shapes, until it is learnt
         if args.student:
             model = load_q_model(args.student, model, belongs)
             weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(model)])
             given = {"student": envs.buffers.sha256(weights)}  # what a resumed run must find, wherever its file lies
+    judge = jax.jit(lambda *trees: h_metrics(*trees, args))
 
-    def judge(model, nets, data):
-        """Metrics of H [S], and of each seed the share of its flagged rows that the next one flags, too."""
-        metrics, flagged = runner.map_seeds(lambda own: h_metrics(*own, data, args), (model, nets), args)
-        both = flagged & jnp.roll(flagged, -1, 0)
-        return metrics | ({"h/overlap": both.sum(1) / flagged.sum(1)} if args.num_seeds > 1 else {})
-
-    judge = jax.jit(judge)
     with runner.Run("qdq", args, task, buffer, **given) as run:
         train_chunk = run.compile(agent.chunk, jax.eval_shape(agent.init, keys[2]), model, data)
         if args.uncertainty != "critics":
             if not args.student:
-                model = learn_model(run, teacher, student, model_keys, entries, held)  # lines (2), (3)
+                model = learn_model(run, teacher, student, (*keys[:2], eval_keys), entries, held)  # lines (2), (3)
             run.write_policy("q_consistency", model, "q_model.npz", **belongs)
         state = run.restore(agent.init, keys[2])
         for step in run.chunks("update", args.num_updates, state.num_updates):

@@ -43,7 +43,7 @@ paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: f
 }
 
 published() { # the paper's settings on a D4RL set of the same name, converted to docs/buffer.md
-    python qdq.py --dataset data/halfcheetah-medium-v2.npz --num-seeds 5 --uncertainty mc
+    python qdq.py --dataset data/halfcheetah-medium-v2.npz --num-seeds 5 --spread mc
 }
 
 for part in "${@:-point}"; do $part; done

@@ -37,13 +37,10 @@ def load_run(folder):
     entries, _ = qdq.q_entries(buffer, data, args)
     teacher = qdq.make_train(args, task.observation_size, task.action_size)[0]
     net = jax.eval_shape(teacher.init, runner.seed_keys(args)).nets.net
-    number, place = jax.ShapeDtypeStruct((args.num_seeds,), jnp.float32), 0
-    if args.uncertainty == "students":  # the first of a seed's
-        wider = lambda x: jax.ShapeDtypeStruct((args.num_seeds, args.num_students, *x.shape[1:]), x.dtype)
-        (net, number), place = jax.tree.map(wider, (net, number)), (0, 0)
+    number = jax.ShapeDtypeStruct((args.num_seeds,), jnp.float32)
     arrays, _ = runner.read_npz(folder / "q_model.npz", "metadata_json")
     model = runner.fill(qdq.QModel(net, number, number), arrays, folder / "q_model.npz")
-    return args, data, entries, jax.tree.map(lambda x: x[place], model)
+    return args, data, entries, jax.tree.map(lambda x: x[0], model)
 
 
 def row_distances(c, rows):

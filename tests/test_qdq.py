@@ -188,6 +188,15 @@ def test_network_golden():
         close(D.noise_levels(18), g["karras_18"], 1e-12)
 
 
+def test_group_size():
+    """A width: LayerNorm; 0: no norm in the network."""
+    x = np.random.default_rng(0).normal(3.0, 2.0, (5, 16))
+    found = D.GroupNorm(16).apply(D.GroupNorm(16).init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(found, (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True), atol=1e-4)
+    names = fresh_net(tiny(group_size=0), 5)["params"]
+    assert not any("Norm" in name for name in names) and any("Norm" in x for x in fresh_net(tiny(), 5)["params"])
+
+
 def test_heun_step_golden():
     g = golden("consistency")
     var, mu = g["ode_var"], g["ode_mu"]
@@ -414,25 +423,19 @@ def test_critic_loss_is_the_equation(sample_target):
     assert 1 <= np.sum(h > np.quantile(h, 0.9)) <= 4 and np.std(h) > 0
 
 
-@pytest.mark.parametrize("kind", ["critics", "students", "consistency"])
+@pytest.mark.parametrize("kind", ["critics", "consistency"])
 def test_excess_is_that_of_opinions_over_those_on_the_data(kind):
-    """H at (s', a') and, for the level, at (s, a): std over critics, over the students' means, of one's returns."""
+    """H at (s', a') and, for the level, at (s, a): std over the critics, of the student's returns."""
     args, nets, model, batch = small_world()
     args = dataclasses.replace(args, uncertainty=kind, penalty="excess", kappa=3.0, target_noise=0.0, beta=0.6)
-    others = fresh_net(args, 5, seed=2)
-    two = jax.tree.map(lambda *x: jnp.stack(x), model, model._replace(net=others))
-    given = {"critics": None, "students": two, "consistency": model}[kind]
+    given = None if kind == "critics" else model
     targets = nets.target_critic, nets.target_actor
     _, metrics = critic_loss(nets.critic, *targets, given, batch, jax.random.key(7), args)
 
     def h_of(s, a):
         if kind == "critics":
             return numpy_critics(nets.target_critic, s, a).std(0)
-        c = jnp.float32(np.concatenate([s, a], -1))
-        means, spread = zip(
-            *(D.q_moments(model._replace(net=x), c, None, args) for x in (model.net, others)), strict=True
-        )
-        return np.std(means, 0) if kind == "students" else np.asarray(spread[0])
+        return np.asarray(D.q_moments(model, jnp.float32(np.concatenate([s, a], -1)), None, args)[1])
 
     actions = numpy_actor(nets.target_actor, batch.next_observations)
     h = h_of(batch.next_observations, actions)
@@ -711,7 +714,6 @@ OTHERS = {
     "awr": dict(actor_loss="awr", weight="antmaze", layer_norm=True),
     "diverse": dict(weight="antmaze-diverse", spread="mc", num_samples=4, sample_target=True, policy_delay=1),
     "critics": dict(student="", uncertainty="critics", num_critics=3, penalty="excess", layer_norm=True),
-    "students": dict(student="", uncertainty="students", num_students=2, penalty="excess", group_size=0),
 }
 
 
@@ -745,7 +747,6 @@ def test_learns_on_the_point_robot(one_student, dataset, tmp_path, optimised):
         (dict(num_levels=2), "--num-levels"),
         (dict(student_tau=0.0), "--student-tau must"),
         (dict(uncertainty="critics", num_critics=1), "--num-critics 2"),
-        (dict(uncertainty="students", num_students=1), "--num-students 2"),
         (dict(uncertainty="critics", student="x"), "needs none"),
         (dict(window=90), r"D_Q has \d+ entries of 5000"),
     ],
