@@ -305,8 +305,9 @@ def unscaled(x, low, high):
 
 
 def reward_scale(rewards):
-    """What rewards are multiplied with, so that their root mean square is 1; they stay 0 where all are."""
-    return 1.0 / max(float(np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))), 1e-30)
+    """1 / the rewards' root mean square."""
+    size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
+    return np.float32(1 / max(size, np.finfo(np.float32).tiny))
 
 
 def qdq_data(buffer, args):
@@ -322,7 +323,7 @@ def qdq_data(buffer, args):
         observations=(s - mean) / std,
         actions=np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5),
         next_observations=(rows.next_observations - mean) / std,
-        rewards=rewards * np.float32(reward_scale(rewards) if args.scale_rewards else 1.0),
+        rewards=rewards * (reward_scale(rewards) if args.scale_rewards else np.float32(1.0)),
     )
     return jax.tree.map(jnp.asarray, rows), (mean, std)
 
@@ -476,7 +477,7 @@ class QdqCritics(nn.Module):
         return jnp.stack(values)
 
 
-def q_values(critic, observations, actions, args):
+def critic_values(critic, observations, actions, args):
     """Q of every critic [C, ..]."""
     return QdqCritics(args.hidden_sizes, args.num_critics, args.layer_norm).apply(critic, observations, actions)
 
@@ -484,7 +485,7 @@ def q_values(critic, observations, actions, args):
 def uncertainty(model, critic, observations, actions, key, args):
     """Line (4): H(s, a) [..], of the student's returns or the critics' Q."""
     if args.uncertainty == "critics":  # D18
-        return q_values(critic, observations, actions, args).std(0)
+        return critic_values(critic, observations, actions, args).std(0)
     return q_moments(model, jnp.concatenate([observations, actions], -1), key, args)[1]
 
 
@@ -604,9 +605,9 @@ def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args
     h_of = lambda s, a: uncertainty(model, target_critic, s, a, key_h, args)
     h = h_of(batch.next_observations, actions)
     level = jnp.quantile(h if args.penalty == "product" else h_of(batch.observations, batch.actions), args.beta)  # D7
-    next_q = q_values(target_critic, batch.next_observations, actions, args).min(0)
+    next_q = critic_values(target_critic, batch.next_observations, actions, args).min(0)
     y, metrics = mixed_target(batch, next_q, h, level, args)
-    q = q_values(critic, batch.observations, batch.actions, args)
+    q = critic_values(critic, batch.observations, batch.actions, args)
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
     return loss, metrics | {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
 
@@ -635,7 +636,7 @@ def awr_loss(q, value, log_p, args):
 
 def qdq_actor_loss(actor, target_actor, critic, with_q, batch, key, args):
     """Line (7), with Q(s, mu(s)) or by advantages (--actor-loss) -> scalar, metrics."""
-    q_of = lambda s, a: q_values(critic, s, a, args).min(0)
+    q_of = lambda s, a: critic_values(critic, s, a, args).min(0)
     mean, log_std = policy(actor, batch.observations, args)
     log_p = log_likelihood(batch.actions, mean, log_std)
     if args.actor_loss == "awr":
