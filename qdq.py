@@ -117,7 +117,7 @@ class Args(runner.Flags):
     student: str = ""
     """q_model.npz of an earlier run on this data: its one student for all seeds, or one each; none is trained (D12)"""
     # --- uncertainty ---
-    uncertainty: Literal["consistency", "critics"] = "consistency"
+    uncertainty: Literal["consistency", "critics"] = "critics"
     """H: std of the student's returns (paper, code), or of the critics' Q, which needs no student (ours, D18)"""
     spread: Literal["gh", "mc"] = "gh"
     """std of a student's returns: gh: Gauss-Hermite sum over its noise; mc: samples, as the code (D6)"""
@@ -125,7 +125,7 @@ class Args(runner.Flags):
     """nodes of the sum (ours: 8 are within 5 % of the exact std)"""
     num_samples: runner.Count = 50
     """samples of mc (code: 50)"""
-    penalty: Literal["product", "excess"] = "product"
+    penalty: Literal["product", "excess"] = "excess"
     """y = r + gamma Qm (alpha + (1 - alpha) w) (paper, code), or r + gamma (Qm - kappa max(H - level, 0)) (ours, D9)"""
     kappa: runner.Rate = 1.0
     """kappa of excess, whose level is the beta quantile of H at the data's (s, a)"""
@@ -152,10 +152,10 @@ class Args(runner.Flags):
     """divide rewards by their root mean square: any unit will do; Q and H are logged in that unit (ours, D11)"""
     hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of actor and critics (code: 3 x 256, AntMaze 2 x 256)"""
-    num_critics: runner.Count = 2
-    """critics, of which the least counts (code: 2)"""
-    layer_norm: bool = False
-    """LayerNorm in the critics (code: antmaze-large)"""
+    num_critics: runner.Count = 4
+    """critics, of which the least counts (code: 2; D18)"""
+    layer_norm: bool = True
+    """LayerNorm in the critics (code: antmaze-large; D18)"""
     batch_size: runner.Count = 256
     """B: rows per update (code: 256)"""
     actor_lr: runner.Rate = 3e-4
@@ -183,9 +183,9 @@ FOURIER, TIME_WIDTH = 8, 32  # frequencies of the time embedding, and its width 
 TAU_EVERY = 5  # steps of the student per step of its target (code)
 LOG_STD = -5.0, 2.0  # clip of the actor's free log std (code)
 TEMPERATURE, VALUE_SAMPLES = 6.0, 30  # of awr: factor of the advantage, actions for V(s) (code)
-GENERAL = {  # published
-    "uncertainty": "consistency", "penalty": "product", "holdout": 0.0, "num_critics": 2, "layer_norm": False,
-    "scale_rewards": False, "normalize": False, "q_norm": False, "q_from": 0.0,
+PAPER = {"uncertainty": "consistency", "penalty": "product", "num_critics": 2, "layer_norm": False}
+GENERAL = PAPER | {  # published
+    "holdout": 0.0, "scale_rewards": False, "normalize": False, "q_norm": False, "q_from": 0.0,
 }  # fmt: skip
 MUJOCO = {  # beta, gamma_ent                                                                    # D15
     "halfcheetah-medium-v2": (0.9, 0.0), "halfcheetah-medium-replay-v2": (0.9, 0.1),
@@ -232,7 +232,7 @@ TRAINING = (  # panels of training.png
     ({f"h/flagged_{x}": x for x in PROBES}, "H above the data's beta quantile", "share", "linear"),
     ("train/log_p", "the data's actions", "log N(a; mu, std)", "linear"),
 )  # fmt: skip
-QUICK = SHORT | {
+QUICK = SHORT | PAPER | {  # all phases
     "teacher_updates": 4_000, "student_updates": 4_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000,
     "model_hidden_sizes": (64, 64), "hidden_sizes": (64, 64), "actor_lr": 1e-3, "critic_lr": 1e-3, "batch_size": 128,
     "teacher_lr": 1e-3, "student_lr": 1e-3, "gamma_ent": 0.1,
@@ -862,7 +862,7 @@ def check_args(args):
         "--nodes must be 2 or more": args.nodes >= 2,
         "--num-levels must be 3 or more": args.num_levels >= 3,
         "--uncertainty critics needs --num-critics 2 or more": args.uncertainty != "critics" or args.num_critics > 1,
-        "--student: --uncertainty critics needs none": args.uncertainty != "critics" or not args.student,
+        "--student goes with --uncertainty consistency alone": args.uncertainty != "critics" or not args.student,
     })  # fmt: skip
 
 

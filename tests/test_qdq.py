@@ -747,7 +747,7 @@ def test_learns_on_the_point_robot(one_student, dataset, tmp_path, optimised):
         (dict(num_levels=2), "--num-levels"),
         (dict(student_tau=0.0), "--student-tau must"),
         (dict(uncertainty="critics", num_critics=1), "--num-critics 2"),
-        (dict(uncertainty="critics", student="x"), "needs none"),
+        (dict(uncertainty="critics", student="x"), "--student goes with"),
         (dict(window=90), r"D_Q has \d+ entries of 5000"),
     ],
 )
