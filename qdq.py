@@ -127,7 +127,7 @@ class Args(runner.Flags):
     """samples of mc (code: 50)"""
     penalty: Literal["product", "excess"] = "excess"
     """y = r + gamma Qm (alpha + (1 - alpha) w) (paper, code), or r + gamma (Qm - kappa max(H - level, 0)) (ours, D9)"""
-    kappa: runner.Rate = 1.0
+    kappa: runner.Rate = 4.0
     """kappa of excess, whose level is the beta quantile of H at the data's (s, a)"""
     alpha: runner.Share = 0.992
     """alpha: share of the optimistic target (code: 0.992 MuJoCo, 0.99 AntMaze; paper: 0.95 to 0.99; D15)"""

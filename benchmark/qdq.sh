@@ -19,12 +19,25 @@ probes() { # H on and off the data, two seeds of the point robot (docs/qdq.md)
     done
 }
 
-hopper() { # what docs/qdq.md compares; python benchmark/suite.py --sets hopper-medium-replay makes the data
+small() { # small networks, one seed: returns and H of docs/qdq.md; python benchmark/suite.py makes the hopper's data
+    run="python qdq.py --num-updates 5000 --chunk 500 --eval-every 1000 --eval-episodes 5 --hidden-sizes 128 128"
+    run="$run --batch-size 128 --actor-lr 1e-3 --critic-lr 1e-3 --uncertainty critics --penalty excess"
+    hopper="$run --dataset data/hopper-medium-replay.npz"
+    out=runs/qdq/hopper-medium-replay/small
+    $hopper --num-critics 2 --kappa 0 --no-layer-norm --out $out-k0
+    $hopper --num-critics 2 --kappa 0 --layer-norm --out $out-k0-ln
+    for kappa in 1 4; do $hopper --num-critics 4 --kappa $kappa --layer-norm --out $out-k$kappa-ln; done
+    $hopper --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out $out-k4-ln-g05
+    $hopper --num-critics 4 --kappa 0 --layer-norm --gamma-ent 0.005 --out $out-k0-ln-g005
+    run="$run --dataset runs/udg_select/ant-angle-60/top1-size50000.npz"
+    $run --num-critics 2 --kappa 0 --no-layer-norm --out $runs/small-k0
+    $run --num-critics 4 --kappa 4 --layer-norm --out $runs/small-k4-ln
+}
+
+hopper() { # larger networks
     run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500"
-    critics="--uncertainty critics --penalty excess"
-    $run $critics --num-critics 2 --kappa 0 --no-layer-norm --out runs/qdq/hopper/k0
-    $run $critics --num-critics 4 --kappa 4 --layer-norm --out runs/qdq/hopper/k4-ln
-    $run $critics --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out runs/qdq/hopper/k4-ln-g05
+    $run --num-critics 2 --kappa 0 --no-layer-norm --out runs/qdq/hopper-medium-replay/k0
+    $run --num-critics 4 --kappa 4 --layer-norm --out runs/qdq/hopper-medium-replay/k4-ln
 }
 
 point() { # three seeds on the point robot, minutes
