@@ -28,7 +28,10 @@ small() { # small networks, one seed: returns and H of docs/qdq.md; python bench
     $hopper --num-critics 2 --kappa 0 --layer-norm --out $out-k0-ln
     for kappa in 1 4; do $hopper --num-critics 4 --kappa $kappa --layer-norm --out $out-k$kappa-ln; done
     $hopper --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out $out-k4-ln-g05
-    $hopper --num-critics 4 --kappa 0 --layer-norm --gamma-ent 0.005 --out $out-k0-ln-g005
+    $hopper --num-critics 2 --kappa 0 --layer-norm --gamma-ent 0.05 --out $out-k0-ln-g05
+    for kappa in 0 4; do
+        $hopper --num-critics 4 --kappa $kappa --layer-norm --gamma-ent 0.005 --out $out-k$kappa-ln-g005
+    done
     run="$run --dataset runs/udg_select/ant-angle-60/top1-size50000.npz"
     $run --num-critics 2 --kappa 0 --no-layer-norm --out $runs/small-k0
     $run --num-critics 4 --kappa 4 --layer-norm --out $runs/small-k4-ln
