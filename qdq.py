@@ -1,73 +1,69 @@
-"""QDQ: learn how the return is distributed given (s, a), and bootstrap a little less where that distribution is wide.
+"""QDQ: learn how sure a value is at the next step, and bootstrap less where it is not.
 
 Paper      Q-Distribution guided Q-learning for offline reinforcement learning: Uncertainty penalized Q-value
            via consistency model (Zhang et al., NeurIPS 2024), arXiv 2410.20312; equation numbers are the paper's.
            "Code" below: the authors' repository at the last commit that still had all its parts.
-Idea       Far from the data a critic's value is a guess, and the return distribution should be wide there too; H is
-           its std. The rows of a batch with the widest H at (s', a') bootstrap a little less than the others.
+Idea       Far from the data a critic's value is a guess. H measures how unsure it is: in the paper by the spread of
+           the return, which a generative model learns; by default by how far several critics disagree.
 
 Algorithm  (1) data set: q = sum_m gamma^m r over a window of T steps, started at every k-th step     (Eq. 5)
            (2) teacher:  a denoiser D(x_t, t | s, a) of x = q scaled to [-1, 1]
            (3) student:  a consistency model f(x_t, t | s, a), pulled at each level t to its target at the next one,
                          which a Heun step of D leads to
-           (4) spread:   H(s, a) = std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return         (Eq. 6)
-           (5) target:   a' ~ target actor at s' with noise; U: the rows of the batch with H(s', a') above
-                         its beta quantile; w = 1/H in U, else beta                                (Eq. 8)
-                         y = r + gamma (1 - terminal) Qm (alpha + (1 - alpha) w),  Qm = min_i Qtar_i(s', a')
+           (4) H(s, a):  std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return (Eq. 6); or of the critics' Q,
+                         which needs none of (1) to (3)
+           (5) target:   a' ~ target actor at s' with noise; U: rows whose H(s', a') is above the beta quantile;
+                         Qm = min_i Qtar_i(s', a');  y = r + gamma (1 - terminal) V
+                         product: V = Qm (alpha + (1 - alpha) w), w = 1/H in U, else beta             (Eq. 8)
+                         excess:  V = Qm - kappa (H - quantile) in U, else Qm; quantile of H at the data's (s, a)
            (6) critics:  a step on sum_i <(Q_i(s, a) - y)^2>; of two, the first also does (7)
            (7) Polyak average of the critics; a step of the actor on -<min_i Q_i(s, mu(s))>
                - gamma_ent <log N(a; mu(s), std)> with the new critics (Eq. 9); Polyak average of the actor
 
 Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [.., C] | q windowed returns
            x scaled q | t noise level, s_ the next lower one | z normal noise | F raw output of a network
-           D teacher | f student | H, h spread [B] | w weight [B] | U flagged rows, `ood` | y targets [B]
+           D teacher | f student | H, h uncertainty [B] | w weight [B] | U flagged rows, `ood` | y targets [B]
            alpha share of the optimistic target | beta level of the quantile | mu tanh mean | B batch
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
 
-Deviations
+Deviations (here: always; ours: by default, not in the published presets, those of D4RL's sets)
   D1  Eq. 5 counts m from the start of the episode, ends a window after k steps and drops the reward of a terminal
-      step; code: m from the start of the window, T steps, all rewards; here: the code's.
+      step; code and here: m from the start of the window, T steps, all rewards.
   D2  Code: T = 200, k = 10, for episodes of 1000 steps; here: T = length / 5, k = T / 20, on AntMaze the code's.
-  D3  Paper: 80k and 160k steps for teacher and student, stored models: 800k and 1.6M; here: the latter. --quick and
+  D3  Paper: 80k and 160k steps for teacher and student, stored models and here: 800k and 1.6M. --quick and
       --preset cpu have fewer steps, 18 levels and a target rate of 0.05.
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
-  D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n; here: a Gauss-Hermite sum over the scalar z,
-      --uncertainty mc for the code's.
-  D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'); here: the code's.
+  D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
+  D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'), so that as many are flagged
+      whatever the policy does; ours: by the quantile at the data's (s, a).
   D8  Eq. 8 is not what the code does on AntMaze; here: the code's three weights, --weight.
-  D9  The penalty is a bonus where 1/H is above the weight of other rows, and, for w < 1, where Qm < 0 (paper, code);
-      here: the same in the published presets, elsewhere w is bounded (--w-max) and the value falls by a share of its
-      magnitude (--sign-aware).
-  D10 Paper: constant rate of the actor; code: cosine over num_updates counted in actor steps, which ends half
-      way; here: the code's.
-  D11 Code: raw states, raw Q beside the likelihood; here: so in the published presets, elsewhere standardised
-      states (--normalize) and Q over its mean magnitude (--q-norm), so that gamma_ent has no unit.
+  D9  product (paper, code) changes y by a percent, and raises it where 1/H > beta or Qm < 0; ours: excess.
+  D10 Paper: constant rate of the actor; code and here: a cosine over num_updates actor steps, which ends half way.
+  D11 Code: raw states, rewards and Q; ours: standardised states (--normalize), rewards over their root mean square
+      (--scale-rewards), Q over its mean magnitude (--q-norm), so that gamma_ent and kappa have no unit.
   D12 Code: one student for the policies of all seeds; here: one each, --student to share one.
-  D13 Paper, code: Q and likelihood from the start; here: so in the published presets, elsewhere the actor clones
-      for the first tenth of the updates (--q-from), because the likelihood does not hold it while its std is wide.
+  D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's likelihood does not hold.
   D14 Code: rows of a batch without replacement; here: with.
-  D15 Paper and code differ in alpha, in beta and gamma_ent of some sets, and in layers and loss of AntMaze's actor
-      (Eq. 9 in the paper, advantage-weighted in the code); here: the code's, PUBLISHED.
-  D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; here: so in the published presets,
-      elsewhere a' is around its mean (--sample-target).
+  D15 Paper and code differ in alpha, beta, gamma_ent, AntMaze's layers and actor loss; here: the code's, PUBLISHED.
+  D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; ours: around its mean (--sample-target).
+  D17 Code: teacher and student see all episodes; ours: --holdout keeps some to judge them by.
+  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm,
+      but for --quick, which shows all phases.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
-           (docs/policy.md), q_model.npz, log.jsonl, state.npz of the three phases, learning_curve.png, training.png
-Run        python qdq.py --quick                          (point robot, under 2 minutes on 2 cores)
+           (docs/policy.md), q_model.npz, log.jsonl, state.npz of the phases, learning_curve.png, training.png
+Run        python qdq.py --quick                          (point robot, all phases, under 2 minutes on 2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-           python benchmark/qdq_figures.py runs/qdq/ant-angle-60/seed0    (H and returns on and off the data)
-Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; ant-angle-60, top-1, 50k rows, seed 0, --preset cpu
-           with 20k steps of teacher and student: 667 in 1000 steps, mean of the last 5 (cloning 231), 52 minutes;
-           both on a CPU core that others shared; docs/qdq.md
+           python benchmark/qdq_figures.py RUN    (H and returns on and off the data, of a run with a student)
+Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; docs/qdq.md
 """
 
 import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -104,10 +100,12 @@ class Args(runner.Flags):
     """fewer windows than these in all are refused: nothing can be learnt from them (ours)"""
     model_hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of teacher and student (code: 3 x 256)"""
-    group_size: runner.Count = 8
-    """features that a GroupNorm normalises together (code: 32 groups of 8)"""
+    group_size: runner.Natural = 8
+    """features that their GroupNorm takes together (code: 8 of 256); a width: all of a layer; 0: no norm"""
     model_batch_size: runner.Count = 256
     """windows per step of teacher and student (code: 256)"""
+    holdout: runner.Share = 0.05
+    """share of the episodes that they do not see, to judge them by (ours, D17)"""
     teacher_lr: runner.Size = 5e-4
     """Adam rate of the teacher, falling to 0 by a cosine (code: 5e-4)"""
     student_lr: runner.Size = 4e-4
@@ -116,27 +114,27 @@ class Args(runner.Flags):
     """noise levels of the distillation (code: 1,000)"""
     student_tau: runner.Share = 0.005
     """Polyak rate of the student's target (code: 0.005)"""
-    student_tau_every: runner.Count = 5
-    """steps of the student per step of its target (code: 5)"""
     student: str = ""
     """q_model.npz of an earlier run on this data: its one student for all seeds, or one each; none is trained (D12)"""
     # --- uncertainty ---
-    uncertainty: Literal["gh", "mc"] = "gh"
-    """gh: Gauss-Hermite sum over the student's noise; mc: samples, as the code (D6)"""
+    uncertainty: Literal["consistency", "critics"] = "critics"
+    """H: std of the student's returns (paper, code), or of the critics' Q, which needs no student (ours, D18)"""
+    spread: Literal["gh", "mc"] = "gh"
+    """std of a student's returns: gh: Gauss-Hermite sum over its noise; mc: samples, as the code (D6)"""
     nodes: runner.Count = 8
     """nodes of the sum (ours: 8 are within 5 % of the exact std)"""
     num_samples: runner.Count = 50
     """samples of mc (code: 50)"""
+    penalty: Literal["product", "excess"] = "excess"
+    """y = r + gamma Qm (alpha + (1 - alpha) w) (paper, code), or r + gamma (Qm - kappa max(H - level, 0)) (ours, D9)"""
+    kappa: runner.Rate = 4.0
+    """kappa of excess, whose level is the beta quantile of H at the data's (s, a)"""
     alpha: runner.Share = 0.992
     """alpha: share of the optimistic target (code: 0.992 MuJoCo, 0.99 AntMaze; paper: 0.95 to 0.99; D15)"""
     beta: runner.Share = 0.9
     """beta: quantile above which a row is flagged, and weight of the others (code: 0.8 or 0.9 by dataset; D15)"""
     weight: Literal["mujoco", "antmaze", "antmaze-diverse"] = "mujoco"
     """w of flagged rows, of others: mujoco 1/H, beta; antmaze 1 + 0.1 (1 - 1/H), 1; antmaze-diverse 1/H, 1 (D8)"""
-    w_max: bool = True
-    """bound w by that of the rows not flagged, so that a flagged row never bootstraps more than another (ours, D9)"""
-    sign_aware: bool = True
-    """where Qm < 0 lower the value by as much of its magnitude, instead of raising it (ours, D9)"""
     # --- actor-critic ---
     actor_loss: Literal["q", "awr"] = "q"
     """q: climb Q, with the likelihood term; awr: advantage-weighted likelihood (code: AntMaze but one)"""
@@ -148,16 +146,16 @@ class Args(runner.Flags):
     """share of num_updates in which the actor of loss q only clones; with gamma_ent 0 it stands still (ours, D13)"""
     q_norm: bool = True
     """divide Q by its mean magnitude in the actor's loss q (ours, D11)"""
-    awr_temperature: runner.Rate = 6.0
-    """factor of the advantage in awr (code: 6)"""
-    awr_samples: runner.Count = 30
-    """samples of the target actor for V(s) in awr (code: 30)"""
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D11)"""
+    scale_rewards: bool = True
+    """divide rewards by their root mean square: any unit will do; Q and H are logged in that unit (ours, D11)"""
     hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of actor and critics (code: 3 x 256, AntMaze 2 x 256)"""
-    layer_norm: bool = False
-    """LayerNorm in the critics (code: antmaze-large)"""
+    num_critics: runner.Count = 4
+    """critics, of which the least counts (code: 2; D18)"""
+    layer_norm: bool = True
+    """LayerNorm in the critics (code: antmaze-large; D18)"""
     batch_size: runner.Count = 256
     """B: rows per update (code: 256)"""
     actor_lr: runner.Rate = 3e-4
@@ -176,28 +174,25 @@ class Args(runner.Flags):
     """std of the noise on a' (code: 0.2)"""
     target_noise_clip: runner.Rate = 0.5
     """bound of that noise (code: 0.5)"""
-    log_std_min: float = -5.0
-    """lower clip of the actor's free log standard deviation (code: -5)"""
-    log_std_max: float = 2.0
-    """upper clip of the actor's free log standard deviation (code: 2)"""
     reward_shift: float = 0.0
     """added to every reward (code: -1 for AntMaze)"""
 
 
 SIGMA_DATA, T_MIN, T_MAX, RHO = 0.5, 0.002, 80.0, 7.0  # noise levels (code)
 FOURIER, TIME_WIDTH = 8, 32  # frequencies of the time embedding, and its width (code)
-GENERAL = {"w_max": False, "sign_aware": False, "q_norm": False, "normalize": False, "q_from": 0.0}  # published
+TAU_EVERY = 5  # steps of the student per step of its target (code)
+LOG_STD = -5.0, 2.0  # clip of the actor's free log std (code)
+TEMPERATURE, VALUE_SAMPLES = 6.0, 30  # of awr: factor of the advantage, actions for V(s) (code)
+PAPER = {"uncertainty": "consistency", "penalty": "product", "num_critics": 2, "layer_norm": False}
+GENERAL = PAPER | {  # published
+    "holdout": 0.0, "scale_rewards": False, "normalize": False, "q_norm": False, "q_from": 0.0,
+}  # fmt: skip
 MUJOCO = {  # beta, gamma_ent                                                                    # D15
-    "halfcheetah-medium-v2": (0.9, 0.0),
-    "halfcheetah-medium-replay-v2": (0.9, 0.1),
-    "halfcheetah-medium-expert-v2": (0.9, 2.0),
-    "hopper-medium-v2": (0.8, 0.8),
-    "hopper-medium-replay-v2": (0.8, 0.8),
-    "hopper-medium-expert-v2": (0.8, 2.0),
-    "walker2d-medium-v2": (0.8, 0.8),
-    "walker2d-medium-replay-v2": (0.8, 0.8),
+    "halfcheetah-medium-v2": (0.9, 0.0), "halfcheetah-medium-replay-v2": (0.9, 0.1),
+    "halfcheetah-medium-expert-v2": (0.9, 2.0), "hopper-medium-v2": (0.8, 0.8), "hopper-medium-replay-v2": (0.8, 0.8),
+    "hopper-medium-expert-v2": (0.8, 2.0), "walker2d-medium-v2": (0.8, 0.8), "walker2d-medium-replay-v2": (0.8, 0.8),
     "walker2d-medium-expert-v2": (0.8, 2.0),
-}
+}  # fmt: skip
 ANTMAZE = {  # alpha, gamma_ent, weight, actor_loss, max_grad_norm, layer_norm                    # D15
     "antmaze-umaze-v0": (0.99, 0.0, "antmaze", "awr", 7.0, False),
     "antmaze-umaze-diverse-v0": (0.01, 1.5, "antmaze-diverse", "q", 7.0, False),
@@ -225,17 +220,19 @@ SHORT = {"num_levels": 18, "student_tau": 0.05}  # few steps do not carry 1,000 
 CPU = SHORT | {
     "teacher_updates": 80_000, "student_updates": 160_000, "num_updates": 20_000, "chunk": 500, "eval_every": 2_000,
 }  # fmt: skip
-SHOWN = ("train/q", "train/h", "train/penalty", "train/log_p", "train/distance")  # in the progress line
+SHOWN = ("train/q", "train/h", "train/ood", "train/penalty", "train/log_p", "train/distance")  # in the progress line
+PROBES = ("data", "near", "far_action", "far_state", "policy")
 TRAINING = (  # panels of training.png
     ("teacher/loss", "teacher", "loss", "linear"),
     ("student/loss", "student", "loss", "semilogy"),
-    ({f"student/h_{name}": f"{name} actions" for name in ("data", "near", "far")},
-     "spread on and off the data, mean over seeds", "median H, in return", "linear"),
+    ({"student/error": "error", "student/error_held": "error, held-out episodes", "student/spread": "spread H"},
+     "student on windows, mean over seeds", "root mean square", "linear"),
     ("train/q", "critics on the data", "mean Q", "linear"),
-    ("train/h", "spread at (s', a')", "mean H, in return", "linear"),
+    ({f"h/{x}": x for x in PROBES}, "H, mean over seeds", "median", "linear"),
+    ({f"h/flagged_{x}": x for x in PROBES}, "H above the data's beta quantile", "share", "linear"),
     ("train/log_p", "the data's actions", "log N(a; mu, std)", "linear"),
 )  # fmt: skip
-QUICK = SHORT | {
+QUICK = SHORT | PAPER | {  # all phases
     "teacher_updates": 4_000, "student_updates": 4_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000,
     "model_hidden_sizes": (64, 64), "hidden_sizes": (64, 64), "actor_lr": 1e-3, "critic_lr": 1e-3, "batch_size": 128,
     "teacher_lr": 1e-3, "student_lr": 1e-3, "gamma_ent": 0.1,
@@ -307,24 +304,44 @@ def unscaled(x, low, high):
     return (x + 1.0) / 2.0 * (high - low) + low
 
 
+def reward_scale(rewards):
+    """1 / the rewards' root mean square."""
+    size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
+    return np.float32(1 / max(size, np.finfo(np.float32).tiny))
+
+
 def qdq_data(buffer, args):
-    """Buffer -> Transitions [N], Entries [M], and mean, std [S] that observations are standardised with."""
+    """Buffer -> Transitions [N], and mean, std [S] that observations are standardised with."""
     rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
     s = rows.observations
-    mean, std = (s.mean(0), s.std(0) + 1e-3) if args.normalize else (np.zeros_like(s[0]), np.ones_like(s[0]))  # D11
+    mean, std = np.zeros_like(s[0]), np.ones_like(s[0])
+    if args.normalize:  # D11
+        mean, std = (x.astype(np.float32) for x in (s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3))
+        std = np.where(np.ptp(s, 0) > 0, std, 1.0)
+    rewards = rows.rewards + args.reward_shift
     rows = rows._replace(
         observations=(s - mean) / std,
         actions=np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5),
         next_observations=(rows.next_observations - mean) / std,
-        rewards=rows.rewards + args.reward_shift,
+        rewards=rewards * (reward_scale(rewards) if args.scale_rewards else np.float32(1.0)),
     )
-    sizes = window_sizes(args, buffer.metadata["episode_length"])
-    starts, q, _ = windowed_returns(rows.rewards, buffer["episode_ends"], args.gamma, *sizes, args.max_windows)
-    conditions = np.concatenate([rows.observations, rows.actions], -1)[starts]
-    limits = np.float32(q.min()), np.float32(q.max())
-    entries = Entries(conditions, scaled(q, q.min(), q.max()).astype(np.float32), *limits)
-    check_entries(entries, *sizes, args)
-    return jax.tree.map(jnp.asarray, rows), jax.tree.map(jnp.asarray, entries), (mean, std)
+    return jax.tree.map(jnp.asarray, rows), (mean, std)
+
+
+def q_entries(buffer, data, args):
+    """D_Q of --holdout's share of the episodes and of the others -> Entries [M] to learn from, Entries held out."""
+    sizes, ends = window_sizes(args, buffer.metadata["episode_length"]), buffer["episode_ends"]
+    starts, q, _ = windowed_returns(data.rewards, ends, args.gamma, *sizes, args.max_windows)
+    held = np.random.default_rng(0).permutation(len(ends))[: round(args.holdout * len(ends))]
+    held = np.isin(np.searchsorted(ends, starts, side="right"), held)  # D17
+    c, low, high = jnp.concatenate([data.observations, data.actions], -1)[starts], q.min(), q.max()
+    num, (window, step) = np.sum(~held), sizes
+    print(f"D_Q: {num} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
+    remedy = "give more rows, lower --window and --window-step, or raise --max-windows"
+    few = f"--dataset: D_Q has {num} entries of {args.min_entries} that --min-entries asks for; {remedy}"
+    runner.refuse({few: num >= args.min_entries})
+    x = scaled(q, low, high)
+    return [Entries(*map(jnp.float32, (c[part], x[part], low, high))) for part in (~held, held)]
 
 
 # === networks ===
@@ -374,7 +391,7 @@ class QNet(nn.Module):
         w_x = self.param("w_x", nn.initializers.xavier_uniform(), (1, width))
         hidden = dense(width)(c) + (c_in * x)[..., None] * w_x[0] + dense(width, use_bias=False)(e)
         for width in (*self.hidden_sizes[1:], 1):
-            hidden = dense(width)(nn.silu(GroupNorm(self.group_size)(hidden)))
+            hidden = dense(width)(nn.silu(GroupNorm(self.group_size)(hidden) if self.group_size else hidden))
         return hidden[..., 0]
 
 
@@ -391,23 +408,21 @@ def q_net(args):
     return QNet(args.model_hidden_sizes, args.group_size)
 
 
-def q_model(net, entries, args):
+def consistency(net, c, x, t, args, end=T_MIN):
+    """f(x, t | c) = c_skip x + c_out F: the end of the path through x at level t; f(x, end) = x."""
+    c_skip = SIGMA_DATA**2 / ((t - end) ** 2 + SIGMA_DATA**2)
+    c_out = (t - end) * SIGMA_DATA / jnp.sqrt(t**2 + SIGMA_DATA**2)
+    return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
+
+
+def q_models(net, entries, args):
     """The students [S] of all seeds, with the range of D_Q."""
     return QModel(net, jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high))
 
 
 def denoiser(net, c, x, t, args):
-    """D(x, t | c) = c_skip x + c_out F: the mean of x_0 given x at level t."""
-    c_skip = SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2)
-    c_out = t * SIGMA_DATA / jnp.sqrt(t**2 + SIGMA_DATA**2)
-    return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
-
-
-def consistency(net, c, x, t, args):
-    """f(x, t | c) = c_skip x + c_out F: the end of the path through x at level t; f(x, T_MIN) = x."""
-    c_skip = SIGMA_DATA**2 / ((t - T_MIN) ** 2 + SIGMA_DATA**2)
-    c_out = (t - T_MIN) * SIGMA_DATA / jnp.sqrt(t**2 + SIGMA_DATA**2)
-    return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
+    """D(x, t | c): the mean of x_0 given x at level t."""
+    return consistency(net, c, x, t, args, end=0.0)
 
 
 def noise_levels(num):
@@ -431,7 +446,7 @@ def q_samples(model, c, z, args):
 
 def q_moments(model, c, key, args):
     """Line (4): mean and H = std of the return given c [.., C] -> two [..]; z is scalar, so H is a 1-D integral."""
-    if args.uncertainty == "gh":  # D6
+    if args.spread == "gh":  # D6
         nodes, weights = np.polynomial.hermite_e.hermegauss(args.nodes)
         z, weights = jnp.asarray(nodes), jnp.asarray(weights / weights.sum())
     else:
@@ -443,22 +458,35 @@ def q_moments(model, c, key, args):
 
 
 class QdqCritics(nn.Module):
-    """Two independent Q networks on (s, a), mish between their layers: [2, ..]."""
+    """C independent Q networks on (s, a), mish between their layers: [C, ..]."""
 
     hidden_sizes: tuple[int, ...]
+    num: int
     layer_norm: bool
 
     @nn.compact
     def __call__(self, observations, actions):
         dense = lambda width: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
         values = []
-        for _ in range(2):
+        for _ in range(self.num):
             x = jnp.concatenate([observations, actions], -1)
             for width in self.hidden_sizes:
                 x = dense(width)(x)
                 x = mish(nn.LayerNorm()(x) if self.layer_norm else x)
             values.append(dense(1)(x)[..., 0])
         return jnp.stack(values)
+
+
+def critic_values(critic, observations, actions, args):
+    """Q of every critic [C, ..]."""
+    return QdqCritics(args.hidden_sizes, args.num_critics, args.layer_norm).apply(critic, observations, actions)
+
+
+def uncertainty(model, critic, observations, actions, key, args):
+    """Line (4): H(s, a) [..], of the student's returns or the critics' Q."""
+    if args.uncertainty == "critics":  # D18
+        return critic_values(critic, observations, actions, args).std(0)
+    return q_moments(model, jnp.concatenate([observations, actions], -1), key, args)[1]
 
 
 class QdqActor(nn.Module):
@@ -479,7 +507,7 @@ def policy(actor, observations, args):
     """The actor's Gaussian: mu(s) [.., A], and its log std [A] within the clip."""
     net = QdqActor(args.hidden_sizes, actor["params"]["log_std"].shape[-1])
     mean, log_std = net.apply(actor, observations)
-    return mean, jnp.clip(log_std, args.log_std_min, args.log_std_max)
+    return mean, jnp.clip(log_std, *LOG_STD)
 
 
 def polyak(target, online, tau):
@@ -528,37 +556,36 @@ def student_loss(student, target, teacher, entries, key, args):
     return distillation_loss(student, target, teacher, entries.conditions[index], entries.x[index], z, pair, args)
 
 
-def bootstrap_weight(h, args):
-    """Line (5): w [B] from H [B], and the flagged rows `ood` [B] (Eq. 8)."""
-    ood = h > jnp.quantile(h, args.beta)  # D7
+def bootstrap_weight(h, ood, args):
+    """Line (5): w [B] from H [B] and the flagged rows [B] (Eq. 8)."""
     inverse = 1.0 / jnp.maximum(h, 1e-6)
     w_flagged, w_other = {  # D8
         "mujoco": (inverse, args.beta),
         "antmaze": (1.0 + 0.1 * (1.0 - inverse), 1.0),
         "antmaze-diverse": (inverse, 1.0),
     }[args.weight]
-    w_flagged = jnp.minimum(w_flagged, w_other) if args.w_max else w_flagged  # D9
-    return jnp.where(ood, w_flagged, w_other), ood
+    return jnp.where(ood, w_flagged, w_other)
 
 
-def mixed_target(batch, next_q, h, args):
+def mixed_target(batch, next_q, h, level, args):
     """Line (5): y = alpha y_H + (1 - alpha) y_L [B], y_H = r + gamma (1 - terminal) Qm, y_L the same with w Qm.
 
-    One squared loss to y has the gradient of alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2.
-    next_q [B]: Qm; h [B]: H at (s', a') -> y without gradient, metrics
+    One squared loss to y has the gradient of alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2. With --penalty excess
+    y = r + gamma (1 - terminal) (Qm - kappa max(H - level, 0)).
+    next_q [B]: Qm; h [B]: H at (s', a'); level []: above it rows are flagged -> y without gradient, metrics
     """
-    w, ood = bootstrap_weight(h, args)
-    factor = args.alpha + (1.0 - args.alpha) * w
-    if args.sign_aware:
-        factor = jnp.where(next_q < 0, 2.0 - factor, factor)  # D9
+    ood = h > level
+    if args.penalty == "product":
+        value = next_q * (args.alpha + (1.0 - args.alpha) * bootstrap_weight(h, ood, args))
+    else:
+        value = next_q - args.kappa * jnp.maximum(h - level, 0.0)  # D9
     go_on = args.gamma * (1.0 - batch.terminals)
     quantiles = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
     metrics = {
         "train/h": h.mean(), "train/h_p10": quantiles[0], "train/h_p50": quantiles[1], "train/h_p90": quantiles[2],
-        "train/ood": ood.mean(), "train/w_above_1": jnp.mean(w > 1.0), "train/factor": factor.mean(),
-        "train/penalty": jnp.mean(go_on * (1.0 - factor) * next_q), "train/q_negative": jnp.mean(next_q < 0),
+        "train/ood": ood.mean(), "train/penalty": jnp.mean(go_on * (next_q - value)),
     }  # fmt: skip
-    return jax.lax.stop_gradient(batch.rewards + go_on * factor * next_q), metrics
+    return jax.lax.stop_gradient(batch.rewards + go_on * value), metrics
 
 
 def next_actions(actor, observations, key, args):
@@ -575,12 +602,12 @@ def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args
     """Lines (4) to (6): sum_i mean_B (Q_i(s, a) - y)^2 -> scalar, metrics."""
     key_action, key_h = jax.random.split(key)
     actions = next_actions(target_actor, batch.next_observations, key_action, args)
-    _, h = q_moments(model, jnp.concatenate([batch.next_observations, actions], -1), key_h, args)
-    critics = QdqCritics(args.hidden_sizes, args.layer_norm)
-    next_q = critics.apply(target_critic, batch.next_observations, actions).min(0)
-    y, metrics = mixed_target(batch, next_q, h, args)
-    q = critics.apply(critic, batch.observations, batch.actions)
-    chex.assert_equal_shape([q[0], y])
+    h_of = lambda s, a: uncertainty(model, target_critic, s, a, key_h, args)
+    h = h_of(batch.next_observations, actions)
+    level = jnp.quantile(h if args.penalty == "product" else h_of(batch.observations, batch.actions), args.beta)  # D7
+    next_q = critic_values(target_critic, batch.next_observations, actions, args).min(0)
+    y, metrics = mixed_target(batch, next_q, h, level, args)
+    q = critic_values(critic, batch.observations, batch.actions, args)
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
     return loss, metrics | {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
 
@@ -603,23 +630,23 @@ def climbing_loss(q, log_p, with_q, args):
 
 def awr_loss(q, value, log_p, args):
     """-mean_B min(exp(temperature (Q(s, a) - V(s))), 100) log N(a; mu(s), std); no gradient through the weight."""
-    weight = jnp.minimum(jnp.exp(args.awr_temperature * (q - value)), 100.0)
+    weight = jnp.minimum(jnp.exp(TEMPERATURE * (q - value)), 100.0)
     return -jnp.mean(jax.lax.stop_gradient(weight) * log_p)
 
 
 def qdq_actor_loss(actor, target_actor, critic, with_q, batch, key, args):
     """Line (7), with Q(s, mu(s)) or by advantages (--actor-loss) -> scalar, metrics."""
-    critics = QdqCritics(args.hidden_sizes, args.layer_norm)
+    q_of = lambda s, a: critic_values(critic, s, a, args).min(0)
     mean, log_std = policy(actor, batch.observations, args)
     log_p = log_likelihood(batch.actions, mean, log_std)
     if args.actor_loss == "awr":
         old_mean, old_log_std = policy(target_actor, batch.observations, args)
-        samples = old_mean + jnp.exp(old_log_std) * jax.random.normal(key, (args.awr_samples, *old_mean.shape))
-        observations = jnp.broadcast_to(batch.observations, (args.awr_samples, *batch.observations.shape))
-        value = critics.apply(critic, observations, samples).min(0).mean(0)
-        loss = awr_loss(critics.apply(critic, batch.observations, batch.actions).min(0), value, log_p, args)
+        samples = old_mean + jnp.exp(old_log_std) * jax.random.normal(key, (VALUE_SAMPLES, *old_mean.shape))
+        observations = jnp.broadcast_to(batch.observations, (VALUE_SAMPLES, *batch.observations.shape))
+        value = q_of(observations, samples).mean(0)
+        loss = awr_loss(q_of(batch.observations, batch.actions), value, log_p, args)
     else:
-        loss = climbing_loss(critics.apply(critic, batch.observations, mean).min(0), log_p, with_q, args)
+        loss = climbing_loss(q_of(batch.observations, mean), log_p, with_q, args)
     return loss, {
         "train/actor_loss": loss, "train/log_p": log_p.mean(), "train/log_std": log_std.mean(),
         "train/distance": jnp.abs(mean - batch.actions).mean(),
@@ -629,15 +656,8 @@ def qdq_actor_loss(actor, target_actor, critic, with_q, batch, key, args):
 # === update ===
 
 
-class Teacher(NamedTuple):
-    """Parameters of D and their Adam state, of one seed or of several with a leading axis; so the two below."""
-
-    net: Any
-    opt: Any
-
-
-class Student(NamedTuple):
-    """Parameters of f, its target's, and their RAdam state."""
+class ModelNets(NamedTuple):
+    """Parameters of D or f, those of f's target, and their optimiser's state."""
 
     net: Any
     target: Any
@@ -669,16 +689,16 @@ def teacher_update(teacher, entries, step, key, args):
     """Line (2): one Adam step -> teacher, metrics."""
     loss, grads = jax.value_and_grad(teacher_loss)(teacher.net, entries, key, args)
     change, opt = qdq_optimisers(args)[0].update(grads, teacher.opt)
-    return Teacher(optax.apply_updates(teacher.net, change), opt), {"teacher/loss": loss}
+    return ModelNets(optax.apply_updates(teacher.net, change), None, opt), {"teacher/loss": loss}
 
 
 def student_update(student, teacher, entries, step, key, args):
-    """Line (3): one RAdam step; the target follows in every student_tau_every-th -> student, metrics."""
+    """Line (3): one RAdam step; the target follows in every TAU_EVERY-th -> student, metrics."""
     loss, grads = jax.value_and_grad(student_loss)(student.net, student.target, teacher, entries, key, args)
     change, opt = qdq_optimisers(args)[1].update(grads, student.opt)
     net = optax.apply_updates(student.net, change)
-    tau = jnp.where(step % args.student_tau_every == 0, args.student_tau, 0.0)
-    return Student(net, polyak(student.target, net, tau), opt), {"student/loss": loss}
+    tau = jnp.where(step % TAU_EVERY == 0, args.student_tau, 0.0)
+    return ModelNets(net, polyak(student.target, net, tau), opt), {"student/loss": loss}
 
 
 def critic_update(nets, model, batch, key, args):
@@ -721,29 +741,40 @@ def qdq_update(nets, model, data, step, key, args):
 # === evaluation ===
 
 
-def probe_actions(actions, key):
-    """The data's actions [n, A], near ones (noise of 0.2) and far ones (uniform) -> [3, n, A]."""
-    key_near, key_far = jax.random.split(key)
-    near = jnp.clip(actions + 0.2 * jax.random.normal(key_near, actions.shape), -1.0, 1.0)
-    return jnp.stack([actions, near, jax.random.uniform(key_far, actions.shape, minval=-1.0, maxval=1.0)])
+def h_metrics(model, nets, data, args):
+    """H and the share above the data's beta quantile at PROBES: 1024 rows, the same for all seeds; an action near the
+    row's (noise 0.2); a uniform one; the state moved by 3 stds of noise; the policy's action. And the share of the
+    rows flagged that the next seed flags as well -> metrics [S]
+    """
+    key_rows, key_near, key_far, key_state, key_h = jax.random.split(jax.random.key(0), 5)
+    s, a, *_ = sample_batch(data, key_rows, 1024)
+    near = jnp.clip(a + 0.2 * jax.random.normal(key_near, a.shape), -1.0, 1.0)
+    far = jax.random.uniform(key_far, a.shape, minval=-1.0)
+    moved = s + 3.0 * s.std(0) * jax.random.normal(key_state, s.shape)
+
+    def of_seed(own):
+        model, nets = own
+        actions = jnp.stack([a, near, far, a, policy(nets.actor, s, args)[0]])
+        h = uncertainty(model, nets.critic, jnp.stack([s, s, s, moved, s]), actions, key_h, args)
+        return jnp.median(h, -1), h > jnp.quantile(h[0], args.beta)
+
+    h, flagged = runner.map_seeds(of_seed, (model, nets), args)
+    metrics = {f"h/{name}": h[:, i] for i, name in enumerate(PROBES)}
+    metrics |= {f"h/flagged_{name}": flagged[:, i].mean(-1) for i, name in enumerate(PROBES)}
+    both = flagged[:, 0] & jnp.roll(flagged[:, 0], -1, 0)
+    return metrics | ({"h/overlap": both.sum(1) / flagged[:, 0].sum(1)} if args.num_seeds > 1 else {})
 
 
-def model_metrics(model, data, entries, key, args):
-    """How the student fits D_Q, and H on the data's, near and far actions -> metrics."""
-    key_rows, key_entries, key_probe, key_h, key_fit = jax.random.split(key, 5)
-    rows = sample_batch(data, key_rows, 1024)
-    actions = probe_actions(rows.actions, key_probe)
-    c = jnp.concatenate([jnp.broadcast_to(rows.observations, (3, *rows.observations.shape)), actions], -1)
-    _, h = q_moments(model, c, key_h, args)
-    index = jax.random.randint(key_entries, (1024,), 0, len(entries.x))
-    mean, spread = q_moments(model, entries.conditions[index], key_fit, args)
-    q = unscaled(entries.x[index], model.low, model.high)
-    on_data, near, far = jnp.median(h, -1)
-    return {
-        "student/h_data": on_data, "student/h_near": near, "student/h_far": far,
-        "student/h_far_above_data": jnp.mean(h[2] > h[0]), "student/error": jnp.sqrt(jnp.mean((q - mean) ** 2)),
-        "student/spread": jnp.sqrt(jnp.mean(spread**2)), "student/q_std": q.std(),
-    }  # fmt: skip
+def fit_metrics(model, entries, held, key, args):
+    """How a student fits the windows that it learns from, and those of the held-out episodes -> metrics."""
+    metrics = {"student/q_std": unscaled(entries.x, entries.low, entries.high).std()}
+    for name, part in (("", entries), ("_held", held)) if len(held.x) else (("", entries),):
+        index = jax.random.randint(key, (1024,), 0, len(part.x))
+        mean, spread = q_moments(model, part.conditions[index], key, args)
+        error = unscaled(part.x[index], part.low, part.high) - mean
+        metrics[f"student/error{name}"] = jnp.sqrt(jnp.mean(error**2))
+        metrics[f"student/spread{name}"] = jnp.sqrt(jnp.mean(spread**2))
+    return metrics
 
 
 # === training ===
@@ -754,7 +785,7 @@ class State(NamedTuple):
 
     key: jax.Array
     num_updates: jax.Array  # of this phase
-    nets: Any  # Teacher, Student or QdqNets
+    nets: Any  # ModelNets or QdqNets
 
 
 class Phase(NamedTuple):
@@ -771,17 +802,17 @@ def make_train(args, num_obs, num_actions):
     def teacher_init(key):
         key, key_net = jax.random.split(key)
         net = q_net(args).init(key_net, jnp.zeros(num_obs + num_actions), *jnp.ones(2))
-        return State(key, jnp.int32(0), Teacher(net, teacher_adam.init(net)))
+        return State(key, jnp.int32(0), ModelNets(net, None, teacher_adam.init(net)))
 
     def student_init(key, teacher):
         copies = jax.tree.map(jnp.copy, (teacher, teacher))  # the chunk overwrites them, not the teacher  # D5
-        return State(key, jnp.int32(0), Student(*copies, student_radam.init(teacher)))
+        return State(key, jnp.int32(0), ModelNets(*copies, student_radam.init(teacher)))
 
     def policy_init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
         s, a = jnp.zeros(num_obs), jnp.zeros(num_actions)
         actor = QdqActor(args.hidden_sizes, num_actions).init(key_actor, s)
-        critic = QdqCritics(args.hidden_sizes, args.layer_norm).init(key_critic, s, a)
+        critic = QdqCritics(args.hidden_sizes, args.num_critics, args.layer_norm).init(key_critic, s, a)
         nets = QdqNets(actor, critic, actor, critic, actor_adam.init(actor), critic_adam.init(critic))
         return State(key, jnp.int32(0), nets)
 
@@ -825,29 +856,20 @@ def check_args(args):
         "--chunk must divide --teacher-updates and --student-updates":
             args.teacher_updates % args.chunk == args.student_updates % args.chunk == 0,
         "--model-hidden-sizes must be multiples of --group-size":
-            all(width % args.group_size == 0 for width in args.model_hidden_sizes),
+            all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
         "--beta must be above 0 and below 1": 0 < args.beta < 1,
         "--gamma, --tau and --student-tau must be above 0": min(args.gamma, args.tau, args.student_tau) > 0,
-        "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
         "--nodes must be 2 or more": args.nodes >= 2,
         "--num-levels must be 3 or more": args.num_levels >= 3,
-        "--w-max would undo --weight antmaze, whose w above 1 is the penalty; use --no-w-max --no-sign-aware":
-            args.weight != "antmaze" or not (args.w_max or args.sign_aware),
+        "--uncertainty critics needs --num-critics 2 or more": args.uncertainty != "critics" or args.num_critics > 1,
+        "--student goes with --uncertainty consistency alone": args.uncertainty != "critics" or not args.student,
     })  # fmt: skip
-
-
-def check_entries(entries, window, step, args):
-    """Say what D_Q holds; InputError where it holds too little to learn from."""
-    num, low, high = len(entries.x), float(entries.low), float(entries.high)
-    print(f"D_Q: {num} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
-    remedy = "give more rows, lower --window and --window-step, or raise --max-windows"
-    few = f"--dataset: D_Q has {num} entries of {args.min_entries} that --min-entries asks for; {remedy}"
-    runner.refuse({few: num >= args.min_entries})
 
 
 def student_identity(args, buffer):
     """What a student belongs to: the data, and the flags behind D_Q and its network that shapes do not show."""
-    flags = {k: getattr(args, k) for k in ("gamma", "max_windows", "reward_shift", "normalize", "group_size")}
+    names = ["gamma", "max_windows", "reward_shift", "scale_rewards", "normalize", "group_size", "holdout"]
+    flags = {k: getattr(args, k) for k in names}
     windows = list(window_sizes(args, buffer.metadata["episode_length"]))
     return flags | {"windows": windows, "data": envs.buffers.digests(buffer, runner.DIGESTED)}
 
@@ -872,63 +894,65 @@ def load_q_model(path, like, identity):
     return jax.tree_util.tree_map_with_path(restore, like)
 
 
-def learn_model(run, teacher, student, keys, entries, judge):
-    """Lines (2), (3): the teachers, then the students of all seeds -> QModel [S]; judge(model) -> metrics [S]."""
+def learn_model(run, teacher, student, keys, entries, held):
+    """Lines (2), (3): the teachers, then the students of all seeds -> QModel."""
     args = run.args
     first = jax.eval_shape(teacher.init, keys[0])
     second = jax.eval_shape(student.init, keys[1], first.nets.net)
     teach = run.compile(teacher.chunk, first, entries)
     distil = run.compile(student.chunk, second, first.nets.net, entries)
+    one = lambda own: fit_metrics(own[0], entries, held, own[1], args)
+    judge = jax.jit(lambda net: runner.map_seeds(one, (q_models(net, entries, args), keys[2]), args))
 
-    state = run.restore(teacher.init, keys[0], phase="teacher")
-    for step in run.chunks("teacher step", args.teacher_updates, state.num_updates):
-        state, metrics = teach(state, entries)
-        run.progress(step, metrics, ("teacher/loss",))
-        if run.due(step):
-            run.log(step, metrics)
-        run.save(state)
+    def train(name, total, init, chunk, given, measure):
+        """All steps of a phase -> its nets."""
+        state = run.restore(*init, phase=name)
+        for step in run.chunks(f"{name} step", total, state.num_updates):
+            state, metrics = chunk(state, *given, entries)
+            run.progress(step, metrics, (f"{name}/loss",))
+            if run.due(step):
+                run.log(step, metrics | measure(state.nets.net))
+            run.save(state)
+        return state.nets.net
 
-    net = state.nets.net
-    state = run.restore(student.init, keys[1], net, phase="student")
-    for step in run.chunks("student step", args.student_updates, state.num_updates):
-        state, metrics = distil(state, net, entries)
-        run.progress(step, metrics, ("student/loss",))
-        if run.due(step):
-            run.log(step, metrics | judge(q_model(state.nets.net, entries, args)))
-        run.save(state)
-    return q_model(state.nets.net, entries, args)
+    net = train("teacher", args.teacher_updates, (teacher.init, keys[0]), teach, (), lambda net: {})
+    net = train("student", args.student_updates, (student.init, keys[1], net), distil, (net,), judge)
+    return q_models(net, entries, args)
 
 
 def main(args):
     """Build D_Q, learn its distribution, train the policy, write both and figures -> scores."""
     check_args(args)
     buffer, task = runner.open_task("qdq", args, Transitions._fields)
-    data, entries, (mean, std) = qdq_data(buffer, args)
+    data, (mean, std) = qdq_data(buffer, args)
     teacher, student, agent = make_train(args, task.observation_size, task.action_size)
     keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)
     act = lambda actor, s, key: policy(actor, (s - mean) / std, args)[0]
     evaluate = runner.each_seed(runner.returns_of(act, envs.make(task, args.backend), task, buffer, args), args)
-    one_seed = lambda x: model_metrics(x[0], data, entries, x[1], args)
-    judge = jax.jit(lambda model: runner.map_seeds(one_seed, (model, eval_keys), args))
 
-    model = q_model(jax.eval_shape(teacher.init, keys[0]).nets.net, entries, args)  # shapes, until it is learnt
-    belongs, given = student_identity(args, buffer), {}
-    if args.student:
-        model = load_q_model(args.student, model, belongs)
-        weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(model)])
-        given = {"student": envs.buffers.sha256(weights)}  # what a resumed run must find, wherever its file lies
+    model, belongs, given = None, {}, {}
+    if args.uncertainty != "critics":
+        entries, held = q_entries(buffer, data, args)
+        belongs = student_identity(args, buffer)
+        model = q_models(jax.eval_shape(teacher.init, keys[0]).nets.net, entries, args)  # shapes, until it is learnt
+        if args.student:
+            model = load_q_model(args.student, model, belongs)
+            weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(model)])
+            given = {"student": envs.buffers.sha256(weights)}  # what a resumed run must find, wherever its file lies
+    judge = jax.jit(lambda *trees: h_metrics(*trees, args))
 
     with runner.Run("qdq", args, task, buffer, **given) as run:
         train_chunk = run.compile(agent.chunk, jax.eval_shape(agent.init, keys[2]), model, data)
-        if not args.student:
-            model = learn_model(run, teacher, student, keys, entries, judge)  # lines (2), (3)
-        run.write_policy("q_consistency", model, "q_model.npz", **belongs)
+        if args.uncertainty != "critics":
+            if not args.student:
+                model = learn_model(run, teacher, student, (*keys[:2], eval_keys), entries, held)  # lines (2), (3)
+            run.write_policy("q_consistency", model, "q_model.npz", **belongs)
         state = run.restore(agent.init, keys[2])
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, model, data)  # lines (4) to (7)
             run.progress(step, metrics, SHOWN)
             if run.due(step):
-                run.log(step, metrics | evaluate(state.nets.actor, eval_keys))
+                run.log(step, metrics | judge(model, state.nets, data) | evaluate(state.nets.actor, eval_keys))
             run.save(state)
 
         params = {k: x for k, x in state.nets.actor["params"].items() if k != "log_std"}
@@ -939,4 +963,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "published", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__)

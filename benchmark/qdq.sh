@@ -6,8 +6,42 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=runs/qdq/ant-angle-60
-ant="python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu"
+ours="python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu"
+paper="--uncertainty consistency --penalty product --num-critics 2 --no-layer-norm"
+ant="$ours $paper"
 brief="$ant --teacher-updates 20000 --student-updates 20000"
+
+probes() { # H on and off the data, two seeds of the point robot (docs/qdq.md)
+    point="python qdq.py --quick --num-seeds 2 --num-updates 3000 --eval-every 1000 --eval-episodes 5"
+    for size in 8 64 0; do $point $paper --group-size $size --out runs/qdq/point-angle-0/h-$size; done
+    for norm in layer-norm no-layer-norm; do
+        $point --uncertainty critics --penalty excess --num-critics 4 --$norm --out runs/qdq/point-angle-0/h-$norm
+    done
+}
+
+small() { # small networks, one seed: returns and H of docs/qdq.md; python benchmark/suite.py makes the hopper's data
+    run="python qdq.py --num-updates 5000 --chunk 500 --eval-every 1000 --eval-episodes 5 --hidden-sizes 128 128"
+    run="$run --batch-size 128 --actor-lr 1e-3 --critic-lr 1e-3 --uncertainty critics --penalty excess"
+    hopper="$run --dataset data/hopper-medium-replay.npz"
+    out=runs/qdq/hopper-medium-replay/small
+    $hopper --num-critics 2 --kappa 0 --no-layer-norm --out $out-k0
+    $hopper --num-critics 2 --kappa 0 --layer-norm --out $out-k0-ln
+    for kappa in 1 4; do $hopper --num-critics 4 --kappa $kappa --layer-norm --out $out-k$kappa-ln; done
+    $hopper --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out $out-k4-ln-g05
+    $hopper --num-critics 2 --kappa 0 --layer-norm --gamma-ent 0.05 --out $out-k0-ln-g05
+    for kappa in 0 4; do
+        $hopper --num-critics 4 --kappa $kappa --layer-norm --gamma-ent 0.005 --out $out-k$kappa-ln-g005
+    done
+    run="$run --dataset runs/udg_select/ant-angle-60/top1-size50000.npz"
+    $run --num-critics 2 --kappa 0 --no-layer-norm --out $runs/small-k0
+    $run --num-critics 4 --kappa 4 --layer-norm --out $runs/small-k4-ln
+}
+
+hopper() { # larger networks
+    run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500"
+    $run --num-critics 2 --kappa 0 --no-layer-norm --out runs/qdq/hopper-medium-replay/k0
+    $run --num-critics 4 --kappa 4 --layer-norm --out runs/qdq/hopper-medium-replay/k4-ln
+}
 
 point() { # three seeds on the point robot, minutes
     python qdq.py --quick --num-seeds 3 --out runs/qdq/point-angle-0/quick3
@@ -31,7 +65,7 @@ sweep() { # the weight of the likelihood term on one student
 full() { # CPU budget: the first two phases at a tenth of their published steps
     $ant --out $runs/seed0
     # the one of docs/qdq.md, on the source of the studies (udg_study.py --run learners-ant makes it)
-    python qdq.py --dataset runs/study/cpu/data/ant/ant-angle-60/top1-size50000.npz --preset cpu --out $runs/source2-tenth
+    python qdq.py --dataset runs/study/cpu/data/ant/ant-angle-60/top1-size50000.npz --preset cpu $paper --out $runs/source2-tenth
 }
 
 paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: for a GPU
@@ -43,7 +77,7 @@ paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: f
 }
 
 published() { # the paper's settings on a D4RL set of the same name, converted to docs/buffer.md
-    python qdq.py --dataset data/halfcheetah-medium-v2.npz --num-seeds 5 --uncertainty mc
+    python qdq.py --dataset data/halfcheetah-medium-v2.npz --num-seeds 5 --spread mc
 }
 
 for part in "${@:-point}"; do $part; done

@@ -31,7 +31,10 @@ def load_run(folder):
         raise envs.InputError(f"{folder}: holds no run of qdq.py ({error})") from None
     path = args.dataset or folder / "point-angle-0.npz"
     buffer, task = envs.buffers.load_task(path, qdq.Transitions._fields, args.task, args.max_rows)
-    data, entries, _ = qdq.qdq_data(buffer, args)
+    if not (folder / "q_model.npz").exists():
+        raise envs.InputError(f"{folder}: has no student (q_model.npz), as runs with --uncertainty critics")
+    data, _ = qdq.qdq_data(buffer, args)
+    entries, _ = qdq.q_entries(buffer, data, args)
     teacher = qdq.make_train(args, task.observation_size, task.action_size)[0]
     net = jax.eval_shape(teacher.init, runner.seed_keys(args)).nets.net
     number = jax.ShapeDtypeStruct((args.num_seeds,), jnp.float32)
@@ -52,16 +55,19 @@ def plot_uncertainty(path, model, data, key, args):
     rows = np.concatenate([data.observations, data.actions], -1)
     rows = rows[np.random.default_rng(0).permutation(len(rows))[:20_000]]
     scale, num_obs = rows.std(0) + 1e-6, data.observations.shape[1]
-    chosen, key_probe = rows[:300], jax.random.split(key)[0]
-    lines, probes = [], qdq.probe_actions(chosen[:, num_obs:], key_probe)
-    for i, (name, actions) in enumerate(zip(("data", "near", "far"), probes, strict=True)):
-        c = np.concatenate([chosen[:, :num_obs], actions], -1)
+    chosen, rng, lines = rows[:300], np.random.default_rng(2), []
+    s, a = np.split(chosen, [num_obs], -1)
+    near, uniform = np.clip(a + 0.2 * rng.normal(size=a.shape), -1, 1), rng.uniform(-1, 1, a.shape)
+    moved = s + 3 * s.std(0) * rng.normal(size=s.shape)
+    probes = {"data": (s, a), "near": (s, near), "far action": (s, uniform), "far state": (moved, a)}
+    for i, (name, both) in enumerate(probes.items()):
+        c = np.concatenate(both, -1)
         h = np.asarray(moments(c))
         away = np.zeros(len(c)) if name == "data" else row_distances(c / scale, rows / scale).min(1)
         label = f"{name}: median H {np.median(h):.3g}"
         lines += [(away, h, {"marker": ".", "ls": "", "ms": 4, "alpha": 0.6, "color": f"C{i}", "label": label})]
     panels = [{
-        "title": f"seed {args.seed}: actions of the data, near (noise 0.2), far (uniform)", "ylabel": "H, in return",
+        "title": "near: noise 0.2; far: uniform action, state + 3 stds", "ylabel": "H, in return",
         "xlabel": f"distance of (s, a) to the nearest of {len(rows):,} rows, in stds", "lines": lines,
     }]  # fmt: skip
     steps = np.linspace(0.0, 2.0, 21)

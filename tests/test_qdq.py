@@ -21,6 +21,7 @@ from tests.oracles.common import close, leaves_close, mish, mlp, of_seed, size_o
 TINY = dict(
     teacher_updates=40, student_updates=40, num_updates=80, chunk=20, eval_every=40, eval_episodes=2,
     model_hidden_sizes=(16,), hidden_sizes=(16, 16), batch_size=32, model_batch_size=32,
+    uncertainty="consistency", penalty="product", num_critics=2, layer_norm=False,
 )  # fmt: skip
 
 
@@ -86,20 +87,70 @@ def test_constant_returns_do_not_divide_by_zero():
 
 def test_data_is_prepared(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
-    data, entries, (mean, std) = D.qdq_data(buffer, D.Args(reward_shift=-1.0))
+    args = D.Args(reward_shift=-1.0, scale_rewards=False)
+    data, (mean, std) = D.qdq_data(buffer, args)
+    entries, held = D.q_entries(buffer, data, args)
     np.testing.assert_allclose(data.observations.mean(0), 0.0, atol=1e-3)
     np.testing.assert_allclose(data.next_observations * std + mean, buffer["next_observations"], atol=1e-3)
     np.testing.assert_allclose(data.rewards, buffer["rewards"] - 1.0, atol=1e-6)
     assert float(jnp.abs(data.actions).max()) <= 1 - 1e-5 + 1e-7 and np.abs(buffer["actions"]).max() == 1.0
-    assert (len(entries.x), float(entries.x.min()), float(entries.x.max())) == (80 * 81, -1.0, 1.0)
-    gamma, rewards = 0.99 ** np.arange(20), np.asarray(data.rewards)
-    q = (np.asarray(entries.x) + 1) / 2 * float(entries.high - entries.low) + float(entries.low)
-    for entry, row in ((0, 0), (40, 40), (80, 80), (81, 100), (81 * 80 - 1, 79 * 100 + 80)):
-        np.testing.assert_allclose(q[entry], gamma @ rewards[row : row + 20], rtol=1e-4)
-        c = np.concatenate([data.observations[row], data.actions[row]])
-        np.testing.assert_array_equal(entries.conditions[entry], c)
-    raw, _, _ = D.qdq_data(buffer, D.Args(normalize=False))
+    raw, _ = D.qdq_data(buffer, D.Args(normalize=False))
     np.testing.assert_array_equal(raw.observations, buffer["observations"])
+
+    x = np.concatenate([entries.x, held.x])
+    assert (len(entries.x), len(held.x), x.min(), x.max()) == (76 * 81, 4 * 81, -1.0, 1.0)  # of 80 episodes
+    gamma, rewards = 0.99 ** np.arange(20), np.asarray(data.rewards)
+    s_a = np.concatenate([data.observations, data.actions], -1)
+    whole = set()
+    for part in (entries, held):
+        q = D.unscaled(np.asarray(part.x), float(part.low), float(part.high))
+        c, found = np.asarray(part.conditions), []
+        for k in range(0, len(c), 81):  # an episode's windows, from its first row on
+            row = np.flatnonzero((s_a == c[k]).all(1))[0]
+            found += [row]
+            for i, j in ((0, 0), (40, 40), (80, 80)):
+                np.testing.assert_array_equal(c[k + i], s_a[row + j])
+                np.testing.assert_allclose(q[k + i], gamma @ rewards[row + j : row + j + 20], rtol=1e-4)
+        assert all(row % 100 == 0 for row in found) and not whole & set(found)
+        whole |= set(found)
+    assert len(whole) == 80
+    assert not len(D.q_entries(buffer, data, D.Args(holdout=0.0))[1].x)
+
+
+@pytest.fixture
+def tiny_buffer():
+    """-> make(reward factor): a buffer of 40 episodes, whose third column of observations never changes."""
+
+    def make(factor):
+        rng = np.random.default_rng(0)
+        s = np.concatenate([rng.normal(size=(800, 2)), np.full((800, 1), 1234.567)], 1).astype(np.float32)
+        ends = np.arange(20, 801, 20)
+        rows = {"observations": s, "next_observations": np.roll(s, -1, 0), "actions": rng.uniform(-1, 1, (800, 2))}
+        rows |= {"rewards": factor * rng.normal(1.0, 1.0, 800), "terminals": np.zeros(800), "episode_ends": ends}
+        return type("Buffer", (dict,), {"metadata": {"episode_length": 20}})(rows)
+
+    return make
+
+
+def test_any_unit_of_rewards_and_a_constant_column(tiny_buffer):
+    """The same data, D_Q and losses for rewards x 1e-6, 1 and 1e6; a constant column is 0 and moves as it is."""
+    args, nets, _, _ = small_world()
+    args = dataclasses.replace(args, min_entries=10, uncertainty="critics", penalty="excess")
+    seen = []
+    for factor in (1e-6, 1.0, 1e6):
+        buffer = tiny_buffer(factor)
+        data, (_, std) = D.qdq_data(buffer, args)
+        entries, _ = D.q_entries(buffer, data, args)
+        batch = jax.tree.map(lambda x: x[:200], data)
+        loss, metrics = critic_loss(
+            nets.critic, nets.target_critic, nets.target_actor, None, batch, jax.random.key(0), args
+        )
+        seen += [np.array([loss, metrics["train/target"], *entries.x[:50], float(entries.high)])]
+    np.testing.assert_allclose(seen[0], seen[1], rtol=1e-4)
+    np.testing.assert_allclose(seen[2], seen[1], rtol=1e-4)
+    assert std[2] == 1.0 and np.abs(data.observations[:, 2]).max() < 1e-2
+    assert abs(float(jnp.sqrt(jnp.mean(data.rewards**2))) - 1) < 1e-3
+    assert np.all(np.asarray(D.qdq_data(tiny_buffer(0.0), args)[0].rewards) == 0.0)
 
 
 # --- consistency model ---
@@ -135,6 +186,15 @@ def test_network_golden():
         assert g["sigma"][0] == D.T_MIN and f[0] == g["net_x"][0, 0]  # the boundary condition, exactly
         close(D.noise_levels(1000), g["karras_1000"], 1e-12)
         close(D.noise_levels(18), g["karras_18"], 1e-12)
+
+
+def test_group_size():
+    """A width: LayerNorm; 0: no norm in the network."""
+    x = np.random.default_rng(0).normal(3.0, 2.0, (5, 16))
+    found = D.GroupNorm(16).apply(D.GroupNorm(16).init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(found, (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True), atol=1e-4)
+    names = fresh_net(tiny(group_size=0), 5)["params"]
+    assert not any("Norm" in name for name in names) and any("Norm" in x for x in fresh_net(tiny(), 5)["params"])
 
 
 def test_heun_step_golden():
@@ -184,7 +244,7 @@ def test_uncertainty_golden():
 
 
 def test_monte_carlo_is_the_population_std():
-    args = tiny(uncertainty="mc", num_samples=6)
+    args = tiny(spread="mc", num_samples=6)
     model, key = D.QModel(fresh_net(args, 5), jnp.float32(-3.0), jnp.float32(7.0)), jax.random.key(1)
     c = jax.random.normal(jax.random.key(2), (4, 5))
     mean, h = jax.jit(D.q_moments, static_argnums=3)(model, c, key, args)
@@ -232,8 +292,8 @@ CRITIC_CASES = sorted({key.split(".reward")[0] for key in golden("target") if ke
 def case_args(case, **changes):
     kind, alpha, beta, _ = case.rsplit("_", 3)
     weight = {"umaze-diverse": "antmaze-diverse"}.get(kind, kind)
-    off = dict(w_max=False, sign_aware=False)
-    return D.Args(**{**off, "alpha": float(alpha), "beta": float(beta), "weight": weight, **changes})
+    fields = {"penalty": "product", "alpha": float(alpha), "beta": float(beta), "weight": weight}
+    return D.Args(**fields, **changes)
 
 
 @pytest.mark.parametrize("case", CRITIC_CASES)
@@ -242,12 +302,13 @@ def test_target_golden(case):
     with jax.enable_x64():
         h = g["samples"].std(1)
         close(h, g["H"], 1e-10)
-        w, ood = D.bootstrap_weight(jnp.asarray(g["H"]), args)
+        level = jnp.quantile(jnp.asarray(g["H"]), args.beta)
+        ood = g["H"] > level
         np.testing.assert_array_equal(ood, g["ood"])
-        close(w, g["weight"], 1e-10)
+        close(D.bootstrap_weight(jnp.asarray(g["H"]), ood, args), g["weight"], 1e-10)
         batch = D.Transitions(None, None, g["reward"], None, 1.0 - g["mask"])
         next_q = np.minimum(g["q1_target"], g["q2_target"])
-        y, _ = D.mixed_target(batch, next_q, jnp.asarray(g["H"]), args)
+        y, _ = D.mixed_target(batch, next_q, jnp.asarray(g["H"]), level, args)
         close(y, g["y_blend"], 1e-10)
         loss = lambda q: jnp.mean((q - y) ** 2, -1).sum()
         grads = jax.grad(loss)(jnp.stack([g["q1"], g["q2"]]))
@@ -255,32 +316,16 @@ def test_target_golden(case):
     assert ood.any() and not ood.all()
 
 
-def test_quantiles_of_h_are_logged_and_flag_rows():
-    h = jnp.arange(101.0)
-    batch = D.Transitions(None, None, jnp.zeros(101), None, jnp.zeros(101))
-    _, metrics = D.mixed_target(batch, h, h, D.Args())
+def test_excess_lowers_what_is_above_the_level():
+    h, q = jnp.arange(101.0), jnp.linspace(-3.0, 3.0, 101)
+    batch = D.Transitions(None, None, jnp.ones(101), None, jnp.arange(101.0) == 100)
+    args = D.Args(penalty="excess", kappa=2.0, gamma=0.5)
+    y, metrics = D.mixed_target(batch, q, h, jnp.float32(70.0), args)
+    wanted = 1.0 + 0.5 * (np.asarray(q) - 2.0 * np.maximum(np.arange(101) - 70.0, 0.0)) * (np.arange(101) < 100)
+    np.testing.assert_allclose(y, wanted, rtol=1e-6)
     assert [round(float(metrics[f"train/h_p{p}"]), 3) for p in (10, 50, 90)] == [10, 50, 90]
-    g = golden("target")
-    close(np.quantile(g["quantile_in"], g["quantile_levels"]), g["quantile_out"], 1e-12)
-    for level, wanted in zip(g["quantile_levels"], g["quantile_out"], strict=True):
-        _, ood = D.bootstrap_weight(jnp.asarray(g["quantile_in"], jnp.float32), D.Args(beta=float(level)))
-        np.testing.assert_array_equal(ood, g["quantile_in"] > wanted)
-
-
-def test_guards_make_the_penalty_a_penalty():
-    h = jnp.array([0.1, 0.2, 0.3, 0.4, 0.5])  # 1 / H is 2 or more
-    q = jnp.array([3.0, -3.0, 3.0, -3.0, -3.0])
-    batch = D.Transitions(None, None, jnp.zeros(5), None, jnp.zeros(5))
-    base = dict(alpha=0.5, beta=0.5, gamma=1.0)
-    published, _ = D.mixed_target(batch, q, h, D.Args(**base, w_max=False, sign_aware=False))
-    assert np.all(np.asarray(published)[[1, 3, 4]] != -3.0) and published[3] < -3.0 < published[1]
-    bounded, _ = D.mixed_target(batch, q, h, D.Args(**base, sign_aware=False))
-    np.testing.assert_allclose(bounded, 0.75 * q)  # w = beta for all
-    both, metrics = D.mixed_target(batch, q, h, D.Args(**base))
-    np.testing.assert_allclose(both, q - 0.25 * jnp.abs(q))
-    assert np.all(both < q) and metrics["train/penalty"] > 0
-    flagged, _ = D.mixed_target(batch, q, 100.0 * h, D.Args(**base))
-    assert np.all(np.abs(flagged - q)[3:] > 1.4) and np.all(np.abs(flagged - q)[:3] < 0.76)
+    np.testing.assert_allclose(metrics["train/ood"], 30 / 101, rtol=1e-5)
+    np.testing.assert_allclose(metrics["train/penalty"], np.arange(30).sum() / 101, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["actor_ddpg_0.0", "actor_ddpg_0.8", "actor_ddpg_2.0", "actor_awr_0.0"])
@@ -288,7 +333,7 @@ def test_actor_golden(case):
     g = golden("target", case)
     args = D.Args(gamma_ent=float(g["gamma"]), q_norm=False)
     with jax.enable_x64():
-        log_std = jnp.clip(g["log_std"], args.log_std_min, args.log_std_max)
+        log_std = jnp.clip(g["log_std"], *D.LOG_STD)
         log_p = D.log_likelihood(g["action"], g["mean"], log_std)
         close(log_p, g["logp"], 1e-10)
         if "awr" in case:
@@ -330,8 +375,9 @@ def numpy_actor(params, obs):
 
 def numpy_critics(params, obs, actions):
     layers, x = params["params"], np.concatenate([obs, actions], -1)
-    depth = len(layers) // 2
-    each = ({f"Dense_{j}": layers[f"Dense_{i * depth + j}"] for j in range(depth)} for i in range(2))
+    num = sum(x["kernel"].shape[-1] == 1 for x in layers.values())
+    depth = len(layers) // num
+    each = ({f"Dense_{j}": layers[f"Dense_{i * depth + j}"] for j in range(depth)} for i in range(num))
     return np.stack([mlp(own, x, mish)[..., 0] for own in each])
 
 
@@ -369,14 +415,36 @@ def test_critic_loss_is_the_equation(sample_target):
     mean = q @ weights / weights.sum()
     h = np.sqrt(((q - mean[:, None]) ** 2) @ weights / weights.sum())
     next_q = numpy_critics(nets.target_critic, batch.next_observations, actions).min(0)
-    w = np.where(h > np.quantile(h, 0.9), np.minimum(1 / h, 0.9), 0.9)
-    factor = 0.992 + 0.008 * w
-    factor = np.where(next_q < 0, 2 - factor, factor)
+    factor = 0.992 + 0.008 * np.where(h > np.quantile(h, 0.9), 1 / h, 0.9)
     y = batch.rewards + 0.99 * (1 - np.asarray(batch.terminals)) * factor * next_q
     values = numpy_critics(nets.critic, batch.observations, np.asarray(batch.actions))
     close(loss, ((values - y) ** 2).mean(1).sum(), 1e-4)
     close(metrics["train/target"], y.mean(), 1e-4)
     assert 1 <= np.sum(h > np.quantile(h, 0.9)) <= 4 and np.std(h) > 0
+
+
+@pytest.mark.parametrize("kind", ["critics", "consistency"])
+def test_excess_is_that_of_opinions_over_those_on_the_data(kind):
+    """H at (s', a') and, for the level, at (s, a): std over the critics, of the student's returns."""
+    args, nets, model, batch = small_world()
+    args = dataclasses.replace(args, uncertainty=kind, penalty="excess", kappa=3.0, target_noise=0.0, beta=0.6)
+    given = None if kind == "critics" else model
+    targets = nets.target_critic, nets.target_actor
+    _, metrics = critic_loss(nets.critic, *targets, given, batch, jax.random.key(7), args)
+
+    def h_of(s, a):
+        if kind == "critics":
+            return numpy_critics(nets.target_critic, s, a).std(0)
+        return np.asarray(D.q_moments(model, jnp.float32(np.concatenate([s, a], -1)), None, args)[1])
+
+    actions = numpy_actor(nets.target_actor, batch.next_observations)
+    h = h_of(batch.next_observations, actions)
+    excess = np.maximum(h - np.quantile(h_of(batch.observations, batch.actions), 0.6), 0.0)
+    next_q = numpy_critics(nets.target_critic, batch.next_observations, actions).min(0)
+    y = batch.rewards + 0.99 * (1 - np.asarray(batch.terminals)) * (next_q - 3.0 * excess)
+    close(metrics["train/target"], y.mean(), 1e-4)
+    close(metrics["train/ood"], (excess > 0).mean(), 1e-6)
+    assert 0.05 < (excess > 0).mean() < 0.95
 
 
 @pytest.mark.parametrize("kind", ["q", "awr"])
@@ -589,10 +657,12 @@ def one_student(whole_run, tmp_path_factory):
 
 def test_run_leaves_what_it_promises(whole_run):
     records = [json.loads(line) for line in (whole_run[1] / "log.jsonl").read_text().splitlines()[1:]]
-    for key, steps in (("teacher/loss", [40, 40]), ("student/h_far", [40, 40]), ("eval/return", [40, 40, 80, 80])):
+    for key, steps in (
+        ("teacher/loss", [40, 40]), ("student/error_held", [40, 40]), ("h/overlap", [40, 40, 80, 80]),
+        ("eval/return", [40, 40, 80, 80]),
+    ):  # fmt: skip
         assert [r["step"] for r in records if key in r] == steps, key
-    keys = ("target", "h", "h_p10", "h_p50", "h_p90", "ood", "w_above_1", "factor", "penalty", "q_negative", "log_p",
-            "log_std", "distance")  # fmt: skip
+    keys = ("target", "h", "h_p10", "h_p50", "h_p90", "ood", "penalty", "log_p", "log_std", "distance")
     assert all(f"train/{key}" in r for r in records if "eval/return" in r for key in keys)
 
 
@@ -640,18 +710,18 @@ def test_student_of_other_data_or_flags_is_refused(changes, message, whole_run, 
         D.main(dataclasses.replace(args, **changes))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(actor_loss="awr", weight="antmaze", w_max=False, sign_aware=False, layer_norm=True),
-        dict(weight="antmaze-diverse", uncertainty="mc", num_samples=4, sample_target=True, policy_delay=1),
-    ],
-    ids=["awr", "diverse"],
-)
-def test_other_flags_run(changes, one_student, dataset, tmp_path):
-    rest = dict(student=one_student, num_seeds=2, num_updates=20, eval_every=20)
-    result = D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **rest, **changes))
-    assert np.isfinite(result["score"])
+OTHERS = {
+    "awr": dict(actor_loss="awr", weight="antmaze", layer_norm=True),
+    "diverse": dict(weight="antmaze-diverse", spread="mc", num_samples=4, sample_target=True, policy_delay=1),
+    "critics": dict(student="", uncertainty="critics", num_critics=3, penalty="excess", layer_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_flags_run(name, one_student, dataset, tmp_path):
+    rest = dict(student=one_student, num_seeds=2, num_updates=20, eval_every=20, teacher_updates=20, student_updates=20)
+    result = D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **{**rest, **OTHERS[name]}))
+    assert np.isfinite(result["score"]) and (tmp_path / "run" / "q_model.npz").exists() == (name != "critics")
 
 
 def test_learns_on_the_point_robot(one_student, dataset, tmp_path, optimised):
@@ -676,8 +746,8 @@ def test_learns_on_the_point_robot(one_student, dataset, tmp_path, optimised):
         (dict(nodes=1), "--nodes"),
         (dict(num_levels=2), "--num-levels"),
         (dict(student_tau=0.0), "--student-tau must"),
-        (dict(log_std_min=3.0), "--log-std-min"),
-        (dict(weight="antmaze"), "--no-w-max --no-sign-aware"),
+        (dict(uncertainty="critics", num_critics=1), "--num-critics 2"),
+        (dict(uncertainty="critics", student="x"), "--student goes with"),
         (dict(window=90), r"D_Q has \d+ entries of 5000"),
     ],
 )
@@ -687,8 +757,9 @@ def test_refusals(changes, message, dataset, tmp_path):
 
 
 def test_flags_of_the_published_sets_fit_one_another():
-    """Our guards are off in them, and a' is drawn wherever gamma_ent > 0."""
+    """Our own forms are off in them, and a' is drawn wherever gamma_ent > 0."""
     for preset in D.PUBLISHED.values():
         args = D.Args(**preset)
         D.check_args(args)
-        assert not (args.w_max or args.sign_aware) and args.sample_target == (args.gamma_ent > 0)
+        assert (args.uncertainty, args.penalty, args.num_critics) == ("consistency", "product", 2)
+        assert not (args.scale_rewards or args.holdout) and args.sample_target == (args.gamma_ent > 0)

@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 4.0  # GiB
 SHORT = "--eval-episodes 1"
 CPED = "--flow-updates 50 --num-updates 50 --eval-every 50 --chunk 50"
-QDQ = "--teacher-updates 20 --student-updates 20 --num-updates 20 --eval-every 20 --chunk 10"
+QDQ = "--uncertainty consistency --teacher-updates 20 --student-updates 20 --num-updates 20 --eval-every 20 --chunk 10"
 # name: script and flags; a few updates of each phase at the sizes of the papers
 RUNS = {
     "mopo": f"mopo.py {SHORT} --max-epochs 1 --num-updates 1000 --eval-every 1000 --chunk 1000",
     "cped": f"cped.py {SHORT} {CPED}",
     "cped, NICE": f"cped.py {SHORT} --preset published {CPED}",
     "qdq": f"qdq.py {SHORT} {QDQ}",
-    "qdq, 50 samples": f"qdq.py {SHORT} --uncertainty mc {QDQ}",
+    "qdq, 50 samples": f"qdq.py {SHORT} --spread mc {QDQ}",
     "dac": f"dac.py {SHORT} --num-updates 8 --eval-every 8 --chunk 4",
 }
 
