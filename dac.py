@@ -110,6 +110,8 @@ class Args(runner.Flags):
     """updates after which these begin (code: 1,000)"""
     num_action_samples: runner.Count = 10
     """N_a: samples of which the greatest Q acts (code: 10)"""
+    eval_first: bool = False
+    """evaluate before the first update, too (code)"""
     # --- critics ---
     num_critics: runner.Count = 10
     """H: critics (code: 10)"""
@@ -130,6 +132,10 @@ class Args(runner.Flags):
     """Adam rate of the actor (code: 3e-4)"""
     critic_lr: runner.Rate = 3e-4
     """Adam rate of the critics (code: 3e-4; antmaze-large 1e-3)"""
+    critic_norm: bool = False
+    """LayerNorm in the critics (ours, D12)"""
+    standardise_observations: bool = False
+    """show actor and critics observations of mean 0 and std 1 over the data (ours, D12)"""
     lr_cosine: bool = True
     """let both rates fall to 0 over the run by a cosine (code)"""
     clip_norm: runner.Size = 1.0
@@ -203,17 +209,42 @@ def sample_batch(data, key, batch_size):
     return jax.tree.map(lambda x: x[index], data)
 
 
-def reward_scale(returns, args):
-    """return_range / (max - min return), where the range is at least the mean absolute return."""
-    spread = max(np.ptp(returns), np.abs(returns).mean(), 1e-6)  # D8
-    return args.return_range / float(spread)
+def reward_scale(rewards, returns, args):
+    """return_range / (max - min return): the same scaled rewards in whatever unit they are given; 1 where all are 0.
+
+    The range is at least the mean absolute return, and a hundredth of what an episode's rewards sum up to without sign.
+    """
+    returns = np.asarray(returns, np.float64)
+    unsigned = np.abs(rewards).sum(dtype=np.float64) / len(returns)
+    spread = max(np.ptp(returns), np.abs(returns).mean(), 0.01 * unsigned)  # D8
+    return args.return_range / spread if spread else 1.0
+
+
+def observation_scale(x, args):
+    """Mean and std [S] to standardise observations [N, S] by. A constant column's std is inf: it reads as 0."""
+    if not args.standardise_observations:
+        for column, most in enumerate(np.maximum(x.max(0), -x.min(0))):
+            far = f"--dataset: column {column} of the observations reaches {most:.3g}: use --standardise-observations"
+            runner.refuse({far: most < 1e6})
+        return np.zeros_like(x[0]), np.ones_like(x[0])
+    mean, std = x.mean(0, np.float64), x.std(0, np.float64)
+    rounding = 2e-7 * np.abs(mean)  # of float32
+    return np.float32(mean), np.where(std > rounding, std, np.inf).astype(np.float32)
 
 
 def dac_data(buffer, args):
-    """The rows to sample from, of a buffer or dict, on the host: rewards scaled, actions within 1 - 1e-5 (code)."""
+    """A buffer or dict -> rows to sample from, on the host, and the mean and std [S] of observation_scale.
+
+    Rewards scaled, actions within 1 - 1e-5 (code), observations standardised where args say so.
+    """
     data = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
-    rewards = data.rewards * np.float32(reward_scale(buffer["episode_returns"], args))
-    return data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
+    rewards = data.rewards * np.float32(reward_scale(data.rewards, buffer["episode_returns"], args))
+    data = data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
+    mean, std = observation_scale(data.observations, args)
+    if args.standardise_observations:  # D12
+        scaled = lambda x: (x - mean) / std
+        data = data._replace(observations=scaled(data.observations), next_observations=scaled(data.next_observations))
+    return data, mean, std
 
 
 # === networks ===
@@ -227,14 +258,17 @@ def mish(x):
 
 
 class MishMLP(nn.Module):
-    """Fully connected layers of the given widths, mish between them, Xavier-uniform weights, zero biases."""
+    """Fully connected layers of the given widths, mish between them, before it LayerNorm where `norm` is set;
+    Xavier-uniform weights, zero biases."""
 
     widths: tuple[int, ...]
+    norm: bool = False
 
     @nn.compact
     def __call__(self, x):
         for width in self.widths[:-1]:
-            x = mish(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
+            x = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x)
+            x = mish(nn.LayerNorm()(x) if self.norm else x)
         return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
 
 
@@ -267,13 +301,19 @@ class DacCritics(nn.Module):
 
     hidden_sizes: tuple[int, ...]
     num: int
+    norm: bool = False
 
     @nn.compact
     def __call__(self, observations, actions):
         ensemble = nn.vmap(
             MishMLP, in_axes=None, axis_size=self.num, variable_axes={"params": 0}, split_rngs={"params": True}
         )
-        return ensemble((*self.hidden_sizes, 1), name="members")(joined(observations, actions))[..., 0]
+        return ensemble((*self.hidden_sizes, 1), self.norm, name="members")(joined(observations, actions))[..., 0]
+
+
+def critic_net(args):
+    """The critics' architecture."""
+    return DacCritics(args.hidden_sizes, args.num_critics, args.critic_norm)
 
 
 def predict_noise(actor, observations, x, t, args):
@@ -283,7 +323,7 @@ def predict_noise(actor, observations, x, t, args):
 
 def q_values(critics, observations, actions, args):
     """Q_h(s, a) [H, ..]."""
-    return DacCritics(args.hidden_sizes, args.num_critics).apply(critics, observations, actions)
+    return critic_net(args).apply(critics, observations, actions)
 
 
 def polyak(target, online, tau):
@@ -514,16 +554,34 @@ def candidates(args):
     return 1 if args.guidance == "none" else args.num_action_samples
 
 
-def choose_actions(nets, observations, key, args, num_act):
-    """N_a samples of the actor at each state [E, S], of these the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
+def candidate_actions(nets, observations, key, args, num_act):
+    """N_a samples of the actor at each state [E, S] -> [E, N_a, A] and their Qtar_h [H, E, N_a], None where N_a = 1."""
     actor, target_critics = nets
     s = observations[:, None]  # [E, 1, S]
     noise = jax.random.normal(key, (args.num_steps, len(observations), candidates(args), num_act))
-    actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)  # [E, N_a, A]
-    if candidates(args) == 1:
+    actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)
+    return actions, None if candidates(args) == 1 else q_values(target_critics, s, actions, args)
+
+
+def choose_actions(nets, observations, key, args, num_act):
+    """Of N_a samples of the actor at each state [E, S] the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
+    actions, q = candidate_actions(nets, observations, key, args, num_act)
+    if q is None:
         return actions[:, 0]
-    best = jnp.argmax(q_values(target_critics, s, actions, args).mean(0), -1)
+    best = jnp.argmax(q.mean(0), -1)
     return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
+
+
+def choice_metrics(nets, observations, key, args, num_act):
+    """How far the N_a samples lie apart, and what the choice among them promises: the chosen one's Q less the mean of
+    all, over <|Qtar|>, and the std of that over the critics. {} where nothing is chosen."""
+    actions, q = candidate_actions(nets, observations, key, args, num_act)
+    if q is None:
+        return {}
+    best = jnp.argmax(q.mean(0), -1)[None, :, None]
+    gain = (jnp.take_along_axis(q, best, -1)[..., 0] - q.mean(-1)) / jnp.abs(q).mean()  # [H, E]
+    spread = actions.std(1).mean()
+    return {"choice/action_std": spread, "choice/gain": gain.mean(), "choice/gain_std": gain.std(0).mean()}
 
 
 # === training ===
@@ -536,7 +594,7 @@ def make_train(args, num_obs, num_act):
         key, key_actor, key_critics = jax.random.split(key, 3)
         s, a = jnp.zeros(num_obs), jnp.zeros(num_act)
         actor = NoiseNet(args.hidden_sizes).init(key_actor, s, a, 1)
-        critics = DacCritics(args.hidden_sizes, args.num_critics).init(key_critics, s, a)
+        critics = critic_net(args).init(key_critics, s, a)
         actor_opt = dac_adam(args.actor_lr, args).init(actor)
         critic_opt = dac_adam(args.critic_lr, args).init(critics)
         nets = actor, actor, critics, critics  # targets start as copies
@@ -560,12 +618,16 @@ def make_train(args, num_obs, num_act):
 
 def preset(args):
     """--quick, or the published values of the file's dataset or of --preset, and --preset cpu on top."""
-    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own=OWN)
+    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own=OWN, stand_ins=False)
 
 
-def write_policy(run, state, args):
-    """policy.npz: actor, target critics to choose by (none where an action is one sample), and the schedule."""
+def write_policy(run, state, args, scale=None):
+    """policy.npz: actor, target critics to choose by (none where an action is one sample), the schedule, and the mean
+    and std that observations are standardised by (`scale`)."""
     params = {"actor": state.actor, "schedule": noise_schedule(args.schedule, args.num_steps)}
+    if args.standardise_observations:
+        each = lambda x: np.tile(x, (args.num_seeds, 1))
+        params |= {"observation_mean": each(scale[0]), "observation_std": each(scale[1])}
     if candidates(args) > 1:
         params["critics"] = state.target_critics
     run.write_policy(
@@ -579,24 +641,29 @@ def main(args):
     in_order = args.eta_min <= args.eta <= args.eta_max
     runner.refuse({"--eta-min, --eta and --eta-max must be in ascending order": in_order})
     buffer, task = runner.open_task("dac", args, Transitions._fields)
-    data = dac_data(buffer, args)
+    data, mean, std = dac_data(buffer, args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
     init, train_chunk = make_train(args, task.observation_size, task.action_size)
-    act = functools.partial(choose_actions, args=args, num_act=task.action_size)
+    act = lambda nets, s, key: choose_actions(nets, (s - mean) / std, key, args, task.action_size)
     env = envs.make(task, args.backend)
-    evaluate = runner.each_seed(runner.returns_of(act, env, task, buffer, args, sampled=True), args)
+    returns = runner.returns_of(act, env, task, buffer, args, sampled=True)
+    some = data.observations[np.random.default_rng(0).integers(len(data.rewards), size=256)]
+    choice = lambda nets, key: choice_metrics(nets, some, key, args, task.action_size)
+    evaluate = runner.each_seed(lambda nets, key: returns(nets, key) | choice(nets, jax.random.fold_in(key, 1)), args)
 
     with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)
         state = run.restore(init, keys)
         data = jax.device_put(data)  # all rows stay on the device
+        if args.eval_first and not state.num_updates.any():
+            run.log(0, evaluate((state.actor, state.target_critics), eval_keys))
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
             run.progress(step, metrics, SHOWN)
-            if run.due(step):  # D11
+            if run.due(step):
                 run.log(step, metrics | evaluate((state.actor, state.target_critics), eval_keys))
             run.save(state)
-        write_policy(run, state, args)
+        write_policy(run, state, args, (mean, std))
         return run.finish(TRAINING)
 
 

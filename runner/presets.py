@@ -13,10 +13,11 @@ def preset_name(data, known):
     return data if data in known else next((name for name in known if same(name) == same(data)), data)
 
 
-def preset(args, published, budgets, quick, own=None):
+def preset(args, published, budgets, quick, own=None, stand_ins=True):
     """--quick, or what is published for the file's dataset with the budget of --preset on top -> name, {field: value}.
 
     own: what stands where nothing is published; --preset may also name a published set in place of the file's.
+    stand_ins: whether a set `ours/x` takes what is published for D4RL's x.
     """
     given, known = preset_name(args.preset, published), (*budgets, *published)
     refuse({
@@ -27,7 +28,8 @@ def preset(args, published, budgets, quick, own=None):
     if args.quick:
         return "quick", quick
     data = envs.buffers.read_metadata(args.dataset)["dataset_name"]
-    named = given if given in published else preset_name(data, published)
+    by_file = preset_name(data, published) if stand_ins or not data.startswith("ours/") else data
+    named = given if given in published else by_file
     found = published.get(named, own or {}) | budgets.get(given, {})
     about = f"as published for {named}; the data is {data}"
     about = about if named in published else f"nothing is published for {data}"
