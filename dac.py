@@ -29,7 +29,7 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets [B
            <.> mean over the batch, the action's dimensions and the critics h
 
 Deviations
-  D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, --num-q-samples 1 for the paper's.
+  D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, one with --preset cpu.
   D2  Eq. 15 is a square, whose minimiser is eps - sigma g / eta; Eq. 16 and code: eps - sigma g / (2 eta);
       here: Eq. 16, so pi tends to pi_beta exp(Q / (2 eta <|Qtar|>)).
   D3  Algorithm 1 averages actor and critics at the end of every update; code: the critics before the actor's
@@ -39,18 +39,18 @@ Deviations
   D6  Paper: ||eps_theta - eps||^2, a sum; code: a mean over the action's dimensions, which b refers to;
       here: the mean.
   D7  Code visits every row once an epoch; here: uniform draws with replacement, inside the jitted loop.
-  D8  Code: rewards times 1000 / (max - min episode return); here: the range is at least the mean absolute
-      return, because the returns of one policy's episodes may hardly differ.
+  D8  Code: rewards times 1000 / (max - min episode return); here: the range has a floor, because the returns of one
+      policy's episodes may hardly differ.
   D9  At the published b = 1 the policy leaves the data at once, and the critics may need 200k updates to unlearn
       the overestimation (walker2d-medium); here: the same in the published presets, elsewhere a fixed eta = 0.2.
   D10 Code, bandit: reverse steps clipped in the chain of denoised guidance only, b = 1.3, T = 50, 20k updates at a
       nearly constant rate, fresh reward noise in every batch; here: all clipped, b = 0.5, T = 20, 4k updates, the
       actor's at four times the rate, cosine to 0, and one draw of noise for each row.
-  D11 Code also evaluates before the first update, with fresh noise each time; here: from eval_every on, and always
-      from the same starts with the same noise.
+  D11 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
+  D12 Code: raw observations, critics without LayerNorm; here: so in the published presets, elsewhere both.
 
-Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/dac/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
+Files      reads a buffer with task rewards (docs/buffer.md); writes runs/dac/<task>/...: policy.npz
+           (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
 Run        python dac.py --quick                          (point robot, under 2 minutes on 2 cores)
            python benchmark/dac_bandit.py                 (the paper's figure, soft, hard and denoised; D10)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
@@ -209,41 +209,40 @@ def sample_batch(data, key, batch_size):
     return jax.tree.map(lambda x: x[index], data)
 
 
-def reward_scale(rewards, returns, args):
-    """return_range / (max - min return): the same scaled rewards in whatever unit they are given; 1 where all are 0.
+def return_scale(rewards, returns, args):
+    """return_range / (max - min return): rewards in any unit are scaled to the same; 1 where all are 0.
 
-    The range is at least the mean absolute return, and a hundredth of what an episode's rewards sum up to without sign.
+    The range is at least the mean |return|, and a hundredth of the mean sum of |r| in an episode.
     """
-    returns = np.asarray(returns, np.float64)
-    unsigned = np.abs(rewards).sum(dtype=np.float64) / len(returns)
-    spread = max(np.ptp(returns), np.abs(returns).mean(), 0.01 * unsigned)  # D8
+    returns, total = np.asarray(returns, np.float64), np.abs(rewards).sum(dtype=np.float64)
+    spread = max(np.ptp(returns), np.abs(returns).mean(), 0.01 * total / len(returns))  # D8
     return args.return_range / spread if spread else 1.0
 
 
 def observation_scale(x, args):
     """Mean and std [S] to standardise observations [N, S] by. A constant column's std is inf: it reads as 0."""
     if not args.standardise_observations:
-        for column, most in enumerate(np.maximum(x.max(0), -x.min(0))):
-            far = f"--dataset: column {column} of the observations reaches {most:.3g}: use --standardise-observations"
-            runner.refuse({far: most < 1e6})
+        far = np.flatnonzero(np.maximum(x.max(0), -x.min(0)) > 1e4)
+        told = f"--dataset: columns {far} of the observations pass 1e4; scale them, or try --standardise-observations"
+        runner.refuse({told: not far.size})
         return np.zeros_like(x[0]), np.ones_like(x[0])
     mean, std = x.mean(0, np.float64), x.std(0, np.float64)
-    rounding = 2e-7 * np.abs(mean)  # of float32
-    return np.float32(mean), np.where(std > rounding, std, np.inf).astype(np.float32)
+    constant = std <= 2e-7 * np.abs(mean)  # but for rounding to float32
+    return np.float32(mean), np.where(constant, np.inf, std).astype(np.float32)
 
 
 def dac_data(buffer, args):
-    """A buffer or dict -> rows to sample from, on the host, and the mean and std [S] of observation_scale.
+    """A buffer or dict -> rows to sample from, on the host, and the mean and std [S] of `observation_scale`.
 
     Rewards scaled, actions within 1 - 1e-5 (code), observations standardised where args say so.
     """
     data = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
-    rewards = data.rewards * np.float32(reward_scale(data.rewards, buffer["episode_returns"], args))
+    rewards = data.rewards * np.float32(return_scale(data.rewards, buffer["episode_returns"], args))
     data = data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
     mean, std = observation_scale(data.observations, args)
     if args.standardise_observations:  # D12
-        scaled = lambda x: (x - mean) / std
-        data = data._replace(observations=scaled(data.observations), next_observations=scaled(data.next_observations))
+        before, after = ((x - mean) / std for x in (data.observations, data.next_observations))
+        data = data._replace(observations=before, next_observations=after)
     return data, mean, std
 
 
@@ -258,8 +257,7 @@ def mish(x):
 
 
 class MishMLP(nn.Module):
-    """Fully connected layers of the given widths, mish between them, before it LayerNorm where `norm` is set;
-    Xavier-uniform weights, zero biases."""
+    """Fully connected layers, mish or LayerNorm and mish between them, Xavier-uniform weights, zero biases."""
 
     widths: tuple[int, ...]
     norm: bool = False
@@ -311,7 +309,7 @@ class DacCritics(nn.Module):
         return ensemble((*self.hidden_sizes, 1), self.norm, name="members")(joined(observations, actions))[..., 0]
 
 
-def critic_net(args):
+def dac_critics(args):
     """The critics' architecture."""
     return DacCritics(args.hidden_sizes, args.num_critics, args.critic_norm)
 
@@ -323,7 +321,7 @@ def predict_noise(actor, observations, x, t, args):
 
 def q_values(critics, observations, actions, args):
     """Q_h(s, a) [H, ..]."""
-    return critic_net(args).apply(critics, observations, actions)
+    return dac_critics(args).apply(critics, observations, actions)
 
 
 def polyak(target, online, tau):
@@ -555,29 +553,28 @@ def candidates(args):
 
 
 def candidate_actions(nets, observations, key, args, num_act):
-    """N_a samples of the actor at each state [E, S] -> [E, N_a, A] and their Qtar_h [H, E, N_a], None where N_a = 1."""
+    """N_a samples of the actor at each state [E, S] -> [E, N_a, A], and their Qtar_h(s, a) [H, E, N_a]."""
     actor, target_critics = nets
     s = observations[:, None]  # [E, 1, S]
     noise = jax.random.normal(key, (args.num_steps, len(observations), candidates(args), num_act))
     actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)
-    return actions, None if candidates(args) == 1 else q_values(target_critics, s, actions, args)
+    return actions, q_values(target_critics, s, actions, args)
 
 
 def choose_actions(nets, observations, key, args, num_act):
-    """Of N_a samples of the actor at each state [E, S] the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
+    """Of the samples at each state [E, S] the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
     actions, q = candidate_actions(nets, observations, key, args, num_act)
-    if q is None:
+    if candidates(args) == 1:
         return actions[:, 0]
     best = jnp.argmax(q.mean(0), -1)
     return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
 
 
 def choice_metrics(nets, observations, key, args, num_act):
-    """How far the N_a samples lie apart, and what the choice among them promises: the chosen one's Q less the mean of
-    all, over <|Qtar|>, and the std of that over the critics. {} where nothing is chosen."""
-    actions, q = candidate_actions(nets, observations, key, args, num_act)
-    if q is None:
+    """std of a state's samples; gain: Q of the chosen one less that of all, over <|Qtar|>; its std over h."""
+    if candidates(args) == 1:
         return {}
+    actions, q = candidate_actions(nets, observations, key, args, num_act)
     best = jnp.argmax(q.mean(0), -1)[None, :, None]
     gain = (jnp.take_along_axis(q, best, -1)[..., 0] - q.mean(-1)) / jnp.abs(q).mean()  # [H, E]
     spread = actions.std(1).mean()
@@ -594,7 +591,7 @@ def make_train(args, num_obs, num_act):
         key, key_actor, key_critics = jax.random.split(key, 3)
         s, a = jnp.zeros(num_obs), jnp.zeros(num_act)
         actor = NoiseNet(args.hidden_sizes).init(key_actor, s, a, 1)
-        critics = critic_net(args).init(key_critics, s, a)
+        critics = dac_critics(args).init(key_critics, s, a)
         actor_opt = dac_adam(args.actor_lr, args).init(actor)
         critic_opt = dac_adam(args.critic_lr, args).init(critics)
         nets = actor, actor, critics, critics  # targets start as copies
@@ -621,13 +618,10 @@ def preset(args):
     return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own=OWN, stand_ins=False)
 
 
-def write_policy(run, state, args, scale=None):
-    """policy.npz: actor, target critics to choose by (none where an action is one sample), the schedule, and the mean
-    and std that observations are standardised by (`scale`)."""
+def write_policy(run, state, args, **scale):
+    """policy.npz: actor, target critics to choose by (none where an action is one sample), schedule, observation_.."""
     params = {"actor": state.actor, "schedule": noise_schedule(args.schedule, args.num_steps)}
-    if args.standardise_observations:
-        each = lambda x: np.tile(x, (args.num_seeds, 1))
-        params |= {"observation_mean": each(scale[0]), "observation_std": each(scale[1])}
+    params |= {name: np.tile(x, (args.num_seeds, 1)) for name, x in scale.items()}
     if candidates(args) > 1:
         params["critics"] = state.target_critics
     run.write_policy(
@@ -642,6 +636,7 @@ def main(args):
     runner.refuse({"--eta-min, --eta and --eta-max must be in ascending order": in_order})
     buffer, task = runner.open_task("dac", args, Transitions._fields)
     data, mean, std = dac_data(buffer, args)
+    scale = {"observation_mean": mean, "observation_std": std} if args.standardise_observations else {}
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
     init, train_chunk = make_train(args, task.observation_size, task.action_size)
     act = lambda nets, s, key: choose_actions(nets, (s - mean) / std, key, args, task.action_size)
@@ -660,10 +655,10 @@ def main(args):
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
             run.progress(step, metrics, SHOWN)
-            if run.due(step):
+            if run.due(step):  # D11
                 run.log(step, metrics | evaluate((state.actor, state.target_critics), eval_keys))
             run.save(state)
-        write_policy(run, state, args, (mean, std))
+        write_policy(run, state, args, **scale)
         return run.finish(TRAINING)
 
 

@@ -159,7 +159,7 @@ def test_dac_has_the_published_numbers(named):
         assert common == (5, 10, 10, 10, 256, 0.99, 0.005, 3e-4, 2_000_000)
     # returns are 0 or 1: rewards of 1,000, as the released code has them
     args = dac.Args(**choose(dac, named("antmaze-umaze-v0"))[2])
-    assert dac.reward_scale(np.array([0.0, 1.0, 0.0]), args) == 1_000.0
+    assert dac.return_scale(np.ones(2), np.array([0.0, 1.0, 0.0]), args) == 1_000.0
 
 
 def test_qdq_has_the_published_numbers(named):
