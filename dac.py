@@ -43,16 +43,13 @@ Deviations
       policy's episodes may hardly differ.
   D9  At the published b = 1 the policy leaves the data at once, and the critics may need 200k updates to unlearn
       the overestimation (walker2d-medium); here: the same in the published presets, elsewhere a fixed eta = 0.2.
-  D10 Code, bandit: reverse steps clipped in the chain of denoised guidance only, b = 1.3, T = 50, 20k updates at a
-      nearly constant rate, fresh reward noise in every batch; here: all clipped, b = 0.5, T = 20, 4k updates, the
-      actor's at four times the rate, cosine to 0, and one draw of noise for each row.
-  D11 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
-  D12 Code: raw observations, critics without LayerNorm; here: so in the published presets, elsewhere both.
+  D10 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
+  D11 Code: raw observations, critics without LayerNorm; here: so in the published presets, elsewhere both.
 
 Files      reads a buffer with task rewards (docs/buffer.md); writes runs/dac/<task>/...: policy.npz
            (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
 Run        python dac.py --quick                          (point robot, under 2 minutes on 2 cores)
-           python benchmark/dac_bandit.py                 (the paper's figure, soft, hard and denoised; D10)
+           python benchmark/dac_bandit.py                 (the paper's figure, soft, hard and denoised)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 8    (2M updates)
 Expect     on 2 shared CPU cores, mean of the last 5 evaluations; more in docs/dac.md
@@ -89,7 +86,7 @@ class Args(runner.Flags):
     schedule: Literal["vp", "cosine", "linear"] = "vp"
     """beta_t: variance preserving from 0.1 to 10 (code), cosine, or linear from 1e-4 to 2e-2"""
     clip_samples: bool = True
-    """clip the predicted action into [-1, 1] in every reverse step (code; its bandit: D10)"""
+    """clip the predicted action into [-1, 1] in every reverse step (code, but for its bandit)"""
     temperature: runner.Rate = 1.0
     """scale of the noise in the reverse steps, which has nothing to do with eta (code: 1)"""
     guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
@@ -133,9 +130,9 @@ class Args(runner.Flags):
     critic_lr: runner.Rate = 3e-4
     """Adam rate of the critics (code: 3e-4; antmaze-large 1e-3)"""
     critic_norm: bool = False
-    """LayerNorm in the critics (ours, D12)"""
+    """LayerNorm in the critics (ours, D11)"""
     standardise_observations: bool = False
-    """show actor and critics observations of mean 0 and std 1 over the data (ours, D12)"""
+    """show actor and critics observations of mean 0 and std 1 over the data (ours, D11)"""
     lr_cosine: bool = True
     """let both rates fall to 0 over the run by a cosine (code)"""
     clip_norm: runner.Size = 1.0
@@ -240,7 +237,7 @@ def dac_data(buffer, args):
     rewards = data.rewards * np.float32(return_scale(data.rewards, buffer["episode_returns"], args))
     data = data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
     mean, std = observation_scale(data.observations, args)
-    if args.standardise_observations:  # D12
+    if args.standardise_observations:  # D11
         before, after = ((x - mean) / std for x in (data.observations, data.next_observations))
         data = data._replace(observations=before, next_observations=after)
     return data, mean, std
@@ -371,7 +368,7 @@ def reverse_step(x, eps, t, args):
     """
     beta, alpha, alpha_bar = map(jnp.asarray, noise_schedule(args.schedule, args.num_steps))
     x0 = (x - jnp.sqrt(1 - alpha_bar[t]) * eps) / jnp.sqrt(alpha_bar[t])
-    x0 = jnp.clip(x0, -1.0, 1.0) if args.clip_samples else x0  # D10
+    x0 = jnp.clip(x0, -1.0, 1.0) if args.clip_samples else x0
     mean = jnp.sqrt(alpha_bar[t - 1]) * beta[t] * x0 + jnp.sqrt(alpha[t]) * (1 - alpha_bar[t - 1]) * x
     return mean / (1 - alpha_bar[t]), args.temperature * jnp.sqrt(beta[t])
 
@@ -655,7 +652,7 @@ def main(args):
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
             run.progress(step, metrics, SHOWN)
-            if run.due(step):  # D11
+            if run.due(step):  # D10
                 run.log(step, metrics | evaluate((state.actor, state.target_critics), eval_keys))
             run.save(state)
         write_policy(run, state, args, **scale)

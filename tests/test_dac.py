@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import optax
 import pytest
 
 import dac as D
+import dac_choice
+import dac_figures
 import envs
 import envs.buffers
 import runner
@@ -469,6 +472,22 @@ def test_log_and_figures(whole_run):
     assert all({"eval/return", "choice/action_std", "choice/gain", "choice/gain_std"} <= set(r) for r in records)
     assert {f"train/{k}" for k in keys} == {k for k in records[2] if k.startswith("train/")}
     assert all(np.isfinite(r[f"train/{k}"]) for r in records[2:] for k in keys)
+
+
+def test_benchmarks_read_a_run(whole_run, tmp_path):
+    """Its own number of samples gives the returns that it logged; the grid's table has the mean of its evaluations."""
+    args, folder = whole_run
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    returns = np.array([r["eval/return"] for r in records]).reshape(3, 2)  # [steps, seeds]
+    (row,) = dac_choice.returns_by_samples(folder, args.eval_episodes, (args.num_action_samples,))
+    np.testing.assert_allclose(row[1], returns[-1].mean(), rtol=1e-4)
+    shutil.copytree(folder, tmp_path / "runs" / "point" / "cell" / "seed0")
+    dac_figures.main(["--runs", str(tmp_path / "runs"), "--folder", str(tmp_path / "logs")])
+    row = list(dac_figures.table(tmp_path / "logs"))[-1]
+    score, spread = returns.mean(0).mean(), returns.mean(0).std()
+    assert row.startswith(f"| point | cell | 2 | {score:.0f} +- {spread:.0f} | {returns.max(0).mean():.0f} |")
+    assert (tmp_path / "logs" / "grid.png").stat().st_size > 5_000
+    assert str(tmp_path) not in (tmp_path / "logs" / "point" / "cell" / "seed0.jsonl").read_text()
 
 
 def test_policy_file_acts_as_the_state_that_was_saved(whole_run):

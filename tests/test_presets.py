@@ -63,6 +63,7 @@ def test_every_set_of_ours_finds_its_preset(learner, named):
         expected = name.startswith(ROBOTS) and "medium" in name
         expected |= learner != "mopo" and name.startswith("antmaze")
         expected |= learner == "mopo" and name.startswith(ROBOTS) and name.endswith("random")
+        expected &= learner != "dac"  # takes its own settings on ours/x
         assert known.rpartition("-v")[0] == (name if expected else ""), said
         if expected:
             assert f"ours/{name}" in said and values == choose(script, named(known))[2]
@@ -78,7 +79,7 @@ def test_grids_of_the_suite_are_of_its_sets(grid, named):
         assert file == f"data/{data}.npz" and data in suite.SETS
         for algorithm, command in lists["algorithms"].items():
             known = choose(LEARNERS[command.split()[0].removesuffix(".py")], named(f"ours/{data}"))[1]
-            assert bool(known) == (f"{algorithm} {data[:7]}" != "mopo antmaze")
+            assert bool(known) == (algorithm != "dac" and f"{algorithm} {data[:7]}" != "mopo antmaze")
 
 
 @pytest.mark.parametrize(
