@@ -446,8 +446,11 @@ def test_observations_are_standardised():
     np.testing.assert_array_equal(data.observations, [[-1, 0, 0], [1, 0, 0]] * 20)
     np.testing.assert_array_equal(data.next_observations, [[3, 0, 0]] * 40)
     np.testing.assert_array_equal([mean[:2], std[:2]], [[2, 5], [1, np.inf]])
+    raw = D.Args(standardise_observations=False)
+    np.testing.assert_array_equal(D.dac_data(rows, raw)[0].observations, [[1, 0, 0], [3, 0, 0]] * 20)
+    rows["observations"][0, 2] = 2e4
     with pytest.raises(envs.InputError, match=r"columns \[2\] of the observations.*--standardise"):
-        D.dac_data(rows, D.Args())
+        D.dac_data(rows, raw)
 
 
 # --- the whole script ---
@@ -537,5 +540,5 @@ def test_eta_is_fixed_where_nothing_is_published(dataset):
     parsed = lambda *flags: runner.parse(D.Args, ["--dataset", dataset, *flags], D.preset)
     fields = lambda args, *names: tuple(getattr(args, name) for name in names)
     own = parsed("--preset", "cpu", "--rho", "0.5")
-    assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (20_000, 1, 0.5, 0.2, 0.0)
+    assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (10_000, 1, 0.5, 0.2, 0.0)
     assert fields(parsed("--preset", "hopper-medium-expert-v2"), "eta", "eta_lr") == (1.0, 1e-3)
