@@ -51,7 +51,7 @@ Run        python dac.py --quick                          (point robot, under 2 
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 8    (2M updates)
 Expect     on 2 shared CPU cores, mean of the last 5 evaluations; more in docs/dac.md
            --quick: return 94 (data: mean -0.2, best 93.9), half a minute
-           EXPECTCPU
+           --preset cpu on ant-angle-60, top-1, seed 0: 212 in 200 steps (data 117), 5 minutes on one core
 """
 
 import functools
