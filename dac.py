@@ -29,35 +29,29 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets [B
            <.> mean over the batch, the action's dimensions and the critics h
 
 Deviations
-  D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, --num-q-samples 1 for the paper's.
+  D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, one with --preset cpu.
   D2  Eq. 15 is a square, whose minimiser is eps - sigma g / eta; Eq. 16 and code: eps - sigma g / (2 eta);
       here: Eq. 16, so pi tends to pi_beta exp(Q / (2 eta <|Qtar|>)).
   D3  Algorithm 1 averages actor and critics at the end of every update; code: the critics before the actor's
       step, which uses the new averages, and the actor as in line (7); here: the code's.
   D4  Paper: no clip on the dual step; code: the excess within +-1, eta in [1e-3, 100]; here: the code's.
   D5  Algorithm 1 takes the error of the new actor for line (6); code: that of line (5); here: the code's.
-  D6  Paper: ||eps_theta - eps||^2, a sum; code: a mean over the action's dimensions, which b refers to;
-      here: the mean.
+  D6  Paper: ||eps_theta - eps||^2, a sum; code and here: a mean over the action's dimensions, which b refers to.
   D7  Code visits every row once an epoch; here: uniform draws with replacement, inside the jitted loop.
-  D8  Code: rewards times 1000 / (max - min episode return); here: the range is at least the mean absolute
-      return, because the returns of one policy's episodes may hardly differ.
+  D8  Code: rewards times 1000 / (max - min episode return); here: the range has a floor (`return_scale`).
   D9  At the published b = 1 the policy leaves the data at once, and the critics may need 200k updates to unlearn
-      the overestimation (walker2d-medium); here: the same in the published presets, elsewhere a fixed eta = 0.2.
-  D10 Code, bandit: reverse steps clipped in the chain of denoised guidance only, b = 1.3, T = 50, 20k updates at a
-      nearly constant rate, fresh reward noise in every batch; here: all clipped, b = 0.5, T = 20, 4k updates, the
-      actor's at four times the rate, cosine to 0, and one draw of noise for each row.
-  D11 Code also evaluates before the first update, with fresh noise each time; here: from eval_every on, and always
-      from the same starts with the same noise.
+      their overestimation; here: the same in the published presets, elsewhere a fixed eta = 0.2.
+  D10 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
+  D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0.
 
-Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/dac/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
+Files      reads a buffer with task rewards (docs/buffer.md); writes runs/dac/<task>/...: policy.npz
+           (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
 Run        python dac.py --quick                          (point robot, under 2 minutes on 2 cores)
-           python benchmark/dac_bandit.py                 (the paper's figure, soft, hard and denoised; D10)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 8    (2M updates)
 Expect     on 2 shared CPU cores, mean of the last 5 evaluations; more in docs/dac.md
            --quick: return 94 (data: mean -0.2, best 93.9), half a minute
-           --preset cpu on ant-angle-60, top-1, seed 0: 225 in 200 steps (data 108, cloning 114), 28 minutes
+           --preset cpu on ant-angle-60, top-1, seed 0: 212 in 200 steps (data 117), 5 minutes on one core
 """
 
 import functools
@@ -89,7 +83,7 @@ class Args(runner.Flags):
     schedule: Literal["vp", "cosine", "linear"] = "vp"
     """beta_t: variance preserving from 0.1 to 10 (code), cosine, or linear from 1e-4 to 2e-2"""
     clip_samples: bool = True
-    """clip the predicted action into [-1, 1] in every reverse step (code; its bandit: D10)"""
+    """clip the predicted action into [-1, 1] in every reverse step (code, but for its bandit)"""
     temperature: runner.Rate = 1.0
     """scale of the noise in the reverse steps, which has nothing to do with eta (code: 1)"""
     guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
@@ -110,6 +104,8 @@ class Args(runner.Flags):
     """updates after which these begin (code: 1,000)"""
     num_action_samples: runner.Count = 10
     """N_a: samples of which the greatest Q acts (code: 10)"""
+    eval_first: bool = False
+    """evaluate before the first update, too (code)"""
     # --- critics ---
     num_critics: runner.Count = 10
     """H: critics (code: 10)"""
@@ -130,6 +126,10 @@ class Args(runner.Flags):
     """Adam rate of the actor (code: 3e-4)"""
     critic_lr: runner.Rate = 3e-4
     """Adam rate of the critics (code: 3e-4; antmaze-large 1e-3)"""
+    critic_norm: bool = False
+    """LayerNorm in the critics (ours)"""
+    standardise_observations: bool = False
+    """show actor and critics observations of mean 0 and std 1 over the data (ours)"""
     lr_cosine: bool = True
     """let both rates fall to 0 over the run by a cosine (code)"""
     clip_norm: runner.Size = 1.0
@@ -163,14 +163,15 @@ ANTMAZE = {  # rho, critic_lr
     "antmaze-large-diverse-v0": (1.0, 1e-3),
 }
 OWN = {"eta": 0.2, "eta_lr": 0.0}  # where nothing is published                                       # D9
-CPU = {
-    "num_updates": 20_000, "eval_every": 2_000, "num_q_samples": 1, "num_critics": 5,
-    "hidden_sizes": (128, 128, 128), "actor_lr": 1e-3, "critic_lr": 1e-3, "tau": 0.01,
+CPU = OWN | {  # tau: bootstrapped Q lags by 1 / tau / (1 - gamma) updates, 20k at the code's 0.005, 2k here
+    "num_updates": 10_000, "eval_every": 1_000, "num_q_samples": 1, "num_critics": 5, "tau": 0.05, "ema_start": 0,
+    "hidden_sizes": (128, 128, 128), "actor_lr": 1e-3, "critic_lr": 1e-3,
 }  # fmt: skip
 PUBLISHED = {
     **{k: {"eta": 1.0, "eta_lr": 1e-3, "bc_threshold": b, "rho": rho} for k, (b, rho) in LOCOMOTION.items()},
     **{k: {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": rho, "critic_lr": lr} for k, (rho, lr) in ANTMAZE.items()},
 }
+PUBLISHED = {name: values | {"eval_first": True} for name, values in PUBLISHED.items()}
 QUICK = OWN | {
     "num_updates": 3_000, "chunk": 250, "eval_every": 250, "hidden_sizes": (64, 64), "num_critics": 5,
     "num_q_samples": 1, "batch_size": 128, "actor_lr": 1e-3, "critic_lr": 1e-3,
@@ -203,17 +204,43 @@ def sample_batch(data, key, batch_size):
     return jax.tree.map(lambda x: x[index], data)
 
 
-def reward_scale(returns, args):
-    """return_range / (max - min return), where the range is at least the mean absolute return."""
-    spread = max(np.ptp(returns), np.abs(returns).mean(), 1e-6)  # D8
-    return args.return_range / float(spread)
+def return_scale(rewards, returns, args):
+    """return_range / (max - min return): rewards in any unit are scaled to the same; 1 where all are 0.
+
+    The range is at least the mean |return|, and a hundredth of the mean sum of |r| in an episode.
+    """
+    returns, total = np.asarray(returns, np.float64), np.abs(rewards).sum(dtype=np.float64)
+    spread = max(np.ptp(returns), np.abs(returns).mean(), 0.01 * total / len(returns))  # D8
+    return args.return_range / spread if spread else 1.0
+
+
+def observation_scale(x, args):
+    """Mean and std [S] to scale observations [N, S] by, or 0 and 1. A constant column reads as 0: its std is inf."""
+    low, high = x.min(0), x.max(0)
+    most = np.maximum(-low, high)
+    constant = (high - low <= 1e-6 * most) & (high != 0)  # within float32's rounding
+    mean, std = np.where(constant, high, 0), np.ones_like(high)
+    if args.standardise_observations:
+        mean, std = x.mean(0, np.float64), x.std(0, np.float64)
+        constant |= std == 0
+    far = [] if args.standardise_observations else np.flatnonzero(~constant & (most > 1e4)).tolist()
+    runner.refuse({f"--dataset: columns {far} of the observations pass 1e4; try --standardise-observations": not far})
+    return np.float32(mean), np.where(constant, np.inf, std).astype(np.float32)
 
 
 def dac_data(buffer, args):
-    """The rows to sample from, of a buffer or dict, on the host: rewards scaled, actions within 1 - 1e-5 (code)."""
+    """A buffer or dict -> rows to sample from, on the host, and the mean and std [S] of `observation_scale`.
+
+    Rewards and observations scaled, actions within 1 - 1e-5 (code).
+    """
     data = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
-    rewards = data.rewards * np.float32(reward_scale(buffer["episode_returns"], args))
-    return data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
+    rewards = data.rewards * np.float32(return_scale(data.rewards, buffer["episode_returns"], args))
+    data = data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
+    mean, std = observation_scale(data.observations, args)
+    if mean.any() or (std != 1).any():  # D11
+        before, after = ((x - mean) / std for x in (data.observations, data.next_observations))
+        data = data._replace(observations=before, next_observations=after)
+    return data, mean, std
 
 
 # === networks ===
@@ -227,14 +254,16 @@ def mish(x):
 
 
 class MishMLP(nn.Module):
-    """Fully connected layers of the given widths, mish between them, Xavier-uniform weights, zero biases."""
+    """Fully connected layers, mish or LayerNorm and mish between them, Xavier-uniform weights, zero biases."""
 
     widths: tuple[int, ...]
+    norm: bool = False
 
     @nn.compact
     def __call__(self, x):
         for width in self.widths[:-1]:
-            x = mish(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
+            x = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x)
+            x = mish(nn.LayerNorm()(x) if self.norm else x)
         return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
 
 
@@ -267,13 +296,19 @@ class DacCritics(nn.Module):
 
     hidden_sizes: tuple[int, ...]
     num: int
+    norm: bool = False
 
     @nn.compact
     def __call__(self, observations, actions):
         ensemble = nn.vmap(
             MishMLP, in_axes=None, axis_size=self.num, variable_axes={"params": 0}, split_rngs={"params": True}
         )
-        return ensemble((*self.hidden_sizes, 1), name="members")(joined(observations, actions))[..., 0]
+        return ensemble((*self.hidden_sizes, 1), self.norm, name="members")(joined(observations, actions))[..., 0]
+
+
+def dac_critics(args):
+    """The critics' architecture."""
+    return DacCritics(args.hidden_sizes, args.num_critics, args.critic_norm)
 
 
 def predict_noise(actor, observations, x, t, args):
@@ -283,7 +318,7 @@ def predict_noise(actor, observations, x, t, args):
 
 def q_values(critics, observations, actions, args):
     """Q_h(s, a) [H, ..]."""
-    return DacCritics(args.hidden_sizes, args.num_critics).apply(critics, observations, actions)
+    return dac_critics(args).apply(critics, observations, actions)
 
 
 def polyak(target, online, tau):
@@ -333,7 +368,7 @@ def reverse_step(x, eps, t, args):
     """
     beta, alpha, alpha_bar = map(jnp.asarray, noise_schedule(args.schedule, args.num_steps))
     x0 = (x - jnp.sqrt(1 - alpha_bar[t]) * eps) / jnp.sqrt(alpha_bar[t])
-    x0 = jnp.clip(x0, -1.0, 1.0) if args.clip_samples else x0  # D10
+    x0 = jnp.clip(x0, -1.0, 1.0) if args.clip_samples else x0
     mean = jnp.sqrt(alpha_bar[t - 1]) * beta[t] * x0 + jnp.sqrt(alpha[t]) * (1 - alpha_bar[t - 1]) * x
     return mean / (1 - alpha_bar[t]), args.temperature * jnp.sqrt(beta[t])
 
@@ -406,8 +441,8 @@ def dac_actor_loss(actor, target_critics, eta, batch, noise, args):
         guidance = jnp.mean((sigma if args.guidance == "soft" else 1.0) * g * eps_theta)  # D2
     loss = eta * bc_loss + guidance
     return loss, {
-        "train/actor_loss": loss, "train/bc_loss": bc_loss, "train/guidance": guidance,
-        "train/q_gradient": jnp.abs(g).mean(), "train/eta": eta,
+        "train/actor_loss": loss, "train/bc_loss": bc_loss, "train/guidance": guidance, "train/eta": eta,
+        "train/q_gradient": jnp.abs(g).mean(),
     }  # fmt: skip
 
 
@@ -514,16 +549,33 @@ def candidates(args):
     return 1 if args.guidance == "none" else args.num_action_samples
 
 
-def choose_actions(nets, observations, key, args, num_act):
-    """N_a samples of the actor at each state [E, S], of these the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
+def candidate_actions(nets, observations, key, args, num_act):
+    """N_a samples of the actor at each state [E, S] -> [E, N_a, A], and their Qtar_h(s, a) [H, E, N_a]."""
     actor, target_critics = nets
     s = observations[:, None]  # [E, 1, S]
     noise = jax.random.normal(key, (args.num_steps, len(observations), candidates(args), num_act))
-    actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)  # [E, N_a, A]
+    actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)
+    return actions, q_values(target_critics, s, actions, args)
+
+
+def choose_actions(nets, observations, key, args, num_act):
+    """Of the samples at each state [E, S] the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
+    actions, q = candidate_actions(nets, observations, key, args, num_act)
     if candidates(args) == 1:
         return actions[:, 0]
-    best = jnp.argmax(q_values(target_critics, s, actions, args).mean(0), -1)
+    best = jnp.argmax(q.mean(0), -1)
     return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
+
+
+def choice_metrics(nets, observations, key, args, num_act):
+    """std of a state's samples; gain: Q of the chosen one less that of all, over <|Qtar|>; its std over h."""
+    if candidates(args) == 1:
+        return {}
+    actions, q = candidate_actions(nets, observations, key, args, num_act)
+    best = jnp.argmax(q.mean(0), -1)[None, :, None]
+    gain = (jnp.take_along_axis(q, best, -1)[..., 0] - q.mean(-1)) / jnp.abs(q).mean()  # [H, E]
+    spread = actions.std(1).mean()
+    return {"choice/action_std": spread, "choice/gain": gain.mean(), "choice/gain_std": gain.std(0).mean()}
 
 
 # === training ===
@@ -536,7 +588,7 @@ def make_train(args, num_obs, num_act):
         key, key_actor, key_critics = jax.random.split(key, 3)
         s, a = jnp.zeros(num_obs), jnp.zeros(num_act)
         actor = NoiseNet(args.hidden_sizes).init(key_actor, s, a, 1)
-        critics = DacCritics(args.hidden_sizes, args.num_critics).init(key_critics, s, a)
+        critics = dac_critics(args).init(key_critics, s, a)
         actor_opt = dac_adam(args.actor_lr, args).init(actor)
         critic_opt = dac_adam(args.critic_lr, args).init(critics)
         nets = actor, actor, critics, critics  # targets start as copies
@@ -563,9 +615,10 @@ def preset(args):
     return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own=OWN)
 
 
-def write_policy(run, state, args):
-    """policy.npz: actor, target critics to choose by (none where an action is one sample), and the schedule."""
+def write_policy(run, state, args, **scale):
+    """policy.npz: actor, target critics to choose by (none where an action is one sample), schedule, observation_.."""
     params = {"actor": state.actor, "schedule": noise_schedule(args.schedule, args.num_steps)}
+    params |= {name: np.tile(x, (args.num_seeds, 1)) for name, x in scale.items()}
     if candidates(args) > 1:
         params["critics"] = state.target_critics
     run.write_policy(
@@ -579,26 +632,31 @@ def main(args):
     in_order = args.eta_min <= args.eta <= args.eta_max
     runner.refuse({"--eta-min, --eta and --eta-max must be in ascending order": in_order})
     buffer, task = runner.open_task("dac", args, Transitions._fields)
-    data = dac_data(buffer, args)
+    data, mean, std = dac_data(buffer, args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
     init, train_chunk = make_train(args, task.observation_size, task.action_size)
-    act = functools.partial(choose_actions, args=args, num_act=task.action_size)
+    act = lambda nets, s, key: choose_actions(nets, (s - mean) / std, key, args, task.action_size)
     env = envs.make(task, args.backend)
-    evaluate = runner.each_seed(runner.returns_of(act, env, task, buffer, args, sampled=True), args)
+    returns = runner.returns_of(act, env, task, buffer, args, sampled=True)
+    some = data.observations[np.random.default_rng(0).integers(len(data.rewards), size=256)]
+    choice = lambda nets, key: choice_metrics(nets, some, key, args, task.action_size)
+    evaluate = runner.each_seed(lambda nets, key: returns(nets, key) | choice(nets, jax.random.fold_in(key, 1)), args)
 
     with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)
         state = run.restore(init, keys)
         data = jax.device_put(data)  # all rows stay on the device
+        if args.eval_first and not state.num_updates.any():
+            run.log(0, evaluate((state.actor, state.target_critics), eval_keys))
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
             run.progress(step, metrics, SHOWN)
-            if run.due(step):  # D11
+            if run.due(step):  # D10
                 run.log(step, metrics | evaluate((state.actor, state.target_critics), eval_keys))
             run.save(state)
-        write_policy(run, state, args)
+        write_policy(run, state, args, observation_mean=mean, observation_std=std)
         return run.finish(TRAINING)
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "published", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__)

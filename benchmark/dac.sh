@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant sweep invariants paper published
+# The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant grid cpu invariants paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, point), through udg_select.py, for the ant with and without --size 50000:
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 2 all --size 50000
 # python udg_select.py --buffers runs/wurl_sac/point/seed0/buffers --task point-angle-60 --top 1 all
@@ -34,19 +34,26 @@ ant() { # CPU budget, 1 seed
     done
 }
 
-sweep() { # how far from the data: cloning, dual ascent, fixed eta; the last at the preset's rates
-    small="--preset cpu --num-updates 8000 --eval-every 2000 --eval-episodes 5"
-    slow="$small --actor-lr 3e-4 --critic-lr 3e-4 --tau 0.005"
-    run() { python dac.py --dataset $ant/top1-size50000.npz --out runs/dac/ant-angle-60/sweep-"$@"; }
-    run clone $slow --guidance none
-    for b in 0.3 1; do run b$b $slow --eta 1 --eta-lr 1e-3 --bc-threshold $b; done
-    for eta in 0.2 0.1; do run eta$eta $slow --eta $eta; done
-    run eta0.2-fast $small
+grid() { # settings of the short budget on the hopper's replay and the ant: results/dac/grid
+    python benchmark/grid.py benchmark/dac_grid.json --jobs 2
+    python benchmark/dac_figures.py --runs runs/dac_grid
+}
+
+cpu() { # the short budget as it is now, 3 seeds, and with other numbers of samples to choose from
+    for name in hopper-medium-replay ant-angle-60; do
+        data=data/$name.npz
+        [ $name = ant-angle-60 ] && data=$ant/top1-size50000.npz
+        for seed in 0 1 2; do
+            python dac.py --dataset $data --preset cpu --seed $seed --out runs/dac_cpu/$name/cpu/seed$seed
+        done
+    done
+    python benchmark/dac_figures.py --runs runs/dac_cpu
+    python benchmark/dac_choice.py runs/dac_cpu/*/cpu/seed*
 }
 
 invariants() { # published b = 1: eta under 0.02 by 5k updates, regression around b
-    python dac.py --dataset $ant/top1-size50000.npz --preset cpu --eta 1 --eta-lr 1e-3 --bc-threshold 1 --num-updates 6000 \
-        --eval-every 1000 --no-lr-cosine --out runs/dac/ant-angle-60/top1-b1
+    python dac.py --dataset $ant/top1-size50000.npz --preset cpu --eta 1 --eta-lr 1e-3 --bc-threshold 1 --tau 0.01 --ema-start 1000 \
+        --num-updates 6000 --no-lr-cosine --out runs/dac/ant-angle-60/top1-b1
 }
 
 paper() { # 2M updates, 8 seeds, N = 10: for a GPU

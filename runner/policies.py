@@ -58,11 +58,11 @@ class Policy:
         """tanh of the network's output; there is no noise in it."""
         return np.tanh(forward(self.layers, x))
 
-    def layers_of(self, place):
-        """[(kernel, bias)] of the layers <place>/Dense_i, in the order of i."""
-        count = sum(key.startswith(place + "/Dense_") and key.endswith("/kernel") for key in self.arrays)
-        names = [f"{place}/Dense_{i}" for i in range(max(count, 1))]
-        return [(self.arrays[name + "/kernel"], self.arrays[name + "/bias"]) for name in names]
+    def layers_of(self, place, layer="Dense", weights="kernel"):
+        """[(kernel, bias)] of the layers <place>/Dense_i, in the order of i; of LayerNorm_i its scales and biases."""
+        count = sum(key.startswith(f"{place}/{layer}_") and key.endswith("/bias") for key in self.arrays)
+        names = [f"{place}/{layer}_{i}" for i in range(max(count, layer == "Dense"))]
+        return [(self.arrays[f"{name}/{weights}"], self.arrays[f"{name}/bias"]) for name in names]
 
 
 class Gaussian(Policy):
@@ -93,7 +93,9 @@ class Diffusion(Policy):
         self.time, self.samples = self.layers_of("actor/params/time"), metadata["num_action_samples"]
         self.clips, self.temperature = metadata["clip_samples"], np.float32(metadata["temperature"])
         self.schedule = [arrays[f"schedule/{name}"] for name in ("beta", "alpha", "alpha_bar")]
-        self.critics = self.layers_of("critics/params/members") if self.samples > 1 else []  # [H, in, out], [H, out]
+        place = "critics/params/members"
+        self.critics = self.layers_of(place) if self.samples > 1 else []  # [H, in, out], [H, out]
+        self.norms = self.layers_of(place, "LayerNorm", "scale") if self.samples > 1 else []
         self.observation_size -= self.action_size + self.time[-1][0].shape[-1]  # the trunk reads [s, x, time]
 
     def act(self, s, noise):
@@ -113,8 +115,9 @@ class Diffusion(Policy):
         x = np.clip(x, -1, 1)
         if self.samples == 1:
             return x[..., 0, :]
-        layers = [[(kernel[h], bias[h]) for kernel, bias in self.critics] for h in range(len(self.critics[0][0]))]
-        q = sum(forward(layer, np.concatenate([s, x], -1), mish) for layer in layers)
+        of = lambda h, layers: [(kernel[h], bias[h]) for kernel, bias in layers]
+        inputs, members = np.concatenate([s, x], -1), range(len(self.critics[0][0]))
+        q = sum(forward(of(h, self.critics), inputs, mish, of(h, self.norms)) for h in members)
         return np.take_along_axis(x, q.argmax(-2)[..., None], -2)[..., 0, :]
 
     def predicted(self, s, x, t):
@@ -128,9 +131,12 @@ class Diffusion(Policy):
 KINDS = {"tanh_gaussian": Gaussian, "tanh_deterministic": Policy, "diffusion": Diffusion}
 
 
-def forward(layers, x, between=lambda x: np.maximum(x, 0)):
-    """Fully connected layers [(kernel, bias)] with a function between them."""
+def forward(layers, x, between=lambda x: np.maximum(x, 0), norms=()):
+    """Fully connected layers [(kernel, bias)] with a function between them, before it LayerNorm [(scale, bias)]."""
     for i, (kernel, bias) in enumerate(layers):
+        if i and norms:
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + np.float32(1e-6))
+            x = x * norms[i - 1][0] + norms[i - 1][1]
         x = (between(x) if i else x) @ kernel + bias
     return x
 

@@ -10,7 +10,7 @@ def preset_name(data, known):
     return data if data in known else next((name for name in known if same(name) == same(data)), data)
 
 
-def preset(args, published, budgets, quick, own=None, stand_ins=True):
+def preset(args, published, budgets, quick, own=None):
     """--quick, or what is published for the file's dataset with the budget of --preset on top -> name, {field: value}.
 
     own: what stands where nothing is published. --preset may also name a published set in place of the file's;

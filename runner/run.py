@@ -51,6 +51,7 @@ class Run:
             identity["data"] = envs.buffers.digests(buffer, DIGESTED)
         self.identity = {**flags, **identity, **envs.buffers.versions()}
         self.states, self.meta, self.phase, self.stopped = {}, {}, "", ""
+        self.step, self.first, self.since = 0, 0, self.began  # no pace yet
         self._logger = self.shown = None
         self.kept = 0  # bytes of the states of the phases that are compiled so far
         self.redone = 0  # of a phase that had ended and that a torn state set back: where its records in the log end

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import optax
 import pytest
 
 import dac as D
+import dac_choice
+import dac_figures
 import envs
 import envs.buffers
 import runner
@@ -179,6 +182,19 @@ def test_select_golden(golden, monkeypatch):
     close(chosen(D.Args(guidance="none")), np.clip(g["candidates"][:, 0], -1, 1))
 
 
+def test_what_the_choice_promises(golden, monkeypatch):
+    g = golden("select")
+    monkeypatch.setattr(D, "sample_actions", lambda *_: jnp.asarray(g["candidates"]))
+    monkeypatch.setattr(D, "q_values", lambda *_: jnp.asarray(g["q"]))
+    look = lambda args: D.choice_metrics((None, None), np.zeros((4, 3)), jax.random.key(0), args, 6)
+    q, found = g["q"], look(D.Args())
+    chosen = q[:, np.arange(4), q.mean(0).argmax(-1)]  # [H, states]
+    gain = (chosen - q.mean(-1)) / np.abs(q).mean()
+    wanted = [np.clip(g["candidates"], -1, 1).std(1).mean(), gain.mean(), gain.std(0).mean()]
+    np.testing.assert_allclose([found[f"choice/{k}"] for k in ("action_std", "gain", "gain_std")], wanted, rtol=1e-6)
+    assert look(D.Args(num_action_samples=1)) == look(D.Args(guidance="none")) == {}
+
+
 def test_optimiser_golden(golden):
     g = golden("optim")
     adam = D.dac_adam(float(g["lr0"]), D.Args(num_updates=int(g["decay_steps"]), clip_norm=float(g["clip_norm"])))
@@ -281,6 +297,21 @@ def test_networks_are_plain_concatenations():
     assert q.shape == (3, 7, 5) and np.abs(q[0] - q[1]).max() > 0
 
 
+def test_critics_with_layer_norm():
+    args, rng = tiny(critic_norm=True), np.random.default_rng(0)
+    s, a, drawn = rng.normal(size=(7, 3)), rng.normal(size=(7, 2)), lambda *size: rng.normal(size=size) / 2
+    layer = lambda n, m: {"kernel": drawn(3, n, m), "bias": drawn(3, m)}
+    own = {f"Dense_{i}": layer(n, m) for i, (n, m) in enumerate([(5, 16), (16, 16), (16, 1)])}
+    own |= {f"LayerNorm_{i}": {"scale": drawn(3, 16), "bias": drawn(3, 16)} for i in range(2)}
+    for h, q in enumerate(q_values({"params": {"members": own}}, s, a, args)):
+        x = np.concatenate([s, a], -1)
+        for i in range(2):
+            x = x @ own[f"Dense_{i}"]["kernel"][h] + own[f"Dense_{i}"]["bias"][h]
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            x = mish(x * own[f"LayerNorm_{i}"]["scale"][h] + own[f"LayerNorm_{i}"]["bias"][h])
+        close(q, (x @ own["Dense_2"]["kernel"][h] + own["Dense_2"]["bias"][h])[..., 0], 1e-5)
+
+
 def test_published_sizes():
     init, _ = D.make_train(D.Args(), 17, 6)
     state = jax.eval_shape(init, jax.random.split(jax.random.key(0), 1))
@@ -372,21 +403,54 @@ def test_without_a_discount_nothing_is_sampled():
 
 
 def test_reward_scale():
-    args = D.Args()
-    assert D.reward_scale(np.array([-10.0, 40.0]), args) == 20.0
-    assert D.reward_scale(np.array([100.0, 101.0]), args) == 1_000 / 100.5  # the floor
-    assert D.reward_scale(np.array([0.0, 1.0, 1.0]), args) == 1_000.0  # a maze
-    assert np.isfinite(D.reward_scale(np.array([0.0]), args))
+    scale = lambda rewards, *returns: D.return_scale(np.float32(rewards), np.float32(returns), D.Args())
+    assert scale([-10, 40], -10, 40) == 20.0
+    assert scale([100, 101], 100, 101) == 1_000 / 100.5  # the floor
+    assert scale([0, 1, 0, 1], 0, 1, 1) == 1_000.0  # a maze
+    assert scale([50, -50], 0) == 1_000.0  # what cancels in the return, a hundredth of it
+    assert scale([0, 0], 0) == 1.0
 
 
 def test_data_as_the_update_sees_it(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
     assert buffer["timeouts"].any() and np.abs(buffer["actions"]).max() == 1.0
-    data = D.dac_data(buffer, D.Args())
+    data, *_ = D.dac_data(buffer, D.Args())
     assert float(jnp.abs(data.actions).max()) < 1.0 and not data.terminals.any()  # a timeout bootstraps
     scale = 1_000 / np.ptp(buffer["episode_returns"])
     np.testing.assert_allclose(data.rewards, scale * buffer["rewards"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(data.next_observations, buffer["next_observations"])
+
+
+def columns(num=40):
+    """Columns of a buffer of two episodes."""
+    rows = random_rows(num)._asdict()
+    return {k: np.array(x) for k, x in rows.items()} | {"episode_returns": np.float32([0.3, 0.8])}
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_unit_of_rewards_does_not_matter(unit):
+    plain, other = columns(), columns()
+    for key in ("rewards", "episode_returns"):
+        other[key] = other[key] * np.float32(unit)
+    rewards = [D.dac_data(x, D.Args())[0].rewards for x in (plain, other)]
+    np.testing.assert_allclose(*rewards, rtol=1e-5)
+    assert 1_000 < np.abs(rewards[0]).max() < 10_000
+
+
+def test_observations_are_standardised():
+    """A column that is constant but for float32's rounding reads as 0, in the data and where it moves later."""
+    rows = columns() | {"observations": np.float32([[1, 5, 1e30], [3, 5, 1e30]] * 20)}
+    rows["observations"][0, 2] = np.nextafter(np.float32(1e30), np.float32(0))
+    rows["next_observations"] = np.float32([[5, 6, -1e30]] * 40)
+    data, mean, std = D.dac_data(rows, D.Args(standardise_observations=True))
+    np.testing.assert_array_equal(data.observations, [[-1, 0, 0], [1, 0, 0]] * 20)
+    np.testing.assert_array_equal(data.next_observations, [[3, 0, 0]] * 40)
+    np.testing.assert_array_equal([mean[:2], std[:2]], [[2, 5], [1, np.inf]])
+    raw = D.Args(standardise_observations=False)
+    np.testing.assert_array_equal(D.dac_data(rows, raw)[0].observations, [[1, 0, 0], [3, 0, 0]] * 20)
+    rows["observations"][0, 2] = 2e4
+    with pytest.raises(envs.InputError, match=r"columns \[2\] of the observations.*--standardise"):
+        D.dac_data(rows, raw)
 
 
 # --- the whole script ---
@@ -396,7 +460,8 @@ def test_data_as_the_update_sees_it(dataset):
 def whole_run(dataset, tmp_path_factory):
     """A run of two seeds -> args, folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    args = tiny(dataset=dataset, out=str(folder), num_seeds=2)
+    ours = dict(critic_norm=True, standardise_observations=True, eval_first=True)
+    args = tiny(dataset=dataset, out=str(folder), num_seeds=2, **ours)
     D.main(args)
     return args, folder
 
@@ -406,8 +471,26 @@ def test_log_and_figures(whole_run):
     assert (folder / "training.png").stat().st_size > 5_000
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
     keys = ("actor_loss", "bc_loss", "critic_loss", "eta", "guidance", "q", "q_gradient", "q_std", "target")
-    assert {f"train/{k}" for k in keys} == {k for k in records[0] if k.startswith("train/")}
-    assert all(np.isfinite(r[f"train/{k}"]) for r in records for k in keys) and len(records) == 4
+    assert [r["step"] for r in records] == [0, 0, 40, 40, 80, 80]
+    assert all({"eval/return", "choice/action_std", "choice/gain", "choice/gain_std"} <= set(r) for r in records)
+    assert {f"train/{k}" for k in keys} == {k for k in records[2] if k.startswith("train/")}
+    assert all(np.isfinite(r[f"train/{k}"]) for r in records[2:] for k in keys)
+
+
+def test_benchmarks_read_a_run(whole_run, tmp_path):
+    """Its own number of samples gives the returns that it logged; the grid's table has the mean of its evaluations."""
+    args, folder = whole_run
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    returns = np.array([r["eval/return"] for r in records]).reshape(3, 2)  # [steps, seeds]
+    (row,) = dac_choice.returns_by_samples(folder, args.eval_episodes, (args.num_action_samples,))
+    np.testing.assert_allclose(row[1], returns[-1].mean(), rtol=1e-4)
+    shutil.copytree(folder, tmp_path / "runs" / "point" / "cell" / "seed0")
+    dac_figures.main(["--runs", str(tmp_path / "runs"), "--folder", str(tmp_path / "logs")])
+    row = list(dac_figures.table(tmp_path / "logs"))[-1]
+    score, spread = returns.mean(0).mean(), returns.mean(0).std()
+    assert row.startswith(f"| point | cell | 2 | {score:.0f} +- {spread:.0f} | {returns.max(0).mean():.0f} |")
+    assert (tmp_path / "logs" / "grid.png").stat().st_size > 5_000
+    assert str(tmp_path) not in (tmp_path / "logs" / "point" / "cell" / "seed0.jsonl").read_text()
 
 
 def test_policy_file_acts_as_the_state_that_was_saved(whole_run):
@@ -423,7 +506,8 @@ def test_policy_file_acts_as_the_state_that_was_saved(whole_run):
     choose = jax.jit(D.choose_actions, static_argnums=(3, 4))
     for index in (0, 1):
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
-        wanted = choose(of_seed((state.actor, state.target_critics), index), obs[None], key, args, 2)
+        _, mean, std = D.dac_data(envs.buffers.load(args.dataset, quiet=True), args)
+        wanted = choose(of_seed((state.actor, state.target_critics), index), (obs[None] - mean) / std, key, args, 2)
         policy = policies.load(folder / "policy.npz", index)
         np.testing.assert_allclose(policy(obs[None], noise), wanted, atol=1e-5)
 
@@ -456,5 +540,5 @@ def test_eta_is_fixed_where_nothing_is_published(dataset):
     parsed = lambda *flags: runner.parse(D.Args, ["--dataset", dataset, *flags], D.preset)
     fields = lambda args, *names: tuple(getattr(args, name) for name in names)
     own = parsed("--preset", "cpu", "--rho", "0.5")
-    assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (20_000, 1, 0.5, 0.2, 0.0)
+    assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (10_000, 1, 0.5, 0.2, 0.0)
     assert fields(parsed("--preset", "hopper-medium-expert-v2"), "eta", "eta_lr") == (1.0, 1e-3)

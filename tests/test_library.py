@@ -37,7 +37,7 @@ def test_a_dict_of_arrays_is_as_good_as_a_buffer(dataset):
     plain = {key: np.array(buffer[key]) for key in (*cped.Transitions._fields, "episode_returns")}
     plain |= {"observations": plain["observations"].astype(float), "terminals": plain["terminals"].astype(bool)}
     for one, other in (
-        (dac.dac_data(buffer, dac.Args()), dac.dac_data(plain, dac.Args())),
+        (dac.dac_data(buffer, dac.Args())[0], dac.dac_data(plain, dac.Args())[0]),
         (cped.cped_data(buffer, cped.Args())[0].rows, cped.cped_data(plain, cped.Args())[0].rows),
     ):
         assert len(one.rewards) > 7_000

@@ -81,7 +81,7 @@ def of_dac(path, **flags):
     """-> act(index, observations [B, S], key of the noise)."""
     args = dac.Args(hidden_sizes=(8, 8), num_critics=3, **{"num_action_samples": 4, "num_steps": 3, **flags})
     s, a = jnp.zeros(S), jnp.zeros(A)
-    actor, critics = nets(dac.NoiseNet((8, 8)), s, a, 1), nets(dac.DacCritics((8, 8), 3), s, a)
+    actor, critics = nets(dac.NoiseNet((8, 8)), s, a, 1), nets(dac.dac_critics(args), s, a)
     task = types.SimpleNamespace(action_size=A)
     run = types.SimpleNamespace(task=task, write_policy=lambda kind, params, **more: write(path, kind, params, **more))
     dac.write_policy(run, types.SimpleNamespace(actor=actor, target_critics=critics), args)
@@ -138,7 +138,7 @@ def test_a_sample_is_that_of_the_noise(path, observations):
 
 
 CASES = {
-    "best of four": {}, "one, cloned": {"guidance": "none"},
+    "best of four": {}, "one, cloned": {"guidance": "none"}, "critics with LayerNorm": {"critic_norm": True},
     "another chain": {"clip_samples": False, "temperature": 0.3, "schedule": "cosine", "num_steps": 4},
 }  # fmt: skip
 
