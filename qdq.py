@@ -484,9 +484,10 @@ def critic_values(critic, observations, actions, args):
 
 def uncertainty(model, critic, observations, actions, key, args):
     """Line (4): H(s, a) [..], of the student's returns or the critics' Q."""
-    if args.uncertainty == "critics":  # D18
-        return critic_values(critic, observations, actions, args).std(0)
-    return q_moments(model, jnp.concatenate([observations, actions], -1), key, args)[1]
+    with jax.default_matmul_precision("highest"):  # the order of H decides who is flagged
+        if args.uncertainty == "critics":  # D18
+            return critic_values(critic, observations, actions, args).std(0)
+        return q_moments(model, jnp.concatenate([observations, actions], -1), key, args)[1]
 
 
 class QdqActor(nn.Module):
