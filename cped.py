@@ -107,7 +107,7 @@ class Args(runner.Flags):
     """Adam rate of the flow (codes: 1e-4)"""
     disc_lr: runner.Rate = 1e-4
     """Adam rate of the discriminator (C24: 1e-4, C23: 1e-5)"""
-    flow_adam: tuple[runner.Share, runner.Rate] = (0.999, 1e-8)
+    flow_adam: tuple[runner.Rate, runner.Rate] = (0.999, 1e-8)
     """b2 and eps of the flow's Adam (ours, D6; codes: 0.01, 1e-4)"""
     max_grad_norm: runner.Size = 10.0
     """the flow's gradient is scaled down to this norm (ours, D6; codes: not at all)"""
@@ -736,7 +736,17 @@ def check_args(args):
         "--nll-weight, --adv-weight: one of them must be positive": max(args.nll_weight, args.adv_weight) > 0,
         "--eps-quantile must be above 0 and below 1": 0 < args.eps_quantile < 1,
         "--flow-layers must be 2 or more, so that every coordinate is moved": args.flow_layers >= 2,
+        "--flow-adam: b2 must be below 1, eps above 0": args.flow_adam[0] < 1 and args.flow_adam[1] > 0,
     })  # fmt: skip
+
+
+def idle_flags(args):
+    """Flags without effect beside the others, and why."""
+    idle = {} if args.adv_weight else dict.fromkeys(("gp_weight", "disc_outputs", "disc_lr"), "--adv-weight is 0")
+    if args.constraint == "schedule":
+        idle["eps_quantile"] = "it is of --constraint hinge and dual"
+    of_dual = {"dual": ("alpha_from",)}.get(args.constraint, ("alpha_lr",))
+    return idle | dict.fromkeys(of_dual, f"--constraint is {args.constraint}")
 
 
 def main(args):
@@ -778,4 +788,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__, idle=idle_flags)

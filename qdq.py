@@ -316,8 +316,9 @@ def qdq_data(buffer, args):
     s = rows.observations
     mean, std = np.zeros_like(s[0]), np.ones_like(s[0])
     if args.normalize:  # D11
-        mean, std = (x.astype(np.float32) for x in (s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3))
-        std = np.where(np.ptp(s, 0) > 0, std, 1.0)
+        mean = s.mean(0, np.float64).astype(np.float32)
+        std, size = s.std(0, np.float64).astype(np.float32), np.abs(s).max(0)
+        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))  # a constant's rounding errors stay small
     rewards = rows.rewards + args.reward_shift
     rows = rows._replace(
         observations=(s - mean) / std,
@@ -337,7 +338,7 @@ def q_entries(buffer, data, args):
     c, low, high = jnp.concatenate([data.observations, data.actions], -1)[starts], q.min(), q.max()
     num, (window, step) = np.sum(~held), sizes
     print(f"D_Q: {num} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
-    remedy = "give more rows, lower --window and --window-step, or raise --max-windows"
+    remedy = "give more rows, lower --window, --window-step or --holdout, or raise --max-windows"
     few = f"--dataset: D_Q has {num} entries of {args.min_entries} that --min-entries asks for; {remedy}"
     runner.refuse({few: num >= args.min_entries})
     x = scaled(q, low, high)
@@ -756,7 +757,7 @@ def h_metrics(model, nets, data, args):
     def of_seed(own):
         model, nets = own
         actions = jnp.stack([a, near, far, a, policy(nets.actor, s, args)[0]])
-        h = uncertainty(model, nets.critic, jnp.stack([s, s, s, moved, s]), actions, key_h, args)
+        h = uncertainty(model, nets.target_critic, jnp.stack([s, s, s, moved, s]), actions, key_h, args)
         return jnp.median(h, -1), h > jnp.quantile(h[0], args.beta)
 
     h, flagged = runner.map_seeds(of_seed, (model, nets), args)
@@ -854,8 +855,8 @@ def check_args(args):
     runner.check_run(args)
     runner.refuse({
         "--chunk must be a multiple of --policy-delay": args.chunk % args.policy_delay == 0,
-        "--chunk must divide --teacher-updates and --student-updates":
-            args.teacher_updates % args.chunk == args.student_updates % args.chunk == 0,
+        "--chunk must divide --teacher-updates and --student-updates": args.uncertainty == "critics"
+            or args.teacher_updates % args.chunk == args.student_updates % args.chunk == 0,
         "--model-hidden-sizes must be multiples of --group-size":
             all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
         "--beta must be above 0 and below 1": 0 < args.beta < 1,
@@ -864,7 +865,21 @@ def check_args(args):
         "--num-levels must be 3 or more": args.num_levels >= 3,
         "--uncertainty critics needs --num-critics 2 or more": args.uncertainty != "critics" or args.num_critics > 1,
         "--student goes with --uncertainty consistency alone": args.uncertainty != "critics" or not args.student,
+        "--penalty product goes with --uncertainty consistency: 1 / H of critics has no size":
+            args.uncertainty != "critics" or args.penalty != "product",
     })  # fmt: skip
+
+
+def idle_flags(args):
+    """Flags without effect beside the others, and why."""
+    idle = {}
+    if args.uncertainty == "critics":
+        names = "window window_step max_windows min_entries model_hidden_sizes group_size model_batch_size teacher_lr "
+        names += "student_lr num_levels student_tau teacher_updates student_updates holdout spread nodes num_samples"
+        idle |= dict.fromkeys(names.split(), "H is the critics'; add --uncertainty consistency --penalty product")
+    by_penalty = {"excess": ("alpha", "weight"), "product": ("kappa",)}
+    idle |= dict.fromkeys(by_penalty[args.penalty], f"it is of another --penalty than {args.penalty}")
+    return idle | (dict.fromkeys(("q_from", "q_norm"), "it is of --actor-loss q") if args.actor_loss == "awr" else {})
 
 
 def student_identity(args, buffer):
@@ -902,8 +917,12 @@ def learn_model(run, teacher, student, keys, entries, held):
     second = jax.eval_shape(student.init, keys[1], first.nets.net)
     teach = run.compile(teacher.chunk, first, entries)
     distil = run.compile(student.chunk, second, first.nets.net, entries)
-    one = lambda own: fit_metrics(own[0], entries, held, own[1], args)
-    judge = jax.jit(lambda net: runner.map_seeds(one, (q_models(net, entries, args), keys[2]), args))
+
+    def judge(net, entries, held):
+        one = lambda own: fit_metrics(own[0], entries, held, own[1], args)
+        return runner.map_seeds(one, (q_models(net, entries, args), keys[2]), args)
+
+    judge = jax.jit(judge)
 
     def train(name, total, init, chunk, given, measure):
         """All steps of a phase -> its nets."""
@@ -917,7 +936,8 @@ def learn_model(run, teacher, student, keys, entries, held):
         return state.nets.net
 
     net = train("teacher", args.teacher_updates, (teacher.init, keys[0]), teach, (), lambda net: {})
-    net = train("student", args.student_updates, (student.init, keys[1], net), distil, (net,), judge)
+    judged = lambda net: judge(net, entries, held)
+    net = train("student", args.student_updates, (student.init, keys[1], net), distil, (net,), judged)
     return q_models(net, entries, args)
 
 
@@ -964,4 +984,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__, idle=idle_flags)

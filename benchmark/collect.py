@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 FIGURES = (
     "trajectories.png", "distances.png", "learning_curve.png", "dynamics.png", "model.png", "penalty.png",
     "training.png",
-    "bandit.png", "density.png", "uncertainty.png", "distributions.png",
+    "bandit.png", "uncertainty.png", "distributions.png",
 )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/cped.md. Pick parts by name: benchmark/cped.sh point density ant paper published
+# The runs behind docs/cped.md. Pick parts by name: benchmark/cped.sh point density grid ant paper published
 # The datasets are those of benchmark/wurl_sac.sh ant, through
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all --size 50000
 set -euo pipefail
@@ -18,7 +18,7 @@ density() { # the adversarial term's weight and form against the true density, 3
 }
 
 grid() { # settings for short runs on the suite's replays (benchmark/suite.py): 2 to 3 minutes a cell on one core
-    loose="--alphas 0.1 0.03 0.003; --constraint dual --alphas 0.03 --alpha-from 0 --alpha-lr 3e-3 --eps-quantile 0.95"
+    loose="--alphas 0.1 0.03 0.003; --alphas 0.1 0.01 0.001; --constraint dual --alphas 0.03 --alpha-from 0 --alpha-lr 3e-3 --eps-quantile 0.95"
     for data in hopper-medium-replay halfcheetah-medium-replay; do
         for tau in 0.005 0.02; do
             python benchmark/cped_grid.py --dataset data/$data.npz --cells "default; $loose" \

@@ -1,6 +1,6 @@
 """Which settings of CPED are right for short runs? One flow for all cells that share its flags, then a policy a cell.
 
-    python benchmark/cped_grid.py --dataset FILE --cells "default; --critic-norm; --alphas 0.1 0.03 0.003"
+    python benchmark/cped_grid.py --dataset FILE --cells "default; --tau 0.005; --alphas 0.1 0.03 0.003"
     python benchmark/cped_grid.py --table runs/cped/grid/*.jsonl
 
 A cell is what is added to `cped.py --preset cpu`. Each evaluation is a line of <out>/<task>-<cell>-seed<seed>.jsonl;
@@ -23,7 +23,8 @@ import runner
 
 FLOW = (  # the flags of the first phase
     "flow", "flow_layers", "flow_hidden_sizes", "prior", "action_noise", "nll_weight", "adv_weight", "gp_weight",
-    "disc_outputs", "disc_ratio", "flow_lr", "disc_lr", "normalize",
+    "disc_outputs", "disc_ratio", "flow_lr", "disc_lr", "normalize", "flow_adam", "max_grad_norm", "log_scale_cap",
+    "batch_size", "holdout_rows",
 )  # fmt: skip
 SHOWN = ("eval/return", "eval/return_data_length", "train/nll_pi", "train/nll_data", "train/q_pi", "train/alpha")
 

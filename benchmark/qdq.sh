@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh point short ablations sweep full paper published
+# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes small hopper point short ablations sweep full paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, cheetah), through
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all [--size 50000]
 # python udg_select.py --buffers runs/wurl_sac/cheetah/seed0/buffers --task cheetah-jump --top 1 all
@@ -15,7 +15,7 @@ probes() { # H on and off the data, two seeds of the point robot (docs/qdq.md)
     point="python qdq.py --quick --num-seeds 2 --num-updates 3000 --eval-every 1000 --eval-episodes 5"
     for size in 8 64 0; do $point $paper --group-size $size --out runs/qdq/point-angle-0/h-$size; done
     for norm in layer-norm no-layer-norm; do
-        $point --uncertainty critics --penalty excess --num-critics 4 --$norm --out runs/qdq/point-angle-0/h-$norm
+        $point --uncertainty critics --penalty excess --kappa 1 --num-critics 4 --$norm --out runs/qdq/point-angle-0/h-$norm
     done
 }
 
@@ -71,7 +71,7 @@ full() { # CPU budget: the first two phases at a tenth of their published steps
 paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: for a GPU
     for task in ant-angle-60 cheetah-jump; do
         for data in top1 all; do
-            python qdq.py --dataset runs/udg_select/$task/$data.npz --num-seeds 5 --out runs/qdq/$task/$data
+            python qdq.py --dataset runs/udg_select/$task/$data.npz $paper --num-seeds 5 --out runs/qdq/$task/$data
         done
     done
 }

@@ -67,7 +67,7 @@ def plot_uncertainty(path, model, data, key, args):
         label = f"{name}: median H {np.median(h):.3g}"
         lines += [(away, h, {"marker": ".", "ls": "", "ms": 4, "alpha": 0.6, "color": f"C{i}", "label": label})]
     panels = [{
-        "title": "near: noise 0.2; far: uniform action, state + 3 stds", "ylabel": "H, in return",
+        "title": "near: noise 0.2; far: uniform action, state + 3 stds", "ylabel": "H, in scaled return",
         "xlabel": f"distance of (s, a) to the nearest of {len(rows):,} rows, in stds", "lines": lines,
     }]  # fmt: skip
     steps = np.linspace(0.0, 2.0, 21)
@@ -79,7 +79,7 @@ def plot_uncertainty(path, model, data, key, args):
     lines = [(steps, np.median(h, 1), {"color": "C0", "marker": "o", "ms": 3, "label": "median over states"})]
     lines += [(steps, bands, {"color": "C0", "ls": ":", "lw": 1, "label": "10 % and 90 %"})]
     panels += [{
-        "title": "from the data's action in a random direction", "ylabel": "H, in return",
+        "title": "from the data's action in a random direction", "ylabel": "H, in scaled return",
         "xlabel": "length of the step, not clipped to [-1, 1]", "lines": lines,
     }]  # fmt: skip
     plots.figure(path, panels)

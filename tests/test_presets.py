@@ -82,7 +82,7 @@ def test_grids_of_the_suite_are_of_its_sets(grid, named):
     for data, file in lists["datasets"].items():
         assert file == f"data/{data}.npz" and data in suite.SETS
         for algorithm, command in lists["algorithms"].items():
-            assert "--preset published" in command
+            assert "--preset published" in command or algorithm == "bc"
             wanted = {"preset": "published"} if f"{algorithm} {data[:7]}" != "mopo antmaze" else {}
             known = choose(LEARNERS[command.split()[0].removesuffix(".py")], named(f"ours/{data}"), **wanted)[1]
             assert bool(known) == (f"{algorithm} {data[:7]}" != "mopo antmaze")
