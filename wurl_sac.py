@@ -587,8 +587,7 @@ def rollout(actor, key, env, args, observe, num_envs, length, random=False, rest
         terminals = after.done > 0.5
         steps = Rollout(envs.transition(state, actions, after), terminals, log_probs, alive)
         if restart:
-            begin = lambda: jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
-            fresh = jax.lax.cond(terminals.any(), begin, lambda: after)
+            fresh = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
             choose = lambda ended, new, old: jax.tree.map(lambda x, y: jnp.where(ended, x, y), new, old)
             return (jax.vmap(choose)(terminals, fresh, after), alive), steps
         return (after, alive & ~terminals), steps

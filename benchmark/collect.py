@@ -48,14 +48,14 @@ def collect_grid(folder, into):
         tables = [json.loads(p.read_text()) for p in (into / "table.json", folder / "table.json") if p.exists()]
         algorithms = list(dict.fromkeys(name for table in tables for name in table["algorithms"]))
         data = {name: returns for table in tables for name, returns in table["data"].items()}
-        found = {}
+        found, short = {}, {}
         for path in sorted(into.glob("*/*/*.jsonl")):
             name, algorithm = path.parts[-3:-1]
             if name in data and algorithm in algorithms:
-                seeds = plots.read(path, "eval/return")
-                if seeds:
-                    found.setdefault(name, {}).setdefault(algorithm, {}).update(seeds)
-        grid.write_results(into, found, algorithms, data)
+                for kept, key in ((found, "eval/return"), (short, "eval/return_data_length")):
+                    if seeds := plots.read(path, key):
+                        kept.setdefault(name, {}).setdefault(algorithm, {}).update(seeds)
+        grid.write_results(into, found, algorithms, data, short)
 
 
 if __name__ == "__main__":

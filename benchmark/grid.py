@@ -213,14 +213,16 @@ def draw(path, title, seeds_of, data):
     plots.figure(path, [panel], width=7.5)
 
 
-def write_results(out, found, algorithms, data):
+def write_results(out, found, algorithms, data, short=None):
     """table.md, table.json (a score is the mean of the last 5 evaluations) and <dataset>.png.
 
-    found {dataset: {algorithm: {seed: (steps, returns)}}}; data {dataset: return of an episode, mean and best}.
+    found {dataset: {algorithm: {seed: (steps, returns)}}}; data {dataset: return of an episode, mean and best}; short:
+    as found, of episodes as long as the data's.
     """
     score = lambda seeds: [float(np.mean(values[-5:])) for _, values in seeds.values()]
     scores = {(d, a): score(seeds) for d, of_data in found.items() for a, seeds in of_data.items()}
-    rows = [{"dataset": d, "algorithm": a, "returns": x} for (d, a), x in scores.items()]
+    as_data = lambda d, a: {"returns_data_length": score(short[d][a])} if short else {}
+    rows = [{"dataset": d, "algorithm": a, "returns": x, **as_data(d, a)} for (d, a), x in scores.items()]
     out.mkdir(parents=True, exist_ok=True)
     table = {"algorithms": algorithms, "data": data, "scores": rows}
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -231,13 +233,14 @@ def write_results(out, found, algorithms, data):
 
 def gather(runs, out):
     """Table and figures of what is done."""
-    found = {}  # a seed of two runs counts once
+    found, short = {}, {}  # a seed of two runs counts once
     for run in runs:
         if run.made() == run.record():
             data, algorithm, _ = run.name.split()
-            seeds = found.setdefault(data, {}).setdefault(algorithm, {})
-            seeds |= plots.read(Path(run.folder), "eval/return")
-    write_results(out, found, list(dict.fromkeys(run.name.split()[1] for run in runs)), data_returns(runs))
+            for kept, key in ((found, "eval/return"), (short, "eval/return_data_length")):
+                seeds = kept.setdefault(data, {}).setdefault(algorithm, {})
+                seeds |= plots.read(Path(run.folder), key)
+    write_results(out, found, list(dict.fromkeys(run.name.split()[1] for run in runs)), data_returns(runs), short)
 
 
 def main(argv=None):

@@ -4,7 +4,8 @@
     python benchmark/intervals.py runs/grid/table.json --against bc --draws 20000
 
 Reads table.json of benchmark/grid.py, several at once as one. A score is (return - mean episode of the data) / (best -
-mean episode): 0 is as good as the data, 1 as its best episode. After Agarwal et al. 2021 (arXiv 2108.13264):
+mean episode), in episodes as long as the data's: 0 is as good as the data, 1 as its best episode. After Agarwal et al.
+2021 (arXiv 2108.13264):
 
 - IQM: the mean of the middle half of an algorithm's scores, all data sets and seeds together;
 - interval: 95 % of the bootstrap's IQMs, seeds drawn anew within every data set;
@@ -33,8 +34,11 @@ def read_tables(paths):
             table = json.loads(Path(path).read_text())
             for row in table["scores"]:
                 mean, best = table["data"][row["dataset"]]
-                score = (np.array(row["returns"]) - mean) / (best - mean)
-                found.setdefault(row["algorithm"], {})[row["dataset"]] = score
+                returns = row.get("returns_data_length", row["returns"])
+                scores = found.setdefault(row["algorithm"], {})
+                if row["dataset"] in scores:
+                    raise InputError(f"{path}: {row['dataset']} {row['algorithm']} is in two tables: leave one out")
+                scores[row["dataset"]] = (np.array(returns) - mean) / (best - mean)
             names |= dict.fromkeys(table["algorithms"])
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: no table of benchmark/grid.py ({type(error).__name__}: {error})") from None

@@ -68,7 +68,7 @@ def check_room(values, listed, rows, num_contacts, num_rows):
         a_world = max(-(-int(listed) // worlds), -(-int(rows) * num_contacts // num_rows))
         raise InputError(
             f"{worlds} worlds on 'warp' had {int(listed)} contacts and up to {int(rows)} constraints each, with room "
-            f"for {worlds * num_contacts} and {num_rows}: envs.make(.., num_contacts={a_world}), or backend 'mjx'"
+            f"for {worlds * num_contacts} and {num_rows}: --backend mjx, or envs.make(.., num_contacts={a_world})"
         )
 
     stop = lambda values: jax.pure_callback(refuse, values, values, listed, rows)

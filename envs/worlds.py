@@ -84,11 +84,11 @@ def is_own(name: str) -> bool:
 def make(name: str | Task, backend: str | None = None, **options) -> Env:
     """Make the environment of a world or task name, or of a Task with the options that it has.
 
-    backend: "mujoco" (C MuJoCo, the default on a CPU) or "mjx" (the default elsewhere) for the
+    backend: "mujoco" (C MuJoCo, the default on a CPU), "mjx" (the default elsewhere) or "warp" for the
         MuJoCo robots, one of brax's for brax/<name>, None or "jax" for the point robots and registered
         environments, None or "gymnasium" for gym:<name>.
     options: fields of the task (`Task.options`), and for the MuJoCo robots the arguments of
-        `envs.physics.MujocoEnv`: xml, gear, margin_scale, contact_cost, num_threads.
+        `envs.physics.MujocoEnv`: xml, gear, margin_scale, contact_cost, num_threads, num_contacts.
     Unknown names, back ends and options raise InputError.
     """
     if isinstance(name, Task) and not name.eval_length:

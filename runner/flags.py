@@ -68,7 +68,7 @@ class RunFlags:
     """task to evaluate in; empty: the file's, and no other is accepted"""
     preset: str = ""
     """a setting by name, see the list above: cpu takes minutes on two cores, the name of a data set is what was
-    published for it; empty: by the file's dataset_name"""
+    published for it, published: for the file's, ours: as for your own; empty: by the file's dataset_name"""
     seed: Natural = 0
     """first seed"""
     out: str = ""

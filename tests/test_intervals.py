@@ -52,6 +52,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     path = table(tmp_path / "table.json", ({"a": [1.0]}, {"a": [1.0]}))
     with pytest.raises(envs.InputError, match="--against dac: not in the table; one of ours, bc"):
         intervals.main([str(path), "--against", "dac"])
+    with pytest.raises(envs.InputError, match="a ours is in two tables: leave one out"):
+        intervals.main([str(path), str(path)])
+    found = json.loads(path.read_text())
+    found["scores"][0]["returns_data_length"] = [300.0]  # of whole evaluations, which are longer, the data know nothing
+    path.write_text(json.dumps(found))
+    assert intervals.read_tables([path])["ours"]["a"] == 1.0
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(envs.InputError, match=r"torn.json: no table of benchmark/grid.py"):
         intervals.main([str(tmp_path / "torn.json")])
