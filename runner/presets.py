@@ -34,7 +34,7 @@ def preset(args, published, budgets, quick, own=None):
     nothing = f"--preset published: nothing is published for {data}; {remedy}"
     refuse({nothing: given != "published" or named in published or "published" in budgets})
     found = published.get(named, own or {}) | budgets.get(given, {})
-    about = f"as published for {named}; the data is {data}"
+    rest = "the rest as" if given in budgets and budgets[given] else "as"
+    about = f"{rest} published for {named}; the data is {data}"
     about = about if named in published else f"nothing is published for {data}"
-    about = about if given not in budgets or named not in published else f"on top of what else is as {about[3:]}"
     return f"{args.preset or 'by the file'} ({about})", found
