@@ -34,7 +34,7 @@ def preset(args, published, budgets, quick, own=None):
     nothing = f"--preset published: nothing is published for {data}; {remedy}"
     refuse({nothing: given != "published" or named in published or "published" in budgets})
     found = published.get(named, own or {}) | budgets.get(given, {})
-    rest = "the rest as" if given in budgets and budgets[given] else "as"
+    rest = "the rest as" if budgets.get(given) else "as"
     about = f"{rest} published for {named}; the data is {data}"
     about = about if named in published else f"nothing is published for {data}"
     return f"{args.preset or 'by the file'} ({about})", found
