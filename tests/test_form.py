@@ -18,7 +18,17 @@ SCRIPTS = ("wurl_sac", "udg_select", "mopo", "cped", "qdq", "dac")
 BANNERS = ("data", "networks", "losses", "update", "evaluation", "training", "run")
 PACKAGES = {"jax", "flax", "optax", "chex", "tyro", "numpy", "scipy", "envs", "runner"}
 # Names that are a script's own by nature: its flags, networks, rules between flags, measurements and figures.
-OWN = {"Args", "main", "make_train", "make_evaluation", "check_args", "preset", "write_policy", "plot_run", "idle_flags"}
+OWN = {
+    "Args",
+    "main",
+    "make_train",
+    "make_evaluation",
+    "check_args",
+    "preset",
+    "write_policy",
+    "plot_run",
+    "idle_flags",
+}
 MAX_FUNCTION, MAX_NESTING = 60, 3
 LINES = {"dac": 605, "udg_select": 690, "cped": 720, "wurl_sac": 880}  # in one sitting
 LINES |= {"mopo": 950, "qdq": 900}  # a model and a policy; a teacher, a student and a policy

@@ -133,7 +133,7 @@ def tiny_buffer():
 
 
 def test_any_unit_of_rewards_and_a_constant_column(tiny_buffer):
-    """The same data, D_Q and losses for rewards x 1e-6, 1 and 1e6; a constant column is 0, and one like it."""
+    """The same data, D_Q and losses for rewards x 1e-6, 1 and 1e6; a constant column is 0."""
     args, nets, _, _ = small_world()
     args = dataclasses.replace(args, min_entries=10, uncertainty="critics", penalty="excess")
     seen = []
