@@ -3,7 +3,8 @@
     python benchmark/large_buffer.py runs/large --rows 20000000 --max-rows 200000
 
 Writes <folder>/large.npz (46 bytes a row, the point robot's sizes) and prints, in MB, what the process allocated beyond
-what it had before each run (RssAnon, looked at every 10 ms; pages of the mapped file are the system's to drop).
+what it had before (RssAnon, looked at every 10 ms; pages of the mapped file are the system's to drop): for the rows
+alone, then for whole runs, where the compiler may need more than the rows.
 Linux only: the figure comes from its /proc.
 """
 
@@ -13,9 +14,12 @@ import shutil
 import threading
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import dac
+import runner
 from envs import buffers
 from runner import plots
 
@@ -68,6 +72,10 @@ def main(argv=None):
     make(path, args.rows)
     plots.figure = lambda *_, **__: None  # the memory of matplotlib is not asked for
     print(f"{path}: {args.rows} rows, {path.stat().st_size / 1e6:.0f} MB")
+    for name, rows in (("first", args.max_rows), ("few", args.max_rows), ("whole", 0)):
+        flags = dac.Args(**SMALL, dataset=str(path), max_rows=rows)
+        held = lambda: jax.tree.map(jnp.asarray, dac.dac_data(runner.open_task("dac", flags, None)[0], flags))  # noqa: B023
+        print(f"peak {name} rows: {peak_of(held):.0f} MB", flush=True)
     for name, rows in (("compiles", args.max_rows), ("few", args.max_rows), ("whole", 0)):
         out = args.folder / name
         shutil.rmtree(out, ignore_errors=True)

@@ -164,8 +164,8 @@ def test_a_seed_alone_is_the_seed_among_others(name, whole, tmp_path):
     module(name).main(dataclasses.replace(args, seed=1, num_seeds=1, out=str(tmp_path / "run")))
     among = [r for r in records_of(Path(args.out)) if r["seed"] == 1]
     for wanted, found in zip(among, records_of(tmp_path / "run"), strict=True):
-        assert wanted.keys() == found.keys()
-        for key in wanted:  # another program, whose sums may differ in the last digits
+        assert wanted.keys() - {"h/overlap"} == found.keys()  # which compares seeds
+        for key in found:  # another program, whose sums may differ in the last digits
             np.testing.assert_allclose(found[key], wanted[key], rtol=2e-3, atol=2e-3, err_msg=key)
 
 
@@ -193,7 +193,7 @@ def test_every_preset_runs(name, dataset):
     for words in (["--quick"], ["--dataset", dataset], ["--dataset", dataset, "--preset", "cpu"]):
         args = runner.parse(script.Args, words, script.preset)
         runner.check_run(args)
-    assert args.num_updates == 20_000
+    assert args.num_updates in (10_000, 20_000)
     assert len(script.PUBLISHED) >= 15
     for published in script.PUBLISHED:
         args = runner.parse(script.Args, ["--dataset", dataset, "--preset", published], script.preset)

@@ -235,7 +235,7 @@ def test_a_learner_holds_no_more_rows_than_it_is_told(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = done.stdout
-    few, whole = (float(found.split(f"peak {name}: ")[1].split()[0]) for name in ("few", "whole"))
+    few, whole = (float(found.split(f"peak {name} rows: ")[1].split()[0]) for name in ("few", "whole"))
     assert few + 8 < whole, (few, whole)  # MB
     assert "20,000 transitions, 200 episodes" in found and "2980000 rows dropped ('max_rows')" in found
 
