@@ -219,6 +219,7 @@ PUBLISHED |= {
 SHORT = {"num_levels": 18, "student_tau": 0.05}  # few steps do not carry 1,000 levels (docs/qdq.md)       # D3
 CPU = SHORT | {
     "teacher_updates": 80_000, "student_updates": 160_000, "num_updates": 20_000, "chunk": 500, "eval_every": 2_000,
+    "tau": 0.02,  # once per actor step: at the code's 0.005 Q lags by 40k updates
 }  # fmt: skip
 SHOWN = ("train/q", "train/h", "train/ood", "train/penalty", "train/log_p", "train/distance")  # in the progress line
 PROBES = ("data", "near", "far_action", "far_state", "policy")

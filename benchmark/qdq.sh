@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes small hopper point short ablations sweep full paper published
+# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes small hopper short_lag point short ablations sweep full paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, cheetah), through
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all [--size 50000]
 # python udg_select.py --buffers runs/wurl_sac/cheetah/seed0/buffers --task cheetah-jump --top 1 all
@@ -37,8 +37,18 @@ small() { # small networks, one seed: returns and H of docs/qdq.md; python bench
     $run --num-critics 4 --kappa 4 --layer-norm --out $runs/small-k4-ln
 }
 
+short_lag() { # --preset cpu at its own size with faster targets: the default, and without H
+    for data in data/hopper-medium-replay.npz runs/udg_select/ant-angle-60/top1-size50000.npz; do
+        set=hopper-medium-replay
+        [ $data = data/hopper-medium-replay.npz ] || set=ant-angle-60
+        run="python qdq.py --dataset $data --preset cpu --num-updates 12000 --eval-every 1500"
+        $run --out runs/qdq/$set/default-tau0.02
+        $run --kappa 0 --num-critics 2 --no-layer-norm --out runs/qdq/$set/plain-tau0.02
+    done
+}
+
 hopper() { # larger networks
-    run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500"
+    run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500 --tau 0.005"
     $run --num-critics 2 --kappa 0 --no-layer-norm --out runs/qdq/hopper-medium-replay/k0
     $run --num-critics 4 --kappa 4 --layer-norm --out runs/qdq/hopper-medium-replay/k4-ln
 }
