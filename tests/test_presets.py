@@ -14,8 +14,10 @@ import dac
 import envs
 import mopo
 import qdq
+import runner
 import suite
 from envs import buffers
+from runner import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNERS = {"mopo": mopo, "cped": cped, "qdq": qdq, "dac": dac}
@@ -223,3 +225,24 @@ def test_cped_has_settings_of_our_own_and_published_ones_by_name(named):
         )
     assert cped.preset(cped.Args(dataset=str(named("hopper-medium-v2")), preset="ours")) == ("ours", {})
     assert choose(cped, named("hopper-udg-top1"), preset="published")[2] == cped.MUJOCO
+
+
+# --- flags without effect -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "why"),
+    [
+        (cped, "--eps-quantile 0.8", "--eps-quantile, because it is of --constraint hinge and dual"),
+        (cped, "--constraint dual --alpha-from 0 0.1 0.2", "--alpha-from, because --constraint is dual"),
+        (cped, "--adv-weight 0 --disc-lr 1e-3", "--disc-lr, because --adv-weight is 0"),
+        (qdq, "--window 50", "--window, because H is the critics'"),
+        (qdq, "--alpha 0.9", "--alpha, because it is of another --penalty than excess"),
+        (qdq, "--preset published --kappa 2", "--kappa, because it is of another --penalty than product"),
+    ],
+)
+def test_flags_without_effect_are_told(script, words, why, named):
+    data = str(named("ours/hopper-medium"))
+    args = runner.parse(script.Args, ["--dataset", data, *words.split()], script.preset, idle=script.idle_flags)
+    assert why in "\n".join(flags.ABOUT)
+    assert script.idle_flags(args).keys() <= vars(args).keys()

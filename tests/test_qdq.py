@@ -153,6 +153,19 @@ def test_any_unit_of_rewards_and_a_constant_column(tiny_buffer):
     assert np.all(np.asarray(D.qdq_data(tiny_buffer(0.0), args)[0].rewards) == 0.0)
 
 
+def test_whole_episodes_are_held_out(tiny_buffer):
+    """Their windows are none that teacher and student see, and all windows are on one side."""
+    args = dataclasses.replace(small_world()[0], min_entries=10, holdout=0.25)
+    buffer = tiny_buffer(1.0)
+    data, _ = D.qdq_data(buffer, args)
+    rows = lambda part: {tuple(c) for c in np.asarray(part.conditions)}
+    entries, held = map(rows, D.q_entries(buffer, data, args))
+    every, none = map(rows, D.q_entries(buffer, data, dataclasses.replace(args, holdout=0.0)))
+    assert not none and not entries & held and entries | held == every
+    starts = {tuple(c): i for i, c in enumerate(np.concatenate([data.observations, data.actions], 1))}
+    assert len({starts[c] // 20 for c in held}) == 10 and len(held) == len(every) // 4  # episodes of 20 rows
+
+
 # --- consistency model ---
 
 GROUPS_OF_2 = D.Args(group_size=2, model_hidden_sizes=(64, 64, 64))
