@@ -57,7 +57,8 @@ Run        python qdq.py --quick                          (point robot, all phas
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
            python benchmark/qdq_figures.py RUN    (H and returns on and off the data, of a run with a student)
-Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; docs/qdq.md
+Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu with 12k updates on 50k rows of
+           ant-angle-60, top-1: 223 in 200 steps (three seeds; data 117), 5 minutes of a core; docs/qdq.md
 """
 
 import functools

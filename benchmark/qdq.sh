@@ -42,8 +42,10 @@ short_lag() { # --preset cpu at its own size with faster targets: the default, a
         set=hopper-medium-replay
         [ $data = data/hopper-medium-replay.npz ] || set=ant-angle-60
         run="python qdq.py --dataset $data --preset cpu --num-updates 12000 --eval-every 1500"
-        $run --out runs/qdq/$set/default-tau0.02
-        $run --kappa 0 --num-critics 2 --no-layer-norm --out runs/qdq/$set/plain-tau0.02
+        for seed in 0 1 2; do
+            $run --seed $seed --out runs/qdq/$set/default-tau0.02-seed$seed
+            $run --seed $seed --kappa 0 --num-critics 2 --no-layer-norm --out runs/qdq/$set/plain-tau0.02-seed$seed
+        done
     done
 }
 
