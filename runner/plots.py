@@ -64,7 +64,7 @@ def number(axis):
 
 
 def figure(path, panels, width=6.0, height=4.5):
-    """Draw panels side by side into a png.
+    """Draw panels side by side into a png, four in a row at most.
 
     panels: dicts with title, xlabel, ylabel, scale ("linear", "semilogy" or "loglog") and `lines`:
     (x, y, style) with style the keywords of matplotlib's plot; y [n] or [n, k], k lines of one label;
@@ -75,8 +75,12 @@ def figure(path, panels, width=6.0, height=4.5):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), height), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    rows = -(-len(panels) // 4)
+    columns = -(-len(panels) // rows)
+    drawn, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, panels):  # noqa: B905  (what is over is empty)
         scale = panel.get("scale", "linear")
         axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
         axis.set_xscale("log" if scale == "loglog" else "linear")
