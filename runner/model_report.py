@@ -180,16 +180,17 @@ def warn_of_climbing(metrics, rewards, gamma):
 def plot_fit(run, found):
     """model.png: calibration of every target, u beside the error, predictions over several steps; of one seed."""
     sigma, rmse, share = (found[f"fit/{name}"] for name in ("sigma", "rmse", "unexplained"))
-    spread, ends = rmse / np.sqrt(share), np.array([0.5 * np.sqrt(share).min(), 2 * np.sqrt(share).max()])
-    targets = [([s], [e], {"marker": f"${i}$", "ls": "", "color": "C0", "ms": 9})
-               for i, (s, e) in enumerate(zip(sigma / spread, rmse / spread, strict=True))]  # fmt: skip
+    number, error = np.arange(len(rmse)), np.sqrt(share)  # in std of the target
+    claimed = error * sigma / rmse
     order = np.array_split(np.argsort(found["u"]), min(10, len(found["u"])))
     tenths = [np.array([found[name][i].mean() for i in order]) for name in ("u", "error")]
     equal = lambda x: (x, x, {"color": "k", "ls": "--", "lw": 1, "label": "equal"})
     rows = (found["u"], found["error"], {"marker": ".", "ls": "", "ms": 2, "alpha": 0.4, "label": "a held-out row"})
     panels = [
-        {"title": f"each target by its number; {len(rmse) - 1} is the reward", "xlabel": "claimed std",
-         "scale": "loglog", "ylabel": "error, both in std of the target", "lines": [*targets, equal(ends)]},
+        {"title": f"error and its claimed std; {number[-1]} is the reward", "xlabel": "number of the target",
+         "scale": "semilogy", "ylabel": "in std of the target", "lines": [
+             (number, error, {"marker": "o", "ls": "", "ms": 5, "label": "error"}),
+             (number, claimed, {"marker": "_", "ls": "", "ms": 12, "mew": 2, "label": "claimed std"})]},
         {"title": f"u beside the error, correlation {found['fit/correlation']:.2f}", "xlabel": "u", "scale": "loglog",
          "ylabel": "error of the elites", "lines": [
              rows, (*tenths, {"color": "C1", "marker": "o", "label": "tenths of u"}), equal(tenths[0])]},
