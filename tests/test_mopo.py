@@ -36,13 +36,18 @@ def golden(name):
     return common.golden(f"mopo_{name}", np.float32)
 
 
+def rows_of(obs, actions, rewards, after):
+    """Steps that end nothing, in float32."""
+    zeros = np.zeros(len(obs))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), M.Rows(obs, actions, rewards, after, zeros, zeros))
+
+
 def random_data(num_rows=400, num_obs=3, num_actions=2, seed=0):
     """Rows of a linear world with small noise."""
     rng = np.random.default_rng(seed)
     obs, actions = rng.normal(size=(num_rows, num_obs)), rng.uniform(-1, 1, (num_rows, num_actions))
     after = obs + 0.1 * actions @ rng.normal(size=(num_actions, num_obs)) + 0.01 * rng.normal(size=obs.shape)
-    data = M.Rows(obs, actions, obs[:, 0], after, np.zeros(num_rows), np.zeros(num_rows))
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), data)
+    return rows_of(obs, actions, obs[:, 0], after)
 
 
 class AbstractTask(NamedTuple):
@@ -66,6 +71,22 @@ predict = jax.jit(M.predict, static_argnums=3)
 critic_loss = jax.jit(M.mopo_critic_loss, static_argnums=6)
 actor_loss = jax.jit(M.mopo_actor_loss, static_argnums=5)
 model_loss = jax.jit(M.mopo_model_loss, static_argnums=3)
+
+
+def fitted(data, args):
+    """The ensemble of one seed, fitted to its end -> Fit, Model."""
+    init, chunk, model = M.make_fit(args)
+    fit = init(jax.random.split(jax.random.key(0), 1), data)
+    while M.fitting(fit, args).all():
+        fit = chunk(fit, data)
+    return of_seed((fit, model(fit, data)))
+
+
+def emptied(ring):
+    return ring._replace(size=0 * ring.size, position=0 * ring.position)
+
+
+NO_FIT = M.Fit(*[None] * len(M.Fit._fields))
 
 
 @functools.cache
@@ -168,7 +189,7 @@ def test_early_stop_golden(case):
     close(best, g["ge5_best"], 1e-6)
     np.testing.assert_array_equal(gains, g["ge5_updated"])
     np.testing.assert_array_equal(counters, g["ge5_counters"])
-    fit = M.Fit(*[None] * 11)._replace(best=best)
+    fit = NO_FIT._replace(best=best)
     np.testing.assert_array_equal(M.fitted_model(fit, random_data(), args).elites, g["ge5_elites"])
 
 
@@ -438,8 +459,7 @@ def test_out_of_range_ends_a_rollout():
     rows, keep, info = roll(model=tight)
     assert keep[0].all() and not keep[1:].any() and info["outside"][0].all()
     assert not rows.terminals[0].any() and np.all(rows.outside[0] == 1)
-    empty = ring._replace(size=0 * ring.size, position=0 * ring.position)
-    ring, metrics = refresh(agent, empty, tight, data, jax.random.key(0), args, TASK)
+    ring, metrics = refresh(agent, emptied(ring), tight, data, jax.random.key(0), args, TASK)
     assert int(ring.size) == 64 and float(metrics["model/rollout_length"]) == 1.0  # one step each
     made = M.model_of(None, None, None, data, tiny(range_margin=0.5))
     close(made.high_reward, np.quantile(data.rewards, 0.99), 1e-5)
@@ -476,8 +496,7 @@ def test_q_is_measured_along_rollouts():
     """Against plain numpy: by networks that see scaled observations, which the ring holds; of rows that count alone."""
     args, data, model, agent, ring = small_world()
     model = model._replace(eyes=(jnp.full(3, 0.5), jnp.full(3, 2.0)))
-    empty = ring._replace(size=0 * ring.size, position=0 * ring.position)
-    ring, metrics = refresh(agent, empty, model, data, jax.random.key(0), args, TASK)
+    ring, metrics = refresh(agent, emptied(ring), model, data, jax.random.key(0), args, TASK)
     seen = jax.tree.map(lambda x: np.asarray(x[:192], float).reshape(3, 64, *x.shape[1:]), ring.rows)
     q = common.twin_q(agent.critic, seen.observations, seen.actions).min(0)
     last = seen.next_observations[-1]
@@ -563,7 +582,7 @@ def test_networks_that_see_scaled_observations_are_those_with_scaled_weights():
 
     task, buffer = envs.task("point-angle-0"), types.SimpleNamespace(metadata={"episode_length": 10})
     eyes = jnp.array([0.5, -1.0, 2.0, 0.0]), jnp.array([2.0, 0.5, 3.0, 1.0])
-    data = M.Rows(jnp.zeros((9, 4)), jnp.zeros((9, 2)), jnp.zeros(9), jnp.ones((9, 4)), jnp.zeros(9), jnp.zeros(9))
+    data = rows_of(np.zeros((9, 4)), np.zeros((9, 2)), np.zeros(9), np.ones((9, 4)))
     model = M.fitted_model(fit_init(jax.random.key(1), data, args), data, args)
     actor = M.policy_net(args, 2).init(jax.random.key(3), jnp.zeros(4))
     critic = M.critic_net(args).init(jax.random.key(4), jnp.zeros(4), jnp.zeros(2))
@@ -642,15 +661,9 @@ def linear_world(num_rows=20_000, noise=0.03):
     obs, actions = 0.5 * rng.normal(size=(num_rows, 3)), rng.uniform(-0.3, 0.3, (num_rows, 1))
     a, b = rng.normal(size=(3, 3)) / 3, rng.normal(size=(1, 3))
     after = obs @ a + actions @ b + noise * rng.normal(size=obs.shape)
-    rewards, zeros = obs[:, 0] + noise * rng.normal(size=num_rows), np.zeros(num_rows)
-    data = M.Rows(obs, actions, rewards, after, zeros, zeros)
-    data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), data)
+    data = rows_of(obs, actions, obs[:, 0] + noise * rng.normal(size=num_rows), after)
     args = M.Args(ensemble_size=3, num_elites=2, model_hidden_sizes=(64, 64), max_epochs=30, holdout_rows=4_000)
-    init, chunk, model = M.make_fit(args)
-    fit = init(jax.random.split(jax.random.key(0), 1), data)
-    while M.fitting(fit, args).all():
-        fit = chunk(fit, data)
-    fit, model = of_seed((fit, model(fit, data)))
+    fit, model = fitted(data, args)
     rows = jax.tree.map(lambda x: x[fit.holdout], data)
     return fit, model, rows, predict(model, rows.observations, rows.actions, args)
 
@@ -710,18 +723,12 @@ def uneven_world(standardise):
     obs, actions = rng.normal(size=(num_rows, 3)), rng.uniform(-1, 1, (num_rows, 1))
     noise = np.where(obs[:, :1] < 0, 5.0, 50.0) * rng.normal(size=obs.shape)
     after = obs + 100 * np.roll(obs, 1, 1) + noise
-    zeros = np.zeros(num_rows)
-    data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), M.Rows(obs, actions, obs[:, 1], after, zeros, zeros))
+    data = rows_of(obs, actions, obs[:, 1], after)
     args = tiny(model_hidden_sizes=(64, 64), max_epochs=100, standardise_targets=standardise)
-    init, chunk, model = M.make_fit(args)
-    fit = init(jax.random.split(jax.random.key(0), 1), data)
-    while M.fitting(fit, args).all():
-        fit = chunk(fit, data)
-    fitted, targets = of_seed(model(fit, data)), M.model_targets(data)
-    know, holdout = lambda *x: predict(fitted, *x, args), fit.holdout[0]
-    units = targets.std(0), data.observations.std(0)
-    metrics, arrays = model_report.check_fit(know, fitted.elites, data, targets, units, holdout, args.holdout_run)
-    return metrics, arrays["u"], obs[np.asarray(holdout), 0]
+    (fit, model), targets = fitted(data, args), M.model_targets(data)
+    know, units = lambda *x: predict(model, *x, args), (targets.std(0), data.observations.std(0))
+    metrics, arrays = model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
+    return metrics, arrays["u"], obs[np.asarray(fit.holdout), 0]
 
 
 def test_u_finds_where_large_targets_are_noisy():
@@ -749,19 +756,15 @@ def test_u_finds_where_large_targets_are_noisy():
 )
 def test_warnings_of_a_fit(low, half, high, rank, capped, told):
     found = {"fit/u_p05": low, "fit/u_p50": half, "fit/u_p95": high, "fit/correlation": rank}
-    assert not [
-        x for x, _ in model_report.fit_problems(found | {"fit/unexplained": [1e-3]}, False, tiny())
-    ]  # no errors
+    assert not model_report.fit_problems(found | {"fit/unexplained": [1e-3]}, False, tiny())  # no errors
     found["fit/unexplained"] = np.array([0.1, 0.2, 0.0])
-    problems = model_report.fit_problems(found, capped, tiny())
-    assert len(problems) == len(told) and all(
-        word in problem for word, (problem, _) in zip(told, problems, strict=True)
-    )
+    problems = [problem for problem, _ in model_report.fit_problems(found, capped, tiny())]
+    assert len(problems) == len(told) and all(word in x for word, x in zip(told, problems, strict=True))
 
 
 def test_a_fit_ends_between_its_least_and_most_steps():
     """10 steps an epoch: patience alone, a minimum that outlasts it, a cap in whole epochs."""
-    fit = M.Fit(*[None] * 11)._replace(bootstrap=np.zeros((3, 320)))
+    fit = NO_FIT._replace(bootstrap=np.zeros((3, 320)))
     goes_on = lambda step, idle, **flags: bool(
         M.fitting(fit._replace(step=step, idle=idle), tiny(model_batch_size=32, max_epochs=10, **flags))
     )
