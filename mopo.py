@@ -22,32 +22,25 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets: (
            E ensemble_size | M num_elites | N rows | B batch | C num_critics | h horizon
            b rollout_batch | S also num_seeds, as a leading axis | alpha entropy weight | gamma discount
 
-Deviations
+Deviations (published presets are as the codes in D11 to D15; the page says why)
   D1  Paper: the norm of the covariance; codes: the norm of the vector of stds; here: the codes'.
   D2  Paper: the model's mean reward; codes: a sampled reward; here: sampled.
   D3  Paper: spectral normalisation; released code: none; here: none.
   D4  orig stops after more than 5 epochs without a gain, ORLKit after 5, with no cap; here: 5, and `max_epochs`.
-  D5  Codes: an epoch visits every row of the bootstrap once; here: an epoch makes as many random draws
-      from it, N rounded down to whole batches.
-  D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: a
-      rollout ends outside the data's range plus a margin, and the value there is min(V, 0). SAC inflates
-      V there, and 0, the value of a terminal, rewards leaving where Q < 0. Rows not finite are dropped.
+  D5  Codes: an epoch visits every row of the bootstrap once; here: as many random draws, in whole batches.
+  D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: a rollout
+      ends outside the data's range plus a margin, where the value is min(V, 0). Rows not finite are dropped.
   D7  orig: target entropy -3 in every task, one learning rate, log std >= -20; here: ORLKit's target
       entropy -A, three rates, the actor's with a cosine, alpha <= 1, log std >= -5.
   D8  ORLKit corrects tanh by log(1 - a^2 + 1e-6); here: exactly, as orig.
   D9  orig: all gradients at the weights before the update, half the squared error; here: ORLKit's order,
       line (7), and the whole squared error.
-  D10 Codes divide by any input std above 1e-12; here: only above 1e-6 of the mean, because in float32 a
-      constant column may have a std of that order.
-  D11 Codes: plain critics; here: with LayerNorm, which bounds what they say far from the rows that they learn from,
-      such as the states after a rollout's last step. Published presets: as the codes. --num-critics may be more than 2.
-  D12 Codes: the model predicts (s' - s, r) in raw units, and its log-variance starts at 0.5 at most: where speeds
-      have a variance of 100, u is a constant; here: in standard deviations of the data; u, errors and figures
-      stay in raw units. Published presets: as the codes.
-  D13 Codes hold out single rows, whose neighbours are trained on; here: runs of 20. Published presets: as the codes.
-  D14 Codes stop by the hold-out's squared error and keep each member where that was least, with whatever std it
-      had there; here: by its likelihood, so that u is fitted as well. Published presets: as the codes.
-  D15 Codes: actor and critics see raw observations; here: standardised. Published presets: as the codes.
+  D10 Codes divide by any input std above 1e-12; here: only above 1e-6 of the mean.
+  D11 Codes: plain critics, two of them; here: with LayerNorm, and as many as --num-critics says.
+  D12 Codes: the model predicts raw (s' - s, r); here: in standard deviations of the data; u and errors are raw.
+  D13 Codes hold out single rows; here: runs of 20.
+  D14 Codes stop by the hold-out's squared error and keep each member where that was least; here: by its likelihood.
+  D15 Codes: actor and critics see raw observations; here: standardised.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
@@ -139,9 +132,7 @@ class Args(runner.Flags):
     real_ratio: runner.Share = 0.05
     """share of real rows in a batch (both: 0.05)"""
     range_margin: runner.Rate = 0.5
-    """rollouts end farther outside the data's range than this share of it (ours, D6)"""
-    range_value: Literal["worst", "bootstrap", "zero"] = "worst"
-    """value of a state out of range: worst: the lesser of V and 0; bootstrap: the critics' V; zero: 0 (ours, D6)"""
+    """rollouts end farther outside the data's range than this share of it (ours, D6; orig: never, as with 1e9)"""
     # --- SAC ---
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
@@ -175,28 +166,14 @@ class Args(runner.Flags):
     """upper clip of the actor's log standard deviation (both: 2)"""
 
 
-HORIZON_AND_LAM = {  # horizon h, lam: OfflineRL-Kit for D4RL v2, the original code for v0
-    "halfcheetah-medium-v2": (5, 0.5),
-    "halfcheetah-medium-replay-v2": (5, 0.5),
-    "halfcheetah-medium-expert-v2": (5, 2.5),
-    "hopper-medium-v2": (5, 5.0),
-    "hopper-medium-replay-v2": (5, 2.5),
-    "hopper-medium-expert-v2": (5, 5.0),
-    "walker2d-medium-v2": (5, 0.5),
-    "walker2d-medium-replay-v2": (1, 2.5),
-    "walker2d-medium-expert-v2": (1, 2.5),
-    "halfcheetah-medium-v0": (1, 1.0),
-    "halfcheetah-medium-replay-v0": (5, 1.0),
-    "halfcheetah-medium-expert-v0": (5, 5.0),  # paper: lambda 1
-    "hopper-medium-v0": (5, 5.0),
-    "hopper-medium-replay-v0": (5, 1.0),
-    "hopper-medium-expert-v0": (5, 1.0),
-    "walker2d-medium-v0": (5, 5.0),
-    "walker2d-medium-replay-v0": (1, 1.0),
-    "walker2d-medium-expert-v0": (1, 2.0),
-    "halfcheetah-random-v0": (5, 0.5),
-    "hopper-random-v0": (5, 1.0),
-    "walker2d-random-v0": (1, 1.0),
+KINDS = ("medium", "medium-replay", "medium-expert", "random")
+HORIZON_AND_LAM = {  # horizon h, lam for each of KINDS
+    "halfcheetah-{}-v2": ((5, 0.5), (5, 0.5), (5, 2.5)),  # v2: OfflineRL-Kit
+    "hopper-{}-v2": ((5, 5.0), (5, 2.5), (5, 5.0)),
+    "walker2d-{}-v2": ((5, 0.5), (1, 2.5), (1, 2.5)),
+    "halfcheetah-{}-v0": ((1, 1.0), (5, 1.0), (5, 5.0), (5, 0.5)),  # v0: the original code; paper: medium-expert 5, 1
+    "hopper-{}-v0": ((5, 5.0), (5, 1.0), (5, 1.0), (5, 1.0)),
+    "walker2d-{}-v0": ((5, 5.0), (1, 1.0), (1, 2.0), (1, 1.0)),
 }
 CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what each is for)
     "max_epochs": 1_000, "min_model_steps": 5_000, "max_model_steps": 15_000, "num_updates": 20_000,
@@ -207,8 +184,9 @@ AS_CODES = {
     "standardise_observations": False,
 }  # fmt: skip
 PUBLISHED = {
-    name: {"horizon": h, "lam": lam, "num_updates": 3_000_000 if name.endswith("v2") else 1_000_000} | AS_CODES
-    for name, (h, lam) in HORIZON_AND_LAM.items()
+    name.format(kind): {"horizon": h, "lam": lam, "num_updates": 3_000_000 if "v2" in name else 1_000_000} | AS_CODES
+    for name, cells in HORIZON_AND_LAM.items()
+    for kind, (h, lam) in zip(KINDS, cells, strict=False)  # v2 has no random
 }
 QUICK = {
     "max_epochs": 60, "model_hidden_sizes": (64, 64), "num_updates": 3_000, "chunk": 500,
@@ -216,6 +194,7 @@ QUICK = {
     "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3,
 }  # fmt: skip
 SHOWN = ("train/q", "train/entropy", "model/reward", "model/penalty_share")  # in the progress line
+CALL_STEPS = 500  # Adam steps of the model in one jitted call, at most
 
 
 # === data ===
@@ -230,9 +209,6 @@ class Rows(NamedTuple):
     next_observations: jax.Array  # [.., S]
     terminals: jax.Array  # [..] 1.0 where the episode truly ended: value 0 after it
     outside: jax.Array  # [..] 1.0 where a rollout left the data's range: value at most 0 after it      # D6
-
-
-DATA_KEYS = Rows._fields[:-1]
 
 
 # === networks ===
@@ -265,36 +241,35 @@ class Actor(nn.Module):
         return mean, jnp.clip(log_std, self.log_std_min, self.log_std_max)
 
 
-class Critics(nn.Module):
-    """`num` independent Q networks on (s, a): [num, ..]."""
+class MopoCritics(nn.Module):
+    """`num` independent Q networks on (s, a): [num, ..]; with `norm` a LayerNorm before each ReLU."""
 
     hidden_sizes: tuple[int, ...]
-    num: int = 2
-
-    @nn.compact
-    def __call__(self, observations, actions):
-        x = jnp.concatenate([observations, actions], -1)
-        return jnp.stack([MLP((*self.hidden_sizes, 1))(x)[..., 0] for _ in range(self.num)])
-
-
-class NormCritics(Critics):
-    """Critics with LayerNorm before each ReLU."""
+    num: int
+    norm: bool
 
     @nn.compact
     def __call__(self, observations, actions):
         dense = lambda width: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
 
         def q(x):
+            if not self.norm:
+                return MLP((*self.hidden_sizes, 1))(x)[..., 0]
             for width in self.hidden_sizes:
-                x = nn.relu(nn.LayerNorm()(dense(width)(x)))
+                x = nn.relu(nn.LayerNorm()(dense(width)(x)))  # D11
             return dense(1)(x)[..., 0]
 
         return jnp.stack([q(jnp.concatenate([observations, actions], -1)) for _ in range(self.num)])
 
 
+def policy_net(args, action_size):
+    """The actor's architecture."""
+    return Actor(args.hidden_sizes, action_size, args.log_std_min, args.log_std_max)
+
+
 def critic_net(args):
     """The critics' architecture."""
-    return (NormCritics if args.critic_norm else Critics)(args.hidden_sizes, args.num_critics)
+    return MopoCritics(args.hidden_sizes, args.num_critics, args.critic_norm)
 
 
 def tanh_normal_sample(mean, log_std, noise):
@@ -312,11 +287,6 @@ def tanh_normal_sample(mean, log_std, noise):
 def polyak(target, online, tau):
     """target <- (1 - tau) target + tau online, leaf by leaf."""
     return jax.tree.map(lambda t, o: (1 - tau) * t + tau * o, target, online)
-
-
-def policy_net(args, action_size):
-    """The actor's architecture."""
-    return Actor(args.hidden_sizes, action_size, args.log_std_min, args.log_std_max)
 
 
 class Ensemble(NamedTuple):
@@ -441,9 +411,8 @@ class Agent(NamedTuple):
 
 def optimisers(args):
     """Adam of actor, critics and alpha."""
-    rate = args.actor_lr
-    if args.actor_cosine:  # D7
-        rate = optax.cosine_decay_schedule(args.actor_lr, args.num_updates)
+    cosine = optax.cosine_decay_schedule(args.actor_lr, args.num_updates)  # D7
+    rate = cosine if args.actor_cosine else args.actor_lr
     return optax.adam(rate), optax.adam(args.critic_lr), optax.adam(args.alpha_lr)
 
 
@@ -473,9 +442,8 @@ def mopo_update(agent, ring, data, key, args):
     step, actor_opt = actor_adam.update(grads, agent.actor_opt)
     actor = optax.apply_updates(agent.actor, step)
 
-    target_entropy = args.target_entropy
-    if target_entropy is None:
-        target_entropy = -float(batch.actions.shape[-1])
+    own = -float(batch.actions.shape[-1])
+    target_entropy = own if args.target_entropy is None else args.target_entropy
     entropy = actor_metrics["train/entropy"]  # of the actor before its step
     grad = jax.grad(mopo_alpha_loss)(agent.log_alpha, entropy, target_entropy)
     step, alpha_opt = alpha_adam.update(grad, agent.alpha_opt)
@@ -575,9 +543,6 @@ def fit_init(key, data, args):
     )  # fmt: skip
 
 
-CALL_STEPS = 500  # Adam steps of one jitted call at most
-
-
 def epoch_sizes(num_rows, args):
     """-> batch, Adam steps of one jitted call, calls in an epoch of N / batch steps."""
     batch = min(args.model_batch_size, num_rows)
@@ -585,23 +550,17 @@ def epoch_sizes(num_rows, args):
     return batch, num_rows // batch // calls, calls
 
 
+def max_steps(num_rows, args):
+    """Adam steps of a fit at most, in whole epochs."""
+    _, steps, calls = epoch_sizes(num_rows, args)
+    epochs = -(-args.max_model_steps // (steps * calls)) if args.max_model_steps else args.max_epochs
+    return min(epochs, args.max_epochs) * steps * calls
+
+
 def fitting(fit, args):
     """Line (3): whether the fit goes on."""
     improving = (fit.idle < args.patience) | (fit.step < args.min_model_steps)
     return improving & (fit.step < max_steps(fit.bootstrap.shape[-1], args))  # D4
-
-
-def max_steps(num_rows, args):
-    """Adam steps of a fit at most, in whole epochs."""
-    epoch = epoch_steps(num_rows, args)
-    epochs = -(-args.max_model_steps // epoch) if args.max_model_steps else args.max_epochs
-    return min(epochs, args.max_epochs) * epoch
-
-
-def epoch_steps(num_rows, args):
-    """Adam steps of an epoch."""
-    _, steps, calls = epoch_sizes(num_rows, args)
-    return steps * calls
 
 
 def fit_chunk(fit, data, args):
@@ -652,18 +611,19 @@ def end_epoch(fit, data, args):
     return fit._replace(best_net=best_net, best=best, holdout_mse=mse, idle=idle)
 
 
-def data_range(data, args):
-    """The box low, high [S] that rollouts must not leave."""  # D6
-    both = jnp.concatenate([data.observations, data.next_observations])
-    low, high = both.min(0), both.max(0)
-    margin = args.range_margin * jnp.where(high > low, high - low, 1.0)
-    return low - margin, high + margin, jnp.quantile(data.rewards, 0.99)
-
-
 def fitted_model(fit, data, args):
     """Every member at its best epoch, the M of best hold-out score as elites -> Model."""
     elites = jnp.argsort(fit.best, stable=True)[: args.num_elites]
-    return Model(fit.best_net, elites, fit.scale, *data_range(data, args), seen_moments(data, args))
+    return model_of(fit.best_net, elites, fit.scale, data, args)
+
+
+def model_of(net, elites, scale, data, args):
+    """Beside the networks what the data say: where rollouts end, and what actor and critics see -> Model."""
+    both = jnp.concatenate([data.observations, data.next_observations])
+    low, high = both.min(0), both.max(0)
+    margin = args.range_margin * jnp.where(high > low, high - low, 1.0)  # D6
+    high_reward = jnp.quantile(data.rewards, 0.99)
+    return Model(net, elites, scale, low - margin, high + margin, high_reward, seen_moments(data, args))
 
 
 def seen_moments(data, args):
@@ -679,8 +639,7 @@ def see(eyes, observations):
 
 def seen_rows(eyes, rows):
     """Rows as actor and critics see them."""
-    see_them = lambda x: see(eyes, x)
-    return rows._replace(observations=see_them(rows.observations), next_observations=see_them(rows.next_observations))
+    return rows._replace(observations=see(eyes, rows.observations), next_observations=see(eyes, rows.next_observations))
 
 
 def penalty(mean, std, elites, kind):
@@ -741,10 +700,8 @@ def model_rollout(model, agent, starts, key, args, task):
         penalised = rewards - args.lam * u
         broken, outside, terminals = rollout_ends(model, task, next_obs, penalised)
         keep = alive & ~broken
-        ends = (terminals, outside)
-        if args.range_value != "worst":  # D6
-            ends = (terminals | (outside & (args.range_value == "zero")), jnp.zeros_like(outside))
-        rows = Rows(obs, actions, penalised, next_obs, *(x.astype(jnp.float32) for x in ends))
+        flags = (x.astype(jnp.float32) for x in (terminals, outside))
+        rows = Rows(obs, actions, penalised, next_obs, *flags)
         info = {"u": u, "reward": rewards, "terminal": keep & terminals, "outside": keep & outside}
         alive = keep & ~outside & ~terminals
         return (jnp.where(alive[:, None], next_obs, obs), alive), (rows, keep, info)
@@ -763,103 +720,52 @@ def refresh(agent, ring, model, data, key, args, task):
     key_start, key_rollout, key_real = jax.random.split(key, 3)
     shape = (args.rollout_batch // rows_at_once(args), rows_at_once(args))
     starts = jax.random.randint(key_start, shape, 0, len(data.rewards))
-    index = jax.random.randint(key_real, (4096,), 0, len(data.rewards))
     roll = lambda x: model_rollout(model, agent, data.observations[x[0]], x[1], args, task)
     rows, keep, info = jax.lax.map(roll, (starts, jax.random.split(key_rollout, shape[0])))
-    q_steps = values_by_step(agent, model, *jax.tree.map(lambda x: x[0], (rows, keep)), args)
-    rows, keep, info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (rows, keep, info))
-    ring = ring_insert(ring, seen_rows(model.eyes, rows), keep)
+    seen = seen_rows(model.eyes, rows)
+    flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
+    ring = ring_insert(ring, flat(seen), flat(keep))
 
-    average = lambda x: jnp.where(keep, x, 0.0).sum() / jnp.maximum(keep.sum(), 1)
-    u_real = predict(model, data.observations[index], data.actions[index], args)[2]
-    u_share = args.lam * average(info["u"]) / jnp.maximum(average(jnp.abs(info["reward"])), 1e-30)
-    metrics = {
-        "model/penalty_share": u_share,
-        "model/reward": average(info["reward"]),
-        "model/invented": average(info["reward"] > model.high_reward),
-        "model/q_steps": q_steps,
-        "model/rollout_length": keep.sum() / args.rollout_batch,
-        "model/terminal": info["terminal"].sum() / args.rollout_batch,
-        "model/outside": info["outside"].sum() / args.rollout_batch,
-        "model/ring": ring.size.astype(jnp.float32),
-    }
-    for name, u in (("model", jnp.where(keep, info["u"], jnp.nan)), ("real", u_real)):
-        half, most = jnp.nanquantile(u, jnp.array([0.5, 0.95]))
-        metrics |= {f"model/u_{name}": jnp.nanmean(u), f"model/u_{name}_p50": half}
-        metrics |= {f"model/u_{name}_p95": most}
-    return ring, metrics
-
-
-def values_by_step(agent, model, rows, keep, args):
-    """Mean min_e Q_e(s, a) at each step of a rollout and V(s') after the last one, Rows [h, b] -> [h + 1]."""
-    average = lambda x, where: jnp.where(where, x, 0.0).sum(-1) / jnp.maximum(where.sum(-1), 1)
-    critics, seen = critic_net(args), seen_rows(model.eyes, rows)
-    inside = average(critics.apply(agent.critic, seen.observations, seen.actions).min(0), keep)
-    last, alive = seen.next_observations[-1], keep[-1] & (rows.terminals[-1] < 0.5)
-    actions = jnp.tanh(policy_net(args, rows.actions.shape[-1]).apply(agent.actor, last)[0])
-    return jnp.append(inside, average(critics.apply(agent.critic, last, actions).min(0), alive))
+    some = jax.random.randint(key_real, (4096,), 0, len(data.rewards))
+    u_real = predict(model, data.observations[some], data.actions[some], args)[2]
+    metrics = model_report.rollouts(flat(info), flat(keep), args.lam, u_real, model.high_reward, args.rollout_batch)
+    act = lambda s: jnp.tanh(policy_net(args, task.action_size).apply(agent.actor, s)[0])
+    value = lambda s, a: critic_net(args).apply(agent.critic, s, a).min(0)
+    metrics |= model_report.q_by_step(act, value, *jax.tree.map(lambda x: x[0], (seen, keep)))
+    return ring, metrics | {"model/ring": ring.size.astype(jnp.float32)}
 
 
 # === evaluation ===
 
 
-def check_fit(model, holdout, data, args):
-    """What the elites know of the held-out rows [H] -> metrics, arrays for the figures (runner/model_report.py)."""
-    know, rows = lambda *x: predict(model, *x, args), jax.tree.map(lambda x: x[holdout], data)
-    (_, target_unit), (_, unit) = moments(model_targets(data)), moments(data.observations)
-    metrics, arrays = model_report.held_out(know, model.elites, rows, model_targets(rows), target_unit)
-    stride = max(min(args.holdout_run, len(holdout)) // 5, 1)
-    return metrics, arrays | model_report.several_steps(know, model.elites, data, holdout, stride, unit)
-
-
-def real_rows(env, actor, eyes, key, args, length):
-    """Steps of the current, stochastic policy in the world -> Rows [L, E], alive [L, E]."""
-    key_reset, key_steps = jax.random.split(key)
-
-    def step(carry, key):
-        state, alive = carry
-        mean, log_std = policy_net(args, env.action_size).apply(actor, see(eyes, state.obs))
-        actions, _ = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
-        after = jax.vmap(env.step)(state, actions)
-        rows = Rows(state.obs, actions, after.reward, after.obs, after.done, jnp.zeros_like(after.done))
-        return (after, alive & (after.done < 0.5)), (rows, alive)
-
-    start = jax.vmap(env.reset)(jax.random.split(key_reset, args.eval_episodes))
-    carry = (start, jnp.ones(args.eval_episodes, bool))
-    return jax.lax.scan(step, carry, jax.random.split(key_steps, length))[1]
-
-
-def start_values(agent, model, rows, alive, key, args, task):
-    """What Q says of the starts of episodes in the world, and what they return: rows, alive [L, E, ..] -> metrics.
-
-    Discounted over L steps, without the entropy that Q counts: r in the world, r - lam u in the model.
-    """
-    discount = args.gamma ** jnp.arange(len(alive))[:, None]
-    longer = dataclasses.replace(args, horizon=len(alive))
-    rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key, longer, task)
-    q = critic_net(args).apply(agent.critic, see(model.eyes, rows.observations[0]), rows.actions[0]).min(0)
-    total = lambda rewards, where: (discount * jnp.where(where, rewards, 0.0)).sum(0).mean()
-    world, model = total(rows.rewards, alive), total(rolled.rewards, keep)
-    return {"value/q_start": q.mean(), "value/world": world, "value/model": model}
-
-
 def make_evaluation(args, env, task, buffer):
     """-> evaluation(agent [S], model [S], keys [S]) -> metrics, each [S], and calibration's points [S]."""
-
-    def act(params, observations, key):
-        actor, eyes = params
-        return jnp.tanh(policy_net(args, task.action_size).apply(actor, see(eyes, observations))[0])
-
-    returns = runner.returns_of(act, env, task, buffer, args)
     length = min(buffer.metadata["episode_length"], 200)
+    longer = dataclasses.replace(args, horizon=length)
+
+    def policy(params, observations):
+        actor, eyes = params
+        return policy_net(args, task.action_size).apply(actor, see(eyes, observations))
+
+    def sample(params, observations, key):
+        mean, log_std = policy(params, observations)
+        return tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))[0]
+
+    act = lambda params, observations, key: jnp.tanh(policy(params, observations)[0])
+    returns = runner.returns_of(act, env, task, buffer, args)
 
     def one(agent, model, key):
-        key_eval, key_model, key_values = jax.random.split(key, 3)
-        rows, alive = real_rows(env, agent.actor, model.eyes, key_model, args, length)
+        key_eval, key_world, key_model = jax.random.split(key, 3)
+        params = agent.actor, model.eyes
+        rows, alive = runner.steps_of(env, sample, params, key_world, args.eval_episodes, length)
+        rows = Rows(*rows, jnp.zeros_like(alive, jnp.float32))
         know = lambda *x: predict(model, *x, args)
         metrics, points = model_report.calibration(know, model.elites, rows, model_targets(rows), alive)
-        metrics |= start_values(agent, model, rows, alive, key_values, args, task)
-        return metrics | returns((agent.actor, model.eyes), key_eval), points
+
+        rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key_model, longer, task)
+        q = critic_net(args).apply(agent.critic, see(model.eyes, rows.observations[0]), rows.actions[0]).min(0)
+        metrics |= model_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
+        return metrics | returns(params, key_eval), points
 
     return runner.each_seed(one, args)
 
@@ -957,9 +863,9 @@ def check_task(args, task):
 
 def train_model(run, fit_some, fit, data):
     """Lines (1) to (3): fit the ensembles of all seeds -> Fit [S]. The log's steps are epochs."""
-    args = run.args
-    num_rows = fit.bootstrap.shape[-1]
-    steps, epoch = epoch_sizes(num_rows, args)[1], epoch_steps(num_rows, args)
+    args, num_rows = run.args, fit.bootstrap.shape[-1]
+    _, steps, calls = epoch_sizes(num_rows, args)
+    epoch = steps * calls
     for step in run.chunks("model step", max_steps(num_rows, args), fit.step, steps):
         if not fitting(fit, args).any():
             break
@@ -979,13 +885,18 @@ def train_model(run, fit_some, fit, data):
 
 
 def judge_model(run, model, fit, data):
-    """Warn of a fit that is not to be trusted, and draw it."""
+    """What the elites know of held-out rows: in the log and model.png; warnings of a fit that is not to be trusted."""
     args = run.args
-    one = lambda x: check_fit(x[0], x[1].holdout, data, args)
-    found, told = jax.jit(lambda *x: runner.map_seeds(one, x, args))(model, fit)
-    epochs = int(fit.step.max()) // epoch_steps(fit.bootstrap.shape[-1], args)
-    model_report.judge_fit(run, epochs, found, fit.idle < args.patience)
-    model_report.plot_fit(run, jax.tree.map(lambda x: np.asarray(x[0]), found | told))
+
+    def one(x):
+        model, fit = x
+        know, targets = lambda *rows: predict(model, *rows, args), model_targets(data)
+        units = moments(targets)[1], moments(data.observations)[1]
+        return model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
+
+    found, arrays = jax.jit(lambda *x: runner.map_seeds(one, x, args))(model, fit)
+    _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
+    model_report.report_fit(run, int(fit.step.max()) // (steps * calls), found, arrays, fit.idle < args.patience)
 
 
 def main(args, own_model=None):
@@ -994,12 +905,13 @@ def main(args, own_model=None):
     own_model(keys, data, args, env) -> Model [S] takes the place of the fit (benchmark/mopo_models.py).
     """
     check_args(args)
-    buffer, task = runner.open_task("mopo", args, DATA_KEYS)
+    names = Rows._fields[:-1]  # a file has no `outside`
+    buffer, task = runner.open_task("mopo", args, names)
     task = runner.learn_end(task, buffer)  # where no function tells it
     check_task(args, task)
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
     runner.refuse({few: int(args.holdout_share * len(buffer)) > 0})
-    data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in DATA_KEYS), jnp.zeros(len(buffer)))
+    data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in names), jnp.zeros(len(buffer)))
     (key_model, key_policy), eval_keys = runner.seed_keys(args, 2), runner.evaluation_keys(args)
     env = envs.make(task, args.backend)
     evaluate = make_evaluation(args, env, task, buffer)
@@ -1026,10 +938,9 @@ def main(args, own_model=None):
                 climbs = climbs or model_report.warn_of_climbing(found, data.rewards, args.gamma)
             run.save(state)
 
-        about = {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
         eyes = {"observation_mean": model.eyes[0], "observation_std": model.eyes[1]}
-        eyes = eyes if args.standardise_observations else {}
-        run.write_policy("tanh_gaussian", {"actor": state.agent.actor, **eyes}, **about)
+        params = {"actor": state.agent.actor} | (eyes if args.standardise_observations else {})
+        run.write_policy("tanh_gaussian", params, log_std_min=args.log_std_min, log_std_max=args.log_std_max)
         model_report.plot_run(run, np.asarray(evaluate(state.agent, model, eval_keys)[1]))
         return run.finish()
 

@@ -34,8 +34,7 @@ preset = mopo.preset
 
 def as_model(net, scale, data, args):
     """A function (s, a) -> mean, std [1, B, D], u [B] as one member -> mopo.Model."""
-    partial, elites = jax.tree_util.Partial(net[0], *net[1:]), jnp.zeros(1, jnp.int32)
-    return mopo.Model(partial, elites, scale, *mopo.data_range(data, args), mopo.seen_moments(data, args))
+    return mopo.model_of(jax.tree_util.Partial(net[0], *net[1:]), jnp.zeros(1, jnp.int32), scale, data, args)
 
 
 def sure(targets, u):

@@ -24,7 +24,7 @@ NAMES = {  # module -> what `runner` has of it
     "checkpoint": "fill flat_arrays read_npz",
     "devices": "map_seeds over_devices seed_keys",
     "ends": "learn_end",
-    "evaluation": "each_seed evaluation_keys play returns_of",
+    "evaluation": "each_seed evaluation_keys play returns_of steps_of",
     "flags": "Count Data Flags Natural Rate RunFlags Share Size "
     "announce check check_run launch parse refuse task_options",
     "folder": "folder_of open_task state_files",

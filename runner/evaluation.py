@@ -24,6 +24,25 @@ def play(env, act, params, starts, steps):
     return jax.lax.scan(step, carry, steps)[1].T
 
 
+def steps_of(env, act, params, key, episodes, length):
+    """Steps of some episodes -> (observations, actions, rewards, next observations, done), alive, all [L, E, ..].
+
+    act as in `play`; alive: the episode had not ended before the step.
+    """
+    key_starts, key_steps = jax.random.split(key)
+
+    def step(carry, key):
+        state, alive = carry
+        actions = act(params, state.obs, key)
+        after = jax.vmap(env.step)(state, actions)
+        rows = state.obs, actions, after.reward, after.obs, after.done
+        return (after, alive & (after.done < 0.5)), (rows, alive)
+
+    first = jax.vmap(env.reset)(jax.random.split(key_starts, episodes))
+    carry = (first, jnp.ones(episodes, bool))
+    return jax.lax.scan(step, carry, jax.random.split(key_steps, length))[1]
+
+
 def evaluation_keys(args):
     """A key for each seed [S] that no split of the seed's key ever gives: the same starts at every evaluation."""
     seeds = args.seed + jnp.arange(args.num_seeds)

@@ -12,6 +12,16 @@ from runner import plots
 from runner.log import say
 
 
+def check_fit(predict, elites, data, targets, units, holdout, run):
+    """`held_out` and `several_steps` of the rows `holdout` [H], which lie in runs of `run` rows -> metrics, arrays.
+
+    targets [N, D] of all data; units: std of the targets [D] and of the observations [S].
+    """
+    rows, stride = jax.tree.map(lambda x: x[holdout], data), max(min(run, len(holdout)) // 5, 1)
+    metrics, arrays = held_out(predict, elites, rows, targets[holdout], units[0])
+    return metrics, arrays | several_steps(predict, elites, data, holdout, stride, units[1])
+
+
 def held_out(predict, elites, rows, targets, unit):
     """What a model knows of rows that it has not seen, targets [H, D] of std `unit` [D] -> metrics, arrays.
 
@@ -79,10 +89,51 @@ def calibration(predict, elites, rows, targets, alive):
     return metrics, jnp.where(alive, jnp.stack([u, error]), jnp.nan)
 
 
-def judge_fit(run, epoch, found, capped):
-    """Log what a model knows of held-out rows, and warn where its u cannot serve as a penalty.
+def rollouts(info, keep, lam, u_real, high_reward, number):
+    """Of `number` rollouts in a model -> metrics; u_real [n]: u on some rows of the data.
 
-    found: metrics by name, the seeds [S] as their first axis; capped [S]: the fit was cut off.
+    info: u, reward before the penalty, terminal and outside (it ended so) of the rows; keep: which of them count.
+    """
+    average = lambda x: jnp.where(keep, x, 0.0).sum() / jnp.maximum(keep.sum(), 1)
+    metrics = {
+        "model/penalty_share": lam * average(info["u"]) / jnp.maximum(average(jnp.abs(info["reward"])), 1e-30),
+        "model/reward": average(info["reward"]),
+        "model/invented": average(info["reward"] > high_reward),
+        "model/rollout_length": keep.sum() / number,
+        "model/terminal": info["terminal"].sum() / number,
+        "model/outside": info["outside"].sum() / number,
+    }
+    for name, u in (("model", jnp.where(keep, info["u"], jnp.nan)), ("real", u_real)):
+        half, most = jnp.nanquantile(u, jnp.array([0.5, 0.95]))
+        metrics |= {f"model/u_{name}": jnp.nanmean(u), f"model/u_{name}_p50": half, f"model/u_{name}_p95": most}
+    return metrics
+
+
+def q_by_step(act, value, rows, keep):
+    """Mean Q at each step of rollouts and after their last one -> {"model/q_steps": [h + 1]}.
+
+    act(observations) -> actions, value(observations, actions) -> Q; rows, keep [h, b, ..].
+    """
+    average = lambda x, where: jnp.where(where, x, 0.0).sum(-1) / jnp.maximum(where.sum(-1), 1)
+    last, alive = rows.next_observations[-1], keep[-1] & (rows.terminals[-1] < 0.5)
+    inside, after = value(rows.observations, rows.actions), value(last, act(last))
+    return {"model/q_steps": jnp.append(average(inside, keep), average(after, alive))}
+
+
+def start_values(q, gamma, world, model):
+    """What Q says of the starts of episodes [E], beside what is paid from there, discounted, without Q's entropy term.
+
+    world, model: rewards and whether they are paid [L, E]; of the model r - lam u.
+    """
+    discount = gamma ** jnp.arange(len(world[0]))[:, None]
+    total = lambda rewards, where: (discount * jnp.where(where, rewards, 0.0)).sum(0).mean()
+    return {"value/q_start": q.mean(), "value/world": total(*world), "value/model": total(*model)}
+
+
+def report_fit(run, epoch, found, arrays, capped):
+    """Log what models know of held-out rows, warn where their u cannot serve as a penalty, and draw the first seed's.
+
+    found, arrays: of `check_fit`, the seeds [S] as their first axis; capped [S]: the fit was cut off.
     """
     run.log(epoch, found)
     for i, cut_off in enumerate(np.asarray(capped)):
@@ -94,6 +145,7 @@ def judge_fit(run, epoch, found, capped):
         )
         for problem, remedy in fit_problems(x, cut_off, run.args):
             say(f"warning: {seed}: {problem}; {remedy}")
+    plot_fit(run, jax.tree.map(lambda x: np.asarray(x[0]), found | arrays))
 
 
 def fit_problems(found, capped, args):
@@ -128,16 +180,17 @@ def warn_of_climbing(metrics, rewards, gamma):
 def plot_fit(run, found):
     """model.png: calibration of every target, u beside the error, predictions over several steps; of one seed."""
     sigma, rmse, share = (found[f"fit/{name}"] for name in ("sigma", "rmse", "unexplained"))
-    spread, ends = rmse / np.sqrt(share), np.array([0.5 * np.sqrt(share).min(), 2 * np.sqrt(share).max()])
-    targets = [([s], [e], {"marker": f"${i}$", "ls": "", "color": "C0", "ms": 9})
-               for i, (s, e) in enumerate(zip(sigma / spread, rmse / spread, strict=True))]  # fmt: skip
+    number, error = np.arange(len(rmse)), np.sqrt(share)  # in std of the target
+    claimed = error * sigma / rmse
     order = np.array_split(np.argsort(found["u"]), min(10, len(found["u"])))
     tenths = [np.array([found[name][i].mean() for i in order]) for name in ("u", "error")]
     equal = lambda x: (x, x, {"color": "k", "ls": "--", "lw": 1, "label": "equal"})
     rows = (found["u"], found["error"], {"marker": ".", "ls": "", "ms": 2, "alpha": 0.4, "label": "a held-out row"})
     panels = [
-        {"title": f"each target by its number; {len(rmse) - 1} is the reward", "xlabel": "claimed std",
-         "scale": "loglog", "ylabel": "error, both in std of the target", "lines": [*targets, equal(ends)]},
+        {"title": f"error and its claimed std; {number[-1]} is the reward", "xlabel": "number of the target",
+         "scale": "semilogy", "ylabel": "in std of the target", "lines": [
+             (number, error, {"marker": "o", "ls": "", "ms": 5, "label": "error"}),
+             (number, claimed, {"marker": "_", "ls": "", "ms": 12, "mew": 2, "label": "claimed std"})]},
         {"title": f"u beside the error, correlation {found['fit/correlation']:.2f}", "xlabel": "u", "scale": "loglog",
          "ylabel": "error of the elites", "lines": [
              rows, (*tenths, {"color": "C1", "marker": "o", "label": "tenths of u"}), equal(tenths[0])]},

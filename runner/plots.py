@@ -85,6 +85,9 @@ def figure(path, panels, width=6.0, height=4.5):
         axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
         axis.set_xscale("log" if scale == "loglog" else "linear")
         axis.set_yscale("linear" if scale == "linear" else "log")
+        counted = all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _, _ in panel["lines"] if x is not None)
+        if counted and scale != "loglog":
+            axis.xaxis.get_major_locator().set_params(integer=True)  # what is counted has no halves
         for x, y, style in panel["lines"]:
             if x is None:
                 axis.axhline(y, **style)
