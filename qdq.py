@@ -3,8 +3,8 @@
 Paper      Q-Distribution guided Q-learning for offline reinforcement learning: Uncertainty penalized Q-value
            via consistency model (Zhang et al., NeurIPS 2024), arXiv 2410.20312; equation numbers are the paper's.
            "Code" below: the authors' repository at the last commit that still had all its parts.
-Idea       Far from the data a critic's value is a guess. H measures how unsure it is: in the paper by the spread of
-           the return, which a generative model learns; by default by how far several critics disagree.
+Idea       Far from the data a critic's value is a guess. H says how unsure it is: in the paper the spread of the
+           returns, which a generative model learns; by default how far several critics disagree.
 
 Algorithm  (1) data set: q = sum_m gamma^m r over a window of T steps, started at every k-th step     (Eq. 5)
            (2) teacher:  a denoiser D(x_t, t | s, a) of x = q scaled to [-1, 1]
@@ -35,28 +35,24 @@ Deviations (here: always; ours: by default, not in the published presets, those 
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
   D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
-  D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'), so that as many are flagged
-      whatever the policy does; ours: by the quantile at the data's (s, a).
+  D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'); ours: by that at (s, a).
   D8  Eq. 8 is not what the code does on AntMaze; here: the code's three weights, --weight.
   D9  product (paper, code) changes y by a percent, and raises it where 1/H > beta or Qm < 0; ours: excess.
   D10 Paper: constant rate of the actor; code and here: a cosine over num_updates actor steps, which ends half way.
-  D11 Code: raw states, rewards and Q; ours: standardised states (--normalize), rewards over their root mean square
-      (--scale-rewards), Q over its mean magnitude (--q-norm), so that gamma_ent and kappa have no unit.
+  D11 Code: raw states, rewards and Q; ours: scaled (--normalize, --scale-rewards, --q-norm), kappa has no unit.
   D12 Code: one student for the policies of all seeds; here: one each, --student to share one.
   D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's likelihood does not hold.
   D14 Code: rows of a batch without replacement; here: with.
   D15 Paper and code differ in alpha, beta, gamma_ent, AntMaze's layers and actor loss; here: the code's, PUBLISHED.
   D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; ours: around its mean (--sample-target).
   D17 Code: teacher and student see all episodes; ours: --holdout keeps some to judge them by.
-  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm,
-      but for --quick, which shows all phases.
+  D18 Paper, code: H of one student, hardly wider off the data; ours, but for --quick: of four critics, LayerNorm.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
            (docs/policy.md), q_model.npz, log.jsonl, state.npz of the phases, learning_curve.png, training.png
 Run        python qdq.py --quick                          (point robot, all phases, under 2 minutes on 2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-           python benchmark/qdq_figures.py RUN    (H and returns on and off the data, of a run with a student)
 Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu with 12k updates on 50k rows of
            ant-angle-60, top-1: 223 in 200 steps (three seeds; data 117), 5 minutes of a core; docs/qdq.md
 """
@@ -74,6 +70,7 @@ import optax
 import envs
 import envs.buffers
 import runner
+from runner import probes
 
 
 @dataclass(frozen=True)
@@ -223,15 +220,13 @@ CPU = SHORT | {
     "tau": 0.02,  # once per actor step: at the code's 0.005 Q lags by 40k updates
 }  # fmt: skip
 SHOWN = ("train/q", "train/h", "train/ood", "train/penalty", "train/log_p", "train/distance")  # in the progress line
-PROBES = ("data", "near", "far_action", "far_state", "policy")
 TRAINING = (  # panels of training.png
     ("teacher/loss", "teacher", "loss", "linear"),
     ("student/loss", "student", "loss", "semilogy"),
     ({"student/error": "error", "student/error_held": "error, held-out episodes", "student/spread": "spread H"},
      "student on windows, mean over seeds", "root mean square", "linear"),
     ("train/q", "critics on the data", "mean Q", "linear"),
-    ({f"h/{x}": x for x in PROBES}, "H, mean over seeds", "median", "linear"),
-    ({f"h/flagged_{x}": x for x in PROBES}, "H above the data's beta quantile", "share", "linear"),
+    *probes.panels("beta"),
     ("train/log_p", "the data's actions", "log N(a; mu, std)", "linear"),
 )  # fmt: skip
 QUICK = SHORT | PAPER | {  # all phases
@@ -306,28 +301,17 @@ def unscaled(x, low, high):
     return (x + 1.0) / 2.0 * (high - low) + low
 
 
-def reward_scale(rewards):
-    """1 / the rewards' root mean square."""
-    size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
-    return np.float32(1 / max(size, np.finfo(np.float32).tiny))
-
-
 def qdq_data(buffer, args):
     """Buffer -> Transitions [N], and mean, std [S] that observations are standardised with."""
     rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
-    s = rows.observations
-    mean, std = np.zeros_like(s[0]), np.ones_like(s[0])
-    if args.normalize:  # D11
-        mean = s.mean(0, np.float64).astype(np.float32)
-        std, size = s.std(0, np.float64).astype(np.float32), np.abs(s).max(0)
-        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))  # a constant's rounding errors stay small
-    rewards = rows.rewards + args.reward_shift
-    rows = rows._replace(
-        observations=(s - mean) / std,
-        actions=np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5),
-        next_observations=(rows.next_observations - mean) / std,
-        rewards=rewards * (reward_scale(rewards) if args.scale_rewards else np.float32(1.0)),
-    )
+    raw = np.zeros_like(rows.observations[0]), np.ones_like(rows.observations[0])
+    mean, std = envs.buffers.standard_scale(rows.observations) if args.normalize else raw  # D11
+    before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
+    actions, rewards = np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5), rows.rewards + np.float32(args.reward_shift)
+    if args.scale_rewards:  # D11
+        size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
+        rewards = rewards * np.float32(1 / max(size, np.finfo(np.float32).tiny))
+    rows = rows._replace(observations=before, actions=actions, rewards=rewards, next_observations=after)
     return jax.tree.map(jnp.asarray, rows), (mean, std)
 
 
@@ -540,78 +524,48 @@ def distillation_loss(student, target, teacher, c, x, z, levels, args):
     return jnp.mean((consistency(student, c, x_t, t, args) - goal) ** 2)
 
 
-def teacher_loss(teacher, entries, key, args):
-    """Line (2) on random windows, ln t ~ N(-1.2, 1.2^2) -> scalar."""
-    key_batch, key_z, key_t = jax.random.split(key, 3)
-    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
-    z = jax.random.normal(key_z, index.shape)
-    t = jnp.exp(-1.2 + 1.2 * jax.random.normal(key_t, index.shape))
-    return denoising_loss(teacher, entries.conditions[index], entries.x[index], z, t, args)
-
-
-def student_loss(student, target, teacher, entries, key, args):
-    """Line (3) on random windows and pairs of levels -> scalar."""
-    key_batch, key_z, key_level = jax.random.split(key, 3)
-    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
-    z = jax.random.normal(key_z, index.shape)
-    i = jax.random.randint(key_level, index.shape, 0, args.num_levels - 1)  # D4
-    levels = noise_levels(args.num_levels)
-    pair = (levels[i], levels[i + 1])
-    return distillation_loss(student, target, teacher, entries.conditions[index], entries.x[index], z, pair, args)
-
-
-def bootstrap_weight(h, ood, args):
-    """Line (5): w [B] from H [B] and the flagged rows [B] (Eq. 8)."""
-    inverse = 1.0 / jnp.maximum(h, 1e-6)
-    w_flagged, w_other = {  # D8
-        "mujoco": (inverse, args.beta),
-        "antmaze": (1.0 + 0.1 * (1.0 - inverse), 1.0),
-        "antmaze-diverse": (inverse, 1.0),
-    }[args.weight]
-    return jnp.where(ood, w_flagged, w_other)
-
-
 def mixed_target(batch, next_q, h, level, args):
-    """Line (5): y = alpha y_H + (1 - alpha) y_L [B], y_H = r + gamma (1 - terminal) Qm, y_L the same with w Qm.
+    """Line (5): y = r + gamma (1 - terminal) V [B], without gradient, and metrics.
 
-    One squared loss to y has the gradient of alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2. With --penalty excess
-    y = r + gamma (1 - terminal) (Qm - kappa max(H - level, 0)).
-    next_q [B]: Qm; h [B]: H at (s', a'); level []: above it rows are flagged -> y without gradient, metrics
+    One squared loss to the product's y has the gradient of alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2, where y_H has
+    V = Qm and y_L has V = w Qm (Eq. 8). next_q [B]: Qm; h [B]: H at (s', a'); level []: above it rows are flagged.
     """
     ood = h > level
     if args.penalty == "product":
-        value = next_q * (args.alpha + (1.0 - args.alpha) * bootstrap_weight(h, ood, args))
+        inverse = 1.0 / jnp.maximum(h, 1e-6)
+        w_flagged, w_other = {  # D8
+            "mujoco": (inverse, args.beta),
+            "antmaze": (1.0 + 0.1 * (1.0 - inverse), 1.0),
+            "antmaze-diverse": (inverse, 1.0),
+        }[args.weight]
+        value = next_q * (args.alpha + (1.0 - args.alpha) * jnp.where(ood, w_flagged, w_other))
     else:
         value = next_q - args.kappa * jnp.maximum(h - level, 0.0)  # D9
     go_on = args.gamma * (1.0 - batch.terminals)
-    quantiles = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
-    metrics = {
-        "train/h": h.mean(), "train/h_p10": quantiles[0], "train/h_p50": quantiles[1], "train/h_p90": quantiles[2],
-        "train/ood": ood.mean(), "train/penalty": jnp.mean(go_on * (next_q - value)),
+    p10, p50, p90 = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
+    return jax.lax.stop_gradient(batch.rewards + go_on * value), {
+        "train/h": h.mean(), "train/h_p10": p10, "train/h_p50": p50, "train/h_p90": p90, "train/ood": ood.mean(),
+        "train/penalty": jnp.mean(go_on * (next_q - value)),
     }  # fmt: skip
-    return jax.lax.stop_gradient(batch.rewards + go_on * value), metrics
-
-
-def next_actions(actor, observations, key, args):
-    """a' [B, A]: mu(s'), or a sample of the Gaussian around it; then clipped noise, within [-1, 1]."""
-    key_sample, key_noise = jax.random.split(key)
-    actions, log_std = policy(actor, observations, args)
-    if args.sample_target:  # D16
-        actions += jnp.exp(log_std) * jax.random.normal(key_sample, actions.shape)
-    noise = args.target_noise * jax.random.normal(key_noise, actions.shape)
-    return jnp.clip(actions + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
 
 
 def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args):
     """Lines (4) to (6): sum_i mean_B (Q_i(s, a) - y)^2 -> scalar, metrics."""
     key_action, key_h = jax.random.split(key)
-    actions = next_actions(target_actor, batch.next_observations, key_action, args)
-    h_of = lambda s, a: uncertainty(model, target_critic, s, a, key_h, args)
-    h = h_of(batch.next_observations, actions)
-    level = jnp.quantile(h if args.penalty == "product" else h_of(batch.observations, batch.actions), args.beta)  # D7
-    next_q = critic_values(target_critic, batch.next_observations, actions, args).min(0)
+    key_sample, key_noise = jax.random.split(key_action)
+    s, next_s = batch.observations, batch.next_observations
+    next_a, log_std = policy(target_actor, next_s, args)
+    if args.sample_target:  # D16
+        next_a += jnp.exp(log_std) * jax.random.normal(key_sample, next_a.shape)
+    noise = args.target_noise * jax.random.normal(key_noise, next_a.shape)
+    next_a = jnp.clip(next_a + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
+
+    h = uncertainty(model, target_critic, next_s, next_a, key_h, args)
+    of_data = h if args.penalty == "product" else uncertainty(model, target_critic, s, batch.actions, key_h, args)
+    level = jnp.quantile(of_data, args.beta)  # D7
+    next_q = critic_values(target_critic, next_s, next_a, args).min(0)
     y, metrics = mixed_target(batch, next_q, h, level, args)
-    q = critic_values(critic, batch.observations, batch.actions, args)
+    q = critic_values(critic, s, batch.actions, args)
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
     return loss, metrics | {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
 
@@ -690,15 +644,26 @@ def qdq_optimisers(args):
 
 
 def teacher_update(teacher, entries, step, key, args):
-    """Line (2): one Adam step -> teacher, metrics."""
-    loss, grads = jax.value_and_grad(teacher_loss)(teacher.net, entries, key, args)
+    """Line (2): one Adam step on random windows, ln t ~ N(-1.2, 1.2^2) -> teacher, metrics."""
+    key_batch, key_z, key_t = jax.random.split(key, 3)
+    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
+    z = jax.random.normal(key_z, index.shape)
+    t = jnp.exp(-1.2 + 1.2 * jax.random.normal(key_t, index.shape))
+    batch = entries.conditions[index], entries.x[index], z, t
+    loss, grads = jax.value_and_grad(denoising_loss)(teacher.net, *batch, args)
     change, opt = qdq_optimisers(args)[0].update(grads, teacher.opt)
     return ModelNets(optax.apply_updates(teacher.net, change), None, opt), {"teacher/loss": loss}
 
 
 def student_update(student, teacher, entries, step, key, args):
-    """Line (3): one RAdam step; the target follows in every TAU_EVERY-th -> student, metrics."""
-    loss, grads = jax.value_and_grad(student_loss)(student.net, student.target, teacher, entries, key, args)
+    """Line (3): one RAdam step on random windows and pairs of levels; the target follows in every TAU_EVERY-th."""
+    key_batch, key_z, key_level = jax.random.split(key, 3)
+    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
+    z = jax.random.normal(key_z, index.shape)
+    i = jax.random.randint(key_level, index.shape, 0, args.num_levels - 1)  # D4
+    levels = noise_levels(args.num_levels)
+    batch = entries.conditions[index], entries.x[index], z, (levels[i], levels[i + 1])
+    loss, grads = jax.value_and_grad(distillation_loss)(student.net, student.target, teacher, *batch, args)
     change, opt = qdq_optimisers(args)[1].update(grads, student.opt)
     net = optax.apply_updates(student.net, change)
     tau = jnp.where(step % TAU_EVERY == 0, args.student_tau, 0.0)
@@ -746,39 +711,27 @@ def qdq_update(nets, model, data, step, key, args):
 
 
 def h_metrics(model, nets, data, args):
-    """H and the share above the data's beta quantile at PROBES: 1024 rows, the same for all seeds; an action near the
-    row's (noise 0.2); a uniform one; the state moved by 3 stds of noise; the policy's action. And the share of the
-    rows flagged that the next seed flags as well -> metrics [S]
-    """
-    key_rows, key_near, key_far, key_state, key_h = jax.random.split(jax.random.key(0), 5)
-    s, a, *_ = sample_batch(data, key_rows, 1024)
-    near = jnp.clip(a + 0.2 * jax.random.normal(key_near, a.shape), -1.0, 1.0)
-    far = jax.random.uniform(key_far, a.shape, minval=-1.0)
-    moved = s + 3.0 * s.std(0) * jax.random.normal(key_state, s.shape)
+    """H on the data and off them -> metrics [S] (runner/probes.py)."""
+    h_of = lambda own, s, a, key: uncertainty(own[0], own[1].target_critic, s, a, key, args)
+    act = lambda own, s: policy(own[1].actor, s, args)[0]
+    return probes.metrics(h_of, act, (model, nets), data, args.beta, args)
+
+
+def fit_metrics(model, entries, held, keys, args):
+    """How the students fit the windows that they learn from, and those of the held-out episodes -> metrics [S]."""
 
     def of_seed(own):
-        model, nets = own
-        actions = jnp.stack([a, near, far, a, policy(nets.actor, s, args)[0]])
-        h = uncertainty(model, nets.target_critic, jnp.stack([s, s, s, moved, s]), actions, key_h, args)
-        return jnp.median(h, -1), h > jnp.quantile(h[0], args.beta)
+        model, key = own
+        metrics = {"student/q_std": unscaled(entries.x, entries.low, entries.high).std()}
+        for name, part in (("", entries), ("_held", held)) if len(held.x) else (("", entries),):
+            index = jax.random.randint(key, (1024,), 0, len(part.x))
+            mean, spread = q_moments(model, part.conditions[index], key, args)
+            error = unscaled(part.x[index], part.low, part.high) - mean
+            metrics[f"student/error{name}"] = jnp.sqrt(jnp.mean(error**2))
+            metrics[f"student/spread{name}"] = jnp.sqrt(jnp.mean(spread**2))
+        return metrics
 
-    h, flagged = runner.map_seeds(of_seed, (model, nets), args)
-    metrics = {f"h/{name}": h[:, i] for i, name in enumerate(PROBES)}
-    metrics |= {f"h/flagged_{name}": flagged[:, i].mean(-1) for i, name in enumerate(PROBES)}
-    both = flagged[:, 0] & jnp.roll(flagged[:, 0], -1, 0)
-    return metrics | ({"h/overlap": both.sum(1) / flagged[:, 0].sum(1)} if args.num_seeds > 1 else {})
-
-
-def fit_metrics(model, entries, held, key, args):
-    """How a student fits the windows that it learns from, and those of the held-out episodes -> metrics."""
-    metrics = {"student/q_std": unscaled(entries.x, entries.low, entries.high).std()}
-    for name, part in (("", entries), ("_held", held)) if len(held.x) else (("", entries),):
-        index = jax.random.randint(key, (1024,), 0, len(part.x))
-        mean, spread = q_moments(model, part.conditions[index], key, args)
-        error = unscaled(part.x[index], part.low, part.high) - mean
-        metrics[f"student/error{name}"] = jnp.sqrt(jnp.mean(error**2))
-        metrics[f"student/spread{name}"] = jnp.sqrt(jnp.mean(spread**2))
-    return metrics
+    return runner.map_seeds(of_seed, (model, keys), args)
 
 
 # === training ===
@@ -855,92 +808,70 @@ def preset(args):
 def check_args(args):
     """Refuse flags that do not fit one another."""
     runner.check_run(args)
+    by_critics, phases = args.uncertainty == "critics", (args.teacher_updates, args.student_updates)
     runner.refuse({
         "--chunk must be a multiple of --policy-delay": args.chunk % args.policy_delay == 0,
-        "--chunk must divide --teacher-updates and --student-updates": args.uncertainty == "critics"
-            or args.teacher_updates % args.chunk == args.student_updates % args.chunk == 0,
+        "--chunk must divide --teacher-updates and --student-updates":
+            by_critics or all(total % args.chunk == 0 for total in phases),
         "--model-hidden-sizes must be multiples of --group-size":
             all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
         "--beta must be above 0 and below 1": 0 < args.beta < 1,
         "--gamma, --tau and --student-tau must be above 0": min(args.gamma, args.tau, args.student_tau) > 0,
         "--nodes must be 2 or more": args.nodes >= 2,
         "--num-levels must be 3 or more": args.num_levels >= 3,
-        "--uncertainty critics needs --num-critics 2 or more": args.uncertainty != "critics" or args.num_critics > 1,
-        "--student goes with --uncertainty consistency alone": args.uncertainty != "critics" or not args.student,
+        "--uncertainty critics needs --num-critics 2 or more": not by_critics or args.num_critics > 1,
+        "--student goes with --uncertainty consistency alone": not (by_critics and args.student),
         "--penalty product goes with --uncertainty consistency: 1 / H of critics has no size":
-            args.uncertainty != "critics" or args.penalty != "product",
+            not (by_critics and args.penalty == "product"),
     })  # fmt: skip
 
 
 def idle_flags(args):
     """Flags without effect beside the others, and why."""
-    idle = {}
+    other = ("alpha", "weight") if args.penalty == "excess" else ("kappa",)
+    idle = dict.fromkeys(other, f"it is of another --penalty than {args.penalty}")
     if args.uncertainty == "critics":
         names = "window window_step max_windows min_entries model_hidden_sizes group_size model_batch_size teacher_lr "
         names += "student_lr num_levels student_tau teacher_updates student_updates holdout spread nodes num_samples"
         idle |= dict.fromkeys(names.split(), "H is the critics'; add --uncertainty consistency --penalty product")
-    by_penalty = {"excess": ("alpha", "weight"), "product": ("kappa",)}
-    idle |= dict.fromkeys(by_penalty[args.penalty], f"it is of another --penalty than {args.penalty}")
-    return idle | (dict.fromkeys(("q_from", "q_norm"), "it is of --actor-loss q") if args.actor_loss == "awr" else {})
+    if args.actor_loss == "awr":
+        idle |= dict.fromkeys(("gamma_ent", "q_from", "q_norm"), "it is of --actor-loss q")
+    return idle
 
 
 def student_identity(args, buffer):
     """What a student belongs to: the data, and the flags behind D_Q and its network that shapes do not show."""
-    names = ["gamma", "max_windows", "reward_shift", "scale_rewards", "normalize", "group_size", "holdout"]
-    flags = {k: getattr(args, k) for k in names}
+    names = ("gamma", "max_windows", "reward_shift", "scale_rewards", "normalize", "group_size", "holdout")
     windows = list(window_sizes(args, buffer.metadata["episode_length"]))
-    return flags | {"windows": windows, "data": envs.buffers.digests(buffer, runner.DIGESTED)}
-
-
-def load_q_model(path, like, identity):
-    """The q_model.npz of an earlier run, its only student for all seeds or one for each -> QModel [S], as `like`."""
-    try:
-        arrays, about = runner.read_npz(path, "metadata_json")
-    except Exception as error:  # missing, torn or of another kind
-        raise envs.InputError(f"--student {path}: cannot be read ({error})") from None
-    for key, value in identity.items():
-        if about.get(key) != value:
-            change = f"{key} was {about.get(key)!r} and is now {value!r}"
-            raise envs.InputError(f"--student {path}: {change}; name one of this data and flags")
-
-    def restore(place, x):
-        found = arrays.get(jax.tree_util.keystr(place, simple=True, separator="/"))
-        if found is None or found.shape[1:] != x.shape[1:] or len(found) not in (1, len(x)):
-            raise envs.InputError(f"--student {path}: another size or number of seeds; name one of this data and flags")
-        return jnp.broadcast_to(jnp.asarray(found), x.shape)
-
-    return jax.tree_util.tree_map_with_path(restore, like)
+    data = envs.buffers.digests(buffer, runner.DIGESTED)
+    return {name: getattr(args, name) for name in names} | {"windows": windows, "data": data}
 
 
 def learn_model(run, teacher, student, keys, entries, held):
-    """Lines (2), (3): the teachers, then the students of all seeds -> QModel."""
+    """Lines (2), (3): the teachers, then the students of all seeds -> QModel [S]."""
     args = run.args
-    first = jax.eval_shape(teacher.init, keys[0])
-    second = jax.eval_shape(student.init, keys[1], first.nets.net)
-    teach = run.compile(teacher.chunk, first, entries)
-    distil = run.compile(student.chunk, second, first.nets.net, entries)
+    state = jax.eval_shape(teacher.init, keys[0])
+    teach = run.compile(teacher.chunk, state, entries)
+    distil = run.compile(student.chunk, jax.eval_shape(student.init, keys[1], state.nets.net), state.nets.net, entries)
+    judge = jax.jit(functools.partial(fit_metrics, args=args))
 
-    def judge(net, entries, held):
-        one = lambda own: fit_metrics(own[0], entries, held, own[1], args)
-        return runner.map_seeds(one, (q_models(net, entries, args), keys[2]), args)
+    state = run.restore(teacher.init, keys[0], phase="teacher")
+    for step in run.chunks("teacher step", args.teacher_updates, state.num_updates):
+        state, metrics = teach(state, entries)
+        run.progress(step, metrics, metrics)
+        if run.due(step):
+            run.log(step, metrics)
+        run.save(state)
 
-    judge = jax.jit(judge)
-
-    def train(name, total, init, chunk, given, measure):
-        """All steps of a phase -> its nets."""
-        state = run.restore(*init, phase=name)
-        for step in run.chunks(f"{name} step", total, state.num_updates):
-            state, metrics = chunk(state, *given, entries)
-            run.progress(step, metrics, (f"{name}/loss",))
-            if run.due(step):
-                run.log(step, metrics | measure(state.nets.net))
-            run.save(state)
-        return state.nets.net
-
-    net = train("teacher", args.teacher_updates, (teacher.init, keys[0]), teach, (), lambda net: {})
-    judged = lambda net: judge(net, entries, held)
-    net = train("student", args.student_updates, (student.init, keys[1], net), distil, (net,), judged)
-    return q_models(net, entries, args)
+    net = state.nets.net
+    state = run.restore(student.init, keys[1], net, phase="student")
+    for step in run.chunks("student step", args.student_updates, state.num_updates):
+        state, metrics = distil(state, net, entries)
+        run.progress(step, metrics, metrics)
+        if run.due(step):
+            run.log(step, metrics | judge(q_models(state.nets.net, entries, args), entries, held, keys[2]))
+        run.save(state)
+    return q_models(state.nets.net, entries, args)
 
 
 def main(args):
@@ -959,10 +890,10 @@ def main(args):
         belongs = student_identity(args, buffer)
         model = q_models(jax.eval_shape(teacher.init, keys[0]).nets.net, entries, args)  # shapes, until it is learnt
         if args.student:
-            model = load_q_model(args.student, model, belongs)
+            model = runner.read_learnt("--student", args.student, model, belongs)
             weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(model)])
             given = {"student": envs.buffers.sha256(weights)}  # what a resumed run must find, wherever its file lies
-    judge = jax.jit(lambda *trees: h_metrics(*trees, args))
+    judge = jax.jit(functools.partial(h_metrics, args=args))
 
     with runner.Run("qdq", args, task, buffer, **given) as run:
         train_chunk = run.compile(agent.chunk, jax.eval_shape(agent.init, keys[2]), model, data)
@@ -979,8 +910,8 @@ def main(args):
             run.save(state)
 
         params = {k: x for k, x in state.nets.actor["params"].items() if k != "log_std"}
-        each = lambda row: jnp.tile(row, (args.num_seeds, 1))
-        scale = {"observation_mean": each(mean), "observation_std": each(std)}
+        scale = {"observation_mean": mean, "observation_std": std}
+        scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
         run.write_policy("tanh_deterministic", {"actor": {"params": params}, **scale})
         return run.finish(TRAINING)
 

@@ -21,7 +21,7 @@ import importlib
 import runner.neighbours  # noqa: F401  (first: it says which folder hides one of our packages)
 
 NAMES = {  # module -> what `runner` has of it
-    "checkpoint": "fill flat_arrays read_npz",
+    "checkpoint": "fill flat_arrays read_learnt read_npz",
     "devices": "map_seeds over_devices seed_keys",
     "ends": "learn_end",
     "evaluation": "each_seed evaluation_keys play returns_of steps_of",

@@ -15,6 +15,7 @@ import envs.buffers
 import qdq as D
 import qdq_figures
 import runner
+from runner import probes
 from tests.oracles import common
 from tests.oracles.common import close, leaves_close, mish, mlp, of_seed, size_of
 
@@ -269,10 +270,12 @@ def test_monte_carlo_is_the_population_std():
 def test_all_levels_are_drawn(monkeypatch):
     """The level of the samples, t = 80, among them; the last level is a target only."""
     seen = []
-    monkeypatch.setattr(D, "distillation_loss", lambda *x: seen.append(x[6]) or jnp.float32(0.0))
+    monkeypatch.setattr(D, "distillation_loss", lambda net, *x: seen.append(x[5]) or 0.0 * net["w"])
     args = tiny(num_levels=4, model_batch_size=200)
     entries = D.Entries(jnp.zeros((9, 5)), jnp.zeros(9), jnp.float32(0.0), jnp.float32(1.0))
-    D.student_loss(None, None, None, entries, jax.random.key(0), args)
+    net = {"w": jnp.float32(0.0)}
+    student = D.ModelNets(net, net, D.qdq_optimisers(args)[1].init(net))
+    D.student_update(student, None, entries, 0, jax.random.key(0), args)
     t, s = map(np.asarray, seen[0])
     levels = np.asarray(D.noise_levels(4))
     np.testing.assert_array_equal(np.unique(t), np.sort(levels[:-1]))
@@ -318,7 +321,6 @@ def test_target_golden(case):
         level = jnp.quantile(jnp.asarray(g["H"]), args.beta)
         ood = g["H"] > level
         np.testing.assert_array_equal(ood, g["ood"])
-        close(D.bootstrap_weight(jnp.asarray(g["H"]), ood, args), g["weight"], 1e-10)
         batch = D.Transitions(None, None, g["reward"], None, 1.0 - g["mask"])
         next_q = np.minimum(g["q1_target"], g["q2_target"])
         y, _ = D.mixed_target(batch, next_q, jnp.asarray(g["H"]), level, args)
@@ -538,6 +540,24 @@ def test_critic_gradient_is_clipped():
     (_, (moments, *_)), (_, (big, *_)) = step(scale(1.0)), step(scale(1e4))
     norm = lambda tree: float(D.optax.global_norm(tree.mu)) / 0.1
     assert norm(moments) < args.max_grad_norm and norm(big) == pytest.approx(args.max_grad_norm, rel=1e-3)
+
+
+def test_probes_ask_h_on_the_data_and_off_them():
+    """H = own |a| + s_0: what each probe changes, and which rows two seeds flag."""
+    data, args = random_batch(), tiny(num_seeds=2)
+    ask = lambda *own: probes.metrics(
+        lambda own, s, a, key: own[0] * jnp.abs(a).sum(-1) + own[1] * s[..., 0], lambda own, s: 0.9 + 0 * s[:, :2],
+        jnp.array(own), data, 0.9, args,
+    )  # fmt: skip
+    by_action, by_state = ask([1.0, 0.0], [2.0, 0.0]), ask([0.0, 1.0], [0.0, -1.0])
+    near, far = by_action["h/near"], by_action["h/far_action"]
+    assert np.all(by_action["h/data"] == by_action["h/far_state"]) and np.all(near != by_action["h/data"])
+    np.testing.assert_allclose(far, [1.0, 2.0], rtol=0.1)  # the median of |a_0| + |a_1|, both uniform
+    np.testing.assert_allclose(by_action["h/policy"], [1.8, 3.6], rtol=1e-5)
+    assert np.all(by_state["h/data"] == by_state["h/near"]) and np.all(by_state["h/data"] == by_state["h/policy"])
+    np.testing.assert_allclose(by_action["h/flagged_data"], 0.1, atol=0.01)
+    assert np.all(by_action["h/flagged_policy"] == 1.0) and np.all(by_state["h/flagged_far_state"] > 0.25)
+    assert np.all(by_action["h/overlap"] == 1.0) and np.all(by_state["h/overlap"] == 0.0)
 
 
 # --- worlds with known answers ---
