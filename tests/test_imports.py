@@ -605,7 +605,7 @@ def test_an_older_minari_is_named(tmp_path, monkeypatch):
 
 
 def test_a_column_that_an_import_lacks_has_a_remedy_that_helps(tmp_path):
-    """No file of others can be recorded again; and no root column makes a task of 111 numbers."""
+    """No file of others can be recorded again; and no root column makes a task of 99 numbers."""
     rows = without(hopper_rows(), "infos/qpos", "infos/qvel")
     buffer = import_d4rl(tmp_path, rows)
     for key, words in (("root_positions", "Rewards of a task"), ("goals", "use other data")):
@@ -614,11 +614,11 @@ def test_a_column_that_an_import_lacks_has_a_remedy_that_helps(tmp_path):
     own = buffers.save(tmp_path / "own.npz", without(make_arrays(), "root_positions"), LABELLED)
     refused(lambda: buffers.load(own, quiet=True)["root_positions"], "record this column where the buffer is made")
     rng = np.random.default_rng(0)
-    wide = without(rows, observations=rng.normal(size=(15, 111)), actions=rng.uniform(-1, 1, (15, 8)))
+    wide = without(rows, observations=rng.normal(size=(15, 99)), actions=rng.uniform(-1, 1, (15, 8)))
     wide = without(wide, "next_observations", "infos/action_log_probs")
     with np.errstate(all="ignore"):
         path = import_arrays(tmp_path, wide, name="ant-own").path
-    refused(lambda: select(path, "ant-angle-0", tmp_path), "no task pays 'arrays/ant-own'", "no task here has 111")
+    refused(lambda: select(path, "ant-angle-0", tmp_path), "no task pays 'arrays/ant-own'", "no task here has 99")
 
 
 def test_another_dt_is_named_as_the_cause(tmp_path, capsys):

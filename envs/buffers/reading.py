@@ -27,6 +27,7 @@ from envs.buffers.files import (
     unpack_member,
 )  # fmt: skip
 from envs.imports import module_of
+from envs.robots import shown_numbers
 from envs.tasks import never, task_names
 from envs.unknown import unknown_task
 from envs.worlds import task as find_task
@@ -251,7 +252,8 @@ def import_command(buffer: Buffer, task: str = "") -> str:
     if {"observations", "actions"} <= buffer.arrays.keys():
         sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
         known = [find_task(name) for name in task_names()]
-        fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == sizes]
+        shown = lambda t: shown_numbers(t.env, sizes[0], t.observation_size)
+        fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == (shown(t), sizes[1])]
         if not fit:
             return f"{NO_TASK}: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
     source = str(about["parents"][0].get("path", "")) if about["parents"] else ""  # it may be a stranger's
