@@ -177,8 +177,13 @@ def test_actions_reach_both_bounds_of_the_space(world):
     np.testing.assert_array_equal(scaled(np.float32([0, 0])), np.float32([0.25, 2.25]))
 
 
-def test_episodes_that_begin_anew_where_one_ends(world):
-    """As wurl_sac.py does it without diversity: every episode is Gymnasium's from its own reset on."""
+def test_episodes_that_begin_anew_where_one_ends(world, monkeypatch):
+    """As wurl_sac.py does it without diversity: every episode is Gymnasium's from its own reset on.
+
+    Nothing else is reset: once for what a start shows, and once for the environment that goes on from it.
+    """
+    begin, resets = gymnasium_pool._begin, []
+    monkeypatch.setattr(gymnasium_pool, "_begin", lambda *args: resets.append(args) or begin(*args))
     args = wurl_sac.Args(task=NAME, hidden_sizes=(4,), random=True)
     env, observe = envs.make(NAME), lambda x: x
     actor = wurl_sac.actor_net(args, env.action_size).init(jax.random.key(0), jnp.zeros((1, 2)))
@@ -186,6 +191,7 @@ def test_episodes_that_begin_anew_where_one_ends(world):
     steps = jax.tree.map(np.asarray, steps(actor, jax.random.key(1)))
     t, ends = steps.transition, steps.terminals
     assert ends.sum() > 3 and steps.alive.all()
+    assert len(resets) <= 2 * (3 + ends.sum())
     assert (np.abs(t.next_observations[..., 0]) > 1).tolist() == ends.tolist()
     assert (t.observations[:, 1:][~ends[:, :-1]] == t.next_observations[:, :-1][~ends[:, :-1]]).all()
     assert (np.abs(t.observations[:, 1:][ends[:, :-1]]) < 1).all()  # a start, not where the last one ended
