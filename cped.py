@@ -753,6 +753,7 @@ def main(args):
     """Train the flow, then the policy, write policy and figures -> scores."""
     check_args(args)
     buffer, task = runner.open_task("cped", args, None)
+    envs.buffers.check_raw_columns(buffer["observations"], args.normalize, "--normalize")
     data, mean, std = cped_data(buffer, args)
     init, flow_chunk, train_chunk = make_train(args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)

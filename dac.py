@@ -223,8 +223,7 @@ def observation_scale(x, args):
     if args.standardise_observations:
         mean, std = x.mean(0, np.float64), x.std(0, np.float64)
         constant |= std == 0
-    far = [] if args.standardise_observations else np.flatnonzero(~constant & (most > 1e4)).tolist()
-    runner.refuse({f"--dataset: columns {far} of the observations pass 1e4; try --standardise-observations": not far})
+    envs.buffers.check_raw_columns(x, args.standardise_observations | constant, "--standardise-observations")
     return np.float32(mean), np.where(constant, np.inf, std).astype(np.float32)
 
 

@@ -878,6 +878,7 @@ def main(args):
     """Build D_Q, learn its distribution, train the policy, write both and figures -> scores."""
     check_args(args)
     buffer, task = runner.open_task("qdq", args, Transitions._fields)
+    envs.buffers.check_raw_columns(buffer["observations"], args.normalize, "--normalize")
     data, (mean, std) = qdq_data(buffer, args)
     teacher, student, agent = make_train(args, task.observation_size, task.action_size)
     keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)

@@ -561,9 +561,7 @@ def rollout(actor, key, env, args, observe, num_envs, length, random=False, rest
         terminals = after.done > 0.5
         steps = Rollout(envs.transition(state, actions, after), terminals, log_probs, alive)
         if restart:
-            fresh = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
-            choose = lambda ended, new, old: jax.tree.map(lambda x, y: jnp.where(ended, x, y), new, old)
-            return (jax.vmap(choose)(terminals, fresh, after), alive), steps
+            return (jax.vmap(env.restart)(after, jax.random.split(key_reset, num_envs)), alive), steps
         return (after, alive & ~terminals), steps
 
     start = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
