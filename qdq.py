@@ -317,12 +317,11 @@ def qdq_data(buffer, args):
 
 def q_entries(buffer, data, args):
     """D_Q of --holdout's share of the episodes and of the others -> Entries [M] to learn from, Entries held out."""
-    sizes, ends = window_sizes(args, buffer.metadata["episode_length"]), buffer["episode_ends"]
-    starts, q, _ = windowed_returns(data.rewards, ends, args.gamma, *sizes, args.max_windows)
+    (window, step), ends = window_sizes(args, buffer.metadata["episode_length"]), buffer["episode_ends"]
+    starts, q, _ = windowed_returns(data.rewards, ends, args.gamma, window, step, args.max_windows)
     held = np.random.default_rng(0).permutation(len(ends))[: round(args.holdout * len(ends))]
     held = np.isin(np.searchsorted(ends, starts, side="right"), held)  # D17
-    c, low, high = jnp.concatenate([data.observations, data.actions], -1)[starts], q.min(), q.max()
-    num, (window, step) = np.sum(~held), sizes
+    c, low, high, num = jnp.concatenate([data.observations, data.actions], -1)[starts], q.min(), q.max(), np.sum(~held)
     print(f"D_Q: {num} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
     remedy = "give more rows, lower --window, --window-step or --holdout, or raise --max-windows"
     few = f"--dataset: D_Q has {num} entries of {args.min_entries} that --min-entries asks for; {remedy}"
@@ -390,21 +389,16 @@ class QModel(NamedTuple):
     high: jax.Array
 
 
-def q_net(args):
-    """The architecture of teacher and student."""
-    return QNet(args.model_hidden_sizes, args.group_size)
+def q_models(net, entries, args):
+    """The students [S] of all seeds, with the range of D_Q."""
+    return QModel(net, jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high))
 
 
 def consistency(net, c, x, t, args, end=T_MIN):
     """f(x, t | c) = c_skip x + c_out F: the end of the path through x at level t; f(x, end) = x."""
     c_skip = SIGMA_DATA**2 / ((t - end) ** 2 + SIGMA_DATA**2)
     c_out = (t - end) * SIGMA_DATA / jnp.sqrt(t**2 + SIGMA_DATA**2)
-    return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
-
-
-def q_models(net, entries, args):
-    """The students [S] of all seeds, with the range of D_Q."""
-    return QModel(net, jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high))
+    return c_skip * x + c_out * QNet(args.model_hidden_sizes, args.group_size).apply(net, c, x, jnp.asarray(t))
 
 
 def denoiser(net, c, x, t, args):
@@ -758,7 +752,8 @@ def make_train(args, num_obs, num_actions):
 
     def teacher_init(key):
         key, key_net = jax.random.split(key)
-        net = q_net(args).init(key_net, jnp.zeros(num_obs + num_actions), *jnp.ones(2))
+        c, net = jnp.zeros(num_obs + num_actions), QNet(args.model_hidden_sizes, args.group_size)
+        net = net.init(key_net, c, *jnp.ones(2))
         return State(key, jnp.int32(0), ModelNets(net, None, teacher_adam.init(net)))
 
     def student_init(key, teacher):

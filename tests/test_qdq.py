@@ -82,10 +82,6 @@ def test_window_rule():
         D.window_sizes(tiny(window=0, window_step=1_000_000), 100)
 
 
-def test_constant_returns_do_not_divide_by_zero():
-    np.testing.assert_array_equal(D.scaled(np.full(3, 5.0), 5.0, 5.0), -1.0)
-
-
 def test_data_is_prepared(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
     args = D.Args(reward_shift=-1.0, scale_rewards=False)
@@ -118,23 +114,18 @@ def test_data_is_prepared(dataset):
     assert not len(D.q_entries(buffer, data, D.Args(holdout=0.0))[1].x)
 
 
-@pytest.fixture
-def tiny_buffer():
-    """-> make(reward factor): a buffer of 40 episodes, whose third column of observations never changes."""
-
-    def make(factor):
-        rng = np.random.default_rng(0)
-        s = np.concatenate([rng.normal(size=(800, 2)), np.full((800, 1), 1234.567)], 1).astype(np.float32)
-        ends = np.arange(20, 801, 20)
-        rows = {"observations": s, "next_observations": np.roll(s, -1, 0), "actions": rng.uniform(-1, 1, (800, 2))}
-        rows |= {"rewards": factor * rng.normal(1.0, 1.0, 800), "terminals": np.zeros(800), "episode_ends": ends}
-        return type("Buffer", (dict,), {"metadata": {"episode_length": 20}})(rows)
-
-    return make
+def tiny_buffer(factor):
+    """40 episodes, rewards times a factor; the third column of observations never changes."""
+    rng = np.random.default_rng(0)
+    s = np.concatenate([rng.normal(size=(800, 2)), np.full((800, 1), 1234.567)], 1).astype(np.float32)
+    rows = {"observations": s, "next_observations": np.roll(s, -1, 0), "actions": rng.uniform(-1, 1, (800, 2))}
+    rows |= {"rewards": factor * rng.normal(1.0, 1.0, 800), "terminals": np.zeros(800)}
+    rows["episode_ends"] = np.arange(20, 801, 20)
+    return type("Buffer", (dict,), {"metadata": {"episode_length": 20}})(rows)
 
 
-def test_any_unit_of_rewards_and_a_constant_column(tiny_buffer):
-    """The same data, D_Q and losses for rewards x 1e-6, 1 and 1e6; a constant column is 0."""
+def test_any_unit_of_rewards_and_a_constant_column():
+    """The same data, D_Q and losses for rewards x 1e-6, 1 and 1e6; no reward and a constant column do no harm."""
     args, nets, _, _ = small_world()
     args = dataclasses.replace(args, min_entries=10, uncertainty="critics", penalty="excess")
     seen = []
@@ -151,20 +142,8 @@ def test_any_unit_of_rewards_and_a_constant_column(tiny_buffer):
     np.testing.assert_allclose(seen[2], seen[1], rtol=1e-4)
     assert std[2] == np.float32(1234.567) and np.abs(data.observations[:, 2]).max() < 1e-5
     assert abs(float(jnp.sqrt(jnp.mean(data.rewards**2))) - 1) < 1e-3
-    assert np.all(np.asarray(D.qdq_data(tiny_buffer(0.0), args)[0].rewards) == 0.0)
-
-
-def test_whole_episodes_are_held_out(tiny_buffer):
-    """Their windows are none that teacher and student see, and all windows are on one side."""
-    args = dataclasses.replace(small_world()[0], min_entries=10, holdout=0.25)
-    buffer = tiny_buffer(1.0)
-    data, _ = D.qdq_data(buffer, args)
-    rows = lambda part: {tuple(c) for c in np.asarray(part.conditions)}
-    entries, held = map(rows, D.q_entries(buffer, data, args))
-    every, none = map(rows, D.q_entries(buffer, data, dataclasses.replace(args, holdout=0.0)))
-    assert not none and not entries & held and entries | held == every
-    starts = {tuple(c): i for i, c in enumerate(np.concatenate([data.observations, data.actions], 1))}
-    assert len({starts[c] // 20 for c in held}) == 10 and len(held) == len(every) // 4  # episodes of 20 rows
+    nothing, _ = D.qdq_data(tiny_buffer(0.0), args)
+    assert np.all(nothing.rewards == 0.0) and np.all(D.q_entries(tiny_buffer(0.0), nothing, args)[0].x == -1.0)
 
 
 # --- consistency model ---
@@ -186,14 +165,15 @@ def golden_net(name):
 
 
 def fresh_net(args, num_conditions, seed=1):
-    return D.q_net(args).init(jax.random.key(seed), jnp.zeros(num_conditions), *jnp.ones(2))
+    net = D.QNet(args.model_hidden_sizes, args.group_size)
+    return net.init(jax.random.key(seed), jnp.zeros(num_conditions), *jnp.ones(2))
 
 
 def test_network_golden():
     g = golden("consistency")
     with jax.enable_x64():
         net, inputs = golden_net("f"), (g["net_c"], g["net_x"][:, 0], g["sigma"], GROUPS_OF_2)
-        close(D.q_net(GROUPS_OF_2).apply(net, *inputs[:3]), g["net_F"][:, 0], 1e-10)
+        close(D.QNet((64, 64, 64), 2).apply(net, *inputs[:3]), g["net_F"][:, 0], 1e-10)
         close(D.denoiser(net, *inputs), g["net_denoiser"][:, 0], 1e-10)
         f = D.consistency(net, *inputs)
         close(f, g["net_consistency"][:, 0], 1e-10)
@@ -305,16 +285,11 @@ def test_student_starts_as_the_teacher_and_its_target_follows_every_fifth_step()
 CRITIC_CASES = sorted({key.split(".reward")[0] for key in golden("target") if key.endswith(".reward")})
 
 
-def case_args(case, **changes):
-    kind, alpha, beta, _ = case.rsplit("_", 3)
-    weight = {"umaze-diverse": "antmaze-diverse"}.get(kind, kind)
-    fields = {"penalty": "product", "alpha": float(alpha), "beta": float(beta), "weight": weight}
-    return D.Args(**fields, **changes)
-
-
 @pytest.mark.parametrize("case", CRITIC_CASES)
 def test_target_golden(case):
-    g, args = golden("target", case), case_args(case)
+    kind, alpha, beta, _ = case.rsplit("_", 3)
+    weight = {"umaze-diverse": "antmaze-diverse"}.get(kind, kind)
+    g, args = golden("target", case), D.Args(penalty="product", alpha=float(alpha), beta=float(beta), weight=weight)
     with jax.enable_x64():
         h = g["samples"].std(1)
         close(h, g["H"], 1e-10)
@@ -396,6 +371,13 @@ def numpy_critics(params, obs, actions):
     return np.stack([mlp(own, x, mish)[..., 0] for own in each])
 
 
+def numpy_h(kind, nets, model, obs, actions, args):
+    """The critics' std; the student's is compared with goldens above."""
+    if kind == "critics":
+        return numpy_critics(nets.target_critic, obs, actions).std(0)
+    return np.asarray(D.q_moments(model, jnp.float32(np.concatenate([obs, actions], -1)), None, args)[1], float)
+
+
 @functools.cache
 def small_world():
     """args, nets whose targets differ, a model and a batch."""
@@ -424,11 +406,7 @@ def test_critic_loss_is_the_equation(sample_target):
         actions = actions + std * np.asarray(jax.random.normal(key_sample, actions.shape))
     noise = np.clip(0.2 * np.asarray(jax.random.normal(key_noise, actions.shape)), -0.5, 0.5)
     actions = np.clip(actions + noise, -1, 1)
-    c = np.concatenate([batch.next_observations, actions], -1)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
-    q = np.asarray(D.q_samples(model, jnp.float32(c), jnp.float32(nodes), args), float)
-    mean = q @ weights / weights.sum()
-    h = np.sqrt(((q - mean[:, None]) ** 2) @ weights / weights.sum())
+    h = numpy_h("consistency", nets, model, batch.next_observations, actions, args)
     next_q = numpy_critics(nets.target_critic, batch.next_observations, actions).min(0)
     factor = 0.992 + 0.008 * np.where(h > np.quantile(h, 0.9), 1 / h, 0.9)
     y = batch.rewards + 0.99 * (1 - np.asarray(batch.terminals)) * factor * next_q
@@ -447,11 +425,7 @@ def test_excess_is_that_of_opinions_over_those_on_the_data(kind):
     targets = nets.target_critic, nets.target_actor
     _, metrics = critic_loss(nets.critic, *targets, given, batch, jax.random.key(7), args)
 
-    def h_of(s, a):
-        if kind == "critics":
-            return numpy_critics(nets.target_critic, s, a).std(0)
-        return np.asarray(D.q_moments(model, jnp.float32(np.concatenate([s, a], -1)), None, args)[1])
-
+    h_of = lambda s, a: numpy_h(kind, nets, model, s, a, args)
     actions = numpy_actor(nets.target_actor, batch.next_observations)
     h = h_of(batch.next_observations, actions)
     excess = np.maximum(h - np.quantile(h_of(batch.observations, batch.actions), 0.6), 0.0)
