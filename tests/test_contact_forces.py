@@ -18,7 +18,15 @@ import udg_select
 from envs import buffers
 from envs.buffers.__main__ import main as command_line
 from envs.task import Transition
-from tests.test_convert import about, import_d4rl, import_minari, make_minari, minari, refused  # noqa: F401 (fixture)
+from tests.test_convert import (  # noqa: F401 (minari: a fixture)
+    about,
+    edit_about,
+    import_d4rl,
+    import_minari,
+    make_minari,
+    minari,
+    refused,
+)
 from tests.test_envs import state_at
 from tests.test_imports import import_arrays
 from tests.test_runs import module, tiny
@@ -146,8 +154,22 @@ def test_d4rls_ant(play, tmp_path):
     assert buffers.load_task(buffer.path, None)[1].normalized_score(3879.7) == pytest.approx(100)
 
 
+class Flat(gymnasium.Env):
+    """As many numbers as an AntMaze of version 5 with all its parts, and no word of the seconds of a step."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (109,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (8,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(109), {}
+
+
 def test_antmaze_of_version_5(play, minari, tmp_path):  # noqa: F811
-    """Its observation is Ant-v5's, its places become root columns: trained on, and paid for a direction."""
+    """Its observation is Ant-v5's, its places become root columns: trained on, and paid for a direction.
+
+    With all its parts it is of a world of the user's own.
+    """
     rows, spaces = play("ant-v5")[0], gymnasium.spaces
     box = lambda size: spaces.Box(-np.inf, np.inf, (size,), np.float64)
     whole = lambda key: np.concatenate([rows[key][:20], rows[f"next_{key}"][19:20]])
@@ -162,7 +184,14 @@ def test_antmaze_of_version_5(play, minari, tmp_path):  # noqa: F811
     }  # fmt: skip
     space = spaces.Dict({"observation": box(105), "achieved_goal": box(2), "desired_goal": box(2)})
     name = make_minari(minari, "own/antmaze-v5", [episode], space, spaces.Box(-1, 1, (8,), np.float32))
-    buffer = import_minari(tmp_path, name, keys=["observation"], task="ant-v5", dt=0.05)
+    spec = gymnasium.spec("Ant-v5").to_json().replace("Ant-v5", "AntMaze_UMaze-v5")
+    edit_about(tmp_path, name, env_spec=spec)
+    gymnasium.register("Flat-v0", Flat, max_episode_steps=20)
+    keys = ["achieved_goal", "desired_goal", "observation"]
+    buffer = import_minari(tmp_path, name, keys=keys, task="gym:Flat-v0")
+    assert about(buffer, "task", "dt") == ("gym:Flat-v0", 0.05) and buffer["observations"].shape[1] == 109
+    np.testing.assert_allclose(buffer["root_velocities"], rows["root_velocities"][:20], atol=1e-4)
+    buffer = import_minari(tmp_path, name, keys=["observation"], task="ant-v5")
     assert about(buffer, "env", "layout") == ("ant-v5", "task") and buffer["observations"].shape[1] == 27
     assert buffer.metadata["replay_agreement"]["share"] == 1 and buffer["goals"].shape == (20, 2)
     args = udg_select.Args(buffers=(buffer.path,), tasks=("ant-v5-angle-0",), w1_points=0, out=str(tmp_path / "udg"))
