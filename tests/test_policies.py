@@ -85,7 +85,7 @@ def of_dac(path, **flags):
     task = types.SimpleNamespace(action_size=A)
     run = types.SimpleNamespace(task=task, write_policy=lambda kind, params, **more: write(path, kind, params, **more))
     dac.write_policy(run, types.SimpleNamespace(actor=actor, target_critics=critics), args)
-    choose = jax.jit(lambda nets, s, key: dac.choose_actions(nets, s, key, args, A))
+    choose = jax.jit(lambda nets, s, key: dac.choose_actions(nets, s, key, args, A)[0])
     return lambda i, s, key: choose((of(actor, i), of(critics, i)), s, key)
 
 
