@@ -519,10 +519,11 @@ def distillation_loss(student, target, teacher, c, x, z, levels, args):
 
 
 def mixed_target(batch, next_q, h, level, args):
-    """Line (5): y = r + gamma (1 - terminal) V [B], without gradient, and metrics.
+    """Line (5): y = r + gamma (1 - terminal) V [B], without gradient, and metrics. V by --penalty:
 
-    One squared loss to the product's y has the gradient of alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2, where y_H has
-    V = Qm and y_L has V = w Qm (Eq. 8). next_q [B]: Qm; h [B]: H at (s', a'); level []: above it rows are flagged.
+    product: Qm (alpha + (1 - alpha) w); one squared loss to this y has the gradient of Eq. 8's
+    alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2, where V is Qm and w Qm. excess: Qm - kappa max(H - level, 0).
+    next_q [B]: Qm; h [B]: H at (s', a'); level []: above it rows are flagged
     """
     ood = h > level
     if args.penalty == "product":
