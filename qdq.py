@@ -10,18 +10,19 @@ Algorithm  (1) data set: q = sum_m gamma^m r over a window of T steps, started a
            (2) teacher:  a denoiser D(x_t, t | s, a) of x = q scaled to [-1, 1]
            (3) student:  a consistency model f(x_t, t | s, a), pulled at each level t to its target at the next one,
                          which a Heun step of D leads to
-           (4) H(s, a):  std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return (Eq. 6); or of the critics' Q,
-                         which needs none of (1) to (3)
+           (4) H(s, a):  std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return (Eq. 6); or of the target
+                         critics' Q, which needs none of (1) to (3)
            (5) target:   a' ~ target actor at s' with noise; U: rows whose H(s', a') is above the beta quantile;
                          Qm = min_i Qtar_i(s', a');  y = r + gamma (1 - terminal) V
                          product: V = Qm (alpha + (1 - alpha) w), w = 1/H in U, else beta             (Eq. 8)
-                         excess:  V = Qm - kappa (H - quantile) in U, else Qm; quantile of H at the data's (s, a)
-           (6) critics:  a step on sum_i <(Q_i(s, a) - y)^2>; of two, the first also does (7)
+                         excess:  V = Qm - kappa (H - quantile) in U, else Qm; quantile of H at the batch's (s, a)
+           (6) critics:  a step on sum_i <(Q_i(s, a) - y)^2>; the first of every policy_delay steps also does (7)
            (7) Polyak average of the critics; a step of the actor on -<min_i Q_i(s, mu(s))>
-               - gamma_ent <log N(a; mu(s), std)> with the new critics (Eq. 9); Polyak average of the actor
+               - gamma_ent <log N(a; mu(s), std)> with the new critics (Eq. 9), or an advantage-weighted regression
+               (--actor-loss awr); Polyak average of the actor
 
 Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [.., C] | q windowed returns
-           x scaled q | t noise level, s_ the next lower one | z normal noise | F raw output of a network
+           x scaled q | t noise level, t_next the next lower one | z normal noise | F raw output of a network
            D teacher | f student | H, h uncertainty [B] | w weight [B] | U flagged rows, `ood` | y targets [B]
            alpha share of the optimistic target | beta level of the quantile | mu tanh mean | B batch
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
@@ -35,21 +36,24 @@ Deviations (here: always; ours: by default, not in the published presets, those 
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
   D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
-  D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'); ours: by that at (s, a).
+  D7  Paper: U by the policy's actions; code: by the quantile of H at a batch's (s', a'); ours: at its (s, a).
   D8  Eq. 8 is not what the code does on AntMaze; here: the code's three weights, --weight.
-  D9  product (paper, code) changes y by a percent, and raises it where 1/H > beta or Qm < 0; ours: excess.
+  D9  product (paper, code) changes y by a percent, and raises it where w > 1 or Qm < 0; ours: excess.
   D10 Paper: constant rate of the actor; code and here: a cosine over num_updates actor steps, which ends half way.
-  D11 Code: raw states, rewards and Q; ours: scaled (--normalize, --scale-rewards, --q-norm), kappa has no unit.
+  D11 Code: raw states, rewards and Q; ours: scaled (--normalize, --scale-rewards, --q-norm): no unit in gamma_ent.
   D12 Code: one student for the policies of all seeds; here: one each, --student to share one.
-  D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's likelihood does not hold.
+  D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's
+      likelihood does not hold the actor near the data.
   D14 Code: rows of a batch without replacement; here: with.
   D15 Paper and code differ in alpha, beta, gamma_ent, AntMaze's layers and actor loss; here: the code's, PUBLISHED.
   D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; ours: around its mean (--sample-target).
   D17 Code: teacher and student see all episodes; ours: --holdout keeps some to judge them by.
-  D18 Paper, code: H of one student, hardly wider off the data; ours, but for --quick: of four critics, LayerNorm.
+  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm
+      (not in --quick).
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
-           (docs/policy.md), q_model.npz, log.jsonl, state.npz of the phases, learning_curve.png, training.png
+           (docs/policy.md), log.jsonl, state.npz of the phases, learning_curve.png, training.png; with --uncertainty
+           consistency q_model.npz
 Run        python qdq.py --quick                          (point robot, all phases, under 2 minutes on 2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
@@ -84,7 +88,7 @@ class Args(runner.Flags):
     num_updates: runner.Count = 1_000_000
     """critic steps per seed; the actor steps in every policy_delay-th (code: 1M)"""
     chunk: runner.Count = 1_000
-    """gradient steps in one jitted call, in each phase; a multiple of policy_delay; divides eval_every and totals"""
+    """steps in one jitted call, in each phase; a multiple of policy_delay that divides eval_every and totals"""
     eval_every: runner.Count = 5_000
     """gradient steps between two evaluations (code: 5,000)"""
     # --- distribution of Q ---
@@ -95,7 +99,7 @@ class Args(runner.Flags):
     max_windows: runner.Count = 100
     """greatest number of windows of one episode (code: 100)"""
     min_entries: runner.Natural = 5_000
-    """fewer windows than these in all are refused: nothing can be learnt from them (ours)"""
+    """fewer windows than these to learn from are refused (ours)"""
     model_hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of teacher and student (code: 3 x 256)"""
     group_size: runner.Natural = 8
@@ -141,7 +145,7 @@ class Args(runner.Flags):
     sample_target: bool = False
     """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0; D16)"""
     q_from: runner.Share = 0.1
-    """share of num_updates in which the actor of loss q only clones; with gamma_ent 0 it stands still (ours, D13)"""
+    """share of num_updates in which the actor of loss q clones only; with gamma_ent 0 it stands still (ours, D13)"""
     q_norm: bool = True
     """divide Q by its mean magnitude in the actor's loss q (ours, D11)"""
     normalize: bool = True
@@ -151,7 +155,7 @@ class Args(runner.Flags):
     hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of actor and critics (code: 3 x 256, AntMaze 2 x 256)"""
     num_critics: runner.Count = 4
-    """critics, of which the least counts (code: 2; D18)"""
+    """number of critics; the smallest Q counts (code: 2; D18)"""
     layer_norm: bool = True
     """LayerNorm in the critics (code: antmaze-large; D18)"""
     batch_size: runner.Count = 256
@@ -182,7 +186,7 @@ TAU_EVERY = 5  # steps of the student per step of its target (code)
 LOG_STD = -5.0, 2.0  # clip of the actor's free log std (code)
 TEMPERATURE, VALUE_SAMPLES = 6.0, 30  # of awr: factor of the advantage, actions for V(s) (code)
 PAPER = {"uncertainty": "consistency", "penalty": "product", "num_critics": 2, "layer_norm": False}
-GENERAL = PAPER | {  # published
+PUBLISHED_ALL = PAPER | {
     "holdout": 0.0, "scale_rewards": False, "normalize": False, "q_norm": False, "q_from": 0.0,
 }  # fmt: skip
 MUJOCO = {  # beta, gamma_ent                                                                    # D15
@@ -205,13 +209,13 @@ MAZE_RUN = {  # umaze's episodes have 700 steps, and the same windows           
     "window": 200, "window_step": 10,
 }  # fmt: skip
 PUBLISHED = {
-    name: GENERAL | {"beta": beta, "gamma_ent": weight, "sample_target": weight > 0}
+    name: PUBLISHED_ALL | {"beta": beta, "gamma_ent": weight, "sample_target": weight > 0}
     for name, (beta, weight) in MUJOCO.items()
 }
 PUBLISHED["halfcheetah-medium-replay-v2"]["student_updates"] = 1_000_000
 PUBLISHED["walker2d-medium-expert-v2"]["student_updates"] = 2_000_000
 PUBLISHED |= {
-    name: GENERAL | MAZE_RUN | dict(zip(ANTMAZE_FIELDS, row, strict=True)) | {"sample_target": row[1] > 0}
+    name: PUBLISHED_ALL | MAZE_RUN | dict(zip(ANTMAZE_FIELDS, row, strict=True)) | {"sample_target": row[1] > 0}
     for name, row in ANTMAZE.items()
 }
 SHORT = {"num_levels": 18, "student_tau": 0.05}  # few steps do not carry 1,000 levels (docs/qdq.md)       # D3
@@ -304,8 +308,8 @@ def unscaled(x, low, high):
 def qdq_data(buffer, args):
     """Buffer -> Transitions [N], and mean, std [S] that observations are standardised with."""
     rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
-    raw = np.zeros_like(rows.observations[0]), np.ones_like(rows.observations[0])
-    mean, std = envs.buffers.standard_scale(rows.observations) if args.normalize else raw  # D11
+    no_scale = np.zeros_like(rows.observations[0]), np.ones_like(rows.observations[0])
+    mean, std = envs.buffers.standard_scale(rows.observations) if args.normalize else no_scale  # D11
     before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
     actions, rewards = np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5), rows.rewards + np.float32(args.reward_shift)
     if args.scale_rewards:  # D11
@@ -319,13 +323,14 @@ def q_entries(buffer, data, args):
     """D_Q of --holdout's share of the episodes and of the others -> Entries [M] to learn from, Entries held out."""
     (window, step), ends = window_sizes(args, buffer.metadata["episode_length"]), buffer["episode_ends"]
     starts, q, _ = windowed_returns(data.rewards, ends, args.gamma, window, step, args.max_windows)
-    held = np.random.default_rng(0).permutation(len(ends))[: round(args.holdout * len(ends))]
-    held = np.isin(np.searchsorted(ends, starts, side="right"), held)  # D17
-    c, low, high, num = jnp.concatenate([data.observations, data.actions], -1)[starts], q.min(), q.max(), np.sum(~held)
-    print(f"D_Q: {num} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
+    episodes = np.random.default_rng(0).permutation(len(ends))[: round(args.holdout * len(ends))]
+    held = np.isin(np.searchsorted(ends, starts, side="right"), episodes)  # D17
+    num, low, high = np.sum(~held), q.min(), q.max()
     remedy = "give more rows, lower --window, --window-step or --holdout, or raise --max-windows"
-    few = f"--dataset: D_Q has {num} entries of {args.min_entries} that --min-entries asks for; {remedy}"
-    runner.refuse({few: num >= args.min_entries})
+    few = f"--dataset: D_Q has {num} entries, fewer than the {args.min_entries} of --min-entries; {remedy}"
+    runner.refuse({few: num >= max(args.min_entries, 1)})
+    print(f"D_Q: {num} entries, windows of {window} steps every {step}, scaled Q from {low:.2f} to {high:.2f}")
+    c = jnp.concatenate([data.observations, data.actions], -1)[starts]
     x = scaled(q, low, high)
     return [Entries(*map(jnp.float32, (c[part], x[part], low, high))) for part in (~held, held)]
 
@@ -412,11 +417,11 @@ def noise_levels(num):
     return (high + jnp.arange(num) / (num - 1) * (low - high)) ** RHO
 
 
-def heun_step(denoise, x, t, s):
-    """One step of dx/dt = (x - D(x, t)) / t from level t down to s, second order."""
+def heun_step(denoise, x, t, t_next):
+    """One step of dx/dt = (x - D(x, t)) / t from level t down to t_next, second order."""
     slope = (x - denoise(x, t)) / t
-    guess = x + (s - t) * slope
-    return x + (s - t) * 0.5 * (slope + (guess - denoise(guess, s)) / s)
+    guess = x + (t_next - t) * slope
+    return x + (t_next - t) * 0.5 * (slope + (guess - denoise(guess, t_next)) / t_next)
 
 
 def q_samples(model, c, z, args):
@@ -439,7 +444,7 @@ def q_moments(model, c, key, args):
 
 
 class QdqCritics(nn.Module):
-    """C independent Q networks on (s, a), mish between their layers: [C, ..]."""
+    """Independent Q networks, `num` of them, on (s, a), mish between their layers: [C, ..]."""
 
     hidden_sizes: tuple[int, ...]
     num: int
@@ -464,7 +469,7 @@ def critic_values(critic, observations, actions, args):
 
 
 def uncertainty(model, critic, observations, actions, key, args):
-    """Line (4): H(s, a) [..], of the student's returns or the critics' Q."""
+    """Line (4): H(s, a) [..], of the student's returns (model: QModel) or of the critics' Q (model: None)."""
     with jax.default_matmul_precision("highest"):  # the order of H decides who is flagged
         if args.uncertainty == "critics":  # D18
             return critic_values(critic, observations, actions, args).std(0)
@@ -507,25 +512,25 @@ def denoising_loss(teacher, c, x, z, t, args):
 
 
 def distillation_loss(student, target, teacher, c, x, z, levels, args):
-    """Line (3): mean_B (f(x_t, t | c) - f_target(x_s, s | c))^2, levels t > s; x_s: a Heun step of the teacher.
+    """Line (3): mean_B (f(x_t, t | c) - f_target(x_next, t_next | c))^2; x_next: a Heun step of the teacher.
 
-    x, z [B], levels two [B] -> scalar; no gradient through target and teacher.
+    x, z [B]; levels t > t_next, both [B] -> scalar; no gradient through target and teacher.
     """
-    t, s = levels
+    t, t_next = levels
     x_t = x + t * z
-    x_s = heun_step(lambda x, t: denoiser(teacher, c, x, t, args), x_t, t, s)
-    goal = jax.lax.stop_gradient(consistency(target, c, x_s, s, args))
+    x_next = heun_step(lambda x, t: denoiser(teacher, c, x, t, args), x_t, t, t_next)
+    goal = jax.lax.stop_gradient(consistency(target, c, x_next, t_next, args))
     return jnp.mean((consistency(student, c, x_t, t, args) - goal) ** 2)
 
 
-def mixed_target(batch, next_q, h, level, args):
+def bootstrap_target(batch, next_q, h, threshold, args):
     """Line (5): y = r + gamma (1 - terminal) V [B], without gradient, and metrics. V by --penalty:
 
     product: Qm (alpha + (1 - alpha) w); one squared loss to this y has the gradient of Eq. 8's
-    alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2, where V is Qm and w Qm. excess: Qm - kappa max(H - level, 0).
-    next_q [B]: Qm; h [B]: H at (s', a'); level []: above it rows are flagged
+    alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2, where V is Qm and w Qm. excess: Qm - kappa max(H - threshold, 0).
+    next_q [B]: Qm; h [B]: H at (s', a'); threshold []: rows with a larger H are flagged
     """
-    ood = h > level
+    ood = h > threshold
     if args.penalty == "product":
         inverse = 1.0 / jnp.maximum(h, 1e-6)
         w_flagged, w_other = {  # D8
@@ -535,7 +540,7 @@ def mixed_target(batch, next_q, h, level, args):
         }[args.weight]
         value = next_q * (args.alpha + (1.0 - args.alpha) * jnp.where(ood, w_flagged, w_other))
     else:
-        value = next_q - args.kappa * jnp.maximum(h - level, 0.0)  # D9
+        value = next_q - args.kappa * jnp.maximum(h - threshold, 0.0)  # D9
     go_on = args.gamma * (1.0 - batch.terminals)
     p10, p50, p90 = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
     return jax.lax.stop_gradient(batch.rewards + go_on * value), {
@@ -556,10 +561,11 @@ def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args
     next_a = jnp.clip(next_a + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
 
     h = uncertainty(model, target_critic, next_s, next_a, key_h, args)
-    of_data = h if args.penalty == "product" else uncertainty(model, target_critic, s, batch.actions, key_h, args)
-    level = jnp.quantile(of_data, args.beta)  # D7
+    of_product = args.penalty == "product"
+    h_around = h if of_product else uncertainty(model, target_critic, s, batch.actions, key_h, args)
+    threshold = jnp.quantile(h_around, args.beta)  # D7
     next_q = critic_values(target_critic, next_s, next_a, args).min(0)
-    y, metrics = mixed_target(batch, next_q, h, level, args)
+    y, metrics = bootstrap_target(batch, next_q, h, threshold, args)
     q = critic_values(critic, s, batch.actions, args)
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
     return loss, metrics | {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
@@ -572,7 +578,7 @@ def log_likelihood(actions, mean, log_std):
 
 
 def climbing_loss(q, log_p, with_q, args):
-    """Line (7): -with_q mean_B Q(s, mu(s)) - gamma_ent mean_B log N(a; mu(s), std); q [B] the lesser critic's.
+    """Line (7): -with_q mean_B Q(s, mu(s)) - gamma_ent mean_B log N(a; mu(s), std); q [B] the least critic's.
 
     with_q in {0, 1} is 0 while the actor only clones; --q-norm divides Q by mean_B |Q|, without gradient.
     """
@@ -628,6 +634,15 @@ class QdqNets(NamedTuple):
     critic_opt: Any
 
 
+class Optimisers(NamedTuple):
+    """optax transformations of the four networks."""
+
+    teacher: Any
+    student: Any
+    actor: Any
+    critic: Any
+
+
 def qdq_optimisers(args):
     """Teacher: Adam; student: RAdam; both to 0 by a cosine. Actor: Adam, cosine. Critics: clipped Adam."""
     decay = optax.cosine_decay_schedule
@@ -635,7 +650,7 @@ def qdq_optimisers(args):
     student = optax.radam(decay(args.student_lr, args.student_updates))
     actor = optax.adam(decay(args.actor_lr, args.num_updates))  # D10
     critic = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.critic_lr))
-    return teacher, student, actor, critic
+    return Optimisers(teacher, student, actor, critic)
 
 
 def teacher_update(teacher, entries, step, key, args):
@@ -646,7 +661,7 @@ def teacher_update(teacher, entries, step, key, args):
     t = jnp.exp(-1.2 + 1.2 * jax.random.normal(key_t, index.shape))
     batch = entries.conditions[index], entries.x[index], z, t
     loss, grads = jax.value_and_grad(denoising_loss)(teacher.net, *batch, args)
-    change, opt = qdq_optimisers(args)[0].update(grads, teacher.opt)
+    change, opt = qdq_optimisers(args).teacher.update(grads, teacher.opt)
     return ModelNets(optax.apply_updates(teacher.net, change), None, opt), {"teacher/loss": loss}
 
 
@@ -659,7 +674,7 @@ def student_update(student, teacher, entries, step, key, args):
     levels = noise_levels(args.num_levels)
     batch = entries.conditions[index], entries.x[index], z, (levels[i], levels[i + 1])
     loss, grads = jax.value_and_grad(distillation_loss)(student.net, student.target, teacher, *batch, args)
-    change, opt = qdq_optimisers(args)[1].update(grads, student.opt)
+    change, opt = qdq_optimisers(args).student.update(grads, student.opt)
     net = optax.apply_updates(student.net, change)
     tau = jnp.where(step % TAU_EVERY == 0, args.student_tau, 0.0)
     return ModelNets(net, polyak(student.target, net, tau), opt), {"student/loss": loss}
@@ -667,23 +682,21 @@ def student_update(student, teacher, entries, step, key, args):
 
 def critic_update(nets, model, batch, key, args):
     """Lines (4) to (6) -> nets, metrics."""
-    *_, clipped_adam = qdq_optimisers(args)
     grads, metrics = jax.grad(qdq_critic_loss, has_aux=True)(
         nets.critic, nets.target_critic, nets.target_actor, model, batch, key, args
     )
-    step, critic_opt = clipped_adam.update(grads, nets.critic_opt)
-    return nets._replace(critic=optax.apply_updates(nets.critic, step), critic_opt=critic_opt), metrics
+    change, critic_opt = qdq_optimisers(args).critic.update(grads, nets.critic_opt)
+    return nets._replace(critic=optax.apply_updates(nets.critic, change), critic_opt=critic_opt), metrics
 
 
 def actor_update(nets, with_q, batch, key, args):
     """Line (7), with the critics after their step, on the same batch -> nets, metrics."""
-    _, _, actor_adam, _ = qdq_optimisers(args)
     nets = nets._replace(target_critic=polyak(nets.target_critic, nets.critic, args.tau))
     grads, metrics = jax.grad(qdq_actor_loss, has_aux=True)(
         nets.actor, nets.target_actor, nets.critic, with_q, batch, key, args
     )
-    step, actor_opt = actor_adam.update(grads, nets.actor_opt)
-    actor = optax.apply_updates(nets.actor, step)
+    change, actor_opt = qdq_optimisers(args).actor.update(grads, nets.actor_opt)
+    actor = optax.apply_updates(nets.actor, change)
     target_actor = polyak(nets.target_actor, actor, args.tau)
     return nets._replace(actor=actor, actor_opt=actor_opt, target_actor=target_actor), metrics
 
@@ -696,7 +709,7 @@ def qdq_update(nets, model, data, step, key, args):
     nets, metrics = critic_update(nets, model, batch, key_loss, args)
     with_q = jnp.float32(step >= round(args.q_from * args.num_updates))
     nets, actor_metrics = actor_update(nets, with_q, batch, key_actor, args)
-    for key_batch, key_loss in map(jax.random.split, keys):
+    for key_batch, key_loss in map(jax.random.split, keys):  # the other policy_delay - 1 steps: critics alone
         batch = sample_batch(data, key_batch, args.batch_size)
         nets, _ = critic_update(nets, model, batch, key_loss, args)
     return nets, metrics | actor_metrics
@@ -749,24 +762,24 @@ class Phase(NamedTuple):
 
 def make_train(args, num_obs, num_actions):
     """-> Phases: teacher (chunk: entries), student (init: teacher's net; chunk: it, entries), policy (model, data)."""
-    teacher_adam, student_radam, actor_adam, critic_adam = qdq_optimisers(args)
+    optimisers = qdq_optimisers(args)
 
     def teacher_init(key):
         key, key_net = jax.random.split(key)
         c, net = jnp.zeros(num_obs + num_actions), QNet(args.model_hidden_sizes, args.group_size)
         net = net.init(key_net, c, *jnp.ones(2))
-        return State(key, jnp.int32(0), ModelNets(net, None, teacher_adam.init(net)))
+        return State(key, jnp.int32(0), ModelNets(net, None, optimisers.teacher.init(net)))
 
     def student_init(key, teacher):
         copies = jax.tree.map(jnp.copy, (teacher, teacher))  # the chunk overwrites them, not the teacher  # D5
-        return State(key, jnp.int32(0), ModelNets(*copies, student_radam.init(teacher)))
+        return State(key, jnp.int32(0), ModelNets(*copies, optimisers.student.init(teacher)))
 
     def policy_init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
         s, a = jnp.zeros(num_obs), jnp.zeros(num_actions)
         actor = QdqActor(args.hidden_sizes, num_actions).init(key_actor, s)
         critic = QdqCritics(args.hidden_sizes, args.num_critics, args.layer_norm).init(key_critic, s, a)
-        nets = QdqNets(actor, critic, actor, critic, actor_adam.init(actor), critic_adam.init(critic))
+        nets = QdqNets(actor, critic, actor, critic, optimisers.actor.init(actor), optimisers.critic.init(critic))
         return State(key, jnp.int32(0), nets)
 
     def phase(init, update, num_own, stride=1):
@@ -805,16 +818,17 @@ def check_args(args):
     """Refuse flags that do not fit one another."""
     runner.check_run(args)
     by_critics, phases = args.uncertainty == "critics", (args.teacher_updates, args.student_updates)
+    learns = not (by_critics or args.student)
     runner.refuse({
         "--chunk must be a multiple of --policy-delay": args.chunk % args.policy_delay == 0,
         "--chunk must divide --teacher-updates and --student-updates":
-            by_critics or all(total % args.chunk == 0 for total in phases),
+            not learns or all(total % args.chunk == 0 for total in phases),
         "--model-hidden-sizes must be multiples of --group-size":
-            all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
+            by_critics or all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
         "--beta must be above 0 and below 1": 0 < args.beta < 1,
         "--gamma, --tau and --student-tau must be above 0": min(args.gamma, args.tau, args.student_tau) > 0,
         "--nodes must be 2 or more": args.nodes >= 2,
-        "--num-levels must be 3 or more": args.num_levels >= 3,
+        "--num-levels must be 3 or more": not learns or args.num_levels >= 3,
         "--uncertainty critics needs --num-critics 2 or more": not by_critics or args.num_critics > 1,
         "--student goes with --uncertainty consistency alone": not (by_critics and args.student),
         "--penalty product goes with --uncertainty consistency: 1 / H of critics has no size":
@@ -825,13 +839,19 @@ def check_args(args):
 def idle_flags(args):
     """Flags without effect beside the others, and why."""
     other = ("alpha", "weight") if args.penalty == "excess" else ("kappa",)
-    idle = dict.fromkeys(other, f"it is of another --penalty than {args.penalty}")
+    idle = dict.fromkeys(other, f"it is not for --penalty {args.penalty}")
     if args.uncertainty == "critics":
         names = "window window_step max_windows min_entries model_hidden_sizes group_size model_batch_size teacher_lr "
         names += "student_lr num_levels student_tau teacher_updates student_updates holdout spread nodes num_samples"
-        idle |= dict.fromkeys(names.split(), "H is the critics'; add --uncertainty consistency --penalty product")
+        idle |= dict.fromkeys(names.split(), "H is the critics'; add --uncertainty consistency")
+    else:
+        other = ("num_samples",) if args.spread == "gh" else ("nodes",)
+        idle |= dict.fromkeys(other, f"it is not for --spread {args.spread}")
+    if args.student:
+        names = "model_batch_size teacher_lr student_lr num_levels student_tau teacher_updates student_updates"
+        idle |= dict.fromkeys(names.split(), "--student is learnt already")
     if args.actor_loss == "awr":
-        idle |= dict.fromkeys(("gamma_ent", "q_from", "q_norm"), "it is of --actor-loss q")
+        idle |= dict.fromkeys(("gamma_ent", "q_from", "q_norm"), "only --actor-loss q uses it")
     return idle
 
 

@@ -9,18 +9,18 @@ Idea       The gap between what a model-based offline learner reaches and the op
 
 Algorithm  for K buffers of one world and every task:
   (1) relabel:  r = task.reward(s, a, s') for all transitions, s -> task.observe(s)
-  (2) score:    J_k = 1/E sum_e w_e sum_t r_t over the complete episodes e of buffer k, of E begun; w_e = 1, but where
-                episodes were cut the inverse of the chance not to be (D7)
+  (2) score:    J_k = 1/E sum_e w_e sum_t r_t over the complete episodes e of buffer k; E: all that began; w_e = 1, but
+                where episodes were cut the inverse of the chance not to be (D7)
   (3) rank:     k_1 .. k_K by J_k, or by --score, highest first
   (4) choose:   top-n = buffers k_1 .. k_n, in full or cut to --size by whole episodes; or the best episodes of all
                 buffers; or all buffers in the shares w that bring the mixture nearest to the expert's data:
                 min over w of W1(sum_k w_k rho_k, rho*)   (bound for mixtures)
   (5) measure:  W1(i, j) between features of buffers i and j, and W1(k, reference) if given, on n points each:
                 min over permutations p of  1/n sum_i ||x_i - y_p(i)||   (exact);
-                entropy of actions, coverage, variety, drift, W1 to random and to the best episodes
+                entropy of actions, coverage, behaviours, drift, W1 to random and to the best episodes
 
 Symbols    K buffers | N transitions of a buffer | E its episodes | J_k score | n points of W1 | rewards r [N]
-           returns sum_t r_t [E] | features f(s') [n, d], task.feature | w weights
+           returns sum_t r_t [E] | features f(s') [n, d], task.feature | w_e weights of episodes | w shares
            rho_k distribution of (s, a) in buffer k, rho* in the expert's data
 
 Deviations (why: docs/udg_select.md)
@@ -32,14 +32,15 @@ Deviations (why: docs/udg_select.md)
       between two samples of one buffer, which is what a distance of zero looks like at n points.
   D4  paper: W1 is over (s, a) in raw units; here: features of s' between buffers, in their units, and (s, a) in units
       of the pooled standard deviation against a reference, so that no unit decides.
-  D5  terminals stay as they were recorded; a task that would have ended an episode where the data goes on is refused.
+  D5  terminals stay as they were recorded, and where the task ends at a recorded cut, the cut becomes a terminal; a
+      task that would have ended an episode where the data goes on is refused.
       Not so in mazes: there they are the task's, and a robot that walks on at the goal begins a new episode, which
       counts as data and not in (2).
   D6  a maze's reward needs goals: data that knows none (OGBench) gets one for each trajectory, as at a reset.
   D7  where an episode that ends is followed by another one, and a round's end cuts the last (wurl_sac.py without
       diversity), long episodes are the ones that are cut: the plain mean of the complete ones is too low. Each complete
       one stands for those cut before it (envs/buffers/measures.py).
-  D8  paper: rho* of the bound for mixtures is unknown; here: the best --proxy of all episodes stand in for it, or
+  D8  paper: rho* of the bound for mixtures is unknown; here: the best --proxy of all episodes stands in for it, or
       --reference, and the shares that minimise W1 to it are a linear program on samples.
 
 Files      reads buffers (docs/buffer.md, layout "env", or "task" where the task hides nothing); writes <out>/<task>/:
@@ -50,7 +51,7 @@ Run        python udg_select.py --quick                                (scripted
            python udg_select.py --buffers 'a/*.npz' --task ant-angle-0 ant-angle-60 --top 1 2 all
            python udg_select.py --buffers runs/wurl_sac/ant/seed0 --task ant-angle-60 --size 50000
                --top 1 2 all transport --top-rows 50000                   (all selections, at equal size)
-Expect     see docs/udg_select.md
+Expect     --quick: seconds; the buffer that runs at 0 degrees is ranked first (docs/udg_select.md has the main job's)
 """
 
 import dataclasses
@@ -163,19 +164,20 @@ class Episodes(NamedTuple):
     lengths: np.ndarray  # (E,) steps
     complete: np.ndarray  # (E,) bool: it terminated or reached the full length; the others were cut
     begun: np.ndarray  # (E,) bool: it began at a reset
-    warmup: np.ndarray  # (E,) bool: it is of the warm-up
+    warmup: np.ndarray  # (E,) bool: it belongs to the warm-up
     tenth: np.ndarray  # (E,) 0 to 9: the tenth of the rows in which it began
     counts: np.ndarray  # (E,) bool: begun, and no warm-up where that is left out
 
     def statistics(self, mask):
-        """measures.return_statistics of the episodes of a mask (E,); None of none."""
+        """measures.return_statistics of the episodes of a mask (E,); None if there are none."""
         return return_statistics(self.returns[mask], self.lengths[mask], self.complete[mask]) if mask.any() else None
 
 
 def judge_episodes(rewards, buffer, exclude_warmup):
     """(2) rewards (N,) -> Episodes.
 
-    Where none that counts is complete, all are. So are all of an imported file: no run's end cut anything off there.
+    If no episode that counts is complete, all are taken for complete; so are all of an imported file, where no run's
+    end cut anything off.
     """
     ends, lengths, warmup = buffer["episode_ends"], buffer["episode_lengths"], warmup_episodes(buffer)
     begun = np.diff(trajectories(buffer), prepend=-1) > 0  # D5: not what follows on a terminal
@@ -278,7 +280,9 @@ def parse_selections(args, num_buffers):
     chosen = {}
     for word in args.top:
         named = word in ("all", "transport")
-        num = num_buffers if named else int(word) if word.isdecimal() else 0
+        num = num_buffers if named else 0
+        if word.isdecimal():
+            num = int(word)
         if not 1 <= num <= num_buffers:
             remedy = f"'all', 'transport' or numbers from 1 to {num_buffers}"
             raise envs.InputError(f"--top {word}: there are {num_buffers} buffers. Remedy: {remedy}")
@@ -293,7 +297,8 @@ def parse_selections(args, num_buffers):
 
 
 def best_episodes(judged, kind, num):
-    """(4) The best complete episodes of all buffers -> {buffer: sorted indices}; num: of them, or of their rows."""
+    """(4) The best complete episodes of all buffers -> {buffer: sorted indices}; num: how many episodes
+    (kind episodes), or how many rows they may have (kind rows)."""
     owner = np.repeat(np.arange(len(judged)), [len(episodes.returns) for episodes in judged])
     index = np.concatenate([np.arange(len(episodes.returns)) for episodes in judged])
     of = lambda name: np.concatenate([getattr(episodes, name) for episodes in judged])
@@ -311,7 +316,7 @@ def best_episodes(judged, kind, num):
 
 def transport_shares(near, args):
     """(4) Shares of the buffers, in thousandths (K,), of the mixture that is nearest to the expert's data."""
-    n = min(args.w1_points, max(20, 1000 // len(near.samples)), *map(len, near.samples))  # seconds
+    n = min(args.w1_points, max(20, 1000 // len(near.samples)), *map(len, near.samples))  # the program takes seconds
     weights, _ = mixture_weights([x[:n] for x in near.samples], near.expert[: 2 * n])
     return np.round(1000 * weights).astype(int)
 
@@ -361,8 +366,8 @@ def choose_episodes(sources, args, shares=None):
 def fill(order, lengths, room, most):
     """The first episodes of `order` that come nearest to `room` rows, never more than `most` -> sorted indices.
 
-    Where room is most, the last source, later ones that still fit are taken, too. Elsewhere that would favour short
-    episodes, which fit more often (D7).
+    Where `room` equals `most` (the last source), later ones that still fit are taken, too. Elsewhere that would favour
+    short episodes, which fit more often (D7).
     """
     taken = []
     for episode in order:
@@ -495,16 +500,17 @@ def select(prepared, reference, matrix, measured, selections, files, args):
     chosen = {label: choose_now(label) for label in selections}
     tables.show_scores(task, sources, scores, order, to_reference, args.score)
     tables.show_measures(task, sources, found, order, near)
-    written = {}
+    written, folder = {}, Path(files[task.name, next(iter(chosen))]).parent
     for label, parts in chosen.items():
-        path, items = files[task.name, label], ([x[k] for k in parts] for x in (sources, rewards, scores))
-        written[label] = write_selection(path, path.stem, *items, list(parts.values()), task, args)
+        path = files[task.name, label]
+        of_parts = [[x[k] for k in parts] for x in (sources, rewards, scores)]
+        written[label] = write_selection(path, path.stem, *of_parts, list(parts.values()), task, args)
         begun = {k: keep[judged[k].begun[keep]] for k, keep in parts.items()}
         pairs = [(sources[k].buffer, keep) for k, keep in parts.items()]
         distance = None if near is None else near.distance(pairs, task.observe, args.w1_points, args.seed)
         written[label] |= {"score": pooled_mean(judged, begun), "w1_expert": distance}
     tables.show_selections(task, written)
-    names, folder = [source.name for source in sources], path.parent
+    names = [source.name for source in sources]
     figures.plot_returns(folder / "returns.png", task, names, scores, order)
     figures.plot_coverage(folder / "coverage.png", task, sources, scores, order)
     if found:
@@ -556,6 +562,7 @@ def pooled_mean(judged, chosen):
 def main(args) -> dict[str, Any]:
     """Select for every task -> {task name: scores of the K buffers}."""
     if args.quick:
+        runner.refuse({"--quick makes its own buffers; leave --buffers out": not args.buffers})
         given = dict(tasks=args.tasks or ("point-angle-0",), out=args.out or "runs/udg_select/quick")
         given["overwrite"] = args.overwrite or not args.out  # the default folder holds nothing else
         with tempfile.TemporaryDirectory() as folder:

@@ -20,15 +20,16 @@ Algorithm  one round, all K policies at once:
                  Polyak target
 
 Symbols    s observations [.., S] | a actions [.., A] | f features [.., d], g those of policy l | v directions [M, d]
-           c cost [K, K, n] | K policies | N environments a policy | L episode_length | n = N L points
+           c cost [K, K, n] | K policies | N environments a policy | L episode_length | n = N L points, fewer
+           where episodes end early | M num_directions
            c_kk' between episodes of policy k | w_div, w_task, w_own weights | scale (paper: reward scale)
-           y target [B] | q [2, B] | alpha entropy weight | gamma discount | tau Polyak rate
+           y target [B] | q [2, B] | B batch | R replay_size | alpha entropy weight | gamma discount | tau Polyak rate
 
 Deviations (why: docs/wurl_sac.md)
   D1  reference code re-sorts in place, so that for M > 1 costs land on the wrong steps; here: as the paper says.
   D2  reference code pays a_t for the state s_{t-1}, a_0 for the last one of the episode before; here: for s_{t+1}.
-  D3  reference code: one random policy acts per episode and is compared with stored states of the others; here: all K
-      act, and are compared with this round's states.
+  D3  reference code: one policy, drawn at random, acts per episode, learns as it goes and is compared with stored
+      states of the others; here: all K act for a round, are compared in it, N episodes pooled, and learn after it.
   D4  reference code stores time limits of some environments as terminal; here: always bootstrap through them.
   D5  reference code learns from all transitions so far; here: from the newest `replay_size`.
   D6  reference code gives the random warm-up steps reward 0 (here --warmup-zero-reward); here: their real reward.
@@ -38,8 +39,8 @@ Deviations (why: docs/wurl_sac.md)
   D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy)
       or the height (cheetah), times --feature-scales.
   D10 reference code keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run.
-  D11 reference code updates once per real step; here: once per nominal step, N L a round even if episodes end early.
-      Without a diversity reward an episode that ends is followed by a new one, so that all N L steps are real.
+  D11 reference code updates once per real step; here: updates_per_step for each nominal step, also where episodes end
+      early. Without a diversity reward a new episode follows one that ends, so that all N L steps are real.
   D12 reference code draws 5 directions anew for each comparison; here: one draw of M serves all pairs of a round.
   D13 reference DIAYN-I looks at s_t, without + log K; DADS-I normalises by running statistics, with a gain of 0.1; both
       learn after the warm-up, from all rows so far, one step for each step of any policy. Here: s_{t+1}, + log K, this
@@ -47,9 +48,10 @@ Deviations (why: docs/wurl_sac.md)
   D14 METRA conditions one policy on a skill, computes rewards of its replay anew with the phi of the moment, and fits
       phi to its replay; here: K policies, rewards as they were paid, phi fitted to the round after it has paid.
   D15 paper: none of the three flags of line (5); here: on the ant all three (--preset paper: none).
+  D16 reference code: a batch without replacement, the policies of the best record kept; here: with, the last ones.
 
 Files      writes runs/wurl_sac/<task>/seed<seed>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
-           log.jsonl, state.npz, trajectories.png, distances.png; rows/ grows during the run and is removed at its end
+           log.jsonl, state.npz, trajectories.png, distances.png; rows/ while it runs; policies/ with --keep-policies
 Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
            python wurl_sac.py                            (ten ant policies, 25 minutes on 2 cores)
            python wurl_sac.py --preset paper             (200k steps and updates a policy)
@@ -78,7 +80,7 @@ from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
 from envs.worlds import world_of
 from runner import devices, diversity
-from runner.rows import PolicyRows, announce, are_finished, fresh_rows, write_buffers
+from runner.rows import PolicyRows, announce_rounds, are_finished, fresh_rows, write_buffers
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Args(runner.RunFlags):
     warmup_steps: runner.Count = 2_000
     """environment steps per policy with uniform random actions at the start (reference code: 20,000 over all)"""
     chunk: runner.Count = 100
-    """gradient steps per policy in one jitted call; rounded, as all three, to whole rounds of N L steps"""
+    """gradient steps per policy in one jitted call; it, eval_every and num_updates are rounded to whole rounds"""
     eval_every: runner.Count = 4_000
     """gradient steps per policy between two evaluations"""
     eval_episodes: runner.Count = 10
@@ -135,7 +137,7 @@ class Args(runner.RunFlags):
     own_between: tuple[runner.Share, runner.Share] = (0.4, 0.8)
     """shares of the run between which w_own grows from 0"""
     reward_size: runner.Rate = 0.0
-    """mean size that the pay per step follows, by its running mean (reward_scale then has no effect); 0: it does not"""
+    """scale the pay so that the running mean of its size is this (reward_scale then has no effect); 0: off"""
     num_directions: runner.Count = 8
     """M: projections per round (reference code: 5)"""
     orthogonal_directions: bool = False
@@ -392,7 +394,8 @@ def metra_loss(net, before, after, index, args):
 def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
     """Lines (2) to (5) of a round -> reward [K, N, L], distances [K, K], and the objective's net, learnt from it.
 
-    steps: Transition [K, N, L, ..]; features [K, N, L, d] of the states s_{t+1}; alive [K, N, L]: the step happened.
+    steps: Transition [K, N, L, ..]; features [K, N, L, d] of the states s_{t+1}; alive [K, N, L]: the step happened;
+    share: of the run, done so far. The net takes Adam steps on batches of 200 (diversity.fit).
     """
     K, d = args.num_policies, features.shape[-1]
     if K == 1:  # there is no other
@@ -404,10 +407,10 @@ def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
     distances = cost.sum(-1) / jnp.maximum(valid.sum(-1, keepdims=True), 1)  # logged whatever the objective
 
     index = jnp.broadcast_to(jnp.arange(K)[:, None, None], alive.shape)
-    fit = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # as many as a policy took  # D13
+    how = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # as many as a policy took  # D13
     if args.objective == "diayn":
         reward, loss = diayn_reward(net, features, args), functools.partial(diayn_loss, args=args)
-        net, net_opt = diversity.fit(net, net_opt, loss, (features, index), alive, **fit)
+        net, net_opt = diversity.fit(net, net_opt, loss, (features, index), alive, **how)
     elif args.objective == "dads":
         before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
         known = alive & (jnp.arange(alive.shape[-1]) > 0)  # f(s_0) is not among the features
@@ -415,12 +418,12 @@ def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
         change = change / jnp.maximum(change.std((0, 1, 2), where=known[..., None]), 1e-6)
         reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
         loss = lambda net, *rows: -dads_log_prob(net, *rows, args).mean()
-        net, net_opt = diversity.fit(net, net_opt, loss, (before, change, index), known, **fit)
+        net, net_opt = diversity.fit(net, net_opt, loss, (before, change, index), known, **how)
     elif args.objective == "metra":
         rows = steps.observations, steps.next_observations, index
         reward = args.reward_scale * metra_change(net, *rows, args)[1]
-        fit["num_steps"] = round_sizes(args, alive.shape[-1])[1]  # one for each update of a policy, as METRA
-        net, net_opt = diversity.fit(net, net_opt, functools.partial(metra_loss, args=args), rows, alive, **fit)
+        how["num_steps"] = round_sizes(args, alive.shape[-1])[1]  # one for each update of a policy, as METRA
+        net, net_opt = diversity.fit(net, net_opt, functools.partial(metra_loss, args=args), rows, alive, **how)
     elif args.objective == "none":
         reward = jnp.zeros(alive.shape)
     else:
@@ -473,7 +476,7 @@ def wurl_actor_loss(actor, critic, alpha, batch, key, args):
 
 
 def wurl_alpha_loss(log_alpha, entropy, target_entropy):
-    """-log alpha (mean log pi + target entropy): alpha grows while the entropy is below its target (-A)."""
+    """-log alpha (mean log pi + target entropy): alpha grows while the entropy is below its target."""
     return log_alpha * jax.lax.stop_gradient(entropy - target_entropy)
 
 
@@ -667,8 +670,9 @@ def make_train(args, env, task, observe, episode_length):
     def init(key):
         """Agents [K], empty replays [K], and the network of the objective."""
         key, key_agents, key_net = jax.random.split(key, 3)
-        obs, two, keys = jnp.zeros(env.observation_size), jnp.zeros(2), jax.random.split(key_agents, args.num_policies)
-        step = envs.Transition(obs, jnp.zeros(env.action_size), obs, two, two)
+        keys = jax.random.split(key_agents, args.num_policies)
+        obs, root = jnp.zeros(env.observation_size), jnp.zeros(2)
+        step = envs.Transition(obs, jnp.zeros(env.action_size), obs, root, root)
         row = Transitions(obs, step.actions, jnp.float32(0), obs, jnp.float32(0))
         agent = jax.vmap(lambda key: init_agent(key, args, env, observe))(keys)
         replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(keys)
@@ -694,10 +698,12 @@ def make_train(args, env, task, observe, episode_length):
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
         keys = jax.random.split(key_rollout, K)
-        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # (1), D3
+        steps = rollouts(state.agent.actor, keys, args.num_envs, random=warmup, restart=not is_diverse(args))  # (1), D3
         t = steps.transition
-        share, inputs = state.num_updates / args.num_updates, (state.net, state.net_opt, t, features_of(t), steps.alive)
-        reward, distances, net, net_opt = pseudo_reward(*inputs, key_reward, share, args)  # (2) to (5)
+        share = state.num_updates / args.num_updates
+        reward, distances, net, net_opt = pseudo_reward(
+            state.net, state.net_opt, t, features_of(t), steps.alive, key_reward, share, args
+        )  # (2) to (5)
         reward, size = held(reward, steps.alive, state.size, args)
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)  # (5)
         if warmup and args.warmup_zero_reward:  # D6
@@ -719,7 +725,8 @@ def make_train(args, env, task, observe, episode_length):
     def rounds(num, warmup):
         scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
         split = devices.placed(args.num_policies, args, None, "share")
-        out = sharding, (sharding.key, sharding.key, split, split)
+        everywhere = sharding.key
+        out = sharding, (everywhere, everywhere, split, split)
         return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
     warm_up, chunk = rounds(num_warmup, True), rounds(args.chunk // updates_per_round, False)
@@ -778,7 +785,7 @@ def check_args(args, task, episode_length):
             args.num_envs > 1 or args.random or args.objective not in ("apwd", "pwd")
             or (args.own_weight == 0 and args.nearest == "total"),
         "--num-policies 1: one policy has no neighbour; add --diversity-weight 0 --task-weight 1":
-            args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
+            args.num_policies > 1 or args.random or args.objective == "none" or args.diversity_weight == 0,
         f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":
             args.task_weight == 0 or task.has_reward,
         f"--replay-size must hold a round ({steps} steps) and a batch":
@@ -791,9 +798,18 @@ def check_args(args, task, episode_length):
 
 def idle_flags(args):
     """Flags without effect beside the others, and why."""
-    learnt = {} if args.auto_alpha else {"target_entropy": "alpha is not learnt; add --auto-alpha"}
-    pay = {"reward_scale": "the pay is held at --reward-size; add --reward-size 0"} if args.reward_size else {}
-    return learnt | pay
+    idle = {} if args.auto_alpha else {"target_entropy": "alpha is not learnt; add --auto-alpha"}
+    if args.reward_size:
+        idle["reward_scale"] = "the pay is held at --reward-size; add --reward-size 0"
+    only = {  # flag: the objectives that use it
+        "plan nearest own_weight own_between rescale_episodes": ("apwd", "pwd"),
+        "discriminator_lr": ("diayn", "dads", "metra"), "metra_slack metra_lambda": ("metra",),
+        "reward_scale": ("apwd", "pwd", "diayn", "dads", "metra"),
+    }  # fmt: skip
+    for names, objectives in only.items():
+        if args.objective not in objectives:
+            idle |= dict.fromkeys(names.split(), f"--objective {args.objective} does not use it")
+    return idle
 
 
 def open_world(args):
@@ -839,7 +855,7 @@ def main(args):
     with runner.Run("wurl_sac", args, task, gather=lambda x: devices.whole(x, args.num_policies, args)) as run:
         if are_finished(run, args.num_policies):
             return {}
-        disk = announce(args, task, env, episode_length, *round_sizes(args, episode_length))
+        disk = announce_rounds(args, task, env, episode_length, *round_sizes(args, episode_length))
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_train), placed=True, disk=disk)
         files = PolicyRows(run.folder / "rows", args.num_policies, env, run.meta.get("rows"))  # cut to the saved state
         state = on_devices(run.restore(init, key_train))
@@ -849,7 +865,7 @@ def main(args):
             run.write(state, rows=files.rows(), warmup=files.rows(), train={})
             print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - run.began:.0f} s", flush=True)
 
-        logged = run.meta["train"]
+        logged = run.meta["train"]  # for the last evaluation, where a resumed run has no chunk left
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, (metrics, distances, *data) = train_chunk(state)  # lines (1) to (7), round after round
             metrics, distances = jax.tree.map(np.asarray, (metrics, distances))
@@ -874,4 +890,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, PRESETS, __doc__, cpu_devices=devices.of_policies, idle=idle_flags)
+    runner.launch(main, Args, preset, PRESETS, __doc__, cpu_devices=devices.cpu_devices_for_policies, idle=idle_flags)

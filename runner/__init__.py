@@ -13,8 +13,8 @@
         return run.finish()                                     figures and the score
 
 No loss and no update is in here; what measures the models, critics or policies of a family takes functions and arrays
-(model_report, probes, diversity). It imports `envs`, never the other way round. A name is imported when it is first used:
-runner.policies, which reads a policy.npz where it is deployed, needs neither the rest nor JAX.
+(model_report, probes, diversity). It imports `envs`, never the other way round. A name is imported when it is first
+used: runner.policies, which reads a policy.npz where it is deployed, needs neither the rest nor JAX.
 """
 
 import importlib

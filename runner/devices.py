@@ -80,8 +80,8 @@ def policies_at_once(args, backend):
     return args.policies_at_once or (1 if one else args.num_policies)
 
 
-def of_policies(args):
-    """Devices to make of a CPU's cores, each with as many policies: they fill two cores better than one device does."""
+def cpu_devices_for_policies(args):
+    """Devices to make of a CPU's cores, each with the same number of policies: faster than one device of all cores."""
     if args.distributed or policies_at_once(args, "cpu") > 1:
         return 1
     return max(n for n in range(1, 1 + min(cores(), args.num_policies)) if args.num_policies % n == 0)

@@ -47,7 +47,7 @@ class PolicyRows(EpisodeFiles):
         return devices.added_up(counts).tolist()
 
 
-def announce(args, task, env, episode_length, num_warmup, updates, num_rounds):
+def announce_rounds(args, task, env, episode_length, num_warmup, updates, num_rounds):
     """Print the size of a run, in rounds of warm-up and of so many updates each -> bytes of disk that its rows take:
     once as row files, once as buffers."""
     steps = (num_warmup + num_rounds) * args.num_envs * episode_length

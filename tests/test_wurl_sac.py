@@ -595,9 +595,9 @@ def test_fresh_rollouts_of_random_policies(tmp_path):
 def test_cores_become_devices_that_share_the_policies_evenly(cores, K, wanted, monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: cores)
     wide = tiny(num_policies=K, hidden_sizes=(256, 256))
-    assert devices.of_policies(wide) == wanted
+    assert devices.cpu_devices_for_policies(wide) == wanted
     for other in (tiny(num_policies=K), dataclasses.replace(wide, distributed=True)):
-        assert devices.of_policies(other) == 1
+        assert devices.cpu_devices_for_policies(other) == 1
 
 
 @pytest.mark.parametrize("words, told", [
