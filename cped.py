@@ -23,37 +23,33 @@ Symbols    s observations [B, S] | a actions [B, A] | r rewards [B] | y target [
            pi', Q' targets | B batch | S also num_seeds, as a leading axis | L flow_layers
 
 Deviations
-  D1  paper, codes: one density of (s, a), NICE; here: of a given s, affine couplings with bounded log
-      scales. Only d/da log p matters to the actor, and p(s) wastes capacity (--flow nice for theirs).
+  D1  paper, codes: one density of (s, a), NICE; here: of a given s, affine couplings with bounded log scales. Only
+      d/da log p matters to the actor, and p(s) wastes capacity (--flow nice for theirs).
   D2  codes' NICE samples by an inverse that is none (scale applied last, not first); here: exact.
-  D3  codes mix the penalty's x~ by N(0, 1) and reseed the generator in every call, so that weights
-      and target noise never change; here: U(0, 1), fresh keys.
+  D3  codes mix the penalty's x~ by N(0, 1), and reseed in every call, so that weights and target noise never change;
+      here: U(0, 1), fresh keys.
   D4  codes: raw observations; here: standardised for all networks (--no-normalize).
-  D5  codes: the likelihood of the data's actions; here: of actions + N(0, 0.05^2), so that mass on the
-      boundary cannot drive it, and the actor's gradient, to infinity.
+  D5  codes: the likelihood of the data's actions; here: of actions + N(0, 0.05^2), so that mass on the boundary
+      cannot drive it, and the actor's gradient, to infinity.
   D6  codes: the flow's Adam with b2 = 0.01, eps = 1e-4, no clip; here: 0.999, 1e-8, gradient norm <= 10.
   D7  codes: a~ may leave [-1, 1], targets start as other networks than those they follow; here: clipped, copies.
-  D8  paper: alpha by dual ascent, eps a threshold; codes: a table of alpha, and eps a constant to the
-      gradient. Here: the table, by shares of num_updates (C24's formula turns negative where
-      T0 < 500k); --constraint hinge | dual for the paper's.
+  D8  paper: alpha by dual ascent, eps a threshold; codes: a table of alpha, and eps a constant to the gradient; here:
+      the table, by shares of num_updates, as C24's formula is right for T0 = 500k alone (--constraint for the paper's).
   D9  paper: the flow learns in both loops; C24: frozen after the first; here: frozen (--flow-in-rl).
-  D10 codes: raw rewards and Q, 5 % of the run clones at alpha = 1000; here: rewards / root mean square,
-      Q / mean |Q|, no cloning.
+  D10 codes: raw rewards and Q, 5 % of the run clones at alpha = 1000; here: rewards / rms, Q / mean |Q|, no cloning.
   D11 codes skip steps at a nan or a loss above 1e7; here: a gradient not finite counts as 0.
   D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and flow layers.
-  D13 codes: D has d = S + A outputs, losses take their mean and the penalty their sum, so that the
-      adversarial term has 1/d of eq. 4's weight; here: one output (--disc-outputs many for theirs).
+  D13 codes: D has d = S + A outputs, losses take their mean and the penalty their sum, so that the adversarial term
+      has 1/d of eq. 4's weight; here: one output (--disc-outputs many for theirs).
   D14 codes: learn from all rows; here: 1000 are kept to judge the density on.
       Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10 and D13.
 
-Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/cped/<task>/...:
-           policy.npz (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
+Files      reads a buffer with task rewards (docs/buffer.md); writes runs/cped/<task>/, with policy.npz (docs/policy.md)
 Run        python cped.py --quick                         (point robot, under 2 minutes on 2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     --quick: return 94 (data: mean -0.2, best 93.9), 40 s of one core; 10k updates of --preset cpu --adv-weight 0
-           on our suite's half cheetah replay, seed 0: 1474 (data 170, clone 711), 3 minutes of one core that others
-           shared; more in docs/cped.md
+Expect     --quick: return 94 (data: mean -0.2, best 93.9), 40 s of one core; --preset cpu on 50k rows of ant-angle-60,
+           top 1: 153, 200 and 222 in 200 steps (three seeds; data 117, clone 159); more in docs/cped.md
 """
 
 from dataclasses import dataclass
@@ -67,6 +63,7 @@ import numpy as np
 import optax
 
 import envs
+import envs.buffers
 import runner
 
 
@@ -228,32 +225,22 @@ def sample_batches(data, key, num, batch_size):
     return jax.tree.map(lambda x: x[index], data)
 
 
-def reward_scale(rewards):
-    """1 / the rewards' root mean square."""
-    size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
-    return np.float32(1 / max(size, np.finfo(np.float32).tiny))
-
-
 def cped_data(buffer, args):
     """Buffer, or dict of its columns -> CpedData, and mean, std [S] of all rows, which observations are scaled by."""
-    observations = np.asarray(buffer["observations"])
-    mean, std = np.zeros(observations.shape[1], np.float32), np.ones(observations.shape[1], np.float32)
-    if args.normalize:  # D4
-        mean = observations.mean(0, np.float64).astype(np.float32)
-        std, size = observations.std(0, np.float64).astype(np.float32), np.abs(observations).max(0)
-        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))  # a constant's rounding errors stay small
-    columns = [np.asarray(buffer[name], np.float32) for name in Transitions._fields]
-    rows = Transitions(*columns)
+    rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
+    num_rows, num_obs = rows.observations.shape
+    raw = np.zeros(num_obs, np.float32), np.ones(num_obs, np.float32)
+    mean, std = envs.buffers.standard_scale(rows.observations) if args.normalize else raw  # D4
+    before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
     rewards = rows.rewards + np.float32(args.reward_shift)
-    rows = rows._replace(
-        observations=(rows.observations - mean) / std,
-        next_observations=(rows.next_observations - mean) / std,
-        rewards=rewards * reward_scale(rewards) if args.scale_rewards else rewards,  # D10
-    )
-    known = buffer.get("action_log_probs") if args.flow == "cond" else None
-    order = np.random.default_rng(0).permutation(len(observations))  # one split for all seeds
-    held, kept = np.split(order, [min(args.holdout_rows, len(observations) // 10)])  # D14
+    if args.scale_rewards:  # D10
+        size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
+        rewards = rewards * np.float32(1 / max(size, np.finfo(np.float32).tiny))
+    rows = rows._replace(observations=before, next_observations=after, rewards=rewards)
+    order = np.random.default_rng(0).permutation(num_rows)  # one split for all seeds
+    held, kept = np.split(order, [min(args.holdout_rows, num_rows // 10)])  # D14
     take = lambda index: jax.tree.map(lambda x: jnp.asarray(x[index]), rows)
+    known = buffer.get("action_log_probs") if args.flow == "cond" else None
     return CpedData(take(kept), take(held), None if known is None else jnp.asarray(known[held])), mean, std
 
 
@@ -385,13 +372,6 @@ def nice_inverse(flow, observations, z, args):
     return jnp.split(x, [observations.shape[-1]], -1)
 
 
-def prior_log_prob(z, prior):
-    """Sum over coordinates of log p(z): logistic z - 2 softplus(z), or standard normal."""
-    if prior == "logistic":
-        return jnp.sum(z - 2.0 * nn.softplus(z), -1)
-    return jnp.sum(-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi), -1)
-
-
 def flow_forward(flow, observations, actions, args):
     """z = f(a; s), or f(s, a) for nice, and log |det df|."""  # D1
     return (cond_forward if args.flow == "cond" else nice_forward)(flow, observations, actions, args)
@@ -403,9 +383,11 @@ def flow_inverse(flow, observations, z, args):
 
 
 def flow_nll(flow, observations, actions, args):
-    """-log p(a | s) [..], or -log p(s, a) for nice: -(log prior(z) + log |det df|)."""
+    """-log p(a | s) [..], or -log p(s, a) for nice: -(log prior(z) + log |det df|); logistic: z - 2 softplus(z)."""
     z, logdet = flow_forward(flow, observations, actions, args)
-    return -(prior_log_prob(z, args.prior) + logdet)
+    normal = -0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)
+    log_prior = z - 2.0 * nn.softplus(z) if args.prior == "logistic" else normal
+    return -(log_prior.sum(-1) + logdet)
 
 
 def flow_sample(flow, observations, action_size, key, args):
@@ -417,42 +399,35 @@ def flow_sample(flow, observations, action_size, key, args):
 
 
 class Discriminator(nn.Module):
-    """D(x) [.., outputs], of which the mean counts: d -> 2 d -> 4 d -> outputs, layer norms without a gain (C24)."""
+    """D(x) [.., 1], or [.., d] of which the mean counts: d -> 2 d -> 4 d -> 1 or d, layer norms without gain (C24)."""
 
-    outputs: int
+    outputs: Literal["one", "many"]
 
     @nn.compact
     def __call__(self, x):
         size = x.shape[-1]
         for width in (2 * size, 4 * size):
-            dense = nn.Dense(width, kernel_init=within(width**-0.5), bias_init=nn.initializers.constant(0.1))
-            x = dense(x)
+            x = nn.Dense(width, kernel_init=within(width**-0.5), bias_init=nn.initializers.constant(0.1))(x)
             x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True, ddof=1) + 1e-6)
             x = nn.leaky_relu(x + self.param(f"centre_{width}", nn.initializers.zeros, (width,)))
-        return nn.Dense(self.outputs, kernel_init=within(3e-3), bias_init=within(3e-3))(x)
-
-
-def discriminator(size, args):
-    """D's architecture for x of this size."""
-    return Discriminator(size if args.disc_outputs == "many" else 1)  # D13
+        outputs = size if self.outputs == "many" else 1  # D13
+        return nn.Dense(outputs, kernel_init=within(3e-3), bias_init=within(3e-3))(x)
 
 
 # === losses ===
 
 
-def gradient_penalty(disc, real, fake, mix, args):
-    """mean_B (||grad_x sum_o D_o(x~)||_2 - 1)^2,  x~ = mix real + (1 - mix) fake; mix [B, 1] -> scalar."""
-    x = mix * real + (1 - mix) * fake
-    net = discriminator(x.shape[-1], args)
-    grads = jax.grad(lambda x: net.apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
-    return jnp.mean((jnp.linalg.norm(grads, axis=-1) - 1.0) ** 2)
-
-
 def wgan_loss(disc, real, fake, mix, args):
-    """Line (1): mean D(fake) - mean D(real) + gp_weight * penalty; real, fake [B, S + A] -> scalar, metrics."""
-    values = discriminator(real.shape[-1], args).apply(disc, jnp.concatenate([fake, real]))
-    values = values.reshape(2, -1).mean(-1)
-    gap, penalty = values[1] - values[0], gradient_penalty(disc, real, fake, mix, args)
+    """Line (1): mean D(fake) - mean D(real) + gp_weight * mean_B (||grad_x sum_o D_o(x~)||_2 - 1)^2.
+
+    x~ = mix real + (1 - mix) fake; real, fake [B, S + A], mix [B, 1] -> scalar, metrics.
+    """
+    net = Discriminator(args.disc_outputs)
+    values = net.apply(disc, jnp.concatenate([fake, real])).reshape(2, -1).mean(-1)
+    gap = values[1] - values[0]
+    x = mix * real + (1 - mix) * fake
+    grads = jax.grad(lambda x: net.apply(disc, x).sum())(x)  # rows do not meet in D: one gradient each
+    penalty = jnp.mean((jnp.linalg.norm(grads, axis=-1) - 1.0) ** 2)
     return args.gp_weight * penalty - gap, {"flow/disc_gap": gap, "flow/gradient_penalty": penalty}
 
 
@@ -475,28 +450,20 @@ def cped_flow_loss(flow, disc, batch, key, args):
         loss, metrics = args.nll_weight * nll, {"flow/nll": nll}
     if args.adv_weight:
         fake = flow_sample(flow, batch.observations, batch.actions.shape[-1], key_fake, args)
-        adv = -discriminator(fake.shape[-1], args).apply(disc, fake).mean()
+        adv = -Discriminator(args.disc_outputs).apply(disc, fake).mean()
         loss, metrics = loss + args.adv_weight * adv, metrics | {"flow/adversarial": adv}
     return loss, metrics
 
 
-def smoothed_action(actions, noise, clip):
-    """a~ = pi'(s') + clipped noise, within [-1, 1]; [B, A]."""
-    return jnp.clip(actions + jnp.clip(noise, -clip, clip), -1.0, 1.0)  # D7
-
-
-def td_target(batch, next_q, gamma):
-    """y = r + gamma (1 - terminal) min_i Q_i'(s', a~) [B]; next_q [2, B]; no gradient."""
-    return jax.lax.stop_gradient(batch.rewards + gamma * (1 - batch.terminals) * next_q.min(0))
-
-
 def cped_critic_loss(critic, target_critic, target_actor, batch, key, args):
-    """Line (3): sum_i mean_B (Q_i(s, a) - y)^2 -> scalar, metrics."""
+    """Line (3): sum_i mean_B (Q_i(s, a) - y)^2, y = r + gamma (1 - terminal) min_i Q_i'(s', a~) -> scalar, metrics."""
     next_actions = act(target_actor, batch.next_observations, args, batch.actions.shape[-1])
     noise = args.target_noise * jax.random.normal(key, next_actions.shape)
-    next_actions = smoothed_action(next_actions, noise, args.target_noise_clip)
+    noise = jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip)
+    next_actions = jnp.clip(next_actions + noise, -1.0, 1.0)  # D7
     critics = Critics(args.hidden_sizes)
-    y = td_target(batch, critics.apply(target_critic, batch.next_observations, next_actions), args.gamma)
+    next_q = critics.apply(target_critic, batch.next_observations, next_actions).min(0)
+    y = jax.lax.stop_gradient(batch.rewards + args.gamma * (1 - batch.terminals) * next_q)
     q = critics.apply(critic, batch.observations, batch.actions)
     chex.assert_equal_shape([q[0], y])
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
@@ -519,8 +486,7 @@ def cped_actor_loss(actor, critic, flow, alpha, eps, with_q, batch, args):
         return nll.mean(), {"train/nll_pi": nll.mean(), "train/actor_loss": nll.mean()}
     q = Critics(args.hidden_sizes).apply(critic, batch.observations, actions).min(0)
     loss = lagrangian(with_q * q, nll, alpha, eps, args)
-    metrics = {"train/actor_loss": loss, "train/nll_pi": nll.mean(), "train/q_pi": q.mean(), "train/alpha": alpha}
-    return loss, metrics
+    return loss, {"train/actor_loss": loss, "train/nll_pi": nll.mean(), "train/q_pi": q.mean(), "train/alpha": alpha}
 
 
 # === update ===
@@ -593,9 +559,8 @@ def cped_update(nets, rows, eps, step, key, args):
     keys = jax.random.split(key_noise, args.policy_delay)
 
     def critic_step(carry, xs):
-        grads, metrics = jax.grad(cped_critic_loss, has_aux=True)(
-            carry[0], nets.target_critic, nets.target_actor, *xs, args
-        )
+        inputs = nets.target_critic, nets.target_actor, *xs, args
+        grads, metrics = jax.grad(cped_critic_loss, has_aux=True)(carry[0], *inputs)
         return cped_step(critic_adam, grads, carry[1], carry[0]), metrics
 
     metrics = {}
@@ -610,9 +575,8 @@ def cped_update(nets, rows, eps, step, key, args):
     batch = jax.tree.map(lambda x: x[-1], batches)
     alpha = jnp.exp(nets.log_alpha) if args.constraint == "dual" else alpha_at(step, args)
     with_q = jnp.float32(step >= round(args.q_from * args.num_updates))
-    grads, actor_metrics = jax.grad(cped_actor_loss, has_aux=True)(
-        nets.actor, nets.critic, nets.flow, alpha, eps, with_q, batch, args
-    )
+    inputs = nets.critic, nets.flow, alpha, eps, with_q, batch, args
+    grads, actor_metrics = jax.grad(cped_actor_loss, has_aux=True)(nets.actor, *inputs)
     actor, actor_opt = cped_step(actor_adam, grads, nets.actor_opt, nets.actor)
     nets = nets._replace(actor=actor, actor_opt=actor_opt)
     if args.constraint == "dual":
@@ -634,7 +598,7 @@ def cped_update(nets, rows, eps, step, key, args):
 
 
 def density_metrics(flow, data, args):
-    """How well the flow fits: nll on 4096 training rows and on the held-out ones, without noise, and its round trip.
+    """How well the flow fits: nll of 4096 training rows and of those held out, without noise; its round trip.
 
     Where the behaviour's density is known: kl = mean log p_true - log p, in nats, and the correlation of the two.
     """
@@ -642,12 +606,12 @@ def density_metrics(flow, data, args):
     log_p = -flow_nll(flow, held.observations, held.actions, args)
     nll = flow_nll(flow, seen.observations, seen.actions, args)
     back = flow_inverse(flow, held.observations, flow_forward(flow, held.observations, held.actions, args)[0], args)[1]
-    metrics = {"flow/nll_data": nll.mean(), "flow/nll_holdout": -log_p.mean()}
-    metrics["flow/round_trip"] = jnp.abs(back - held.actions).max()
-    if data.log_probs is not None:
-        metrics["flow/kl"] = jnp.mean(data.log_probs - log_p)
-        metrics["flow/correlation"] = jnp.corrcoef(data.log_probs, log_p)[0, 1]
-    return metrics
+    round_trip = jnp.abs(back - held.actions).max()
+    metrics = {"flow/nll_data": nll.mean(), "flow/nll_holdout": -log_p.mean(), "flow/round_trip": round_trip}
+    if data.log_probs is None:
+        return metrics
+    kl, correlation = jnp.mean(data.log_probs - log_p), jnp.corrcoef(data.log_probs, log_p)[0, 1]
+    return metrics | {"flow/kl": kl, "flow/correlation": correlation}
 
 
 # === training ===
@@ -670,7 +634,7 @@ def cped_init(key, data, args):
         flow = cond_init(key_flow, data.rows.actions, num_obs, args)
     else:
         flow = nice_init(key_flow, num_obs + size, args)
-    disc = discriminator(num_obs + size, args).init(key_disc, jnp.zeros(num_obs + size))
+    disc = Discriminator(args.disc_outputs).init(key_disc, jnp.zeros(num_obs + size))
     actor = MLP((*args.hidden_sizes, size)).init(key_actor, obs)
     critic = Critics(args.hidden_sizes).init(key_critic, obs, actions)
     params = flow, disc, actor, critic, log_alpha
@@ -679,13 +643,9 @@ def cped_init(key, data, args):
     return CpedState(key, jnp.int32(0), nets)
 
 
-def finite_mean(x):
-    """Mean over the chunk of what is finite."""
-    return jnp.nanmean(jnp.where(jnp.isfinite(x), x, jnp.nan))
-
-
 def make_train(args):
     """-> init(keys [S], data), flow_chunk(state, data), train_chunk(state, data) -> state, metrics [S]."""
+    finite_mean = lambda x: jnp.nanmean(jnp.where(jnp.isfinite(x), x, jnp.nan))  # over a chunk
 
     def one_flow_chunk(state, data):
         key, key_updates = jax.random.split(state.key)
@@ -753,13 +713,13 @@ def main(args):
     """Train the flow, then the policy, write policy and figures -> scores."""
     check_args(args)
     buffer, task = runner.open_task("cped", args, None)
+    envs.buffers.check_raw_columns(buffer["observations"], args.normalize, "--normalize")
     data, mean, std = cped_data(buffer, args)
     init, flow_chunk, train_chunk = make_train(args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
     densities = jax.jit(lambda state, data: runner.map_seeds(lambda f: density_metrics(f, data, args), state, args))
     policy = lambda actor, observations, key: act(actor, (observations - mean) / std, args, task.action_size)
-    env = envs.make(task, args.backend)
-    evaluate = runner.each_seed(runner.returns_of(policy, env, task, buffer, args), args)
+    evaluate = runner.each_seed(runner.returns_of(policy, envs.make(task, args.backend), task, buffer, args), args)
 
     schedules = {"alpha_from": (0.0,), "critic_from": 0.0, "q_from": 0.0}
     with runner.Run("cped", args, task, buffer, schedules=schedules) as run:
@@ -781,9 +741,9 @@ def main(args):
                 run.log(step, metrics | evaluate(state.nets.actor, eval_keys))
             run.save(state)
 
-        scale = {"observation_mean": mean, "observation_std": std}
-        scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
-        run.write_policy("tanh_deterministic", {"actor": state.nets.actor, **scale})
+        mean, std = (jnp.tile(row, (args.num_seeds, 1)) for row in (mean, std))
+        params = {"actor": state.nets.actor, "observation_mean": mean, "observation_std": std}
+        run.write_policy("tanh_deterministic", params)
         return run.finish(TRAINING)
 
 

@@ -3,10 +3,9 @@
 Paper      Diffusion Actor-Critic: Formulating Constrained Policy Iteration as Diffusion Noise Regression
            for Offline Reinforcement Learning (Fang et al., ICLR 2025), arXiv 2405.20555. Equation numbers
            are the paper's. "Code" is the authors' released code, which produced the published numbers.
-Objective  max over pi of  E[ Q(s, a) ] - eta KL(pi || pi_beta), solved by pi* proportional to pi_beta exp(Q / eta).
-           At noise level t the score of pi* is about that of the data plus grad Q(s, x_t) / eta. A score is
-           -eps / sigma_t, so the noise to learn is eps - sigma_t grad Q / eta (Theorems 1 and 2), and no gradient
-           runs through the sampling chain.
+Objective  max over pi of  E[ Q(s, a) ] - eta KL(pi || pi_beta): pi* is proportional to pi_beta exp(Q / eta). At noise
+           level t its score is about that of the data plus grad Q(s, x_t) / eta. A score is -eps / sigma_t: the noise
+           to learn is eps - sigma_t grad Q / eta (Theorems 1 and 2), and no gradient runs through the sampling chain.
 
 Algorithm  (1) draw:     rows (s, a, r, s') of the data; t ~ Unif{1..T}, eps ~ N(0, I) for each
            (2) sample:   a'_n ~ target actor at s', n = 1..N: x_T ~ N(0, I), then T reverse steps
@@ -32,10 +31,10 @@ Deviations
   D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, one in --preset cpu and --quick.
   D2  Eq. 15 is a square, whose minimiser is eps - sigma g / eta; Eq. 16 and code: eps - sigma g / (2 eta);
       here: Eq. 16, so pi tends to pi_beta exp(Q / (2 eta <|Qtar|>)).
-  D3  Algorithm 1 averages actor and critics at the end of every update; code: the critics before the actor's
-      step, which uses the new averages, and the actor as in line (7); here: the code's.
-  D4  Paper: no clip on the dual step; code: the excess within +-1, eta in [1e-3, 100]; here: the code's.
-  D5  Algorithm 1 takes the error of the new actor for line (6); code: that of line (5); here: the code's.
+  D3  Algorithm 1 averages actor and critics at the end of every update; code and here: the critics before the
+      actor's step, which uses the new averages, and the actor as in line (7).
+  D4  Paper: no clip on the dual step; code and here: the excess within +-1, eta in [1e-3, 100].
+  D5  Algorithm 1 takes the error of the new actor for line (6); code and here: that of line (5).
   D6  Paper: ||eps_theta - eps||^2, a sum; code and here: a mean over the action's dimensions, which b refers to.
   D7  Code visits every row once an epoch; here: uniform draws with replacement, inside the jitted loop.
   D8  Code: rewards times 1000 / (max - min episode return); here: the range has a floor (`return_scale`).
@@ -44,17 +43,14 @@ Deviations
   D10 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
   D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0.
 
-Files      reads a buffer with task rewards (docs/buffer.md); writes runs/dac/<task>/...: policy.npz
-           (docs/policy.md), log.jsonl, state.npz, learning_curve.png, training.png
+Files      reads a buffer with task rewards (docs/buffer.md); writes runs/dac/<task>/, with policy.npz (docs/policy.md)
 Run        python dac.py --quick                          (point robot, under 2 minutes on 2 cores)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 8    (2M updates)
-Expect     on 2 shared CPU cores, mean of the last 5 evaluations; more in docs/dac.md
-           --quick: return 94 (data: mean -0.2, best 93.9), half a minute
-           --preset cpu on 50k rows of ant-angle-60, top-1: 217 in 200 steps (three seeds; data 117), 5 minutes
+Expect     --quick: return 94 (data: mean -0.2, best 93.9) in half a minute; --preset cpu on 50k rows of ant-angle-60,
+           top 1: 217 in 200 steps (three seeds; data 117) in 5 minutes; 2 shared cores, more in docs/dac.md
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -66,6 +62,7 @@ import numpy as np
 import optax
 
 import envs
+import envs.buffers
 import runner
 
 
@@ -205,42 +202,25 @@ def sample_batch(data, key, batch_size):
 
 
 def return_scale(rewards, returns, args):
-    """return_range / (max - min return): rewards in any unit are scaled to the same; 1 where all are 0.
+    """return_range / (max - min return), 1 where all rewards are 0.
 
-    The range is at least the mean |return|, and a hundredth of the mean sum of |r| in an episode.
+    The range counts as the mean |return| at least, and as a hundredth of the mean sum of |r| in an episode.
     """
     returns, total = np.asarray(returns, np.float64), np.abs(rewards).sum(dtype=np.float64)
     spread = max(np.ptp(returns), np.abs(returns).mean(), 0.01 * total / len(returns))  # D8
     return args.return_range / spread if spread else 1.0
 
 
-def observation_scale(x, args):
-    """Mean and std [S] to scale observations [N, S] by, or 0 and 1. A constant column reads as 0: its std is inf."""
-    low, high = x.min(0), x.max(0)
-    most = np.maximum(-low, high)
-    constant = (high - low <= 1e-6 * most) & (high != 0)  # within float32's rounding
-    mean, std = np.where(constant, high, 0), np.ones_like(high)
-    if args.standardise_observations:
-        mean, std = x.mean(0, np.float64), x.std(0, np.float64)
-        constant |= std == 0
-    far = [] if args.standardise_observations else np.flatnonzero(~constant & (most > 1e4)).tolist()
-    runner.refuse({f"--dataset: columns {far} of the observations pass 1e4; try --standardise-observations": not far})
-    return np.float32(mean), np.where(constant, np.inf, std).astype(np.float32)
-
-
 def dac_data(buffer, args):
-    """A buffer or dict -> rows to sample from, on the host, and the mean and std [S] of `observation_scale`.
-
-    Rewards and observations scaled, actions within 1 - 1e-5 (code).
-    """
-    data = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
-    rewards = data.rewards * np.float32(return_scale(data.rewards, buffer["episode_returns"], args))
-    data = data._replace(rewards=rewards, actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
-    mean, std = observation_scale(data.observations, args)
-    if mean.any() or (std != 1).any():  # D11
-        before, after = ((x - mean) / std for x in (data.observations, data.next_observations))
-        data = data._replace(observations=before, next_observations=after)
-    return data, mean, std
+    """Buffer, or dict of its columns -> rows to sample from, on the host, and mean, std [S] that scale observations."""
+    rows = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
+    rewards = rows.rewards * np.float32(return_scale(rows.rewards, buffer["episode_returns"], args))
+    rows = rows._replace(rewards=rewards, actions=np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5))  # as the code
+    mean, std = envs.buffers.column_scale(rows.observations, args.standardise_observations)  # D11
+    if mean.any() or (std != 1).any():
+        before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
+        rows = rows._replace(observations=before, next_observations=after)
+    return rows, mean, std
 
 
 # === networks ===
@@ -329,18 +309,12 @@ def polyak(target, online, tau):
 # === diffusion ===
 
 
-class Schedule(NamedTuple):
-    """alpha_t = 1 - beta_t and alpha_bar_t = alpha_1 * .. * alpha_t, all [T + 1]; index 0: no noise."""
-
-    beta: np.ndarray
-    alpha: np.ndarray
-    alpha_bar: np.ndarray
-
-
-@functools.cache
 def noise_schedule(name, num_steps):
-    """vp: beta_t = 1 - exp(-0.1 / T - (10 - 0.1) (2t - 1) / (2 T^2)); linear: DDPM's; cosine: the improved one."""
-    t = np.arange(1, num_steps + 1)  # numpy: a cached array of jax could belong to a trace
+    """beta_t, alpha_t = 1 - beta_t and alpha_bar_t = alpha_1 .. alpha_t, each [T + 1]; index 0: no noise.
+
+    vp: beta_t = 1 - exp(-0.1 / T - (10 - 0.1) (2t - 1) / (2 T^2)); linear: DDPM's; cosine: the improved one.
+    """
+    t = np.arange(1, num_steps + 1)
     if name == "vp":
         beta = 1 - np.exp(-0.1 / num_steps - 0.5 * 9.9 * (2 * t - 1) / num_steps**2)
     elif name == "cosine":
@@ -349,12 +323,12 @@ def noise_schedule(name, num_steps):
     else:
         beta = np.linspace(1e-4, 2e-2, num_steps)
     beta = np.concatenate([[0.0], beta])
-    return Schedule(beta, 1 - beta, np.cumprod(1 - beta))
+    return {"beta": beta, "alpha": 1 - beta, "alpha_bar": np.cumprod(1 - beta)}
 
 
 def noised_actions(actions, eps, t, args):
     """x_t = sqrt(abar_t) a + sigma_t eps [B, A] and sigma_t = sqrt(1 - abar_t) [B, 1], of a, eps [B, A], t [B]."""
-    alpha_bar = jnp.asarray(noise_schedule(args.schedule, args.num_steps).alpha_bar)[t][:, None]
+    alpha_bar = jnp.asarray(noise_schedule(args.schedule, args.num_steps)["alpha_bar"])[t][:, None]
     sigma = jnp.sqrt(1 - alpha_bar)
     return jnp.sqrt(alpha_bar) * actions + sigma * eps, sigma
 
@@ -366,7 +340,7 @@ def reverse_step(x, eps, t, args):
     mean = (sqrt(abar_{t-1}) beta_t x0 + sqrt(alpha_t) (1 - abar_{t-1}) x) / (1 - abar_t)
     std = temperature sqrt(beta_t), not the smaller one of the posterior (code)
     """
-    beta, alpha, alpha_bar = map(jnp.asarray, noise_schedule(args.schedule, args.num_steps))
+    beta, alpha, alpha_bar = map(jnp.asarray, noise_schedule(args.schedule, args.num_steps).values())
     x0 = (x - jnp.sqrt(1 - alpha_bar[t]) * eps) / jnp.sqrt(alpha_bar[t])
     x0 = jnp.clip(x0, -1.0, 1.0) if args.clip_samples else x0
     mean = jnp.sqrt(alpha_bar[t - 1]) * beta[t] * x0 + jnp.sqrt(alpha[t]) * (1 - alpha_bar[t - 1]) * x
@@ -374,10 +348,7 @@ def reverse_step(x, eps, t, args):
 
 
 def sample_actions(actor, observations, x_T, z, args):
-    """Line (2): from x_T [.., A] through the steps T..1 -> actions [.., A].
-
-    z [T - 1, .., A]: noise of the steps T..2; step 1 adds none. The observations' leading axes need only broadcast.
-    """
+    """Line (2): from x_T [.., A] through the steps T..1 -> actions [.., A]; z [T - 1, .., A]: noise of T..2."""
 
     def step(x, inputs):
         t, noise = inputs
@@ -518,27 +489,21 @@ def critic_update(state, batch, noise, args):
     return state, {**metrics, "train/target": y.mean()}
 
 
-def actor_update(state, batch, noise, args):
-    """Lines (5) to (7) -> state, metrics."""
-    grads, metrics = jax.grad(dac_actor_loss, has_aux=True)(
-        state.actor, state.target_critics, state.eta, batch, noise, args
-    )
-    step, actor_opt = dac_adam(args.actor_lr, args).update(grads, state.actor_opt)
-    actor = optax.apply_updates(state.actor, step)
-    eta = state.eta if args.guidance == "none" else dual_step(state.eta, metrics["train/bc_loss"], args)  # D5
-    due = (state.num_updates % args.ema_every == 0) & (state.num_updates > args.ema_start)  # 1005 is the first (code)
-    target_actor = polyak(state.target_actor, actor, jnp.where(due, args.tau, 0.0))  # D3
-    state = state._replace(actor=actor, target_actor=target_actor, actor_opt=actor_opt, eta=eta)
-    return state, metrics
-
-
 def dac_update(state, batch, noise, args):
-    """One update of all networks, in the order of the Algorithm, its noise given -> state, metrics."""
+    """Lines (2) to (7), their noise given -> state, metrics. Cloning has no critics and no eta to learn."""
     metrics = {}
     if args.guidance != "none":
         state, metrics = critic_update(state, batch, noise, args)
-    state, actor_metrics = actor_update(state, batch, noise, args)
-    return state._replace(num_updates=state.num_updates + 1), {**metrics, **actor_metrics}
+
+    inputs = state.target_critics, state.eta, batch, noise, args
+    grads, actor_metrics = jax.grad(dac_actor_loss, has_aux=True)(state.actor, *inputs)
+    step, actor_opt = dac_adam(args.actor_lr, args).update(grads, state.actor_opt)
+    actor = optax.apply_updates(state.actor, step)
+    eta = state.eta if args.guidance == "none" else dual_step(state.eta, actor_metrics["train/bc_loss"], args)  # D5
+    due = (state.num_updates % args.ema_every == 0) & (state.num_updates > args.ema_start)  # 1005 is the first (code)
+    target_actor = polyak(state.target_actor, actor, jnp.where(due, args.tau, 0.0))  # D3
+    state = state._replace(actor=actor, target_actor=target_actor, actor_opt=actor_opt, eta=eta)
+    return state._replace(num_updates=state.num_updates + 1), metrics | actor_metrics
 
 
 # === evaluation ===
@@ -549,33 +514,31 @@ def candidates(args):
     return 1 if args.guidance == "none" else args.num_action_samples
 
 
-def candidate_actions(nets, observations, key, args, num_act):
-    """N_a samples of the actor at each state [E, S] -> [E, N_a, A], and their Qtar_h(s, a) [H, E, N_a]."""
+def choose_actions(nets, observations, key, args, num_act):
+    """Of N_a samples of the actor at each state [E, S] the one of greatest mean_h Qtar_h(s, a) -> [E, A], metrics.
+
+    Metrics: std of a state's samples; gain: Q of the chosen one less that of all, over <|Qtar|>; its std over h.
+    """
     actor, target_critics = nets
     s = observations[:, None]  # [E, 1, S]
-    noise = jax.random.normal(key, (args.num_steps, len(observations), candidates(args), num_act))
+    noise = jax.random.normal(key, (args.num_steps, len(s), candidates(args), num_act))
     actions = jnp.clip(sample_actions(actor, s, noise[0], noise[1:], args), -1.0, 1.0)
-    return actions, q_values(target_critics, s, actions, args)
-
-
-def choose_actions(nets, observations, key, args, num_act):
-    """Of the samples at each state [E, S] the one of greatest mean_h Qtar_h(s, a) -> [E, A]."""
-    actions, q = candidate_actions(nets, observations, key, args, num_act)
     if candidates(args) == 1:
-        return actions[:, 0]
-    best = jnp.argmax(q.mean(0), -1)
-    return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
+        return actions[:, 0], {}
+    q = q_values(target_critics, s, actions, args)  # [H, E, N_a]
+    best = jnp.argmax(q.mean(0), -1)[:, None]  # [E, 1]
+    gain = (jnp.take_along_axis(q, best[None], -1)[..., 0] - q.mean(-1)) / jnp.abs(q).mean()  # [H, E]
+    metrics = {"action_std": actions.std(1).mean(), "gain": gain.mean(), "gain_std": gain.std(0).mean()}
+    return jnp.take_along_axis(actions, best[..., None], 1)[:, 0], {f"choice/{k}": x for k, x in metrics.items()}
 
 
-def choice_metrics(nets, observations, key, args, num_act):
-    """std of a state's samples; gain: Q of the chosen one less that of all, over <|Qtar|>; its std over h."""
-    if candidates(args) == 1:
-        return {}
-    actions, q = candidate_actions(nets, observations, key, args, num_act)
-    best = jnp.argmax(q.mean(0), -1)[None, :, None]
-    gain = (jnp.take_along_axis(q, best, -1)[..., 0] - q.mean(-1)) / jnp.abs(q).mean()  # [H, E]
-    spread = actions.std(1).mean()
-    return {"choice/action_std": spread, "choice/gain": gain.mean(), "choice/gain_std": gain.std(0).mean()}
+def make_evaluation(args, task, buffer, data, mean, std):
+    """-> evaluate((actors, target critics), keys [S]) -> returns of episodes, choices at 256 states of the data [S]."""
+    act = lambda nets, s, key: choose_actions(nets, (s - mean) / std, key, args, task.action_size)[0]
+    returns = runner.returns_of(act, envs.make(task, args.backend), task, buffer, args, sampled=True)
+    some = data.observations[np.random.default_rng(0).integers(len(data.rewards), size=256)]
+    choice = lambda nets, key: choose_actions(nets, some, key, args, task.action_size)[1]
+    return runner.each_seed(lambda nets, key: returns(nets, key) | choice(nets, jax.random.fold_in(key, 1)), args)
 
 
 # === training ===
@@ -635,12 +598,7 @@ def main(args):
     data, mean, std = dac_data(buffer, args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
     init, train_chunk = make_train(args, task.observation_size, task.action_size)
-    act = lambda nets, s, key: choose_actions(nets, (s - mean) / std, key, args, task.action_size)
-    env = envs.make(task, args.backend)
-    returns = runner.returns_of(act, env, task, buffer, args, sampled=True)
-    some = data.observations[np.random.default_rng(0).integers(len(data.rewards), size=256)]
-    choice = lambda nets, key: choice_metrics(nets, some, key, args, task.action_size)
-    evaluate = runner.each_seed(lambda nets, key: returns(nets, key) | choice(nets, jax.random.fold_in(key, 1)), args)
+    evaluate = make_evaluation(args, task, buffer, data, mean, std)
 
     with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)

@@ -8,8 +8,8 @@ Objective  max over pi of  E[ sum_t gamma^t ( r - lam u(s, a) ) ]  in the learne
 
 Algorithm  (1) split:     hold out min(20 %, 1000) rows in runs; standardise inputs (s, a) and targets on the others
            (2) model:     E Gaussian networks p_i(s' - s, r | s, a), each on its own bootstrap
-           (3) stop:      when no member gained on the hold-out for 5 epochs (1 % of the error, or 0.01 nats); restore
-                          every member's best epoch; the M best members are the elites
+           (3) stop:      when no member gained 0.01 nats on the hold-out (published: 1 % of the error) for 5 epochs;
+                          restore every member's best epoch; the M best members are the elites
            (4) roll out:  from b real states, h steps of the policy; a random elite per row and step
            (5) penalise:  r~ = r - lam u(s, a),  u = max_i || sigma_i(s, a) ||     (section 4.3)
            (6) store:     rows alive at the start of their step, in a ring of `retain` refreshes
@@ -48,7 +48,7 @@ Run        python mopo.py --quick                         (point robot, under 2 
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
 Expect     --quick: ends at 94 (data: mean -0.2, best 93.9), 30 s on 2 CPU cores; --preset cpu on 50,000 rows of
-           the main job's best buffer for ant-angle-60: 265 in 200 steps (three seeds; data 109), last 5 evaluations
+           the main job's best buffer for ant-angle-60: 265 in 200 steps (mean of three seeds; data: 109)
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class Args(runner.Flags):
     ensemble_size: runner.Count = 7
     """E: members (paper: 7)"""
     num_elites: runner.Count = 5
-    """M: members of least hold-out error that roll out (paper: 5)"""
+    """M: members with the best hold-out score, which roll out (paper: 5)"""
     model_hidden_sizes: tuple[runner.Count, ...] = (200, 200, 200, 200)
     """widths of a member (paper: 4 x 200)"""
     model_decays: tuple[runner.Rate, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
@@ -108,9 +108,9 @@ class Args(runner.Flags):
     standardise_targets: bool = True
     """divide the model's targets by their standard deviation inside the model (ours, D12; both: raw)"""
     min_model_steps: runner.Natural = 0
-    """Adam steps before which the fit does not end (ours, D4)"""
+    """Adam steps before which the fit does not end, unless it comes to a cap (ours, D4)"""
     max_model_steps: runner.Natural = 0
-    """cap on the Adam steps of the fit, in whole epochs, beside max_epochs; 0: none (ours, D4)"""
+    """cap on the Adam steps of the fit, rounded up to whole epochs, beside max_epochs; 0: none (ours, D4)"""
     # --- rollouts ---
     horizon: runner.Count = 5
     """h: steps of a model rollout (paper: 1 or 5 by dataset)"""
@@ -137,7 +137,7 @@ class Args(runner.Flags):
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
     num_critics: runner.Count = 2
-    """Q networks, the least of which counts (both: 2); try 10 where Q climbs (docs/mopo.md; ours, D11)"""
+    """Q networks, the least of which counts (both: 2); try 10 if Q keeps rising (docs/mopo.md; ours, D11)"""
     standardise_observations: bool = True
     """actor and critics see observations in standard deviations of the data (ours, D15; both: raw)"""
     critic_norm: bool = True
@@ -179,7 +179,7 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
     "max_epochs": 1_000, "min_model_steps": 5_000, "max_model_steps": 15_000, "num_updates": 20_000,
     "eval_every": 2_000, "rollout_batch": 10_000, "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
-AS_CODES = {
+AS_CODES = {  # D11 to D15 undone
     "standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False,
     "standardise_observations": False,
 }  # fmt: skip
@@ -194,7 +194,7 @@ QUICK = {
     "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3,
 }  # fmt: skip
 SHOWN = ("train/q", "train/entropy", "model/reward", "model/penalty_share")  # in the progress line
-CALL_STEPS = 500  # Adam steps of the model in one jitted call, at most
+CALL_STEPS = 500  # Adam steps of the model in one jitted call, at most: signals and checkpoints wait for its end
 
 
 # === data ===
@@ -358,7 +358,7 @@ def mopo_model_loss(net, x, targets, args):
 
 
 def sac_target(batch, next_q, next_log_probs, alpha, gamma):
-    """y = r~ + gamma (1 - terminal) V(s') [B],  V = min_e Qbar_e(s', a') - alpha log pi(a'|s'); no gradient.
+    """y = r~ + gamma (1 - terminal) V(s') [B],  V = min_c Qbar_c(s', a') - alpha log pi(a'|s'); no gradient.
 
     Outside the data's range V is not known and min(V, 0) stands for it.
     """
@@ -368,7 +368,7 @@ def sac_target(batch, next_q, next_log_probs, alpha, gamma):
 
 
 def mopo_critic_loss(critic, target, actor, alpha, batch, key, args):
-    """sum_e mean_B (Q_e(s, a) - y)^2,  a' ~ pi(. | s') with the actor before its step -> scalar, metrics."""
+    """sum_c mean_B (Q_c(s, a) - y)^2,  a' ~ pi(. | s') with the actor before its step -> scalar, metrics."""
     mean, log_std = policy_net(args, batch.actions.shape[-1]).apply(actor, batch.next_observations)
     next_actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
     critics = critic_net(args)
@@ -381,7 +381,7 @@ def mopo_critic_loss(critic, target, actor, alpha, batch, key, args):
 
 
 def mopo_actor_loss(actor, critic, alpha, batch, key, args):
-    """mean_B (alpha log pi(a|s) - min_e Q_e(s, a)),  a ~ pi(. | s), critics after their step."""
+    """mean_B (alpha log pi(a|s) - min_c Q_c(s, a)),  a ~ pi(. | s), critics after their step."""
     mean, log_std = policy_net(args, batch.actions.shape[-1]).apply(actor, batch.observations)
     actions, log_probs = tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
     q = critic_net(args).apply(critic, batch.observations, actions).min(0)
@@ -491,7 +491,7 @@ class Model(NamedTuple):
     low: jax.Array  # [S] rollouts end outside of low, high
     high: jax.Array
     high_reward: jax.Array  # the 99th percentile of the data's
-    eyes: tuple[jax.Array, jax.Array]  # mean and std [S] of what actor and critics see; 0 and 1: raw
+    obs_scale: tuple[jax.Array, jax.Array]  # mean and std [S] of what actor and critics see; 0 and 1: raw
 
 
 def model_inputs(scale, observations, actions):
@@ -517,7 +517,7 @@ def split_data(key, data, args):
     inputs = moments(jnp.concatenate([data.observations, data.actions], -1)[train])
     targets = moments(model_targets(data)[train])  # D12
     if not args.standardise_targets:
-        targets = jax.tree.map(lambda x, same: jnp.full_like(x, same), targets, (0.0, 1.0))
+        targets = jnp.zeros_like(targets[0]), jnp.ones_like(targets[1])
     return train, holdout, Scale(*inputs, *targets)
 
 
@@ -623,23 +623,24 @@ def model_of(net, elites, scale, data, args):
     low, high = both.min(0), both.max(0)
     margin = args.range_margin * jnp.where(high > low, high - low, 1.0)  # D6
     high_reward = jnp.quantile(data.rewards, 0.99)
-    return Model(net, elites, scale, low - margin, high + margin, high_reward, seen_moments(data, args))
+    return Model(net, elites, scale, low - margin, high + margin, high_reward, obs_moments(data, args))
 
 
-def seen_moments(data, args):
+def obs_moments(data, args):
     """Mean and std [S] of the observations that actor and critics see; 0 and 1 where they see them raw."""
     mean, std = moments(data.observations)
     return (mean, std) if args.standardise_observations else (jnp.zeros_like(mean), jnp.ones_like(std))
 
 
-def see(eyes, observations):
+def scaled(obs_scale, observations):
     """Observations as actor and critics see them."""  # D15
-    return (observations - eyes[0]) / eyes[1]
+    return (observations - obs_scale[0]) / obs_scale[1]
 
 
-def seen_rows(eyes, rows):
+def scaled_rows(obs_scale, rows):
     """Rows as actor and critics see them."""
-    return rows._replace(observations=see(eyes, rows.observations), next_observations=see(eyes, rows.next_observations))
+    before, after = scaled(obs_scale, rows.observations), scaled(obs_scale, rows.next_observations)
+    return rows._replace(observations=before, next_observations=after)
 
 
 def penalty(mean, std, elites, kind):
@@ -689,8 +690,8 @@ def model_rollout(model, agent, starts, key, args, task):
     def step(carry, key):
         obs, alive = carry
         key_act, key_member, key_noise = jax.random.split(key, 3)
-        pi, log_std = policy_net(args, task.action_size).apply(agent.actor, see(model.eyes, obs))
-        actions, _ = tanh_normal_sample(pi, log_std, jax.random.normal(key_act, pi.shape))
+        action_mean, log_std = policy_net(args, task.action_size).apply(agent.actor, scaled(model.obs_scale, obs))
+        actions, _ = tanh_normal_sample(action_mean, log_std, jax.random.normal(key_act, action_mean.shape))
         mean, std, u = predict(model, obs, actions, args)
         member = model.elites[jax.random.randint(key_member, u.shape, 0, len(model.elites))]
         noise = jax.random.normal(key_noise, mean.shape[1:])
@@ -722,7 +723,7 @@ def refresh(agent, ring, model, data, key, args, task):
     starts = jax.random.randint(key_start, shape, 0, len(data.rewards))
     roll = lambda x: model_rollout(model, agent, data.observations[x[0]], x[1], args, task)
     rows, keep, info = jax.lax.map(roll, (starts, jax.random.split(key_rollout, shape[0])))
-    seen = seen_rows(model.eyes, rows)
+    seen = scaled_rows(model.obs_scale, rows)  # [chunks, h, b, ..]
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
     ring = ring_insert(ring, flat(seen), flat(keep))
 
@@ -731,7 +732,7 @@ def refresh(agent, ring, model, data, key, args, task):
     metrics = model_report.rollouts(flat(info), flat(keep), args.lam, u_real, model.high_reward, args.rollout_batch)
     act = lambda s: jnp.tanh(policy_net(args, task.action_size).apply(agent.actor, s)[0])
     value = lambda s, a: critic_net(args).apply(agent.critic, s, a).min(0)
-    metrics |= model_report.q_by_step(act, value, *jax.tree.map(lambda x: x[0], (seen, keep)))
+    metrics |= model_report.q_by_step(act, value, *jax.tree.map(lambda x: x[0], (seen, keep)))  # of a chunk
     return ring, metrics | {"model/ring": ring.size.astype(jnp.float32)}
 
 
@@ -744,8 +745,8 @@ def make_evaluation(args, env, task, buffer):
     longer = dataclasses.replace(args, horizon=length)
 
     def policy(params, observations):
-        actor, eyes = params
-        return policy_net(args, task.action_size).apply(actor, see(eyes, observations))
+        actor, obs_scale = params
+        return policy_net(args, task.action_size).apply(actor, scaled(obs_scale, observations))
 
     def sample(params, observations, key):
         mean, log_std = policy(params, observations)
@@ -756,14 +757,14 @@ def make_evaluation(args, env, task, buffer):
 
     def one(agent, model, key):
         key_eval, key_world, key_model = jax.random.split(key, 3)
-        params = agent.actor, model.eyes
+        params = agent.actor, model.obs_scale
         rows, alive = runner.steps_of(env, sample, params, key_world, args.eval_episodes, length)
         rows = Rows(*rows, jnp.zeros_like(alive, jnp.float32))
         know = lambda *x: predict(model, *x, args)
         metrics, points = model_report.calibration(know, model.elites, rows, model_targets(rows), alive)
 
         rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key_model, longer, task)
-        q = critic_net(args).apply(agent.critic, see(model.eyes, rows.observations[0]), rows.actions[0]).min(0)
+        q = critic_net(args).apply(agent.critic, scaled(model.obs_scale, rows.observations[0]), rows.actions[0]).min(0)
         metrics |= model_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
         return metrics | returns(params, key_eval), points
 
@@ -779,14 +780,14 @@ class MopoState(NamedTuple):
     key: jax.Array
     num_updates: jax.Array
     agent: Agent
-    ring: Ring  # of Rows of the model
+    ring: Ring  # of Rows of the model, as actor and critics see them
 
 
 def make_fit(args):
     """-> init(keys [S], data), chunk(fit, data), model(fit, data) of all seeds."""
 
     def chunk(fit, data):
-        go_on = lambda fit: fit_chunk(fit, data, args)
+        go_on = lambda fit: fit_chunk(fit, data, args)  # seeds that have ended stay as they are
         one = lambda fit: jax.lax.cond(fitting(fit, args), go_on, lambda fit: fit, fit)
         return runner.map_seeds(one, fit, args)
 
@@ -824,7 +825,7 @@ def make_train(args, task):
         return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     def chunk(state, model, data):
-        seen = seen_rows(seen_moments(data, args), data)  # of all seeds
+        seen = scaled_rows(obs_moments(data, args), data)  # of all seeds
         return runner.map_seeds(lambda x: one_chunk(*x, data, seen), (state, model), args)
 
     return jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)
@@ -844,6 +845,8 @@ def check_args(args):
     runner.check_run(args)
     runner.refuse({
         "--chunk must be a multiple of --rollout-freq": args.chunk % args.rollout_freq == 0,
+        "--min-model-steps must be at most --max-model-steps":
+            args.max_model_steps == 0 or args.min_model_steps <= args.max_model_steps,
         "--num-elites must be at most --ensemble-size": args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
@@ -858,6 +861,7 @@ def check_task(args, task):
     """Refuse a task whose reward or end the observations do not tell, before the fit and not after it."""
     told = args.reward == "learned" or task.model_reward is not None
     runner.refuse({f"--reward known: the observations of {task.name} do not tell its reward; use learned": told})
+    # raises where the observations do not tell the task's end
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
 
@@ -888,13 +892,12 @@ def judge_model(run, model, fit, data):
     """What the elites know of held-out rows: in the log and model.png; warnings of a fit that is not to be trusted."""
     args = run.args
 
-    def one(x):
-        model, fit = x
+    def one(data, model, fit):
         know, targets = lambda *rows: predict(model, *rows, args), model_targets(data)
         units = moments(targets)[1], moments(data.observations)[1]
         return model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
 
-    found, arrays = jax.jit(lambda *x: runner.map_seeds(one, x, args))(model, fit)
+    found, arrays = jax.jit(lambda data, *x: runner.map_seeds(lambda x: one(data, *x), x, args))(data, model, fit)
     _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
     model_report.report_fit(run, int(fit.step.max()) // (steps * calls), found, arrays, fit.idle < args.patience)
 
@@ -914,7 +917,7 @@ def main(args, own_model=None):
     data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in names), jnp.zeros(len(buffer)))
     (key_model, key_policy), eval_keys = runner.seed_keys(args, 2), runner.evaluation_keys(args)
     env = envs.make(task, args.backend)
-    evaluate = make_evaluation(args, env, task, buffer)
+    evaluate = make_evaluation(args, env, task, buffer) if task.eval_length else lambda *_: ({}, ())  # no world
     fit_init, fit_some, make_model = make_fit(args)
     init, train_chunk = make_train(args, task)
     like = jax.eval_shape(fit_init, key_model, data)
@@ -938,8 +941,8 @@ def main(args, own_model=None):
                 climbs = climbs or model_report.warn_of_climbing(found, data.rewards, args.gamma)
             run.save(state)
 
-        eyes = {"observation_mean": model.eyes[0], "observation_std": model.eyes[1]}
-        params = {"actor": state.agent.actor} | (eyes if args.standardise_observations else {})
+        obs_scale = {"observation_mean": model.obs_scale[0], "observation_std": model.obs_scale[1]}
+        params = {"actor": state.agent.actor} | (obs_scale if args.standardise_observations else {})
         run.write_policy("tanh_gaussian", params, log_std_min=args.log_std_min, log_std_max=args.log_std_max)
         model_report.plot_run(run, np.asarray(evaluate(state.agent, model, eval_keys)[1]))
         return run.finish()

@@ -3,25 +3,26 @@
 Paper      Q-Distribution guided Q-learning for offline reinforcement learning: Uncertainty penalized Q-value
            via consistency model (Zhang et al., NeurIPS 2024), arXiv 2410.20312; equation numbers are the paper's.
            "Code" below: the authors' repository at the last commit that still had all its parts.
-Idea       Far from the data a critic's value is a guess. H measures how unsure it is: in the paper by the spread of
-           the return, which a generative model learns; by default by how far several critics disagree.
+Idea       Far from the data a critic's value is a guess. H says how unsure it is: in the paper the spread of the
+           returns, which a generative model learns; by default how far several critics disagree.
 
 Algorithm  (1) data set: q = sum_m gamma^m r over a window of T steps, started at every k-th step     (Eq. 5)
            (2) teacher:  a denoiser D(x_t, t | s, a) of x = q scaled to [-1, 1]
            (3) student:  a consistency model f(x_t, t | s, a), pulled at each level t to its target at the next one,
                          which a Heun step of D leads to
-           (4) H(s, a):  std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return (Eq. 6); or of the critics' Q,
-                         which needs none of (1) to (3)
+           (4) H(s, a):  std of f(80 z, 80 | s, a), z ~ N(0, 1), in units of return (Eq. 6); or of the target
+                         critics' Q, which needs none of (1) to (3)
            (5) target:   a' ~ target actor at s' with noise; U: rows whose H(s', a') is above the beta quantile;
                          Qm = min_i Qtar_i(s', a');  y = r + gamma (1 - terminal) V
                          product: V = Qm (alpha + (1 - alpha) w), w = 1/H in U, else beta             (Eq. 8)
-                         excess:  V = Qm - kappa (H - quantile) in U, else Qm; quantile of H at the data's (s, a)
-           (6) critics:  a step on sum_i <(Q_i(s, a) - y)^2>; of two, the first also does (7)
+                         excess:  V = Qm - kappa (H - quantile) in U, else Qm; quantile of H at the batch's (s, a)
+           (6) critics:  a step on sum_i <(Q_i(s, a) - y)^2>; the first of every policy_delay steps also does (7)
            (7) Polyak average of the critics; a step of the actor on -<min_i Q_i(s, mu(s))>
-               - gamma_ent <log N(a; mu(s), std)> with the new critics (Eq. 9); Polyak average of the actor
+               - gamma_ent <log N(a; mu(s), std)> with the new critics (Eq. 9), or an advantage-weighted regression
+               (--actor-loss awr); Polyak average of the actor
 
 Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [.., C] | q windowed returns
-           x scaled q | t noise level, s_ the next lower one | z normal noise | F raw output of a network
+           x scaled q | t noise level, t_next the next lower one | z normal noise | F raw output of a network
            D teacher | f student | H, h uncertainty [B] | w weight [B] | U flagged rows, `ood` | y targets [B]
            alpha share of the optimistic target | beta level of the quantile | mu tanh mean | B batch
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
@@ -35,28 +36,27 @@ Deviations (here: always; ours: by default, not in the published presets, those 
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
   D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
-  D7  Paper: U by the policy's actions; code: by the quantile of each batch of (s', a'), so that as many are flagged
-      whatever the policy does; ours: by the quantile at the data's (s, a).
+  D7  Paper: U by the policy's actions; code: by the quantile of H at a batch's (s', a'); ours: at its (s, a).
   D8  Eq. 8 is not what the code does on AntMaze; here: the code's three weights, --weight.
-  D9  product (paper, code) changes y by a percent, and raises it where 1/H > beta or Qm < 0; ours: excess.
+  D9  product (paper, code) changes y by a percent, and raises it where w > 1 or Qm < 0; ours: excess.
   D10 Paper: constant rate of the actor; code and here: a cosine over num_updates actor steps, which ends half way.
-  D11 Code: raw states, rewards and Q; ours: standardised states (--normalize), rewards over their root mean square
-      (--scale-rewards), Q over its mean magnitude (--q-norm), so that gamma_ent and kappa have no unit.
+  D11 Code: raw states, rewards and Q; ours: scaled (--normalize, --scale-rewards, --q-norm): no unit in gamma_ent.
   D12 Code: one student for the policies of all seeds; here: one each, --student to share one.
-  D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's likelihood does not hold.
+  D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's
+      likelihood does not hold the actor near the data.
   D14 Code: rows of a batch without replacement; here: with.
   D15 Paper and code differ in alpha, beta, gamma_ent, AntMaze's layers and actor loss; here: the code's, PUBLISHED.
   D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; ours: around its mean (--sample-target).
   D17 Code: teacher and student see all episodes; ours: --holdout keeps some to judge them by.
-  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm,
-      but for --quick, which shows all phases.
+  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm
+      (not in --quick).
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
-           (docs/policy.md), q_model.npz, log.jsonl, state.npz of the phases, learning_curve.png, training.png
+           (docs/policy.md), log.jsonl, state.npz of the phases, learning_curve.png, training.png; with --uncertainty
+           consistency q_model.npz
 Run        python qdq.py --quick                          (point robot, all phases, under 2 minutes on 2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-           python benchmark/qdq_figures.py RUN    (H and returns on and off the data, of a run with a student)
 Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu with 12k updates on 50k rows of
            ant-angle-60, top-1: 223 in 200 steps (three seeds; data 117), 5 minutes of a core; docs/qdq.md
 """
@@ -74,6 +74,7 @@ import optax
 import envs
 import envs.buffers
 import runner
+from runner import probes
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Args(runner.Flags):
     num_updates: runner.Count = 1_000_000
     """critic steps per seed; the actor steps in every policy_delay-th (code: 1M)"""
     chunk: runner.Count = 1_000
-    """gradient steps in one jitted call, in each phase; a multiple of policy_delay; divides eval_every and totals"""
+    """steps in one jitted call, in each phase; a multiple of policy_delay that divides eval_every and totals"""
     eval_every: runner.Count = 5_000
     """gradient steps between two evaluations (code: 5,000)"""
     # --- distribution of Q ---
@@ -98,7 +99,7 @@ class Args(runner.Flags):
     max_windows: runner.Count = 100
     """greatest number of windows of one episode (code: 100)"""
     min_entries: runner.Natural = 5_000
-    """fewer windows than these in all are refused: nothing can be learnt from them (ours)"""
+    """fewer windows than these to learn from are refused (ours)"""
     model_hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of teacher and student (code: 3 x 256)"""
     group_size: runner.Natural = 8
@@ -144,7 +145,7 @@ class Args(runner.Flags):
     sample_target: bool = False
     """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0; D16)"""
     q_from: runner.Share = 0.1
-    """share of num_updates in which the actor of loss q only clones; with gamma_ent 0 it stands still (ours, D13)"""
+    """share of num_updates in which the actor of loss q clones only; with gamma_ent 0 it stands still (ours, D13)"""
     q_norm: bool = True
     """divide Q by its mean magnitude in the actor's loss q (ours, D11)"""
     normalize: bool = True
@@ -154,7 +155,7 @@ class Args(runner.Flags):
     hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
     """widths of actor and critics (code: 3 x 256, AntMaze 2 x 256)"""
     num_critics: runner.Count = 4
-    """critics, of which the least counts (code: 2; D18)"""
+    """number of critics; the smallest Q counts (code: 2; D18)"""
     layer_norm: bool = True
     """LayerNorm in the critics (code: antmaze-large; D18)"""
     batch_size: runner.Count = 256
@@ -185,7 +186,7 @@ TAU_EVERY = 5  # steps of the student per step of its target (code)
 LOG_STD = -5.0, 2.0  # clip of the actor's free log std (code)
 TEMPERATURE, VALUE_SAMPLES = 6.0, 30  # of awr: factor of the advantage, actions for V(s) (code)
 PAPER = {"uncertainty": "consistency", "penalty": "product", "num_critics": 2, "layer_norm": False}
-GENERAL = PAPER | {  # published
+PUBLISHED_ALL = PAPER | {
     "holdout": 0.0, "scale_rewards": False, "normalize": False, "q_norm": False, "q_from": 0.0,
 }  # fmt: skip
 MUJOCO = {  # beta, gamma_ent                                                                    # D15
@@ -208,13 +209,13 @@ MAZE_RUN = {  # umaze's episodes have 700 steps, and the same windows           
     "window": 200, "window_step": 10,
 }  # fmt: skip
 PUBLISHED = {
-    name: GENERAL | {"beta": beta, "gamma_ent": weight, "sample_target": weight > 0}
+    name: PUBLISHED_ALL | {"beta": beta, "gamma_ent": weight, "sample_target": weight > 0}
     for name, (beta, weight) in MUJOCO.items()
 }
 PUBLISHED["halfcheetah-medium-replay-v2"]["student_updates"] = 1_000_000
 PUBLISHED["walker2d-medium-expert-v2"]["student_updates"] = 2_000_000
 PUBLISHED |= {
-    name: GENERAL | MAZE_RUN | dict(zip(ANTMAZE_FIELDS, row, strict=True)) | {"sample_target": row[1] > 0}
+    name: PUBLISHED_ALL | MAZE_RUN | dict(zip(ANTMAZE_FIELDS, row, strict=True)) | {"sample_target": row[1] > 0}
     for name, row in ANTMAZE.items()
 }
 SHORT = {"num_levels": 18, "student_tau": 0.05}  # few steps do not carry 1,000 levels (docs/qdq.md)       # D3
@@ -223,15 +224,13 @@ CPU = SHORT | {
     "tau": 0.02,  # once per actor step: at the code's 0.005 Q lags by 40k updates
 }  # fmt: skip
 SHOWN = ("train/q", "train/h", "train/ood", "train/penalty", "train/log_p", "train/distance")  # in the progress line
-PROBES = ("data", "near", "far_action", "far_state", "policy")
 TRAINING = (  # panels of training.png
     ("teacher/loss", "teacher", "loss", "linear"),
     ("student/loss", "student", "loss", "semilogy"),
     ({"student/error": "error", "student/error_held": "error, held-out episodes", "student/spread": "spread H"},
      "student on windows, mean over seeds", "root mean square", "linear"),
     ("train/q", "critics on the data", "mean Q", "linear"),
-    ({f"h/{x}": x for x in PROBES}, "H, mean over seeds", "median", "linear"),
-    ({f"h/flagged_{x}": x for x in PROBES}, "H above the data's beta quantile", "share", "linear"),
+    *probes.panels("beta"),
     ("train/log_p", "the data's actions", "log N(a; mu, std)", "linear"),
 )  # fmt: skip
 QUICK = SHORT | PAPER | {  # all phases
@@ -306,43 +305,32 @@ def unscaled(x, low, high):
     return (x + 1.0) / 2.0 * (high - low) + low
 
 
-def reward_scale(rewards):
-    """1 / the rewards' root mean square."""
-    size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
-    return np.float32(1 / max(size, np.finfo(np.float32).tiny))
-
-
 def qdq_data(buffer, args):
     """Buffer -> Transitions [N], and mean, std [S] that observations are standardised with."""
     rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
-    s = rows.observations
-    mean, std = np.zeros_like(s[0]), np.ones_like(s[0])
-    if args.normalize:  # D11
-        mean = s.mean(0, np.float64).astype(np.float32)
-        std, size = s.std(0, np.float64).astype(np.float32), np.abs(s).max(0)
-        std = np.where(std > 1e-6 * size, std, np.maximum(size, 1))  # a constant's rounding errors stay small
-    rewards = rows.rewards + args.reward_shift
-    rows = rows._replace(
-        observations=(s - mean) / std,
-        actions=np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5),
-        next_observations=(rows.next_observations - mean) / std,
-        rewards=rewards * (reward_scale(rewards) if args.scale_rewards else np.float32(1.0)),
-    )
+    no_scale = np.zeros_like(rows.observations[0]), np.ones_like(rows.observations[0])
+    mean, std = envs.buffers.standard_scale(rows.observations) if args.normalize else no_scale  # D11
+    before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
+    actions, rewards = np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5), rows.rewards + np.float32(args.reward_shift)
+    if args.scale_rewards:  # D11
+        size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
+        rewards = rewards * np.float32(1 / max(size, np.finfo(np.float32).tiny))
+    rows = rows._replace(observations=before, actions=actions, rewards=rewards, next_observations=after)
     return jax.tree.map(jnp.asarray, rows), (mean, std)
 
 
 def q_entries(buffer, data, args):
     """D_Q of --holdout's share of the episodes and of the others -> Entries [M] to learn from, Entries held out."""
-    sizes, ends = window_sizes(args, buffer.metadata["episode_length"]), buffer["episode_ends"]
-    starts, q, _ = windowed_returns(data.rewards, ends, args.gamma, *sizes, args.max_windows)
-    held = np.random.default_rng(0).permutation(len(ends))[: round(args.holdout * len(ends))]
-    held = np.isin(np.searchsorted(ends, starts, side="right"), held)  # D17
-    c, low, high = jnp.concatenate([data.observations, data.actions], -1)[starts], q.min(), q.max()
-    num, (window, step) = np.sum(~held), sizes
-    print(f"D_Q: {num} entries, windows of {window} steps every {step}, Q from {low:.2f} to {high:.2f}")
+    (window, step), ends = window_sizes(args, buffer.metadata["episode_length"]), buffer["episode_ends"]
+    starts, q, _ = windowed_returns(data.rewards, ends, args.gamma, window, step, args.max_windows)
+    episodes = np.random.default_rng(0).permutation(len(ends))[: round(args.holdout * len(ends))]
+    held = np.isin(np.searchsorted(ends, starts, side="right"), episodes)  # D17
+    num, low, high = np.sum(~held), q.min(), q.max()
     remedy = "give more rows, lower --window, --window-step or --holdout, or raise --max-windows"
-    few = f"--dataset: D_Q has {num} entries of {args.min_entries} that --min-entries asks for; {remedy}"
-    runner.refuse({few: num >= args.min_entries})
+    few = f"--dataset: D_Q has {num} entries, fewer than the {args.min_entries} of --min-entries; {remedy}"
+    runner.refuse({few: num >= max(args.min_entries, 1)})
+    print(f"D_Q: {num} entries, windows of {window} steps every {step}, scaled Q from {low:.2f} to {high:.2f}")
+    c = jnp.concatenate([data.observations, data.actions], -1)[starts]
     x = scaled(q, low, high)
     return [Entries(*map(jnp.float32, (c[part], x[part], low, high))) for part in (~held, held)]
 
@@ -406,21 +394,16 @@ class QModel(NamedTuple):
     high: jax.Array
 
 
-def q_net(args):
-    """The architecture of teacher and student."""
-    return QNet(args.model_hidden_sizes, args.group_size)
+def q_models(net, entries, args):
+    """The students [S] of all seeds, with the range of D_Q."""
+    return QModel(net, jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high))
 
 
 def consistency(net, c, x, t, args, end=T_MIN):
     """f(x, t | c) = c_skip x + c_out F: the end of the path through x at level t; f(x, end) = x."""
     c_skip = SIGMA_DATA**2 / ((t - end) ** 2 + SIGMA_DATA**2)
     c_out = (t - end) * SIGMA_DATA / jnp.sqrt(t**2 + SIGMA_DATA**2)
-    return c_skip * x + c_out * q_net(args).apply(net, c, x, jnp.asarray(t))
-
-
-def q_models(net, entries, args):
-    """The students [S] of all seeds, with the range of D_Q."""
-    return QModel(net, jnp.full(args.num_seeds, entries.low), jnp.full(args.num_seeds, entries.high))
+    return c_skip * x + c_out * QNet(args.model_hidden_sizes, args.group_size).apply(net, c, x, jnp.asarray(t))
 
 
 def denoiser(net, c, x, t, args):
@@ -434,11 +417,11 @@ def noise_levels(num):
     return (high + jnp.arange(num) / (num - 1) * (low - high)) ** RHO
 
 
-def heun_step(denoise, x, t, s):
-    """One step of dx/dt = (x - D(x, t)) / t from level t down to s, second order."""
+def heun_step(denoise, x, t, t_next):
+    """One step of dx/dt = (x - D(x, t)) / t from level t down to t_next, second order."""
     slope = (x - denoise(x, t)) / t
-    guess = x + (s - t) * slope
-    return x + (s - t) * 0.5 * (slope + (guess - denoise(guess, s)) / s)
+    guess = x + (t_next - t) * slope
+    return x + (t_next - t) * 0.5 * (slope + (guess - denoise(guess, t_next)) / t_next)
 
 
 def q_samples(model, c, z, args):
@@ -461,7 +444,7 @@ def q_moments(model, c, key, args):
 
 
 class QdqCritics(nn.Module):
-    """C independent Q networks on (s, a), mish between their layers: [C, ..]."""
+    """Independent Q networks, `num` of them, on (s, a), mish between their layers: [C, ..]."""
 
     hidden_sizes: tuple[int, ...]
     num: int
@@ -486,7 +469,7 @@ def critic_values(critic, observations, actions, args):
 
 
 def uncertainty(model, critic, observations, actions, key, args):
-    """Line (4): H(s, a) [..], of the student's returns or the critics' Q."""
+    """Line (4): H(s, a) [..], of the student's returns (model: QModel) or of the critics' Q (model: None)."""
     with jax.default_matmul_precision("highest"):  # the order of H decides who is flagged
         if args.uncertainty == "critics":  # D18
             return critic_values(critic, observations, actions, args).std(0)
@@ -529,89 +512,61 @@ def denoising_loss(teacher, c, x, z, t, args):
 
 
 def distillation_loss(student, target, teacher, c, x, z, levels, args):
-    """Line (3): mean_B (f(x_t, t | c) - f_target(x_s, s | c))^2, levels t > s; x_s: a Heun step of the teacher.
+    """Line (3): mean_B (f(x_t, t | c) - f_target(x_next, t_next | c))^2; x_next: a Heun step of the teacher.
 
-    x, z [B], levels two [B] -> scalar; no gradient through target and teacher.
+    x, z [B]; levels t > t_next, both [B] -> scalar; no gradient through target and teacher.
     """
-    t, s = levels
+    t, t_next = levels
     x_t = x + t * z
-    x_s = heun_step(lambda x, t: denoiser(teacher, c, x, t, args), x_t, t, s)
-    goal = jax.lax.stop_gradient(consistency(target, c, x_s, s, args))
+    x_next = heun_step(lambda x, t: denoiser(teacher, c, x, t, args), x_t, t, t_next)
+    goal = jax.lax.stop_gradient(consistency(target, c, x_next, t_next, args))
     return jnp.mean((consistency(student, c, x_t, t, args) - goal) ** 2)
 
 
-def teacher_loss(teacher, entries, key, args):
-    """Line (2) on random windows, ln t ~ N(-1.2, 1.2^2) -> scalar."""
-    key_batch, key_z, key_t = jax.random.split(key, 3)
-    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
-    z = jax.random.normal(key_z, index.shape)
-    t = jnp.exp(-1.2 + 1.2 * jax.random.normal(key_t, index.shape))
-    return denoising_loss(teacher, entries.conditions[index], entries.x[index], z, t, args)
+def bootstrap_target(batch, next_q, h, threshold, args):
+    """Line (5): y = r + gamma (1 - terminal) V [B], without gradient, and metrics. V by --penalty:
 
-
-def student_loss(student, target, teacher, entries, key, args):
-    """Line (3) on random windows and pairs of levels -> scalar."""
-    key_batch, key_z, key_level = jax.random.split(key, 3)
-    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
-    z = jax.random.normal(key_z, index.shape)
-    i = jax.random.randint(key_level, index.shape, 0, args.num_levels - 1)  # D4
-    levels = noise_levels(args.num_levels)
-    pair = (levels[i], levels[i + 1])
-    return distillation_loss(student, target, teacher, entries.conditions[index], entries.x[index], z, pair, args)
-
-
-def bootstrap_weight(h, ood, args):
-    """Line (5): w [B] from H [B] and the flagged rows [B] (Eq. 8)."""
-    inverse = 1.0 / jnp.maximum(h, 1e-6)
-    w_flagged, w_other = {  # D8
-        "mujoco": (inverse, args.beta),
-        "antmaze": (1.0 + 0.1 * (1.0 - inverse), 1.0),
-        "antmaze-diverse": (inverse, 1.0),
-    }[args.weight]
-    return jnp.where(ood, w_flagged, w_other)
-
-
-def mixed_target(batch, next_q, h, level, args):
-    """Line (5): y = alpha y_H + (1 - alpha) y_L [B], y_H = r + gamma (1 - terminal) Qm, y_L the same with w Qm.
-
-    One squared loss to y has the gradient of alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2. With --penalty excess
-    y = r + gamma (1 - terminal) (Qm - kappa max(H - level, 0)).
-    next_q [B]: Qm; h [B]: H at (s', a'); level []: above it rows are flagged -> y without gradient, metrics
+    product: Qm (alpha + (1 - alpha) w); one squared loss to this y has the gradient of Eq. 8's
+    alpha (Q - y_H)^2 + (1 - alpha) (Q - y_L)^2, where V is Qm and w Qm. excess: Qm - kappa max(H - threshold, 0).
+    next_q [B]: Qm; h [B]: H at (s', a'); threshold []: rows with a larger H are flagged
     """
-    ood = h > level
+    ood = h > threshold
     if args.penalty == "product":
-        value = next_q * (args.alpha + (1.0 - args.alpha) * bootstrap_weight(h, ood, args))
+        inverse = 1.0 / jnp.maximum(h, 1e-6)
+        w_flagged, w_other = {  # D8
+            "mujoco": (inverse, args.beta),
+            "antmaze": (1.0 + 0.1 * (1.0 - inverse), 1.0),
+            "antmaze-diverse": (inverse, 1.0),
+        }[args.weight]
+        value = next_q * (args.alpha + (1.0 - args.alpha) * jnp.where(ood, w_flagged, w_other))
     else:
-        value = next_q - args.kappa * jnp.maximum(h - level, 0.0)  # D9
+        value = next_q - args.kappa * jnp.maximum(h - threshold, 0.0)  # D9
     go_on = args.gamma * (1.0 - batch.terminals)
-    quantiles = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
-    metrics = {
-        "train/h": h.mean(), "train/h_p10": quantiles[0], "train/h_p50": quantiles[1], "train/h_p90": quantiles[2],
-        "train/ood": ood.mean(), "train/penalty": jnp.mean(go_on * (next_q - value)),
+    p10, p50, p90 = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
+    return jax.lax.stop_gradient(batch.rewards + go_on * value), {
+        "train/h": h.mean(), "train/h_p10": p10, "train/h_p50": p50, "train/h_p90": p90, "train/ood": ood.mean(),
+        "train/penalty": jnp.mean(go_on * (next_q - value)),
     }  # fmt: skip
-    return jax.lax.stop_gradient(batch.rewards + go_on * value), metrics
-
-
-def next_actions(actor, observations, key, args):
-    """a' [B, A]: mu(s'), or a sample of the Gaussian around it; then clipped noise, within [-1, 1]."""
-    key_sample, key_noise = jax.random.split(key)
-    actions, log_std = policy(actor, observations, args)
-    if args.sample_target:  # D16
-        actions += jnp.exp(log_std) * jax.random.normal(key_sample, actions.shape)
-    noise = args.target_noise * jax.random.normal(key_noise, actions.shape)
-    return jnp.clip(actions + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
 
 
 def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args):
     """Lines (4) to (6): sum_i mean_B (Q_i(s, a) - y)^2 -> scalar, metrics."""
     key_action, key_h = jax.random.split(key)
-    actions = next_actions(target_actor, batch.next_observations, key_action, args)
-    h_of = lambda s, a: uncertainty(model, target_critic, s, a, key_h, args)
-    h = h_of(batch.next_observations, actions)
-    level = jnp.quantile(h if args.penalty == "product" else h_of(batch.observations, batch.actions), args.beta)  # D7
-    next_q = critic_values(target_critic, batch.next_observations, actions, args).min(0)
-    y, metrics = mixed_target(batch, next_q, h, level, args)
-    q = critic_values(critic, batch.observations, batch.actions, args)
+    key_sample, key_noise = jax.random.split(key_action)
+    s, next_s = batch.observations, batch.next_observations
+    next_a, log_std = policy(target_actor, next_s, args)
+    if args.sample_target:  # D16
+        next_a += jnp.exp(log_std) * jax.random.normal(key_sample, next_a.shape)
+    noise = args.target_noise * jax.random.normal(key_noise, next_a.shape)
+    next_a = jnp.clip(next_a + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
+
+    h = uncertainty(model, target_critic, next_s, next_a, key_h, args)
+    of_product = args.penalty == "product"
+    h_around = h if of_product else uncertainty(model, target_critic, s, batch.actions, key_h, args)
+    threshold = jnp.quantile(h_around, args.beta)  # D7
+    next_q = critic_values(target_critic, next_s, next_a, args).min(0)
+    y, metrics = bootstrap_target(batch, next_q, h, threshold, args)
+    q = critic_values(critic, s, batch.actions, args)
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))
     return loss, metrics | {"train/critic_loss": loss, "train/q": q.mean(), "train/target": y.mean()}
 
@@ -623,7 +578,7 @@ def log_likelihood(actions, mean, log_std):
 
 
 def climbing_loss(q, log_p, with_q, args):
-    """Line (7): -with_q mean_B Q(s, mu(s)) - gamma_ent mean_B log N(a; mu(s), std); q [B] the lesser critic's.
+    """Line (7): -with_q mean_B Q(s, mu(s)) - gamma_ent mean_B log N(a; mu(s), std); q [B] the least critic's.
 
     with_q in {0, 1} is 0 while the actor only clones; --q-norm divides Q by mean_B |Q|, without gradient.
     """
@@ -679,6 +634,15 @@ class QdqNets(NamedTuple):
     critic_opt: Any
 
 
+class Optimisers(NamedTuple):
+    """optax transformations of the four networks."""
+
+    teacher: Any
+    student: Any
+    actor: Any
+    critic: Any
+
+
 def qdq_optimisers(args):
     """Teacher: Adam; student: RAdam; both to 0 by a cosine. Actor: Adam, cosine. Critics: clipped Adam."""
     decay = optax.cosine_decay_schedule
@@ -686,20 +650,31 @@ def qdq_optimisers(args):
     student = optax.radam(decay(args.student_lr, args.student_updates))
     actor = optax.adam(decay(args.actor_lr, args.num_updates))  # D10
     critic = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.critic_lr))
-    return teacher, student, actor, critic
+    return Optimisers(teacher, student, actor, critic)
 
 
 def teacher_update(teacher, entries, step, key, args):
-    """Line (2): one Adam step -> teacher, metrics."""
-    loss, grads = jax.value_and_grad(teacher_loss)(teacher.net, entries, key, args)
-    change, opt = qdq_optimisers(args)[0].update(grads, teacher.opt)
+    """Line (2): one Adam step on random windows, ln t ~ N(-1.2, 1.2^2) -> teacher, metrics."""
+    key_batch, key_z, key_t = jax.random.split(key, 3)
+    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
+    z = jax.random.normal(key_z, index.shape)
+    t = jnp.exp(-1.2 + 1.2 * jax.random.normal(key_t, index.shape))
+    batch = entries.conditions[index], entries.x[index], z, t
+    loss, grads = jax.value_and_grad(denoising_loss)(teacher.net, *batch, args)
+    change, opt = qdq_optimisers(args).teacher.update(grads, teacher.opt)
     return ModelNets(optax.apply_updates(teacher.net, change), None, opt), {"teacher/loss": loss}
 
 
 def student_update(student, teacher, entries, step, key, args):
-    """Line (3): one RAdam step; the target follows in every TAU_EVERY-th -> student, metrics."""
-    loss, grads = jax.value_and_grad(student_loss)(student.net, student.target, teacher, entries, key, args)
-    change, opt = qdq_optimisers(args)[1].update(grads, student.opt)
+    """Line (3): one RAdam step on random windows and pairs of levels; the target follows in every TAU_EVERY-th."""
+    key_batch, key_z, key_level = jax.random.split(key, 3)
+    index = jax.random.randint(key_batch, (args.model_batch_size,), 0, len(entries.x))  # D14
+    z = jax.random.normal(key_z, index.shape)
+    i = jax.random.randint(key_level, index.shape, 0, args.num_levels - 1)  # D4
+    levels = noise_levels(args.num_levels)
+    batch = entries.conditions[index], entries.x[index], z, (levels[i], levels[i + 1])
+    loss, grads = jax.value_and_grad(distillation_loss)(student.net, student.target, teacher, *batch, args)
+    change, opt = qdq_optimisers(args).student.update(grads, student.opt)
     net = optax.apply_updates(student.net, change)
     tau = jnp.where(step % TAU_EVERY == 0, args.student_tau, 0.0)
     return ModelNets(net, polyak(student.target, net, tau), opt), {"student/loss": loss}
@@ -707,23 +682,21 @@ def student_update(student, teacher, entries, step, key, args):
 
 def critic_update(nets, model, batch, key, args):
     """Lines (4) to (6) -> nets, metrics."""
-    *_, clipped_adam = qdq_optimisers(args)
     grads, metrics = jax.grad(qdq_critic_loss, has_aux=True)(
         nets.critic, nets.target_critic, nets.target_actor, model, batch, key, args
     )
-    step, critic_opt = clipped_adam.update(grads, nets.critic_opt)
-    return nets._replace(critic=optax.apply_updates(nets.critic, step), critic_opt=critic_opt), metrics
+    change, critic_opt = qdq_optimisers(args).critic.update(grads, nets.critic_opt)
+    return nets._replace(critic=optax.apply_updates(nets.critic, change), critic_opt=critic_opt), metrics
 
 
 def actor_update(nets, with_q, batch, key, args):
     """Line (7), with the critics after their step, on the same batch -> nets, metrics."""
-    _, _, actor_adam, _ = qdq_optimisers(args)
     nets = nets._replace(target_critic=polyak(nets.target_critic, nets.critic, args.tau))
     grads, metrics = jax.grad(qdq_actor_loss, has_aux=True)(
         nets.actor, nets.target_actor, nets.critic, with_q, batch, key, args
     )
-    step, actor_opt = actor_adam.update(grads, nets.actor_opt)
-    actor = optax.apply_updates(nets.actor, step)
+    change, actor_opt = qdq_optimisers(args).actor.update(grads, nets.actor_opt)
+    actor = optax.apply_updates(nets.actor, change)
     target_actor = polyak(nets.target_actor, actor, args.tau)
     return nets._replace(actor=actor, actor_opt=actor_opt, target_actor=target_actor), metrics
 
@@ -736,7 +709,7 @@ def qdq_update(nets, model, data, step, key, args):
     nets, metrics = critic_update(nets, model, batch, key_loss, args)
     with_q = jnp.float32(step >= round(args.q_from * args.num_updates))
     nets, actor_metrics = actor_update(nets, with_q, batch, key_actor, args)
-    for key_batch, key_loss in map(jax.random.split, keys):
+    for key_batch, key_loss in map(jax.random.split, keys):  # the other policy_delay - 1 steps: critics alone
         batch = sample_batch(data, key_batch, args.batch_size)
         nets, _ = critic_update(nets, model, batch, key_loss, args)
     return nets, metrics | actor_metrics
@@ -746,39 +719,27 @@ def qdq_update(nets, model, data, step, key, args):
 
 
 def h_metrics(model, nets, data, args):
-    """H and the share above the data's beta quantile at PROBES: 1024 rows, the same for all seeds; an action near the
-    row's (noise 0.2); a uniform one; the state moved by 3 stds of noise; the policy's action. And the share of the
-    rows flagged that the next seed flags as well -> metrics [S]
-    """
-    key_rows, key_near, key_far, key_state, key_h = jax.random.split(jax.random.key(0), 5)
-    s, a, *_ = sample_batch(data, key_rows, 1024)
-    near = jnp.clip(a + 0.2 * jax.random.normal(key_near, a.shape), -1.0, 1.0)
-    far = jax.random.uniform(key_far, a.shape, minval=-1.0)
-    moved = s + 3.0 * s.std(0) * jax.random.normal(key_state, s.shape)
+    """H on the data and off them -> metrics [S] (runner/probes.py)."""
+    h_of = lambda own, s, a, key: uncertainty(own[0], own[1].target_critic, s, a, key, args)
+    act = lambda own, s: policy(own[1].actor, s, args)[0]
+    return probes.metrics(h_of, act, (model, nets), data, args.beta, args)
+
+
+def fit_metrics(model, entries, held, keys, args):
+    """How the students fit the windows that they learn from, and those of the held-out episodes -> metrics [S]."""
 
     def of_seed(own):
-        model, nets = own
-        actions = jnp.stack([a, near, far, a, policy(nets.actor, s, args)[0]])
-        h = uncertainty(model, nets.target_critic, jnp.stack([s, s, s, moved, s]), actions, key_h, args)
-        return jnp.median(h, -1), h > jnp.quantile(h[0], args.beta)
+        model, key = own
+        metrics = {"student/q_std": unscaled(entries.x, entries.low, entries.high).std()}
+        for name, part in (("", entries), ("_held", held)) if len(held.x) else (("", entries),):
+            index = jax.random.randint(key, (1024,), 0, len(part.x))
+            mean, spread = q_moments(model, part.conditions[index], key, args)
+            error = unscaled(part.x[index], part.low, part.high) - mean
+            metrics[f"student/error{name}"] = jnp.sqrt(jnp.mean(error**2))
+            metrics[f"student/spread{name}"] = jnp.sqrt(jnp.mean(spread**2))
+        return metrics
 
-    h, flagged = runner.map_seeds(of_seed, (model, nets), args)
-    metrics = {f"h/{name}": h[:, i] for i, name in enumerate(PROBES)}
-    metrics |= {f"h/flagged_{name}": flagged[:, i].mean(-1) for i, name in enumerate(PROBES)}
-    both = flagged[:, 0] & jnp.roll(flagged[:, 0], -1, 0)
-    return metrics | ({"h/overlap": both.sum(1) / flagged[:, 0].sum(1)} if args.num_seeds > 1 else {})
-
-
-def fit_metrics(model, entries, held, key, args):
-    """How a student fits the windows that it learns from, and those of the held-out episodes -> metrics."""
-    metrics = {"student/q_std": unscaled(entries.x, entries.low, entries.high).std()}
-    for name, part in (("", entries), ("_held", held)) if len(held.x) else (("", entries),):
-        index = jax.random.randint(key, (1024,), 0, len(part.x))
-        mean, spread = q_moments(model, part.conditions[index], key, args)
-        error = unscaled(part.x[index], part.low, part.high) - mean
-        metrics[f"student/error{name}"] = jnp.sqrt(jnp.mean(error**2))
-        metrics[f"student/spread{name}"] = jnp.sqrt(jnp.mean(spread**2))
-    return metrics
+    return runner.map_seeds(of_seed, (model, keys), args)
 
 
 # === training ===
@@ -801,23 +762,24 @@ class Phase(NamedTuple):
 
 def make_train(args, num_obs, num_actions):
     """-> Phases: teacher (chunk: entries), student (init: teacher's net; chunk: it, entries), policy (model, data)."""
-    teacher_adam, student_radam, actor_adam, critic_adam = qdq_optimisers(args)
+    optimisers = qdq_optimisers(args)
 
     def teacher_init(key):
         key, key_net = jax.random.split(key)
-        net = q_net(args).init(key_net, jnp.zeros(num_obs + num_actions), *jnp.ones(2))
-        return State(key, jnp.int32(0), ModelNets(net, None, teacher_adam.init(net)))
+        c, net = jnp.zeros(num_obs + num_actions), QNet(args.model_hidden_sizes, args.group_size)
+        net = net.init(key_net, c, *jnp.ones(2))
+        return State(key, jnp.int32(0), ModelNets(net, None, optimisers.teacher.init(net)))
 
     def student_init(key, teacher):
         copies = jax.tree.map(jnp.copy, (teacher, teacher))  # the chunk overwrites them, not the teacher  # D5
-        return State(key, jnp.int32(0), ModelNets(*copies, student_radam.init(teacher)))
+        return State(key, jnp.int32(0), ModelNets(*copies, optimisers.student.init(teacher)))
 
     def policy_init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
         s, a = jnp.zeros(num_obs), jnp.zeros(num_actions)
         actor = QdqActor(args.hidden_sizes, num_actions).init(key_actor, s)
         critic = QdqCritics(args.hidden_sizes, args.num_critics, args.layer_norm).init(key_critic, s, a)
-        nets = QdqNets(actor, critic, actor, critic, actor_adam.init(actor), critic_adam.init(critic))
+        nets = QdqNets(actor, critic, actor, critic, optimisers.actor.init(actor), optimisers.critic.init(critic))
         return State(key, jnp.int32(0), nets)
 
     def phase(init, update, num_own, stride=1):
@@ -855,98 +817,84 @@ def preset(args):
 def check_args(args):
     """Refuse flags that do not fit one another."""
     runner.check_run(args)
+    by_critics, phases = args.uncertainty == "critics", (args.teacher_updates, args.student_updates)
+    learns = not (by_critics or args.student)
     runner.refuse({
         "--chunk must be a multiple of --policy-delay": args.chunk % args.policy_delay == 0,
-        "--chunk must divide --teacher-updates and --student-updates": args.uncertainty == "critics"
-            or args.teacher_updates % args.chunk == args.student_updates % args.chunk == 0,
+        "--chunk must divide --teacher-updates and --student-updates":
+            not learns or all(total % args.chunk == 0 for total in phases),
         "--model-hidden-sizes must be multiples of --group-size":
-            all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
+            by_critics or all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
         "--beta must be above 0 and below 1": 0 < args.beta < 1,
         "--gamma, --tau and --student-tau must be above 0": min(args.gamma, args.tau, args.student_tau) > 0,
         "--nodes must be 2 or more": args.nodes >= 2,
-        "--num-levels must be 3 or more": args.num_levels >= 3,
-        "--uncertainty critics needs --num-critics 2 or more": args.uncertainty != "critics" or args.num_critics > 1,
-        "--student goes with --uncertainty consistency alone": args.uncertainty != "critics" or not args.student,
+        "--num-levels must be 3 or more": not learns or args.num_levels >= 3,
+        "--uncertainty critics needs --num-critics 2 or more": not by_critics or args.num_critics > 1,
+        "--student goes with --uncertainty consistency alone": not (by_critics and args.student),
         "--penalty product goes with --uncertainty consistency: 1 / H of critics has no size":
-            args.uncertainty != "critics" or args.penalty != "product",
+            not (by_critics and args.penalty == "product"),
     })  # fmt: skip
 
 
 def idle_flags(args):
     """Flags without effect beside the others, and why."""
-    idle = {}
+    other = ("alpha", "weight") if args.penalty == "excess" else ("kappa",)
+    idle = dict.fromkeys(other, f"it is not for --penalty {args.penalty}")
     if args.uncertainty == "critics":
         names = "window window_step max_windows min_entries model_hidden_sizes group_size model_batch_size teacher_lr "
         names += "student_lr num_levels student_tau teacher_updates student_updates holdout spread nodes num_samples"
-        idle |= dict.fromkeys(names.split(), "H is the critics'; add --uncertainty consistency --penalty product")
-    by_penalty = {"excess": ("alpha", "weight"), "product": ("kappa",)}
-    idle |= dict.fromkeys(by_penalty[args.penalty], f"it is of another --penalty than {args.penalty}")
-    return idle | (dict.fromkeys(("q_from", "q_norm"), "it is of --actor-loss q") if args.actor_loss == "awr" else {})
+        idle |= dict.fromkeys(names.split(), "H is the critics'; add --uncertainty consistency")
+    else:
+        other = ("num_samples",) if args.spread == "gh" else ("nodes",)
+        idle |= dict.fromkeys(other, f"it is not for --spread {args.spread}")
+    if args.student:
+        names = "model_batch_size teacher_lr student_lr num_levels student_tau teacher_updates student_updates"
+        idle |= dict.fromkeys(names.split(), "--student is learnt already")
+    if args.actor_loss == "awr":
+        idle |= dict.fromkeys(("gamma_ent", "q_from", "q_norm"), "only --actor-loss q uses it")
+    return idle
 
 
 def student_identity(args, buffer):
     """What a student belongs to: the data, and the flags behind D_Q and its network that shapes do not show."""
-    names = ["gamma", "max_windows", "reward_shift", "scale_rewards", "normalize", "group_size", "holdout"]
-    flags = {k: getattr(args, k) for k in names}
+    names = ("gamma", "max_windows", "reward_shift", "scale_rewards", "normalize", "group_size", "holdout")
     windows = list(window_sizes(args, buffer.metadata["episode_length"]))
-    return flags | {"windows": windows, "data": envs.buffers.digests(buffer, runner.DIGESTED)}
-
-
-def load_q_model(path, like, identity):
-    """The q_model.npz of an earlier run, its only student for all seeds or one for each -> QModel [S], as `like`."""
-    try:
-        arrays, about = runner.read_npz(path, "metadata_json")
-    except Exception as error:  # missing, torn or of another kind
-        raise envs.InputError(f"--student {path}: cannot be read ({error})") from None
-    for key, value in identity.items():
-        if about.get(key) != value:
-            change = f"{key} was {about.get(key)!r} and is now {value!r}"
-            raise envs.InputError(f"--student {path}: {change}; name one of this data and flags")
-
-    def restore(place, x):
-        found = arrays.get(jax.tree_util.keystr(place, simple=True, separator="/"))
-        if found is None or found.shape[1:] != x.shape[1:] or len(found) not in (1, len(x)):
-            raise envs.InputError(f"--student {path}: another size or number of seeds; name one of this data and flags")
-        return jnp.broadcast_to(jnp.asarray(found), x.shape)
-
-    return jax.tree_util.tree_map_with_path(restore, like)
+    data = envs.buffers.digests(buffer, runner.DIGESTED)
+    return {name: getattr(args, name) for name in names} | {"windows": windows, "data": data}
 
 
 def learn_model(run, teacher, student, keys, entries, held):
-    """Lines (2), (3): the teachers, then the students of all seeds -> QModel."""
+    """Lines (2), (3): the teachers, then the students of all seeds -> QModel [S]."""
     args = run.args
-    first = jax.eval_shape(teacher.init, keys[0])
-    second = jax.eval_shape(student.init, keys[1], first.nets.net)
-    teach = run.compile(teacher.chunk, first, entries)
-    distil = run.compile(student.chunk, second, first.nets.net, entries)
+    state = jax.eval_shape(teacher.init, keys[0])
+    teach = run.compile(teacher.chunk, state, entries)
+    distil = run.compile(student.chunk, jax.eval_shape(student.init, keys[1], state.nets.net), state.nets.net, entries)
+    judge = jax.jit(functools.partial(fit_metrics, args=args))
 
-    def judge(net, entries, held):
-        one = lambda own: fit_metrics(own[0], entries, held, own[1], args)
-        return runner.map_seeds(one, (q_models(net, entries, args), keys[2]), args)
+    state = run.restore(teacher.init, keys[0], phase="teacher")
+    for step in run.chunks("teacher step", args.teacher_updates, state.num_updates):
+        state, metrics = teach(state, entries)
+        run.progress(step, metrics, metrics)
+        if run.due(step):
+            run.log(step, metrics)
+        run.save(state)
 
-    judge = jax.jit(judge)
-
-    def train(name, total, init, chunk, given, measure):
-        """All steps of a phase -> its nets."""
-        state = run.restore(*init, phase=name)
-        for step in run.chunks(f"{name} step", total, state.num_updates):
-            state, metrics = chunk(state, *given, entries)
-            run.progress(step, metrics, (f"{name}/loss",))
-            if run.due(step):
-                run.log(step, metrics | measure(state.nets.net))
-            run.save(state)
-        return state.nets.net
-
-    net = train("teacher", args.teacher_updates, (teacher.init, keys[0]), teach, (), lambda net: {})
-    judged = lambda net: judge(net, entries, held)
-    net = train("student", args.student_updates, (student.init, keys[1], net), distil, (net,), judged)
-    return q_models(net, entries, args)
+    net = state.nets.net
+    state = run.restore(student.init, keys[1], net, phase="student")
+    for step in run.chunks("student step", args.student_updates, state.num_updates):
+        state, metrics = distil(state, net, entries)
+        run.progress(step, metrics, metrics)
+        if run.due(step):
+            run.log(step, metrics | judge(q_models(state.nets.net, entries, args), entries, held, keys[2]))
+        run.save(state)
+    return q_models(state.nets.net, entries, args)
 
 
 def main(args):
     """Build D_Q, learn its distribution, train the policy, write both and figures -> scores."""
     check_args(args)
     buffer, task = runner.open_task("qdq", args, Transitions._fields)
+    envs.buffers.check_raw_columns(buffer["observations"], args.normalize, "--normalize")
     data, (mean, std) = qdq_data(buffer, args)
     teacher, student, agent = make_train(args, task.observation_size, task.action_size)
     keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)
@@ -959,10 +907,10 @@ def main(args):
         belongs = student_identity(args, buffer)
         model = q_models(jax.eval_shape(teacher.init, keys[0]).nets.net, entries, args)  # shapes, until it is learnt
         if args.student:
-            model = load_q_model(args.student, model, belongs)
+            model = runner.read_learnt("--student", args.student, model, belongs)
             weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(model)])
             given = {"student": envs.buffers.sha256(weights)}  # what a resumed run must find, wherever its file lies
-    judge = jax.jit(lambda *trees: h_metrics(*trees, args))
+    judge = jax.jit(functools.partial(h_metrics, args=args))
 
     with runner.Run("qdq", args, task, buffer, **given) as run:
         train_chunk = run.compile(agent.chunk, jax.eval_shape(agent.init, keys[2]), model, data)
@@ -979,8 +927,8 @@ def main(args):
             run.save(state)
 
         params = {k: x for k, x in state.nets.actor["params"].items() if k != "log_std"}
-        each = lambda row: jnp.tile(row, (args.num_seeds, 1))
-        scale = {"observation_mean": each(mean), "observation_std": each(std)}
+        scale = {"observation_mean": mean, "observation_std": std}
+        scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
         run.write_policy("tanh_deterministic", {"actor": {"params": params}, **scale})
         return run.finish(TRAINING)
 

@@ -1,65 +1,62 @@
 """UDG's selection: relabel reward-free buffers with a task's reward, pick those that suit it.
 
-Paper      Unsupervised Data Generation for Offline Reinforcement Learning: A Perspective from
-           Model (He et al., 2025), arXiv 2506.19643. No reference code is public.
-Idea       The gap between what a model-based offline learner reaches and the optimum is bounded
-           by W1(rho_beta, rho*), the distance between the state-action distributions of the data
-           and of the optimal policy. Nobody knows rho*; the return under the task's reward stands
-           in for the distance: the buffer of the highest return is the one to learn from.
+Paper      Unsupervised Data Generation for Offline Reinforcement Learning: A Perspective from Model (He et al., 2025),
+           arXiv 2506.19643. No reference code is public.
+Idea       The gap between what a model-based offline learner reaches and the optimum is bounded by W1(rho_beta, rho*),
+           the distance between the state-action distributions of the data and of the optimal policy. Nobody knows rho*;
+           the return under the task's reward stands in for the distance: the buffer of the highest return is the one
+           to learn from.
 
 Algorithm  for K buffers of one world and every task:
   (1) relabel:  r = task.reward(s, a, s') for all transitions, s -> task.observe(s)
-  (2) score:    J_k = 1/E sum_e w_e sum_t r_t over the complete episodes e of buffer k, of E begun;
-                w_e = 1, but where episodes were cut the inverse of the chance not to be (D7)
+  (2) score:    J_k = 1/E sum_e w_e sum_t r_t over the complete episodes e of buffer k; E: all that began; w_e = 1, but
+                where episodes were cut the inverse of the chance not to be (D7)
   (3) rank:     k_1 .. k_K by J_k, or by --score, highest first
-  (4) choose:   top-n = buffers k_1 .. k_n, in full or cut to --size by whole episodes; or the best
-                episodes of all buffers; or all buffers in the shares w that bring the mixture nearest
-                to the expert's data:  min over w of W1(sum_k w_k rho_k, rho*)   (bound for mixtures)
-  (5) measure:  W1(i, j) between features of buffers i and j, and W1(k, reference) if given, on n
-                points each: min over permutations p of  1/n sum_i ||x_i - y_p(i)||   (exact);
-                entropy of actions, coverage, variety, drift, W1 to random and to the best episodes
+  (4) choose:   top-n = buffers k_1 .. k_n, in full or cut to --size by whole episodes; or the best episodes of all
+                buffers; or all buffers in the shares w that bring the mixture nearest to the expert's data:
+                min over w of W1(sum_k w_k rho_k, rho*)   (bound for mixtures)
+  (5) measure:  W1(i, j) between features of buffers i and j, and W1(k, reference) if given, on n points each:
+                min over permutations p of  1/n sum_i ||x_i - y_p(i)||   (exact);
+                entropy of actions, coverage, behaviours, drift, W1 to random and to the best episodes
 
-Symbols    K buffers | N transitions of a buffer | E its episodes | J_k score | n points of W1
-           rewards r [N] | returns sum_t r_t [E] | features f(s') [n, d], task.feature
-           rho_k distribution of (s, a) in buffer k, rho* in the expert's data | w weights
+Symbols    K buffers | N transitions of a buffer | E its episodes | J_k score | n points of W1 | rewards r [N]
+           returns sum_t r_t [E] | features f(s') [n, d], task.feature | w_e weights of episodes | w shares
+           rho_k distribution of (s, a) in buffer k, rho* in the expert's data
 
-Deviations
-  D1  paper: does not say whether a buffer is the whole replay or what its first random steps
-      count; here: the whole file counts, the score without the warm-up part stands beside it, and
-      --exclude-warmup leaves that part out of score and data.
-  D2  paper: top 1, top 2 and all mixed differ in size by their number of buffers; here: also at
-      equal size (--size), an equal share of every buffer.
-  D3  paper: W1 appears in the bound and is never measured; here: by exact assignment on
-      subsamples, with the distance between two samples of one buffer on the diagonal, which is
-      what a distance of zero looks like at n points.
-  D4  paper: W1 is over (s, a) in raw units; here: features of s' between buffers, in their units, and (s, a) in
-      units of the pooled standard deviation against a reference, so that no unit decides.
-  D5  terminals stay as they were recorded; a task that would have ended an episode where the data
-      goes on is refused. Not so in mazes: there they are the task's, and a robot that walks on at the
-      goal begins a new episode, which counts as data and not in (2).
-  D6  a maze's reward needs goals: data that knows none (OGBench) gets one for each trajectory, drawn
-      as the environment draws it at a reset.
-  D7  where an episode that ends is followed by another one, and a round's end cuts the last (wurl_sac.py
-      without diversity), long episodes are the ones that are cut: the plain mean of the complete ones is
-      too low. Each complete one stands for those cut before it (envs/buffers/measures.py).
-  D8  paper: rho* of the bound for mixtures is unknown; here: the best --proxy of all episodes stand in for
-      it, or --reference, and the shares that minimise W1 to it are a linear program on samples.
+Deviations (why: docs/udg_select.md)
+  D1  paper: does not say whether a buffer is the whole replay or what its first random steps count; here: the whole
+      file counts, the score without the warm-up stands beside it, and --exclude-warmup leaves it out of score and data.
+  D2  paper: top 1, top 2 and all mixed differ in size by their number of buffers; here: also at equal size (--size), an
+      equal share of every buffer.
+  D3  paper: W1 appears in the bound and is never measured; here: by exact assignment on subsamples; on the diagonal
+      between two samples of one buffer, which is what a distance of zero looks like at n points.
+  D4  paper: W1 is over (s, a) in raw units; here: features of s' between buffers, in their units, and (s, a) in units
+      of the pooled standard deviation against a reference, so that no unit decides.
+  D5  terminals stay as they were recorded, and where the task ends at a recorded cut, the cut becomes a terminal; a
+      task that would have ended an episode where the data goes on is refused.
+      Not so in mazes: there they are the task's, and a robot that walks on at the goal begins a new episode, which
+      counts as data and not in (2).
+  D6  a maze's reward needs goals: data that knows none (OGBench) gets one for each trajectory, as at a reset.
+  D7  where an episode that ends is followed by another one, and a round's end cuts the last (wurl_sac.py without
+      diversity), long episodes are the ones that are cut: the plain mean of the complete ones is too low. Each complete
+      one stands for those cut before it (envs/buffers/measures.py).
+  D8  paper: rho* of the bound for mixtures is unknown; here: the best --proxy of all episodes stands in for it, or
+      --reference, and the shares that minimise W1 to it are a linear program on samples.
 
-Files      reads buffers (docs/buffer.md, layout "env", or "task" where the task hides nothing);
-           writes <out>/<task>/: top1.npz, ... (layout "task"), scores.json, returns.png,
-           coverage.png, measures.png, distances.png; <out>/heatmap.png
+Files      reads buffers (docs/buffer.md, layout "env", or "task" where the task hides nothing); writes <out>/<task>/:
+           top1.npz, ... (layout "task"), scores.json, returns.png, coverage.png, measures.png, distances.png;
+           <out>/heatmap.png
 Run        python udg_select.py --quick                                (scripted buffers, seconds)
            python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60
            python udg_select.py --buffers 'a/*.npz' --task ant-angle-0 ant-angle-60 --top 1 2 all
            python udg_select.py --buffers runs/wurl_sac/ant/seed0 --task ant-angle-60 --size 50000
                --top 1 2 all transport --top-rows 50000                   (all selections, at equal size)
-Expect     see docs/udg_select.md
+Expect     --quick: seconds; the buffer that runs at 0 degrees is ranked first (docs/udg_select.md has the main job's)
 """
 
 import dataclasses
 import json
 import math
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -74,10 +71,11 @@ import envs
 import envs.buffers
 import runner
 from envs.buffers import figures, measures, raw, scripted
-from envs.buffers.convert.common import file_sha256
 from envs.buffers.measures import episode_weights, return_statistics
-from envs.buffers.raw import CHECKED, buffer_paths, end_by_task, gear, map_buffer, short_names, trajectories, with_goals
+from envs.buffers.raw import CHECKED, end_by_task, trajectories
+from envs.buffers.sources import check_room, open_reference, open_sources, open_task, provenance, warmup_episodes
 from envs.distances import mixture_weights, wasserstein
+from runner import tables
 
 Words = tuple[tuple[str, ...], ...]  # `--flag a b --flag c` on the command line
 
@@ -127,84 +125,9 @@ class Args:
 
 # === data ===
 
+# The K buffers are the `sources`: each a name, a memory-mapped buffer and a policy_id (envs/buffers/sources.py).
 WRITTEN = (*CHECKED, "observations", "next_observations", "terminals", "timeouts")
 CARRIED = ("goals", "action_log_probs")  # optional columns that are written on where all have them
-
-
-class Source(NamedTuple):
-    """One of the K buffers."""
-
-    name: str  # shortest part of the path that tells it from the others
-    buffer: envs.buffers.Buffer  # memory-mapped: a column is read where it is used
-    policy_id: int
-
-
-def open_sources(words, seed=0):
-    """Open K buffers of one world -> list of Source. seed: of goals that are drawn."""
-    paths = buffer_paths(words)
-    opened = [map_buffer(path) for path in paths]
-    worlds = [(b.metadata["env"], b.metadata["dt"], b.metadata["episode_length"], gear(b)) for b in opened]
-    for path, world in zip(paths, worlds, strict=True):
-        if world != worlds[0]:
-            raise envs.InputError(
-                f"{path}: env, dt, episode_length and gear are {world}, but {paths[0]} has {worlds[0]}. "
-                "Remedy: select among buffers of one world and length, whose returns compare"
-            )
-    ids = [buffer.metadata.get("policy_id") for buffer in opened]
-    if len(set(ids)) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
-        ids = range(len(opened))  # buffers of several runs: number them as they come
-    opened = [with_goals(buffer, seed + k) for k, buffer in enumerate(opened)]  # D6
-    return [Source(*item) for item in zip(short_names(paths), opened, ids, strict=True)]
-
-
-def open_reference(word, sources):
-    """Open the one buffer of an expert, of the world of the sources."""
-    found = open_sources([word])
-    if len(found) > 1:
-        raise envs.InputError(f"--reference {word}: {len(found)} buffers. Remedy: name one file")
-    buffer, first = found[0].buffer, sources[0].buffer
-    sizes = [[b["observations"].shape[1], b["actions"].shape[1]] for b in (buffer, first)]
-    if buffer.metadata["env"] != first.metadata["env"] or sizes[0] != sizes[1]:
-        raise envs.InputError(
-            f"--reference {word}: is of world '{buffer.metadata['env']}' with {sizes[0]} numbers, the buffers are of "
-            f"'{first.metadata['env']}' with {sizes[1]}"
-        )
-    return buffer
-
-
-def open_task(name, options, sources, task_reward=""):
-    """Return the task, with the physical options (gear) that the buffers were recorded with, paid by --task-reward."""
-    metadata = sources[0].buffer.metadata
-    known = envs.task_options(name)
-    recorded = {k: v for k, v in gear(sources[0].buffer).items() if k in known}
-    for key, value in recorded.items():
-        if options.get(key, value) != value:
-            raise envs.InputError(
-                f"--task-options {key}={options[key]:g}: the buffers were recorded with {key} {value:g}, and a learner "
-                f"would be judged in another world. Remedy: leave {key} out"
-            )
-    task = envs.rewards.paid_by(envs.task(name, **{**recorded, **options}), task_reward)
-    ended = any(source.buffer.metadata["task_options"].get("terminate") for source in sources)
-    if ended and task.options.get("terminate") is False:
-        problem = "episodes of the buffers end where the task would go on"
-        raise envs.InputError(f"--task {name}: {problem}. Remedy: --task-options terminate=true")
-    if task.env != metadata["env"]:
-        again = metadata["task"] is None and envs.buffers.import_command(sources[0].buffer, task.env)
-        raise envs.InputError(
-            f"--task {name} is a task of '{task.env}', the buffers are of '{metadata['env']}'. "
-            f"Remedy: {again or 'name a task of ' + repr(metadata['env'])}"
-        )
-    if not task.has_reward:
-        near = [n for n in envs.task_names() if envs.task(n).env == task.env and envs.task(n).has_reward]
-        raise envs.InputError(f"--task {name} has no reward; tasks here: {', '.join(near) or 'none'}")
-    for source in sources:
-        sizes = [source.buffer[key].shape[1] for key in ("observations", "actions")]
-        if sizes != [task.env_observation_size, task.action_size]:
-            raise envs.InputError(
-                f"{source.buffer.path}: observations and actions have {sizes} numbers, '{name}' "
-                f"needs {[task.env_observation_size, task.action_size]}. Remedy: record it again"
-            )
-    return task
 
 
 # === relabel ===
@@ -225,12 +148,6 @@ def relabel(buffer, task):
 # === score ===
 
 
-def warmup_episodes(buffer):
-    """(E,) bool: episodes that begin among the random warm-up rows."""
-    starts = buffer["episode_ends"] - buffer["episode_lengths"]
-    return starts < (buffer.metadata["warmup_transitions"] or 0)
-
-
 def kept_parts(buffers, args):
     """Each buffer with the indices of its episodes, without the warm-up where that is left out (D1)."""
     parts = [(buffer, np.flatnonzero(~(warmup_episodes(buffer) & args.exclude_warmup))) for buffer in buffers]
@@ -240,11 +157,6 @@ def kept_parts(buffers, args):
     return parts
 
 
-def warmup_rows(buffer, keep):
-    """Number of warm-up rows among the episodes `keep`."""
-    return int(buffer["episode_lengths"][keep][warmup_episodes(buffer)[keep]].sum())
-
-
 class Episodes(NamedTuple):
     """The E episodes of a buffer under a task."""
 
@@ -252,19 +164,20 @@ class Episodes(NamedTuple):
     lengths: np.ndarray  # (E,) steps
     complete: np.ndarray  # (E,) bool: it terminated or reached the full length; the others were cut
     begun: np.ndarray  # (E,) bool: it began at a reset
-    warmup: np.ndarray  # (E,) bool: it is of the warm-up
+    warmup: np.ndarray  # (E,) bool: it belongs to the warm-up
     tenth: np.ndarray  # (E,) 0 to 9: the tenth of the rows in which it began
     counts: np.ndarray  # (E,) bool: begun, and no warm-up where that is left out
 
     def statistics(self, mask):
-        """measures.return_statistics of the episodes of a mask (E,); None of none."""
+        """measures.return_statistics of the episodes of a mask (E,); None if there are none."""
         return return_statistics(self.returns[mask], self.lengths[mask], self.complete[mask]) if mask.any() else None
 
 
 def judge_episodes(rewards, buffer, exclude_warmup):
     """(2) rewards (N,) -> Episodes.
 
-    Where none that counts is complete, all are. So are all of an imported file: no run's end cut anything off there.
+    If no episode that counts is complete, all are taken for complete; so are all of an imported file, where no run's
+    end cut anything off.
     """
     ends, lengths, warmup = buffer["episode_ends"], buffer["episode_lengths"], warmup_episodes(buffer)
     begun = np.diff(trajectories(buffer), prepend=-1) > 0  # D5: not what follows on a terminal
@@ -367,7 +280,9 @@ def parse_selections(args, num_buffers):
     chosen = {}
     for word in args.top:
         named = word in ("all", "transport")
-        num = num_buffers if named else int(word) if word.isdecimal() else 0
+        num = num_buffers if named else 0
+        if word.isdecimal():
+            num = int(word)
         if not 1 <= num <= num_buffers:
             remedy = f"'all', 'transport' or numbers from 1 to {num_buffers}"
             raise envs.InputError(f"--top {word}: there are {num_buffers} buffers. Remedy: {remedy}")
@@ -382,7 +297,8 @@ def parse_selections(args, num_buffers):
 
 
 def best_episodes(judged, kind, num):
-    """(4) The best complete episodes of all buffers -> {buffer: sorted indices}; num: of them, or of their rows."""
+    """(4) The best complete episodes of all buffers -> {buffer: sorted indices}; num: how many episodes
+    (kind episodes), or how many rows they may have (kind rows)."""
     owner = np.repeat(np.arange(len(judged)), [len(episodes.returns) for episodes in judged])
     index = np.concatenate([np.arange(len(episodes.returns)) for episodes in judged])
     of = lambda name: np.concatenate([getattr(episodes, name) for episodes in judged])
@@ -400,7 +316,7 @@ def best_episodes(judged, kind, num):
 
 def transport_shares(near, args):
     """(4) Shares of the buffers, in thousandths (K,), of the mixture that is nearest to the expert's data."""
-    n = min(args.w1_points, max(20, 1000 // len(near.samples)), *map(len, near.samples))  # seconds
+    n = min(args.w1_points, max(20, 1000 // len(near.samples)), *map(len, near.samples))  # the program takes seconds
     weights, _ = mixture_weights([x[:n] for x in near.samples], near.expert[: 2 * n])
     return np.round(1000 * weights).astype(int)
 
@@ -450,8 +366,8 @@ def choose_episodes(sources, args, shares=None):
 def fill(order, lengths, room, most):
     """The first episodes of `order` that come nearest to `room` rows, never more than `most` -> sorted indices.
 
-    Where room is most, the last source, later ones that still fit are taken, too. Elsewhere that would favour short
-    episodes, which fit more often (D7).
+    Where `room` equals `most` (the last source), later ones that still fit are taken, too. Elsewhere that would favour
+    short episodes, which fit more often (D7).
     """
     taken = []
     for episode in order:
@@ -476,20 +392,6 @@ def gather(sources, rewards, task, episodes):
     arrays = {key: join(columns[key], views.get(key, np.asarray)) for key in columns}
     ids = [np.full(len(s.buffer), s.policy_id, np.int32) for s in sources]
     return {**arrays, "rewards": join(rewards), "policy_ids": join(ids)}
-
-
-def provenance(source, keep, score):
-    """Where rows of a written file come from: file name, digest, what was taken, its score."""
-    return {
-        "path": Path(source.buffer.path).name,
-        "name": source.name,
-        "sha256": file_sha256(source.buffer.path),
-        "policy_id": source.policy_id,
-        "score": score["score"],
-        "num_transitions": int(source.buffer["episode_lengths"][keep].sum()),
-        "num_episodes": len(keep),
-        "warmup_transitions": warmup_rows(source.buffer, keep),
-    }
 
 
 def write_selection(path, label, chosen, rewards, scores, episodes, task, args):
@@ -536,40 +438,6 @@ def flatten(words):
     return [w for word in words for w in ((word,) if isinstance(word, str) else word)]
 
 
-def show_scores(task, sources, scores, order, to_reference, by):
-    """Print the ranking."""
-    columns = {"rank": "", "buffer": "<", "return": ".2f", "std": ".2f", "top 10%": ".2f", "newest 10%": ".2f"}
-    columns |= {"per step": ".4f", "trained": ".2f", "episodes": ",", "cut": ","}
-    keys = ("mean", "std", "top_decile", "recent", "per_step", "score_trained", "episodes", "cut")
-    rows = [[rank, sources[k].name, *(scores[k][key] for key in keys)] for rank, k in enumerate(order, start=1)]
-    if to_reference is not None:
-        columns |= {"W1 ref f": ".3f", "W1 ref sa": ".3f"}
-        rows = [row + [values[k] for values in to_reference] for row, k in zip(rows, order, strict=True)]
-        rows.append(["", "(the reference itself)", *[""] * len(keys), *(values[-1] for values in to_reference)])
-    runner.show(f"{task.name}: returns of episodes, ranked by {by}", columns, rows)
-
-
-def show_measures(task, sources, found, order, near):
-    """Print what the data are worth before anything is trained, if it was measured."""
-    if not found:
-        return
-    columns = {"rank": "", "buffer": "<"} | {name.replace("_", " "): ".3f" for name in found[0]}
-    rows = [[rank, sources[k].name, *found[k].values()] for rank, k in enumerate(order, start=1)]
-    rows.append(["", "(the expert's data itself)", *[""] * (len(found[0]) - 1), near.to_expert[-1]])
-    runner.show(f"{task.name}: what the data are", columns, rows)
-
-
-def show_selections(task, written):
-    """Print what was written, beside each other."""
-    columns = {"selection": "<", "of": "<", "rows": ",", "episodes": ",", "return": ".2f", "W1 expert": ".3f"}
-    rows = []
-    for label, entry in written.items():
-        parts = [f"{p['name']} {p['num_transitions'] / entry['num_transitions']:.0%}" for p in entry["parents"]]
-        names = ", ".join(parts[:3]) + (f", {len(parts) - 3} more" if parts[3:] else "")
-        rows.append([label, names, *(entry[key] for key in ("num_transitions", "num_episodes", "score", "w1_expert"))])
-    runner.show(f"{task.name}: what was written", columns, rows)
-
-
 def planned_files(out, tasks, selections, args):
     """{(task name, selection): path}, refused where one is there already."""
 
@@ -588,27 +456,13 @@ def planned_files(out, tasks, selections, args):
     return files
 
 
-def check_room(out, tasks, sources, selections, args):
-    """Refuse, before any work, what neither memory nor disk can hold; print what is needed."""
+def file_sizes(selections, sources, args):
+    """Rows that the file of each selection may hold at most."""
     lengths = sorted((len(source.buffer) for source in sources), reverse=True)
     longest = max(int(source.buffer["episode_lengths"].max()) for source in sources)
     most = {"episodes": longest * args.top_episodes, "rows": args.top_rows}
-    rows = {
-        label: min(sum(lengths[: num if kind == "buffers" else None]), most.get(kind, args.size or math.inf))
-        for label, (kind, num) in selections.items()
-    }
-    keys = (*WRITTEN, *CARRIED)
-    held = {key: x for key, x in sources[0].buffer.arrays.items() if key in keys}
-    bytes_per_row = 8 + sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in held.values())  # rewards, policy_ids
-    memory, disk = max(rows.values()) * bytes_per_row, len(tasks) * sum(rows.values()) * bytes_per_row
-    free = shutil.disk_usage(out).free
-    print(f"{out}: up to {disk / 1e6:,.1f} MB on disk ({free / 1e9:.1f} GB free), {memory / 1e6:,.1f} MB of memory")
-    if disk > free:
-        raise envs.InputError(f"{out}: needs {disk / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free. "
-                              "Remedy: --size, fewer --top, or another --out")  # fmt: skip
-    if memory > envs.buffers.available_memory():
-        raise envs.InputError(f"--top: {max(rows.values()):,} rows in one file need {memory / 1e9:.1f} GB of memory. "
-                              "Remedy: --size, or a smaller --top")  # fmt: skip
+    of_buffers = lambda kind, num: sum(lengths[: num if kind == "buffers" else None])
+    return [min(of_buffers(*each), most.get(each.kind, args.size or math.inf)) for each in selections.values()]
 
 
 class Prepared(NamedTuple):
@@ -644,18 +498,19 @@ def select(prepared, reference, matrix, measured, selections, files, args):
         to_reference = reference_wasserstein(sources, reference, task, args) if reference is not None else None
     choose_now = lambda label: chosen.get(label) or choose(selections[label], order, sources, judged, near, args)
     chosen = {label: choose_now(label) for label in selections}
-    show_scores(task, sources, scores, order, to_reference, args.score)
-    show_measures(task, sources, found, order, near)
-    written = {}
+    tables.show_scores(task, sources, scores, order, to_reference, args.score)
+    tables.show_measures(task, sources, found, order, near)
+    written, folder = {}, Path(files[task.name, next(iter(chosen))]).parent
     for label, parts in chosen.items():
-        path, items = files[task.name, label], ([x[k] for k in parts] for x in (sources, rewards, scores))
-        written[label] = write_selection(path, path.stem, *items, list(parts.values()), task, args)
+        path = files[task.name, label]
+        of_parts = [[x[k] for k in parts] for x in (sources, rewards, scores)]
+        written[label] = write_selection(path, path.stem, *of_parts, list(parts.values()), task, args)
         begun = {k: keep[judged[k].begun[keep]] for k, keep in parts.items()}
         pairs = [(sources[k].buffer, keep) for k, keep in parts.items()]
         distance = None if near is None else near.distance(pairs, task.observe, args.w1_points, args.seed)
         written[label] |= {"score": pooled_mean(judged, begun), "w1_expert": distance}
-    show_selections(task, written)
-    names, folder = [source.name for source in sources], path.parent
+    tables.show_selections(task, written)
+    names = [source.name for source in sources]
     figures.plot_returns(folder / "returns.png", task, names, scores, order)
     figures.plot_coverage(folder / "coverage.png", task, sources, scores, order)
     if found:
@@ -707,6 +562,7 @@ def pooled_mean(judged, chosen):
 def main(args) -> dict[str, Any]:
     """Select for every task -> {task name: scores of the K buffers}."""
     if args.quick:
+        runner.refuse({"--quick makes its own buffers; leave --buffers out": not args.buffers})
         given = dict(tasks=args.tasks or ("point-angle-0",), out=args.out or "runs/udg_select/quick")
         given["overwrite"] = args.overwrite or not args.out  # the default folder holds nothing else
         with tempfile.TemporaryDirectory() as folder:
@@ -723,7 +579,7 @@ def main(args) -> dict[str, Any]:
     names = dict.fromkeys(flatten(args.tasks))
     for name in names:
         envs.task(name)  # a wrong name is refused before anything is read
-    sources = open_sources(flatten(args.buffers), args.seed)
+    sources = open_sources(flatten(args.buffers), args.seed)  # D6
     selections = parse_selections(args, len(sources))
     tasks = [open_task(name, options, sources, args.task_reward) for name in names]
     out = Path(args.out or "runs/udg_select")
@@ -731,7 +587,8 @@ def main(args) -> dict[str, Any]:
     reference = open_reference(args.reference, sources) if args.reference else None
     runner.announce(f"{len(sources)} buffers of '{tasks[0].env}', {sum(len(x.buffer) for x in sources):,} rows")
     out.mkdir(parents=True, exist_ok=True)
-    check_room(out, tasks, sources, selections, args)
+    columns = [x for key, x in sources[0].buffer.arrays.items() if key in (*WRITTEN, *CARRIED)]
+    check_room(out, file_sizes(selections, sources, args), len(tasks), columns)
 
     world = envs.task(tasks[0].env)
     prepared = [prepare(task, sources, selections, args) for task in tasks]

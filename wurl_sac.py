@@ -20,50 +20,45 @@ Algorithm  one round, all K policies at once:
                  Polyak target
 
 Symbols    s observations [.., S] | a actions [.., A] | f features [.., d], g those of policy l | v directions [M, d]
-           c cost [K, K, n] | K policies | N environments a policy | L episode_length | n = N L points
+           c cost [K, K, n] | K policies | N environments a policy | L episode_length | n = N L points, fewer
+           where episodes end early | M num_directions
            c_kk' between episodes of policy k | w_div, w_task, w_own weights | scale (paper: reward scale)
-           y target [B] | q [2, B] | alpha entropy weight | gamma discount | tau Polyak rate
+           y target [B] | q [2, B] | B batch | R replay_size | alpha entropy weight | gamma discount | tau Polyak rate
 
-Deviations
+Deviations (why: docs/wurl_sac.md)
   D1  reference code re-sorts in place, so that for M > 1 costs land on the wrong steps; here: as the paper says.
   D2  reference code pays a_t for the state s_{t-1}, a_0 for the last one of the episode before; here: for s_{t+1}.
-  D3  reference code: one random policy acts per episode and is compared with stored states of the others; here: all K
-      act, and are compared with this round's states.
+  D3  reference code: one policy, drawn at random, acts per episode, learns as it goes and is compared with stored
+      states of the others; here: all K act for a round, are compared in it, N episodes pooled, and learn after it.
   D4  reference code stores time limits of some environments as terminal; here: always bootstrap through them.
-  D5  reference code learns from all transitions so far; here: from the newest `replay_size`, because pseudo-rewards
-      go stale as the other policies move. The buffer file keeps all of them.
+  D5  reference code learns from all transitions so far; here: from the newest `replay_size`.
   D6  reference code gives the random warm-up steps reward 0 (here --warmup-zero-reward); here: their real reward.
   D7  reference configs scale the cost by 10 to 100, but the shipped checkpoints behave as at a scale near 1; here: 8 on
       robots, 1 in the point worlds; on the ant the pay is held at a mean size of 1, and alpha is learnt.
   D8  reference code corrects tanh by log(1 - a^2 + 1e-6); here: exactly.
   D9  reference code measures all observations on Ant; UDG asks for a low-dimensional space; here: task.feature (xy)
       or the height (cheetah), times --feature-scales.
-  D10 reference code keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run, so
-      that policies stop chasing one another before they are saved.
-  D11 reference code updates once per real step; here: once per nominal step, N L a round even if episodes end early
-      (humanoid), so that a round is one program; there are then more updates per real step than --updates-per-step.
-      Without a diversity reward an episode that ends is followed by a new one, so that all N L steps are real.
-  D12 reference code draws 5 directions anew for each comparison; here: one draw of M serves all pairs of a round,
-      whose N episodes are pooled into one sample a policy.
-  D13 reference DIAYN-I looks at s_t, DADS-I normalises by running statistics with a gain of 0.1; both learn after the
-      warm-up, from all rows so far, one step for each step of any policy. Here: the features of s_{t+1}, this round's
-      rows and their standard deviation, gain 1, from the start, and one step for each step of a policy: K times fewer.
-      DIAYN-I's reward has no + log K there, so that living costs; here it has.
+  D10 reference code keeps the learning rate; here: it falls linearly to 0 over the last `lr_decay` of the run.
+  D11 reference code updates once per real step; here: updates_per_step for each nominal step, also where episodes end
+      early. Without a diversity reward a new episode follows one that ends, so that all N L steps are real.
+  D12 reference code draws 5 directions anew for each comparison; here: one draw of M serves all pairs of a round.
+  D13 reference DIAYN-I looks at s_t, without + log K; DADS-I normalises by running statistics, with a gain of 0.1; both
+      learn after the warm-up, from all rows so far, one step for each step of any policy. Here: s_{t+1}, + log K, this
+      round's rows and their standard deviation, gain 1, from the start, one step for each step of a policy.
   D14 METRA conditions one policy on a skill, computes rewards of its replay anew with the phi of the moment, and fits
-      phi to its replay; here: K policies, rewards as they were paid, a replay of the newest rounds only, and a phi that
-      is fitted to the round after it has paid, on raw observations.
-  D15 paper: none of the three flags of line (5); here: on the ant all three, without which a policy is paid for its own
-      width, and the pay outweighs the entropy. --preset paper has none.
+      phi to its replay; here: K policies, rewards as they were paid, phi fitted to the round after it has paid.
+  D15 paper: none of the three flags of line (5); here: on the ant all three (--preset paper: none).
+  D16 reference code: a batch without replacement, the policies of the best record kept; here: with, the last ones.
 
 Files      writes runs/wurl_sac/<task>/seed<seed>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
-           log.jsonl, state.npz, trajectories.png, distances.png; rows/ grows during the run and is removed at its end
+           log.jsonl, state.npz, trajectories.png, distances.png; rows/ while it runs; policies/ with --keep-policies
 Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
            python wurl_sac.py                            (ten ant policies, 25 minutes on 2 cores)
            python wurl_sac.py --preset paper             (200k steps and updates a policy)
 Expect     --quick: minimum-W (distance to the nearest other policy, mean over policies) 6.9 in 50 s on 2 cores
-           ant, seed 0 on one core: W1 to the nearest other policy 3.17 m, between samples of one 0.40; all ten travel
-           7.7 m or more; on two cores, where sums have another order: 2.81, 0.35, and two policies end as one
-           point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 min each (docs/wurl_sac.md)
+           --task point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 minutes each
+           ant, 3 seeds on one core: exact W1 to the nearest other policy 3.17 m, between two samples of one 0.43; one
+           seed on two cores: 2.81 and 0.35, and two policies end as one
 """
 
 import dataclasses
@@ -83,8 +78,9 @@ import envs
 import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
+from envs.worlds import world_of
 from runner import devices, diversity
-from runner.rows import PolicyRows, are_finished, write_buffers
+from runner.rows import PolicyRows, announce_rounds, are_finished, fresh_rows, write_buffers
 
 
 @dataclass(frozen=True)
@@ -92,20 +88,17 @@ class Args(runner.RunFlags):
     # beside the flags that every script has: out, resume, track, backend, num_devices, ... (runner/flags.py)
     # --- run ---
     task: str = "ant"
-    """world or task to run in, e.g. ant, cheetah, point, humanoid, ant-angle-60; the reward of a task is recorded; to
-    learn from it, set task_weight"""
+    """world or task to run in, e.g. ant, point, ant-angle-60; a task's reward is recorded, and learnt by task_weight"""
     task_options: tuple[str, ...] = ()
     """options of the task as name=value, e.g. gear=150 survive_bonus=1; recorded in the buffers"""
     preset: str = ""
-    """a setting by name, see the list above; empty: our own for the world; paper: the published number of steps and
-    updates on ant and cheetah, all else ours"""
+    """a setting by name, see the list above; empty: ours for the world; paper: the published steps and updates"""
     seed: runner.Natural = 0
     """seed of networks, environments and noise; same seed, machine and versions: same numbers on a CPU"""
     quick: bool = False
     """the point robot with 4 policies, under 2 minutes on 2 cores"""
     distributed: bool = False
-    """one of several processes that share the policies, each with num_devices; started by Slurm, Kubernetes, a TPU
-    pod or Open MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (docs/scale.md)"""
+    """one of several processes that share the policies, each with num_devices; how to start them: docs/scale.md"""
     # --- budget ---
     num_policies: runner.Count = 10
     """K: number of policies (paper: 10)"""
@@ -120,7 +113,7 @@ class Args(runner.RunFlags):
     warmup_steps: runner.Count = 2_000
     """environment steps per policy with uniform random actions at the start (reference code: 20,000 over all)"""
     chunk: runner.Count = 100
-    """gradient steps per policy in one jitted call; rounded, as all three, to whole rounds of N L steps"""
+    """gradient steps per policy in one jitted call; it, eval_every and num_updates are rounded to whole rounds"""
     eval_every: runner.Count = 4_000
     """gradient steps per policy between two evaluations"""
     eval_episodes: runner.Count = 10
@@ -144,7 +137,7 @@ class Args(runner.RunFlags):
     own_between: tuple[runner.Share, runner.Share] = (0.4, 0.8)
     """shares of the run between which w_own grows from 0"""
     reward_size: runner.Rate = 0.0
-    """mean size that the pay per step follows, by its running mean (reward_scale then has no effect); 0: it does not"""
+    """scale the pay so that the running mean of its size is this (reward_scale then has no effect); 0: off"""
     num_directions: runner.Count = 8
     """M: projections per round (reference code: 5)"""
     orthogonal_directions: bool = False
@@ -318,10 +311,8 @@ def polyak(target, online, tau):
 
 
 def own_cost(features, alive, directions, args):
-    """c_kk'(t): mean cost of a step to the other episodes of its own policy, features [K, N, L, d] -> [K, N, L].
-
-    0 where a round has one episode, or no flag asks for it.
-    """
+    """c_kk'(t): mean cost of a step to the other episodes of its policy, features [K, N, L, d] -> [K, N, L]; 0 where
+    there is one episode, or no flag asks for it."""
     N = alive.shape[1]
     if N == 1 or not (args.own_weight or args.nearest == "debiased"):
         return jnp.zeros(alive.shape)
@@ -400,25 +391,11 @@ def metra_loss(net, before, after, index, args):
     return -jnp.mean(along + stop(weight) * slack) + weight * stop(slack.mean())
 
 
-def fit_net(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200):
-    """Adam steps on loss(net, *data) over data [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state."""
-    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), data)
-    valid = jnp.argsort(~mask.reshape(-1), stable=True)  # rows with mask first
-
-    def step(carry, key):
-        net, opt = carry
-        i = valid[jax.random.randint(key, (batch_size,), 0, mask.sum())]
-        grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], data))
-        updates, opt = optax.adam(rate).update(grads, opt)
-        return (optax.apply_updates(net, updates), opt), None
-
-    return jax.lax.scan(step, (net, net_opt), jax.random.split(key, num_steps))[0]
-
-
 def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
     """Lines (2) to (5) of a round -> reward [K, N, L], distances [K, K], and the objective's net, learnt from it.
 
-    steps: Transition [K, N, L, ..]; features [K, N, L, d] of the states s_{t+1}; alive [K, N, L]: the step happened.
+    steps: Transition [K, N, L, ..]; features [K, N, L, d] of the states s_{t+1}; alive [K, N, L]: the step happened;
+    share: of the run, done so far. The net takes Adam steps on batches of 200 (diversity.fit).
     """
     K, d = args.num_policies, features.shape[-1]
     if K == 1:  # there is no other
@@ -430,10 +407,10 @@ def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
     distances = cost.sum(-1) / jnp.maximum(valid.sum(-1, keepdims=True), 1)  # logged whatever the objective
 
     index = jnp.broadcast_to(jnp.arange(K)[:, None, None], alive.shape)
-    fit = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # as many as a policy took  # D13
+    how = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # as many as a policy took  # D13
     if args.objective == "diayn":
         reward, loss = diayn_reward(net, features, args), functools.partial(diayn_loss, args=args)
-        net, net_opt = fit_net(net, net_opt, loss, (features, index), alive, **fit)
+        net, net_opt = diversity.fit(net, net_opt, loss, (features, index), alive, **how)
     elif args.objective == "dads":
         before = jnp.concatenate([features[:, :, :1], features[:, :, :-1]], 2)
         known = alive & (jnp.arange(alive.shape[-1]) > 0)  # f(s_0) is not among the features
@@ -441,12 +418,12 @@ def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
         change = change / jnp.maximum(change.std((0, 1, 2), where=known[..., None]), 1e-6)
         reward = jnp.where(known, dads_reward(net, before, change, args), 0.0)
         loss = lambda net, *rows: -dads_log_prob(net, *rows, args).mean()
-        net, net_opt = fit_net(net, net_opt, loss, (before, change, index), known, **fit)
+        net, net_opt = diversity.fit(net, net_opt, loss, (before, change, index), known, **how)
     elif args.objective == "metra":
         rows = steps.observations, steps.next_observations, index
         reward = args.reward_scale * metra_change(net, *rows, args)[1]
-        fit["num_steps"] = round_sizes(args, alive.shape[-1])[1]  # one for each update of a policy, as METRA
-        net, net_opt = fit_net(net, net_opt, functools.partial(metra_loss, args=args), rows, alive, **fit)
+        how["num_steps"] = round_sizes(args, alive.shape[-1])[1]  # one for each update of a policy, as METRA
+        net, net_opt = diversity.fit(net, net_opt, functools.partial(metra_loss, args=args), rows, alive, **how)
     elif args.objective == "none":
         reward = jnp.zeros(alive.shape)
     else:
@@ -499,7 +476,7 @@ def wurl_actor_loss(actor, critic, alpha, batch, key, args):
 
 
 def wurl_alpha_loss(log_alpha, entropy, target_entropy):
-    """-log alpha (mean log pi + target entropy): alpha grows while the entropy is below its target (-A)."""
+    """-log alpha (mean log pi + target entropy): alpha grows while the entropy is below its target."""
     return log_alpha * jax.lax.stop_gradient(entropy - target_entropy)
 
 
@@ -587,9 +564,7 @@ def rollout(actor, key, env, args, observe, num_envs, length, random=False, rest
         terminals = after.done > 0.5
         steps = Rollout(envs.transition(state, actions, after), terminals, log_probs, alive)
         if restart:
-            fresh = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
-            choose = lambda ended, new, old: jax.tree.map(lambda x, y: jnp.where(ended, x, y), new, old)
-            return (jax.vmap(choose)(terminals, fresh, after), alive), steps
+            return (jax.vmap(env.restart)(after, jax.random.split(key_reset, num_envs)), alive), steps
         return (after, alive & ~terminals), steps
 
     start = jax.vmap(env.reset)(jax.random.split(key_reset, num_envs))
@@ -610,14 +585,6 @@ def feature_function(args, task):
         return lambda transition: scales * transition.next_observations
     index = jnp.array([int(i) for i in args.div_features.split(",")])
     return lambda transition: scales * transition.next_observations[..., index]
-
-
-def feature_names(args, task):
-    """Names [d] of the features that are measured, without their scales."""
-    if args.div_features in ("", "task"):
-        return task.feature_names
-    index = range(task.env_observation_size) if args.div_features == "full" else args.div_features.split(",")
-    return tuple(f"s'[{i}]" for i in index)
 
 
 def make_evaluation(args, task, rollouts):
@@ -644,7 +611,7 @@ class WurlState(NamedTuple):
     size: jax.Array  # running mean of |pseudo-reward|, for --reward-size
     agent: Agent
     replay: Ring  # of Transitions, one ring per policy
-    net: Any  # discriminator or predictor (diayn, dads); empty otherwise
+    net: Any  # of diayn, dads or metra; empty otherwise
     net_opt: Any
 
 
@@ -690,11 +657,6 @@ def state_sharding(args):
     return WurlState(all_devices, all_devices, all_devices, split, split, all_devices, all_devices)
 
 
-def on_cpu_at_once(args):
-    """Policies that one batched call updates on a CPU."""
-    return args.policies_at_once or (1 if max(args.hidden_sizes) > 128 else args.num_policies)
-
-
 def make_train(args, env, task, observe, episode_length):
     """-> init(key), warm_up(state), train_chunk(state), rollouts(actor, keys, num_envs).
 
@@ -703,20 +665,20 @@ def make_train(args, env, task, observe, episode_length):
     """
     num_warmup, updates_per_round, _ = round_sizes(args, episode_length)
     features_of, sharding = feature_function(args, task), state_sharding(args)
-    at_once = on_cpu_at_once(args) if jax.default_backend() == "cpu" else args.policies_at_once or args.num_policies
+    at_once = devices.policies_at_once(args, jax.default_backend())
 
     def init(key):
         """Agents [K], empty replays [K], and the network of the objective."""
         key, key_agents, key_net = jax.random.split(key, 3)
-        obs, two, keys = jnp.zeros(env.observation_size), jnp.zeros(2), jax.random.split(key_agents, args.num_policies)
-        step = envs.Transition(obs, jnp.zeros(env.action_size), obs, two, two)
+        keys = jax.random.split(key_agents, args.num_policies)
+        obs, root = jnp.zeros(env.observation_size), jnp.zeros(2)
+        step = envs.Transition(obs, jnp.zeros(env.action_size), obs, root, root)
         row = Transitions(obs, step.actions, jnp.float32(0), obs, jnp.float32(0))
         agent = jax.vmap(lambda key: init_agent(key, args, env, observe))(keys)
         replay = jax.vmap(lambda _: ring_init(row, args.replay_size))(keys)
         net = init_net(key_net, jax.eval_shape(features_of, step).shape[-1], env.observation_size, args)
-        return WurlState(
-            key, jnp.int32(0), jnp.float32(0), agent, replay, net, optax.adam(args.discriminator_lr).init(net)
-        )
+        net_opt = optax.adam(args.discriminator_lr).init(net)
+        return WurlState(key, jnp.int32(0), jnp.float32(0), agent, replay, net, net_opt)
 
     def rollouts(actor, keys, num_envs, random=False, restart=False):
         """Line (1) for all policies: actor [K], keys [K] -> Rollout [K, N, L, ..]."""
@@ -736,11 +698,11 @@ def make_train(args, env, task, observe, episode_length):
         key, key_rollout, key_reward, key_update = jax.random.split(state.key, 4)
         K = args.num_policies
         keys = jax.random.split(key_rollout, K)
-        steps = rollouts(state.agent.actor, keys, args.num_envs, warmup, not is_diverse(args))  # (1), D3
+        steps = rollouts(state.agent.actor, keys, args.num_envs, random=warmup, restart=not is_diverse(args))  # (1), D3
         t = steps.transition
-        share, round_of = state.num_updates / args.num_updates, (t, features_of(t), steps.alive)
+        share = state.num_updates / args.num_updates
         reward, distances, net, net_opt = pseudo_reward(
-            state.net, state.net_opt, *round_of, key_reward, share, args
+            state.net, state.net_opt, t, features_of(t), steps.alive, key_reward, share, args
         )  # (2) to (5)
         reward, size = held(reward, steps.alive, state.size, args)
         mixed = args.diversity_weight * reward + args.task_weight * task.reward(t)  # (5)
@@ -763,7 +725,8 @@ def make_train(args, env, task, observe, episode_length):
     def rounds(num, warmup):
         scan = lambda state: jax.lax.scan(lambda s, _: train_round(s, warmup), state, length=num)
         split = devices.placed(args.num_policies, args, None, "share")
-        out = sharding, (sharding.key, sharding.key, split, split)
+        everywhere = sharding.key
+        out = sharding, (everywhere, everywhere, split, split)
         return jax.jit(scan, donate_argnums=0, in_shardings=(sharding,), out_shardings=out)
 
     warm_up, chunk = rounds(num_warmup, True), rounds(args.chunk // updates_per_round, False)
@@ -809,7 +772,7 @@ def check_args(args, task, episode_length):
     """Refuse flags that cannot work together, before any long work starts."""
     runner.check_run(args)
     steps, num_obs = args.num_envs * episode_length, task.env_observation_size
-    index, num_features = args.div_features.split(","), len(feature_names(args, task))
+    index, num_features = args.div_features.split(","), len(diversity.feature_names(args, task))
     runner.refuse({
         f"--div-features: task, full or indices below {num_obs}, such as 0,1":
             args.div_features in ("", "task", "full") or all(i.isdigit() and int(i) < num_obs for i in index),
@@ -822,7 +785,7 @@ def check_args(args, task, episode_length):
             args.num_envs > 1 or args.random or args.objective not in ("apwd", "pwd")
             or (args.own_weight == 0 and args.nearest == "total"),
         "--num-policies 1: one policy has no neighbour; add --diversity-weight 0 --task-weight 1":
-            args.num_policies > 1 or args.objective == "none" or args.diversity_weight == 0,
+            args.num_policies > 1 or args.random or args.objective == "none" or args.diversity_weight == 0,
         f"--task-weight: {task.name} has no reward; name a task, for example --task {task.env}-angle-0":
             args.task_weight == 0 or task.has_reward,
         f"--replay-size must hold a round ({steps} steps) and a batch":
@@ -835,38 +798,30 @@ def check_args(args, task, episode_length):
 
 def idle_flags(args):
     """Flags without effect beside the others, and why."""
-    learnt = {} if args.auto_alpha else {"target_entropy": "alpha is not learnt; add --auto-alpha"}
-    return learnt | (
-        {"reward_scale": "the pay is held at --reward-size; add --reward-size 0"} if args.reward_size else {}
-    )
+    idle = {} if args.auto_alpha else {"target_entropy": "alpha is not learnt; add --auto-alpha"}
+    if args.reward_size:
+        idle["reward_scale"] = "the pay is held at --reward-size; add --reward-size 0"
+    only = {  # flag: the objectives that use it
+        "plan nearest own_weight own_between rescale_episodes": ("apwd", "pwd"),
+        "discriminator_lr": ("diayn", "dads", "metra"), "metra_slack metra_lambda": ("metra",),
+        "reward_scale": ("apwd", "pwd", "diayn", "dads", "metra"),
+    }  # fmt: skip
+    for names, objectives in only.items():
+        if args.objective not in objectives:
+            idle |= dict.fromkeys(names.split(), f"--objective {args.objective} does not use it")
+    return idle
 
 
 def open_world(args):
     """Refuse bad flags -> args in whole rounds, task, env, steps of an episode."""
     runner.check(args)
     task = envs.task(args.task, **runner.task_options(args.task_options))
-    physical = {k: v for k, v in task.options.items() if k in envs.task_options(task.env)}  # the gear
-    env = envs.make(envs.task(task.env, **physical), args.backend)
-    if task.name != task.env:  # the raw observations of the world; a task may end episodes where the world does not
-        env.task = dataclasses.replace(env.task, terminal=task.terminal)
-    episode_length = args.episode_length or task.episode_length
+    env, episode_length = world_of(task, args.backend), args.episode_length or task.episode_length
     args = whole_rounds(args, episode_length)
     check_args(args, task, episode_length)
     fresh = args.rollout_episodes if args.collect == "rollouts" else 0
     env.check_batch(args.num_policies * max(args.num_envs, args.eval_episodes, 50, fresh))
     return args, task, env, episode_length
-
-
-def announce(args, task, env, episode_length):
-    """Print the size of a run -> bytes of disk that its rows take: once as row files, once as buffers."""
-    num_warmup, updates, num_rounds = round_sizes(args, episode_length)
-    steps = (num_warmup + num_rounds) * args.num_envs * episode_length
-    print(
-        f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
-        f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each", flush=True,
-    )  # fmt: skip
-    row = 4 * (2 * env.observation_size + env.action_size + 9) + 2  # all columns of envs.buffers.episodes
-    return 2 * args.num_policies * steps * row
 
 
 def log_evaluation(run, step, train, metrics, actor, files):
@@ -888,20 +843,6 @@ def write_policy(run, actor, name="policy.npz", **about):
         run.write_policy("tanh_gaussian", {"actor": actor}, name, **about)
 
 
-def fresh_rollouts(run, env, rollouts, actor, key):
-    """--collect rollouts: new episodes of the final policies -> their row files."""
-    args = run.args
-    files = PolicyRows(run.folder / "rollouts", args.num_policies, env)
-
-    @functools.partial(jax.jit, out_shardings=devices.placed(args.num_policies, args, None, "share"))
-    def collect(actor, keys):
-        return jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
-
-    steps = collect(actor, jax.random.split(key, args.num_policies))
-    files.add(steps, jnp.zeros_like(steps.log_probs), run.task)
-    return files
-
-
 def main(args):
     """Train K policies and write their buffers -> metrics of the last evaluation; {} if a resumed run is finished."""
     args, task, env, episode_length = open_world(args)
@@ -914,7 +855,7 @@ def main(args):
     with runner.Run("wurl_sac", args, task, gather=lambda x: devices.whole(x, args.num_policies, args)) as run:
         if are_finished(run, args.num_policies):
             return {}
-        disk = announce(args, task, env, episode_length)
+        disk = announce_rounds(args, task, env, episode_length, *round_sizes(args, episode_length))
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_train), placed=True, disk=disk)
         files = PolicyRows(run.folder / "rows", args.num_policies, env, run.meta.get("rows"))  # cut to the saved state
         state = on_devices(run.restore(init, key_train))
@@ -924,7 +865,7 @@ def main(args):
             run.write(state, rows=files.rows(), warmup=files.rows(), train={})
             print(f"warm-up: {files.counts[0]} steps per policy, {time.time() - run.began:.0f} s", flush=True)
 
-        logged = run.meta["train"]
+        logged = run.meta["train"]  # for the last evaluation, where a resumed run has no chunk left
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, (metrics, distances, *data) = train_chunk(state)  # lines (1) to (7), round after round
             metrics, distances = jax.tree.map(np.asarray, (metrics, distances))
@@ -942,22 +883,11 @@ def main(args):
         log_evaluation(run, args.num_updates, logged, scores, actor, files)
         if not args.random:  # the networks of random policies never act
             write_policy(run, actor)
-        if run.is_first:
-            diversity.write_figures(run, feature_names(args, task), snapshot)
-        fresh = fresh_rollouts(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
+        diversity.write_figures(run, snapshot)
+        fresh = fresh_rows(run, env, rollouts, actor, key_collect) if args.collect == "rollouts" else None
         write_buffers(run, f"{task.name}-wurl-seed{args.seed}", env, episode_length, files, fresh)
-        print(f"{run.folder}: buffers, policies, figures; {time.time() - run.began:.0f} s")
-        options = " ".join(["", "--task-options", *args.task_options] if args.task_options else [])
-        print(f"next: python udg_select.py --buffers {run.folder}/buffers --task ...{options}", flush=True)
         return scores
 
 
-def cpu_devices(args):
-    """Devices to make of a CPU's cores, each with as many policies: they fill two cores better than one device does."""
-    if args.distributed or on_cpu_at_once(args) > 1:
-        return 1
-    return max(n for n in range(1, 1 + min(devices.cores(), args.num_policies)) if args.num_policies % n == 0)
-
-
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, PRESETS, __doc__, cpu_devices=cpu_devices, idle=idle_flags)
+    runner.launch(main, Args, preset, PRESETS, __doc__, cpu_devices=devices.cpu_devices_for_policies, idle=idle_flags)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 import dac
-import envs
 import runner
 
 SAMPLES = (1, 3, 10, 30)
@@ -27,14 +26,13 @@ def returns_by_samples(folder, episodes, samples=SAMPLES):
     sizes = tuple(fields["hidden_sizes"])
     args = dac.Args(**fields | {"hidden_sizes": sizes, "eval_episodes": episodes, "resume": True})
     buffer, task = runner.open_task("dac", args, dac.Transitions._fields)
-    _, mean, std = dac.dac_data(buffer, args)
+    scaled = dac.dac_data(buffer, args)
     like = jax.eval_shape(dac.make_train(args, task.observation_size, task.action_size)[0], runner.seed_keys(args))
     state = runner.fill(like, runner.read_npz(Path(folder) / "state.npz")[0], folder)
-    env, rows = envs.make(task, args.backend), []
+    rows = []
     for n in samples:
         own = dataclasses.replace(args, num_action_samples=n)
-        act = lambda nets, s, key, own=own: dac.choose_actions(nets, (s - mean) / std, key, own, task.action_size)
-        evaluate = runner.each_seed(runner.returns_of(act, env, task, buffer, own, sampled=True), own)
+        evaluate = dac.make_evaluation(own, task, buffer, *scaled)
         found = evaluate((state.actor, state.target_critics), runner.evaluation_keys(own))
         keys = "eval/return", "eval/return_std", "eval/return_data_length"
         rows += [(n, *(float(np.mean(found[key])) for key in keys))]

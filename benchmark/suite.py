@@ -3,7 +3,9 @@
     python benchmark/suite.py --list                                 what there is, and what is made
     python benchmark/suite.py                                        all sets of the CPU budget into data/
     python benchmark/suite.py --sets hopper antmaze --rows 20000     some of them, smaller
-    python benchmark/suite.py --budget paper --jobs 3                D4RL's sizes, for a large machine
+    python benchmark/suite.py --budget d4rl --sets hopper-medium-replay halfcheetah-medium-replay --out data/d4rl
+                                                                     replays of D4RL's row counts, 10 minutes a robot
+    python benchmark/suite.py --budget paper --jobs 3                all of D4RL's sizes, for a large machine
     python benchmark/suite.py --sets point --rows 2000               the whole way on a point robot, in minutes
     python benchmark/suite.py --table                                results/suite/: the table of what was made
     python benchmark/suite.py --check                                are data/ and results/suite/ the same, bit for bit?
@@ -43,15 +45,23 @@ WALKER = "ant-open-angle-0"
 SAC = "--preset sac --keep-policies"
 CPU_SAC = f"{SAC} --num-updates 120000 --hidden-sizes 128 128 --batch-size 128 --learning-rate 6e-4 --eval-every 4000"
 CPU_SAC += " --replay-size 130000"
+# D4RL's replays are long: fewer updates a step until a third of the expert's score, from all steps so far.
+D4RL_SAC = f"{SAC} --num-updates 120000 --num-envs 4 --hidden-sizes 128 128 --batch-size 128 --eval-every 2000"
+D4RL_SAC += " --replay-size 1000000"
+D4RL_UPDATES_PER_STEP = {"halfcheetah": 0.125, "hopper": 0.0625, "walker2d": 0.0625}
 PAPER_SAC = f"{SAC} --backend mujoco --num-updates 3000000 --eval-every 10000"
 CPU_WALKER = f"{SAC} --num-updates 40000 --updates-per-step 0.25 --num-envs 4 --hidden-sizes 128 128 --batch-size 128"
 CPU_WALKER += " --learning-rate 6e-4 --eval-every 2000 --replay-size 170000"
 POINT_SAC = f"{SAC} --num-updates 4000 --warmup-steps 1000 --hidden-sizes 64 64 --replay-size 5000 --eval-every 200"
 POINT_SAC += " --chunk 100 --learning-rate 1e-3"
-ROBOTS = {robot: {"cpu": CPU_SAC, "paper": PAPER_SAC} for robot in ("halfcheetah", "hopper", "walker2d")}
+ROBOTS = {
+    robot: {"cpu": CPU_SAC, "d4rl": f"{D4RL_SAC} --updates-per-step {rate}", "paper": PAPER_SAC}
+    for robot, rate in D4RL_UPDATES_PER_STEP.items()
+}
 RUNS = ROBOTS | {
-    WALKER: {"cpu": CPU_WALKER, "paper": f"{SAC} --backend mujoco --num-updates 1000000 --eval-every 10000"},
-    "point-angle-0": dict.fromkeys(("cpu", "paper"), POINT_SAC),
+    WALKER: dict.fromkeys(("cpu", "d4rl"), CPU_WALKER)
+    | {"paper": f"{SAC} --backend mujoco --num-updates 1000000 --eval-every 10000"},
+    "point-angle-0": dict.fromkeys(("cpu", "d4rl", "paper"), POINT_SAC),
 }
 # play: hand-picked (start, goal) cells, the first D4RL's; cells are (row, column) of envs.maze.MAPS
 PLAY = {
@@ -65,7 +75,7 @@ POINT = "point"  # not of the suite: a try of the whole way
 SETS = {f"{robot}-{level}": (robot, level) for robot in ROBOTS for level in LEVELS}
 SETS |= {name: (f"ant-maze-{size}", kind) for name, (size, kind) in MAZES.items()}
 SETS |= {f"{POINT}-{level}": ("point-angle-0", level) for level in LEVELS}
-ROWS = {"cpu": 100_000, "paper": 1_000_000}
+ROWS = {"cpu": 100_000, "d4rl": 1_000_000, "paper": 1_000_000}
 CELL_FLAGS = ("budget", "rows", "updates", "seed", "out", "runs", "results")
 NOISE = 0.2  # of the maze ant's actions (D4RL)
 # Normalised score of behaviour cloning on D4RL's own set of that name (-v2; AntMaze: version not told), as printed in
@@ -467,8 +477,8 @@ def write_table(args):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=["all"], metavar="NAME", help="sets, or how their names begin")
-    parser.add_argument("--rows", type=int, default=0, help="rows of a set; 0: 100,000 (cpu), 1,000,000 (paper)")
-    parser.add_argument("--budget", choices=("cpu", "paper"), default="cpu", help="how long SAC learns")
+    parser.add_argument("--rows", type=int, default=0, help="rows of a set; 0: 100,000 (cpu), 1,000,000")
+    parser.add_argument("--budget", choices=tuple(ROWS), default="cpu", help="how long SAC learns")
     parser.add_argument("--updates", type=int, default=0, help="gradient steps of SAC; 0: the budget's")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder of the sets")
     parser.add_argument("--seed", type=int, default=0, help="of networks, starts and noise")

@@ -81,7 +81,16 @@ class Env(abc.ABC):
 
     def reset(self, key: jax.Array) -> State:
         """Start an episode. key: one JAX key, typed or raw."""
-        physics = self._start(key)
+        return self._first(self._start(key))
+
+    def restart(self, state: State, key: jax.Array) -> State:
+        """Return the state as it is, or where its episode has terminated `reset(key)`."""
+        return self._unless_ended(state, self.reset(key))
+
+    def _unless_ended(self, state: State, fresh: State) -> State:
+        return jax.tree.map(lambda new, old: jnp.where(state.done > 0.5, new, old), fresh, state)
+
+    def _first(self, physics: Any) -> State:
         raw_obs, position = self._read(physics)
         info = {
             "raw_obs": raw_obs,

@@ -138,8 +138,10 @@ class Pool:
         self.obs_shape = jax.ShapeDtypeStruct((self.size,), jnp.float32)
         self.step_shapes = jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((self.size + 2,), jnp.float32)
 
-    def reset(self, seed: jax.Array) -> GymState:
-        obs = jax.pure_callback(self.host_reset, self.obs_shape, seed, vmap_method="broadcast_all")
+    def reset(self, seed: jax.Array, wanted: jax.Array | bool = True) -> GymState:
+        """A start; where it is not wanted, of zeros."""
+        asked = seed, jnp.asarray(wanted)
+        obs = jax.pure_callback(self.host_reset, self.obs_shape, *asked, vmap_method="broadcast_all")
         zero, none = jnp.int32(0), jnp.float32(0)
         return GymState(seed, zero, zero, zero, obs, none, none)
 
@@ -150,13 +152,15 @@ class Pool:
         counts, floats = jax.pure_callback(self.host_step, self.step_shapes, packed, vmap_method="broadcast_all")
         return GymState(state.seed, *counts, floats[:-2], floats[-2], floats[-1])
 
-    def host_reset(self, seeds):
-        """Starts of episodes. seeds (...) int32 -> observations (..., S)."""
-        seeds = np.asarray(seeds)
+    def host_reset(self, seeds, wanted):
+        """Starts of episodes. seeds (...) int32, wanted (...) bool -> observations (..., S), zeros where not wanted."""
+        seeds, wanted = np.asarray(seeds), np.asarray(wanted)
+        starts = np.zeros((*seeds.shape, self.size), np.float32)
         with self.lock:
             self.scratch = self.scratch or self._new()
-            starts = [_begin(self.name, self.scratch, seed, self.size) for seed in seeds.reshape(-1)]
-        return np.stack(starts).reshape(*seeds.shape, self.size)
+            for place in np.argwhere(wanted):
+                starts[tuple(place)] = _begin(self.name, self.scratch, seeds[tuple(place)], self.size)
+        return starts
 
     def host_step(self, packed):
         """Step a batch. packed (..., 4 + S + A) int32 -> episode, time, over (..., 3), obs, reward, terminal."""

@@ -37,6 +37,12 @@ class GymEnv(Env):
     def _start(self, key):
         return self.pool.reset(seed_of(key))
 
+    def restart(self, state, key):
+        fresh = self._first(
+            self.pool.reset(seed_of(key), state.done > 0.5)
+        )  # a reset of each would cost as a step does
+        return self._unless_ended(state, fresh)
+
     def _advance(self, physics, action):
         return self.pool.step(physics, action), jnp.zeros((2,), jnp.float32)
 

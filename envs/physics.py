@@ -96,13 +96,13 @@ class MujocoEnv(Env):
         self._check_model(xml or self.robot.xml)
         if backend == "mujoco":
             pool = num_threads or os.cpu_count()
-            self.engine = _CEngine(self.model, self.robot.frame_skip, pool, contact_cost)
+            self.engine = _CEngine(self.model, self.robot.frame_skip, pool, contact_cost, self.robot.whole_body)
         elif backend == "warp":
             from envs.warp_engine import WarpEngine  # it needs packages that are not always there
 
-            self.engine = WarpEngine(self.model, self.robot.frame_skip, num_contacts)
+            self.engine = WarpEngine(self.model, self.robot.frame_skip, num_contacts, self.robot.whole_body)
         else:
-            self.engine = MjxEngine(self.model, self.robot.frame_skip)
+            self.engine = MjxEngine(self.model, self.robot.frame_skip, self.robot.whole_body)
 
     def _check_model(self, xml: str) -> None:
         size = self.model.nq + self.model.nv - self.robot.skip_qpos
@@ -198,9 +198,12 @@ def _control_range(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
 class _CEngine:
     """C MuJoCo and its thread pool; start and step are functions of one environment."""
 
-    def __init__(self, model: mujoco.MjModel, frame_skip: int, num_threads: int, contact_cost: float):
+    def __init__(
+        self, model: mujoco.MjModel, frame_skip: int, num_threads: int, contact_cost: float, whole_body: bool = False
+    ):
         self.model = model
         self.frame_skip = frame_skip
+        self.whole_body = whole_body
         self.dt = model.opt.timestep * frame_skip
         self.contact_cost = contact_cost
         self.size = mujoco.mj_stateSize(model, _FULL)  # time, qpos, qvel
@@ -241,9 +244,25 @@ class _CEngine:
         floats = np.empty((len(flat), self.size + 2), np.float32)
         floats[:, : self.size - 1] = after[:, 1:]
         floats[:, self.size - 1] = cost
-        floats[:, self.size :] = (after[:, 1:3] - before[:, 1:3]) / self.dt
+        floats[:, self.size :] = self.moved(before, after) / self.dt
         arrays = after.view(np.uint32), floats
         return tuple(part.reshape(lead + part.shape[1:]) for part in arrays)
+
+    def moved(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """How far the root came (B, 2) from states to states (B, n)."""
+        if not self.whole_body:
+            return after[:, 1:3] - before[:, 1:3]
+        return self._centres_of_mass(after) - self._centres_of_mass(before)
+
+    def _centres_of_mass(self, states: np.ndarray) -> np.ndarray:
+        data, found = self.datas[0], np.empty((len(states), 2))
+        with self.lock:
+            for i, state in enumerate(states):
+                data.qpos[:] = state[1 : 1 + self.model.nq]
+                mujoco.mj_kinematics(self.model, data)
+                mujoco.mj_comPos(self.model, data)
+                found[i] = data.subtree_com[0, :2]
+        return found
 
     def advance(self, before: np.ndarray, actions: np.ndarray):
         """One control step. before (B, n): time, qpos, qvel in float64; actions (B, A) -> states (B, n), costs."""
@@ -301,7 +320,7 @@ class MjxEngine:
 
     impl = "jax"
 
-    def __init__(self, model: mujoco.MjModel, frame_skip: int):
+    def __init__(self, model: mujoco.MjModel, frame_skip: int, whole_body: bool = False):
         with quiet_imports():
             from mujoco import mjx
         self.mjx = mjx
@@ -313,6 +332,7 @@ class MjxEngine:
         self.host_model = model
         self.model = mjx.put_model(model, impl=self.impl)
         self.template = mjx.make_data(model, impl=self.impl)
+        self.poses = (mjx.put_model(model, impl="jax"), mjx.make_data(model, impl="jax")) if whole_body else None
         centre, half = _control_range(model)
         self.centre, self.half = jnp.asarray(centre, jnp.float32), jnp.asarray(half, jnp.float32)
 
@@ -331,7 +351,15 @@ class MjxEngine:
         )
         stable = jnp.all(jnp.isfinite(qpos)) & jnp.all(jnp.isfinite(qvel))
         now = jax.tree.map(lambda new, old: jnp.where(stable, new, old), now, at_rest)
-        return now, (now.qpos[:2] - physics.qpos[:2]) / self.dt
+        return now, (self.root(now.qpos) - self.root(physics.qpos)) / self.dt
+
+    def root(self, qpos):
+        """Where the robot is (2,)."""
+        if self.poses is None:
+            return qpos[:2]
+        model, data = self.poses
+        data = self.mjx.kinematics(model, data.replace(qpos=qpos))
+        return self.mjx.com_pos(model, data).subtree_com[0, :2]
 
     def substeps(self, qpos, qvel, memory, control):
         """The substeps of a control step -> qpos, qvel, memory."""

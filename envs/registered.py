@@ -5,6 +5,7 @@ the working directory, and takes what it registered as "cart" (docs/environments
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Entry:
     fields: dict[str, Any]
 
 
-_ENTRIES: dict[str, Entry] = {}
+_ENTRIES: dict[str, dict[str, Entry]] = {}  # name -> the module that registered it -> what it said
 
 
 def register(
@@ -48,9 +49,10 @@ def register(
     feature_names: tuple[str, ...] = (),
     reference: tuple[float, float] | None = None,
 ) -> None:
-    """Make a JAX environment known by a name; a second call with the same name replaces it.
+    """Make a JAX environment known by a name; a second call of the same module with the same name replaces it.
 
-    name: letters, digits, ".", "_" and "-"; none that this package has.
+    name: letters, digits, ".", "_" and "-"; none that this package has. Where two modules use one name, it is known as
+        `module:name` alone.
     make() -> the environment, in one of two interfaces:
         brax's: reset(key) and step(state, action) return a state with obs (S,), reward (), done (); observation_size
             and action_size; actions are in [-1, 1], `done` is no time limit;
@@ -75,7 +77,12 @@ def register(
     if feature is not None:
         fields["feature"] = lambda step: feature(step.next_observations)
         fields["feature_names"] = tuple(feature_names)
-    _ENTRIES[name] = Entry(make, episode_length, dt, reward, terminal, fields)
+    module = sys._getframe(1).f_globals.get("__name__", "")  # of whoever calls
+    _add(name, module, Entry(make, episode_length, dt, reward, terminal, fields))
+
+
+def _add(name: str, module: str, entry: Entry) -> None:
+    _ENTRIES[name] = {**_ENTRIES.get(name, {}), module: entry}
 
 
 def _is_built_in(name: str) -> bool:
@@ -97,12 +104,23 @@ def registered_names() -> tuple[str, ...]:
 
 
 def _entry(name: str) -> Entry:
+    """What a name stands for: of `module:name` what that module registered, or one below it, or one that it imports."""
+    module, short, before = module_of(name), name.rpartition(":")[2], _ENTRIES.get(name.rpartition(":")[2], {})
     import_for(name)
-    short = name.rpartition(":")[2]
-    if short not in _ENTRIES:
-        known = ", ".join(_ENTRIES) or "nothing"
-        raise InputError(f"'{name}': {module_of(name)} registers no '{short}' (envs.register); registered: {known}")
-    return _ENTRIES[short]
+    modules = _ENTRIES.get(short, {})
+    if module and module not in modules:
+        below = [entry for place, entry in modules.items() if place.startswith(f"{module}.") or place not in before]
+        if len(below) == 1:  # kept, because a module is imported once
+            _add(short, module, below[0])
+            return below[0]
+        known = ", ".join(f"{place}:{key}" for key, places in _ENTRIES.items() for place in places) or "nothing"
+        raise InputError(f"'{name}': {module} registers no '{short}' (envs.register); registered: {known}")
+    if module:
+        return modules[module]
+    places = {id(entry): f"{place}:{short}" for place, entry in reversed(modules.items())}  # each where it came from
+    if len(places) > 1:
+        raise InputError(f"'{name}' is registered by {len(places)} modules: say which, {' or '.join(places.values())}")
+    return next(iter(modules.values()))
 
 
 def _inner(name: str, entry: Entry):

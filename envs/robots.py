@@ -4,6 +4,7 @@ A table and its rules, apart from any engine. XMLs are Gymnasium's, read where i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 
@@ -28,6 +29,9 @@ class Robot:
     start_anywhere: bool = False  # any heading at the start: turned about the vertical
     # raw observations (..., S) -> (...,) bool, for tasks that end where it fails; None: never
     healthy: Callable | None = None
+    whole_body: bool = False  # root velocities are of the centre of mass, which Gymnasium pays; else of qpos[:2]
+    # how many contact forces and the like Gymnasium observes behind pose and speeds, by its versions
+    contact_numbers: tuple[int, ...] = ()
 
 
 def _hopper_healthy(observations):
@@ -40,9 +44,14 @@ def _walker_healthy(observations):
     return (z > 0.8) & (z < 2.0) & (abs(angle) < 1.0)
 
 
-def _ant_healthy(observations):
-    z = observations[..., 2]
+def _ant_healthy(observations, z_at=2):
+    z = observations[..., z_at]
     return (z >= 0.2) & (z <= 1.0)
+
+
+def _humanoid_healthy(observations):
+    z = observations[..., 0]
+    return (z > 1.0) & (z < 2.0)
 
 
 ROBOTS = {
@@ -72,3 +81,18 @@ for _maze in ("umaze", "medium", "large"):
     # D4RL's ant: motors of gear 1 with controls up to 30, which is gear 30; twice the timestep (envs.maze).
     ROBOTS[f"ant-maze-{_maze}"] = dataclasses.replace(ROBOTS["ant"], dt=0.1, margin_scale=0.5, maze=_maze)
 ROBOTS["ant-open"] = dataclasses.replace(ROBOTS["ant-maze-umaze"], maze="open", start_anywhere=True)
+# Gymnasium's Ant-v5 and Humanoid-v5 without contact forces; "ant-v2" has the contacts of MuJoCo before 3.5.
+ROBOTS["ant-v5"] = dataclasses.replace(
+    ROBOTS["ant"], skip_qpos=2, observation_size=27, gear=None, contact_numbers=(78,),
+    healthy=functools.partial(_ant_healthy, z_at=0),
+)  # fmt: skip
+ROBOTS["ant-v2"] = dataclasses.replace(ROBOTS["ant-v5"], margin_scale=0.5, contact_numbers=(84, 78))
+ROBOTS["humanoid-v5"] = dataclasses.replace(
+    ROBOTS["humanoid"], whole_body=True, contact_numbers=(303, 331), healthy=_humanoid_healthy
+)
+
+
+def shown_numbers(world: str, size: int, shown: int) -> int:
+    """How many of `size` recorded numbers a task takes that observes `shown`: contact forces are left out."""
+    forces = ROBOTS[world].contact_numbers if world in ROBOTS else ()
+    return shown if size - shown in forces else size

@@ -256,12 +256,19 @@ def _humanoid_world(name: str = "humanoid") -> Task:
 
 
 def forward_task(
-    robot: str, name: str = "", *, ctrl_cost: float, survive_bonus: float = 0.0, survive_on_done: bool = True
+    robot: str,
+    name: str = "",
+    *,
+    ctrl_cost: float,
+    survive_bonus: float = 0.0,
+    survive_on_done: bool = True,
+    speed_weight: float = 1.0,
+    angle_deg: float = 0.0,
 ) -> Task:
-    """Gymnasium's task for a robot: forward velocity - ctrl_cost ||a||^2 + survive_bonus.
+    """Gymnasium's task for a robot: speed_weight * forward velocity - ctrl_cost ||a||^2 + survive_bonus.
 
     survive_on_done: pay the bonus on the step that ends an episode too (v2 to v4, D4RL's data);
-    False: only on healthy steps (v5). The robot's own rule ends an episode.
+    False: only on healthy steps (v5). The robot's own rule ends an episode. angle_deg: another way than forward.
     """
     healthy = ROBOTS[robot].healthy
 
@@ -269,20 +276,23 @@ def forward_task(
         return never(observations) if healthy is None else ~healthy(observations)
 
     def reward(step):
-        pay = step.root_velocities[..., 0] - ctrl_cost * _square(step.actions)
+        speed = _along(step.root_velocities, angle_deg) if angle_deg else step.root_velocities[..., 0]
+        pay = speed_weight * speed - ctrl_cost * _square(step.actions)
         alive = 1.0 if survive_on_done else ~terminal(step.next_observations)
         return _float32(pay + survive_bonus * alive)
 
     return _robot_world(
         name or robot, robot, reward=reward, has_reward=True, episode_length=1000,
         terminal=_on_next(terminal), model_terminal=terminal,
-        feature_names=("x", "y" if robot == "ant" else "z"),
+        feature_names=("x", "z" if robot in PLANAR else "y"),
         options={
             "ctrl_cost": ctrl_cost, "survive_bonus": survive_bonus,
             "survive_on_done": survive_on_done,
         },
     )  # fmt: skip
 
+
+PLANAR = ("cheetah", "hopper", "walker2d")
 
 # D4RL's locomotion, `-v2`: control cost, survive bonus, (random, expert) returns of d4rl/infos.py.
 D4RL = {
@@ -300,6 +310,27 @@ def _d4rl(name: str) -> Task:
         world = _cheetah_world()
         task = dataclasses.replace(task, feature=world.feature, feature_names=world.feature_names)
     return dataclasses.replace(task, options={}, reference=reference)
+
+
+# Gymnasium's tasks that observe contact forces, here without them and without their cost: a weight of the speed, a
+# cost of the control (the humanoid's motors reach 0.4), a bonus. "ant-v2" is D4RL's.
+GYMNASIUM = {
+    "ant-v5": dict(ctrl_cost=0.5, survive_bonus=1.0, survive_on_done=False),
+    "ant-v2": dict(ctrl_cost=0.5, survive_bonus=1.0),
+    "humanoid-v5": dict(speed_weight=1.25, ctrl_cost=0.1 * 0.4**2, survive_bonus=5.0, survive_on_done=False),
+}
+
+
+def _gymnasium(name: str) -> Task:
+    """Raw observation qpos[2:], qvel: what Gymnasium's begins with."""
+    reference = (-325.6, 3879.7) if name == "ant-v2" else None  # of d4rl/infos.py
+    return dataclasses.replace(forward_task(name, **GYMNASIUM[name]), options={}, reference=reference)
+
+
+def _ant_v5_angle(name: str, angle_deg: float) -> Task:
+    """Ant-v5 that is paid for going at an angle."""
+    task = forward_task("ant-v5", name, **GYMNASIUM["ant-v5"], angle_deg=angle_deg)
+    return dataclasses.replace(task, options={"angle_deg": angle_deg})
 
 
 def _ant_maze(name: str) -> Task:
@@ -333,6 +364,8 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "ant-angle-<deg>": _ant_angle,
     "ant-open": _ant_open,
     "ant-open-angle-<deg>": _ant_open_angle,
+    **dict.fromkeys(GYMNASIUM, _gymnasium),
+    "ant-v5-angle-<deg>": _ant_v5_angle,
     "cheetah": _cheetah_world,
     "cheetah-run": _cheetah_run,
     "cheetah-jump": functools.partial(_cheetah_run, c_z=15.0),

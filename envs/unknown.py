@@ -15,14 +15,14 @@ def unknown_task(metadata: dict, observation_size: int, action_size: int) -> Tas
     def unknown(*_):
         raise InputError(
             f"the data '{data}' name no task, so no world can be stepped in, and no reward or end computed. Remedy: "
-            "name a task that is known here in the import, or train by cped.py, qdq.py or dac.py, which need none"
+            "name a task that is known here in the import; a learner needs none (mopo.py with --reward learned)"
         )
 
     return Task(
         name=f"data-{data}", env=metadata["env"], observation_size=observation_size,
         env_observation_size=observation_size, action_size=action_size, dt=metadata["dt"] or 1.0,
         episode_length=metadata["episode_length"], eval_length=0, observe=identity, reward=unknown, terminal=unknown,
-        feature=unknown, feature_names=(), model_terminal=unknown,
+        feature=unknown, feature_names=(), model_terminal=unknown, knows_end=False,
     )  # fmt: skip
 
 

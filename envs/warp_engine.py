@@ -80,9 +80,9 @@ class WarpEngine(MjxEngine):
 
     impl = "warp"
 
-    def __init__(self, model: mujoco.MjModel, frame_skip: int, num_contacts: int | None):
+    def __init__(self, model: mujoco.MjModel, frame_skip: int, num_contacts: int | None, whole_body: bool = False):
         check_warp()
-        super().__init__(model, frame_skip)
+        super().__init__(model, frame_skip, whole_body)
         self.model = self.model.tree_replace({"opt._impl.warn_overflow": 0})  # it is not printed, but checked below
         pairs = np.asarray(self.model._impl.nxn_geom_pair_filtered)
         self.num_contacts = num_contacts or min(max(possible_contacts(model, pairs), 1), MOST_CONTACTS)

@@ -4,6 +4,7 @@ An engine is imported only when a world that needs it is made.
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
 
@@ -126,3 +127,15 @@ def make(name: str | Task, backend: str | None = None, **options) -> Env:
     check_options(name, options, task_options(name) + physics.OPTIONS)
     own = {key: value for key, value in options.items() if key in physics.OPTIONS}
     return physics.MujocoEnv(chosen, backend, **own)
+
+
+def world_of(chosen: Task, backend: str | None = None) -> Env:
+    """Make the world of a task: raw observations, from which all its tasks can be paid, and the task's gear.
+
+    Episodes end where the task ends them, also where the world alone would go on.
+    """
+    physical = {k: v for k, v in chosen.options.items() if k in task_options(chosen.env)}
+    env = make(task(chosen.env, **physical), backend)
+    if chosen.name != chosen.env:
+        env.task = dataclasses.replace(env.task, terminal=chosen.terminal)
+    return env

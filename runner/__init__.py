@@ -12,8 +12,9 @@
         run.write_policy("diffusion", params)
         return run.finish()                                     figures and the score
 
-Nothing here knows an algorithm. It imports `envs`, never the other way round. A name is imported when it is first used:
-runner.policies, which reads a policy.npz where it is deployed, needs neither the rest nor JAX.
+No loss and no update is in here; what measures the models, critics or policies of a family takes functions and arrays
+(model_report, probes, diversity). It imports `envs`, never the other way round. A name is imported when it is first
+used: runner.policies, which reads a policy.npz where it is deployed, needs neither the rest nor JAX.
 """
 
 import importlib
@@ -21,7 +22,7 @@ import importlib
 import runner.neighbours  # noqa: F401  (first: it says which folder hides one of our packages)
 
 NAMES = {  # module -> what `runner` has of it
-    "checkpoint": "fill flat_arrays read_npz",
+    "checkpoint": "fill flat_arrays read_learnt read_npz",
     "devices": "map_seeds over_devices seed_keys",
     "ends": "learn_end",
     "evaluation": "each_seed evaluation_keys play returns_of steps_of",

@@ -66,6 +66,29 @@ def read_npz(path, about="meta_json"):
     return arrays, json.loads(str(arrays.pop(about)))
 
 
+def read_learnt(flag, path, like, identity):
+    """What an earlier run learnt -> pytree as `like` [S], of a file with one for all seeds or one for each.
+
+    InputError, which names the flag, where the file cannot be read, is not of this `identity` or has other sizes.
+    """
+    try:
+        arrays, about = read_npz(path, "metadata_json")
+    except Exception as error:  # missing, torn or of another kind
+        raise envs.InputError(f"{flag} {path}: cannot be read ({error})") from None
+    for key, value in identity.items():
+        if about.get(key) != value:
+            change = f"{key} was {about.get(key)!r} and is now {value!r}"
+            raise envs.InputError(f"{flag} {path}: {change}; name one of this data and flags")
+
+    def leaf(place, x):
+        found = arrays.get(jax.tree_util.keystr(place, simple=True, separator="/"))
+        if found is None or found.shape[1:] != x.shape[1:] or len(found) not in (1, len(x)):
+            raise envs.InputError(f"{flag} {path}: another size or number of seeds; name one of this data and flags")
+        return jnp.broadcast_to(jnp.asarray(found), x.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
 def read_state(folder, identity, schedules=None):
     """The newest readable state of the folder -> arrays, meta, path.
 

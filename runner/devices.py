@@ -74,6 +74,19 @@ def cores():
     return max(num, 1)
 
 
+def policies_at_once(args, backend):
+    """Policies that one batched call updates: on a CPU wide ones one by one, which is faster; --policies-at-once."""
+    one = backend == "cpu" and max(args.hidden_sizes) > 128
+    return args.policies_at_once or (1 if one else args.num_policies)
+
+
+def cpu_devices_for_policies(args):
+    """Devices to make of a CPU's cores, each with the same number of policies: faster than one device of all cores."""
+    if args.distributed or policies_at_once(args, "cpu") > 1:
+        return 1
+    return max(n for n in range(1, 1 + min(cores(), args.num_policies)) if args.num_policies % n == 0)
+
+
 def begin(args, own):
     """What jax is told before a script begins; own: the devices to make of a CPU where --num-devices does not say."""
     split_cpu(getattr(args, "num_devices", 0), own)

@@ -34,27 +34,33 @@ class Classifier(nn.Module):
         return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
 
 
+def fit(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200):
+    """Adam steps on loss(net, *data) over data [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state."""
+    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), data)
+    valid = jnp.argsort(~mask.reshape(-1), stable=True)  # rows with mask first
+
+    def step(carry, key):
+        net, opt = carry
+        i = valid[jax.random.randint(key, (batch_size,), 0, mask.sum())]
+        grads = jax.grad(loss)(net, *jax.tree.map(lambda x: x[i], data))
+        updates, opt = optax.adam(rate).update(grads, opt)
+        return (optax.apply_updates(net, updates), opt), None
+
+    return jax.lax.scan(step, (net, net_opt), jax.random.split(key, num_steps))[0]
+
+
 def discriminator_success(x, train, test, key, hidden_sizes):
     """Geometric mean of p(policy | state) and accuracy of a fresh K-way MLP (WURL: 1000 Adam steps, batch 200).
 
     x [K, E, L, S] states; trained on the rows with train [K, E, L], judged on those with test [K, E, L].
     """
-    net, optimiser = Classifier((*hidden_sizes, len(x))), optax.adam(2e-3)
-    y = jnp.broadcast_to(jnp.arange(len(x))[:, None, None], train.shape).reshape(-1)
-    x, train, test = x.reshape(-1, x.shape[-1]), train.reshape(-1), test.reshape(-1) / test.sum()
-    rows, cross_entropy = jnp.argsort(~train, stable=True), optax.softmax_cross_entropy_with_integer_labels
-    loss = lambda params, i: cross_entropy(net.apply(params, x[i]), y[i]).mean()
-
-    def step(carry, key):
-        params, state = carry
-        i = rows[jax.random.randint(key, (200,), 0, train.sum())]
-        updates, state = optimiser.update(jax.grad(loss)(params, i), state)
-        return (optax.apply_updates(params, updates), state), None
-
+    net, cross_entropy = Classifier((*hidden_sizes, len(x))), optax.softmax_cross_entropy_with_integer_labels
+    y = jnp.broadcast_to(jnp.arange(len(x))[:, None, None], train.shape)
+    loss = lambda params, x, y: cross_entropy(net.apply(params, x), y).mean()
     key_init, key_steps = jax.random.split(key)
-    params = net.init(key_init, x[:1])
-    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), jax.random.split(key_steps, 1_000))
-    logits = net.apply(params, x)
+    params = net.init(key_init, x[0, 0, :1])
+    params, _ = fit(params, optax.adam(2e-3).init(params), loss, (x, y), train, key_steps, 2e-3, 1_000)
+    logits, y, test = net.apply(params, x.reshape(-1, x.shape[-1])), y.reshape(-1), test.reshape(-1) / test.sum()
     return jnp.exp(-cross_entropy(logits, y) @ test), (logits.argmax(-1) == y) @ test
 
 
@@ -125,12 +131,22 @@ def show_evaluation(step, metrics, args, warn):
         say(f"  warning: {warning}")
 
 
-def write_figures(run, names, snapshot):
-    """trajectories.png and, of several policies, distances.png.
+def feature_names(args, task):
+    """Names [d] of the features that distances are measured in (--div-features), without their scales."""
+    if args.div_features in ("", "task"):
+        return task.feature_names
+    index = range(task.env_observation_size) if args.div_features == "full" else args.div_features.split(",")
+    return tuple(f"s'[{i}]" for i in index)
 
-    names [d] of the features, to which --feature-scales are added; snapshot: paths [K, E, L, 2], features [K, E, L, d],
-    alive [K, E, L].
+
+def write_figures(run, snapshot):
+    """trajectories.png and, of several policies, distances.png, by the process that writes.
+
+    snapshot: paths [K, E, L, 2], features [K, E, L, d], alive [K, E, L].
     """
+    if not run.is_first:
+        return
+    names = feature_names(run.args, run.task)
     scales = run.args.feature_scales or ("",) * len(names)
     names = tuple(f"{scale:g} x {name}" if scale else name for scale, name in zip(scales, names, strict=True))
     task = dataclasses.replace(run.task, feature_names=names)

@@ -20,8 +20,12 @@ def learn_end(task, buffer):
     """The task with `model_terminal` learnt from the data where no function gives it; else as it is.
 
     A classifier of s' learns from as many terminals as other rows. It says "terminal" as often as the data do: its
-    threshold is where as many of all rows lie above. Prints what it finds of held-out rows. The same data give the
-    same function. InputError where it cannot be learnt: of the held-out terminals it misses more than half.
+    threshold is where as many of all rows lie above. Prints what it finds of held-out rows. InputError where it
+    cannot be learnt: of the held-out terminals it misses more than half.
+
+    No checkpoint has it: a resumed run trains it anew, and is exact all the same. It follows from the rows alone, its
+    random numbers do not depend on --seed, and a resume refuses other data, flags (--max-rows, --matmul-precision) and
+    versions. Another rounding, as on an accelerator, may differ as in any other step there.
     """
     ends = np.asarray(buffer["terminals"])
     if task.knows_end or not ends.any():

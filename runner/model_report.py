@@ -140,9 +140,8 @@ def report_fit(run, epoch, found, arrays, capped):
         x, seed = {name: np.asarray(values[i]) for name, values in found.items()}, f"seed {run.args.seed + i}"
         u = " / ".join(f"{x[f'fit/u_p{q}']:.3g}" for q in ("05", "50", "95"))
         say(f"{seed}, held-out rows: u {u} (5, 50, 95 %), correlation with the error {x['fit/correlation']:.2f}")
-        say(
-            f"{seed}, held-out rows: unexplained variance {np.median(x['fit/unexplained']):.3f} (median of the targets)"
-        )
+        median = np.median(x["fit/unexplained"])
+        say(f"{seed}, held-out rows: share of unexplained variance {median:.3f} (median of the targets)")
         for problem, remedy in fit_problems(x, cut_off, run.args):
             say(f"warning: {seed}: {problem}; {remedy}")
     plot_fit(run, jax.tree.map(lambda x: np.asarray(x[0]), found | arrays))
@@ -162,18 +161,20 @@ def fit_problems(found, capped, args):
 
 
 def warn_of_climbing(metrics, rewards, gamma):
-    """Say it where Q at the start of episodes is above what the data's best row would pay for ever -> whether it is.
+    """Warn where Q at the start of episodes exceeds the data's best reward, paid for ever -> whether it does.
 
-    Q counts the entropy bonus, and so does the bound; a hundredth of the rewards' range is no matter.
+    Q counts the entropy bonus, and so does the bound; a hundredth of the rewards' range is tolerated. Without a world
+    Q at the start is not known: False.
     """
-    if gamma == 1:
+    if gamma == 1 or "value/q_start" not in metrics:
         return False
     q, low, high = float(np.max(metrics["value/q_start"])), float(rewards.min()), float(rewards.max())
     bonus = float(np.max(metrics["train/alpha"] * np.maximum(metrics["train/entropy"], 0.0)))
     most = (max(high, 0.0) + bonus + 0.01 * (high - low)) / (1 - gamma)
     if q > most:
-        remedy = "--critic-norm (the default of our own data), --num-critics 10 or a larger --lam (docs/mopo.md)"
-        say(f"warning: Q is {q:.3g} where episodes begin; the data's best row for ever pays {most:.3g}; {remedy}")
+        remedy = "--critic-norm (not in published presets), --num-critics 10 or a larger --lam (docs/mopo.md)"
+        worth = f"the data's best reward, paid for ever, is worth {most:.3g}"
+        say(f"warning: Q is {q:.3g} where episodes begin; {worth}; {remedy}")
     return q > most
 
 
@@ -206,20 +207,23 @@ def plot_fit(run, found):
 
 
 def plot_run(run, points):
-    """dynamics.png and penalty.png, from the log and calibration's points."""
-    fits, (u, error) = plots.read(run.folder, "model/holdout_mse").items(), points[0]
+    """dynamics.png and penalty.png, from the log and calibration's points, of which there are none without a world."""
+    fits = plots.read(run.folder, "model/holdout_mse").items()
     errors = [(*fit, {"lw": 0.8, "color": f"C{i}", "label": f"seed {seed}"}) for i, (seed, fit) in enumerate(fits)]
-    line = (
-        *[np.array([np.nanmin(error), np.nanmax(error)])] * 2,
-        {"color": "k", "ls": "--", "lw": 1, "label": "error = u"},
-    )
-    scatter = [(u, error, {"marker": ".", "ls": "", "ms": 2, "alpha": 0.5, "label": "one step of the policy"}), line]
-    plots.figure(run.folder / "dynamics.png", [
+    panels = [
         {"title": "hold-out error of the model, each member", "xlabel": "epoch", "ylabel": "MSE of (s' - s, r)",
          "scale": "semilogy", "lines": errors},
-        {"title": "final policy in the world, first seed", "xlabel": "penalty u",
-         "ylabel": "one-step error of the elites", "scale": "loglog", "lines": scatter},
-    ])  # fmt: skip
+    ]  # fmt: skip
+    if points.size:
+        u, error = points[0]
+        ends = np.array([np.nanmin(error), np.nanmax(error)])
+        line = (ends, ends, {"color": "k", "ls": "--", "lw": 1, "label": "error = u"})
+        dots = (u, error, {"marker": ".", "ls": "", "ms": 2, "alpha": 0.5, "label": "one step of the policy"})
+        panels.append({
+            "title": "final policy in the world, first seed", "xlabel": "penalty u",
+            "ylabel": "one-step error of the elites", "scale": "loglog", "lines": [dots, line],
+        })  # fmt: skip
+    plots.figure(run.folder / "dynamics.png", panels)
     keys = {}
     for rows, color in (("real", "C0"), ("model", "C1")):
         for part, style, label in (("", "-", "mean"), ("_p50", "--", "median"), ("_p95", ":", "95 %")):

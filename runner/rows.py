@@ -4,9 +4,12 @@ Where several processes share the policies, each one keeps the files of its own.
 """
 
 import dataclasses
+import functools
 import shutil
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from envs.buffers.episodes import EpisodeFiles
@@ -44,6 +47,35 @@ class PolicyRows(EpisodeFiles):
         return devices.added_up(counts).tolist()
 
 
+def announce_rounds(args, task, env, episode_length, num_warmup, updates, num_rounds):
+    """Print the size of a run, in rounds of warm-up and of so many updates each -> bytes of disk that its rows take:
+    once as row files, once as buffers."""
+    steps = (num_warmup + num_rounds) * args.num_envs * episode_length
+    print(
+        f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
+        f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each", flush=True,
+    )  # fmt: skip
+    row = 4 * (2 * env.observation_size + env.action_size + 9) + 2  # all columns of envs.buffers.episodes
+    return 2 * args.num_policies * steps * row
+
+
+def fresh_rows(run, env, rollouts, actor, key):
+    """--rollout-episodes new episodes of the final policies -> their row files.
+
+    rollouts(actor [K], keys [K], episodes) -> steps [K, N, L, ..] as `PolicyRows.add` takes them
+    """
+    args = run.args
+    files = PolicyRows(run.folder / "rollouts", args.num_policies, env)
+
+    @functools.partial(jax.jit, out_shardings=devices.placed(args.num_policies, args, None, "share"))
+    def collect(actor, keys):
+        return jax.tree.map(lambda x: x[None], rollouts(actor, keys, args.rollout_episodes))
+
+    steps = collect(actor, jax.random.split(key, args.num_policies))
+    files.add(steps, jnp.zeros_like(steps.log_probs), run.task)
+    return files
+
+
 def are_finished(run, count):
     """Whether a resumed run has all its buffers and has begun to remove row files, its last act; removes the rest."""
     there = lambda folder, kind: [(run.folder / folder / f"policy_{k:02d}.{kind}").exists() for k in range(count)]
@@ -72,3 +104,6 @@ def write_buffers(run, name, env, episode_length, files, fresh=None):
     devices.wait_for_all("all buffers are written")
     for each in (files, fresh) if fresh else (files,):
         each.remove()
+    print(f"{run.folder}: buffers, policies, figures; {time.time() - run.began:.0f} s")
+    options = " ".join(["", "--task-options", *args.task_options] if args.task_options else [])
+    print(f"next: python udg_select.py --buffers {run.folder}/buffers --task ...{options}", flush=True)

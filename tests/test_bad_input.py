@@ -288,6 +288,32 @@ def test_data_that_cannot_be_learnt_from(tmp_path, script):
         assert not listing(out)
 
 
+@pytest.mark.parametrize("script", ["cped", "qdq", "dac"])
+def test_a_raw_column_that_no_network_learns_from_is_named(tmp_path, script):
+    """As published, networks see observations as they are: a column beyond 1e4 is named before anything is written."""
+    arrays, out = make_arrays((300, 300)), tmp_path / "out"
+    for size in (2e4, 1e8, 1e14):
+        arrays["observations"][:, 1] = size * np.linspace(-1, 0.5, 600)
+        arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
+        path = buffers.save(tmp_path / "toy.npz", arrays, {**LABELLED, "dataset_name": "hopper-medium-v2"})
+        message = message_of(run, script, "--dataset", path, "--out", out, "--preset", "published")
+        flag = "--standardise-observations" if script == "dac" else "--normalize"
+        wanted = f"columns [1] of the observations pass 10000, up to {size:.3g}; try {flag}, or scale these columns"
+        assert wanted in message and not listing(out), message
+
+
+def test_which_columns_are_named():
+    x = np.zeros((3, 30), np.float32)
+    x[1] = 9e3
+    buffers.check_raw_columns(x, False, "--flag")
+    x[2, 5] = -2e4
+    buffers.check_raw_columns(x, np.arange(30) == 5, "--flag")
+    x[2] = -2e4
+    with pytest.raises(InputError, match=r"columns \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\] and others of the .*; try --flag"):
+        buffers.check_raw_columns(x, False, "--flag")
+    buffers.check_raw_columns(x, True, "--flag")
+
+
 # --- command lines -------------------------------------------------------------------------------
 
 POINT, SELECT, LEARN = "--task point", "--task point-angle-0 --buffers {data}", "--dataset {labelled}"

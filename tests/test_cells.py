@@ -26,6 +26,7 @@ import wurl_sac
 from cells import Cell
 from envs import buffers
 from envs.buffers import scripted
+from envs.buffers.convert.common import file_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "import os, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True)\n"
@@ -211,7 +212,7 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(tmp_pa
     for path in (source / "policy_00.npz", file):
         path.parent.mkdir(parents=True)
         shutil.copy(scripted.dataset(tmp_path), path)
-    sha = udg_select.file_sha256(source / "policy_00.npz")
+    sha = file_sha256(source / "policy_00.npz")
     parent = {"name": "policy_00", "sha256": sha if same_rows else "0" * 64}
     flags = udg_select.portable_flags(tyro.cli(udg_select.Args, args=data.command[1:]))
     write(data.done, {"flags": flags, "selections": {"top1": {"parents": [parent]}}})

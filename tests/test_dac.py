@@ -75,11 +75,11 @@ def test_schedule_golden(name, golden):
     g = golden("schedules")
     for T in (3, 5, 10, 20, 50, 100):
         args, own = D.Args(schedule=name, num_steps=T), D.noise_schedule(name, T)
-        close(own.beta[1:], g[f"{name}_T{T}_beta"])
-        close(own.alpha, g[f"{name}_T{T}_alpha"])
-        close(own.alpha_bar, g[f"{name}_T{T}_alpha_bar"])
+        close(own["beta"][1:], g[f"{name}_T{T}_beta"])
+        close(own["alpha"], g[f"{name}_T{T}_alpha"])
+        close(own["alpha_bar"], g[f"{name}_T{T}_alpha_bar"])
         unclipped = dataclasses.replace(args, clip_samples=False)
-        t, abar = np.arange(1, T + 1), own.alpha_bar[1:]  # the mean is c0 x0 + c1 x; x = 0 leaves c0, x0 = 0 leaves c1
+        t, abar = np.arange(1, T + 1), own["alpha_bar"][1:]  # the mean is c0 x0 + c1 x: either at 0 leaves the other
         only_x0 = D.reverse_step(0.0, -np.sqrt(abar / (1 - abar)), t, unclipped)
         only_x = D.reverse_step(1.0, 1 / np.sqrt(1 - abar), t, unclipped)
         wanted = [g[f"{name}_T{T}_{key}"] for key in ("post_c0", "post_c1", "sigma")]
@@ -174,25 +174,22 @@ def test_dual_step_golden(golden):
 
 
 def test_select_golden(golden, monkeypatch):
-    g = golden("select")  # q [H, states, candidates]
-    monkeypatch.setattr(D, "sample_actions", lambda *_: jnp.asarray(g["candidates"]))
-    monkeypatch.setattr(D, "q_values", lambda *_: jnp.asarray(g["q"]))
-    chosen = lambda args: D.choose_actions((None, None), np.zeros((4, 3)), jax.random.key(0), args, 6)
-    close(chosen(D.Args()), np.clip(g["action"], -1, 1))
-    close(chosen(D.Args(guidance="none")), np.clip(g["candidates"][:, 0], -1, 1))
-
-
-def test_what_the_choice_promises(golden, monkeypatch):
+    """The best of the samples, what the critics promise for it, and one sample where there is nothing to choose."""
     g = golden("select")
     monkeypatch.setattr(D, "sample_actions", lambda *_: jnp.asarray(g["candidates"]))
     monkeypatch.setattr(D, "q_values", lambda *_: jnp.asarray(g["q"]))
-    look = lambda args: D.choice_metrics((None, None), np.zeros((4, 3)), jax.random.key(0), args, 6)
-    q, found = g["q"], look(D.Args())
+    choose = lambda **flags: D.choose_actions((None, None), np.zeros((4, 3)), jax.random.key(0), D.Args(**flags), 6)
+    actions, found = choose()
+    close(actions, np.clip(g["action"], -1, 1))
+    q = g["q"]
     chosen = q[:, np.arange(4), q.mean(0).argmax(-1)]  # [H, states]
     gain = (chosen - q.mean(-1)) / np.abs(q).mean()
     wanted = [np.clip(g["candidates"], -1, 1).std(1).mean(), gain.mean(), gain.std(0).mean()]
     np.testing.assert_allclose([found[f"choice/{k}"] for k in ("action_std", "gain", "gain_std")], wanted, rtol=1e-6)
-    assert look(D.Args(num_action_samples=1)) == look(D.Args(guidance="none")) == {}
+    for flags in (dict(num_action_samples=1), dict(guidance="none")):
+        actions, found = choose(**flags)
+        close(actions, np.clip(g["candidates"][:, 0], -1, 1))
+        assert found == {}
 
 
 def test_optimiser_golden(golden):
@@ -376,9 +373,9 @@ def test_denoised_guidance_is_q_of_whole_samples():
 
 def test_target_actor_follows_the_codes_rule():
     args, state, batch, noise = loss_inputs(ema_start=1_000, ema_every=5)
-    moved, actor_update = [], jax.jit(D.actor_update, static_argnums=3)
+    moved = []
     for count in (0, 5, 1_000, 1_004, 1_005, 1_006, 1_010):
-        after, _ = actor_update(state._replace(num_updates=jnp.int32(count)), batch, noise, args)
+        after, _ = update(state._replace(num_updates=jnp.int32(count)), batch, noise, args)
         moved.append(any(leaves_differ(after.target_actor, state.target_actor)))
         weights = [jax.tree.leaves(tree)[-1] for tree in (after.target_actor, state.target_actor, after.actor)]
         np.testing.assert_allclose(weights[0], weights[1] + 0.005 * moved[-1] * (weights[2] - weights[1]), atol=1e-7)
@@ -507,7 +504,7 @@ def test_policy_file_acts_as_the_state_that_was_saved(whole_run):
     for index in (0, 1):
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
         _, mean, std = D.dac_data(envs.buffers.load(args.dataset, quiet=True), args)
-        wanted = choose(of_seed((state.actor, state.target_critics), index), (obs[None] - mean) / std, key, args, 2)
+        wanted, _ = choose(of_seed((state.actor, state.target_critics), index), (obs[None] - mean) / std, key, args, 2)
         policy = policies.load(folder / "policy.npz", index)
         np.testing.assert_allclose(policy(obs[None], noise), wanted, atol=1e-5)
 

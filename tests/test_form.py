@@ -30,8 +30,8 @@ OWN = {
     "idle_flags",
 }
 MAX_FUNCTION, MAX_NESTING = 60, 3
-LINES = {"dac": 605, "udg_select": 690, "cped": 720, "wurl_sac": 880}  # in one sitting
-LINES |= {"mopo": 950, "qdq": 900}  # a model and a policy; a teacher, a student and a policy
+LINES = {"dac": 620, "udg_select": 620, "cped": 755, "wurl_sac": 895}  # in one sitting
+LINES |= {"mopo": 955, "qdq": 940}  # a model and a policy; a teacher, a student and a policy
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def nesting(node, depth=0):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_read_in_one_sitting(name):
     """Its functions are short and flat."""
-    assert source(name).count("\n") <= 1.1 * LINES[name]
+    assert source(name).count("\n") <= LINES[name]
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.FunctionDef) and node.name != "make_train":
             assert node.end_lineno - node.lineno < MAX_FUNCTION, node.name

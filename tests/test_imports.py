@@ -1,8 +1,10 @@
 """Data as users bring it: plain arrays, expert data of others, and files whose flags lie. Layouts: test_convert.py."""
 
+import dataclasses
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +16,16 @@ import dac
 import envs
 import mopo
 import runner
+import runner.ends
 from envs import InputError, buffers
 from envs.buffers import convert
 from envs.buffers.__main__ import main as command_line
 from envs.buffers.convert import cut, reach
 from envs.buffers.convert import physics as convert_physics
+from runner import log
 from tests.test_buffers import LABELLED, make_arrays
 from tests.test_convert import about, hopper_rows, import_d4rl, ogbench_rows, refused, select, without
+from tests.test_runs import assert_same_run, records_of, tiny
 
 REAL = Path(__file__).parent / "real"
 ROBOTS = ("hopper", "walker2d", "halfcheetah", "ant-maze-umaze", "ant-angle-0", "humanoid")
@@ -197,7 +202,7 @@ def test_a_terminal_at_the_time_limit_is_one(tmp_path):
 
 
 def test_a_learner_trains_without_a_task(tmp_path, capsys):
-    """It writes its policy and says that it cannot evaluate; one that needs the world refuses before any work."""
+    """It writes its policy and says that it cannot evaluate; ends that nobody knows are refused before any work."""
     made = buffers.from_arrays(plain_rows((30,) * 4), tmp_path / "mine.npz", name="m/y set")
     small = "--hidden-sizes 16 16 --num-critics 2 --num-q-samples 2 --batch-size 16 --num-steps 2 --eval-episodes 2"
     flags = f"--dataset {made} --out {tmp_path / 'run'} --chunk 20 --num-updates 20 --eval-every 20 {small}"
@@ -210,11 +215,64 @@ def test_a_learner_trains_without_a_task(tmp_path, capsys):
     logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert "train/critic_loss" in logged[-1] and not any(key.startswith("eval/") for key in logged[-1])
     flags = f"--dataset {made} --out {tmp_path / 'no'}"
-    refused(lambda: mopo.main(runner.parse(mopo.Args, flags.split(), mopo.preset)), "'m-y-set' name no task", "cped.py")
+    with pytest.raises(InputError, match=r"1 terminals of 120 rows are too few; use cped\.py"):
+        mopo.main(runner.parse(mopo.Args, flags.split(), mopo.preset))
     assert not (tmp_path / "no").exists()
     env = envs.make(buffers.load_task(made, None)[1])
     assert (env.observation_size, env.action_size) == (3, 2)
     refused(lambda: env.reset(None), "no world can be stepped in")
+
+
+def drifting_rows(ends, episodes=40, steps=12):
+    """Episodes of a point that is pushed; where `ends`, one ends beyond 1 in its first coordinate."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(episodes):
+        x = rng.normal(0, 0.2, 2)
+        for step in range(steps):
+            action = rng.uniform(-1, 1, 2)
+            after = x + 0.2 * action + [0.1, 0.0]
+            over = bool(ends and after[0] > 1)
+            rows.append((x, action, -abs(after[1]), after, over, step == steps - 1 and not over))
+            x = after
+            if over:
+                break
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_mopo_trains_without_a_task(ends, tmp_path, monkeypatch, capsys):
+    """Rewards and ends are learnt. The classifier of ends is trained anew at a resume, and the run is the same."""
+    monkeypatch.setattr(runner.ends, "STEPS", 300)
+    made = buffers.from_arrays(drifting_rows(ends), tmp_path / "mine.npz", name="mine")
+    args = tiny("mopo", dataset=str(made), out=str(tmp_path / "whole"), max_epochs=2)
+    result = mopo.main(args)
+    said = capsys.readouterr().out
+    assert "cannot be evaluated" in said and "result: not evaluated" in said
+    assert set(result) == {"data_mean", "data_best"}
+    assert ("when 'data-mine' ends is learnt from its data" in said) == ends
+    found = records_of(tmp_path / "whole")
+    assert "train/q" in found[-1] and not any(key.startswith(("eval/", "value/")) for key in found[-1])
+    with np.load(tmp_path / "whole/policy.npz", allow_pickle=False) as policy:
+        assert json.loads(str(policy["metadata_json"]))["task"] is None
+    if not ends:
+        with pytest.raises(InputError, match="--reward known: the observations of data-mine do not tell its reward"):
+            mopo.main(dataclasses.replace(args, reward="known", out=str(tmp_path / "no")))
+        return
+    assert sum(record.get("model/terminal", 0) for record in found) > 0
+    show = log.Progress.show
+
+    def strike(self, *rest, **more):
+        show(self, *rest, **more)
+        if self.label == "update":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cut = dataclasses.replace(args, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="stopped by SIGTERM at update 20"):
+        patched.setattr(log.Progress, "show", strike)
+        mopo.main(cut)
+    mopo.main(dataclasses.replace(cut, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 # --- expert data of a university course ----------------------------------------------------------
@@ -605,7 +663,7 @@ def test_an_older_minari_is_named(tmp_path, monkeypatch):
 
 
 def test_a_column_that_an_import_lacks_has_a_remedy_that_helps(tmp_path):
-    """No file of others can be recorded again; and no root column makes a task of 111 numbers."""
+    """No file of others can be recorded again; and no root column makes a task of 99 numbers."""
     rows = without(hopper_rows(), "infos/qpos", "infos/qvel")
     buffer = import_d4rl(tmp_path, rows)
     for key, words in (("root_positions", "Rewards of a task"), ("goals", "use other data")):
@@ -614,11 +672,11 @@ def test_a_column_that_an_import_lacks_has_a_remedy_that_helps(tmp_path):
     own = buffers.save(tmp_path / "own.npz", without(make_arrays(), "root_positions"), LABELLED)
     refused(lambda: buffers.load(own, quiet=True)["root_positions"], "record this column where the buffer is made")
     rng = np.random.default_rng(0)
-    wide = without(rows, observations=rng.normal(size=(15, 111)), actions=rng.uniform(-1, 1, (15, 8)))
+    wide = without(rows, observations=rng.normal(size=(15, 99)), actions=rng.uniform(-1, 1, (15, 8)))
     wide = without(wide, "next_observations", "infos/action_log_probs")
     with np.errstate(all="ignore"):
         path = import_arrays(tmp_path, wide, name="ant-own").path
-    refused(lambda: select(path, "ant-angle-0", tmp_path), "no task pays 'arrays/ant-own'", "no task here has 111")
+    refused(lambda: select(path, "ant-angle-0", tmp_path), "no task pays 'arrays/ant-own'", "no task here has 99")
 
 
 def test_another_dt_is_named_as_the_cause(tmp_path, capsys):

@@ -495,7 +495,7 @@ def test_rollouts_draw_from_the_elites():
 def test_q_is_measured_along_rollouts():
     """Against plain numpy: by networks that see scaled observations, which the ring holds; of rows that count alone."""
     args, data, model, agent, ring = small_world()
-    model = model._replace(eyes=(jnp.full(3, 0.5), jnp.full(3, 2.0)))
+    model = model._replace(obs_scale=(jnp.full(3, 0.5), jnp.full(3, 2.0)))
     ring, metrics = refresh(agent, emptied(ring), model, data, jax.random.key(0), args, TASK)
     seen = jax.tree.map(lambda x: np.asarray(x[:192], float).reshape(3, 64, *x.shape[1:]), ring.rows)
     q = common.twin_q(agent.critic, seen.observations, seen.actions).min(0)
@@ -528,10 +528,10 @@ def test_actor_and_critics_see_scaled_observations():
     """Of the ring, of the data and in rollouts: with the model's units taken off, all is as without the flag."""
     args, data, model, agent, ring = small_world()
     own = dataclasses.replace(args, standardise_observations=True)
-    eyes = M.seen_moments(data, own)
+    eyes = M.obs_moments(data, own)
     close(eyes[0], np.mean(data.observations, 0), 1e-4), close(eyes[1], np.std(data.observations, 0), 1e-4)
-    assert not M.seen_moments(data, args)[0].any()
-    other, _ = refresh(agent, ring, model._replace(eyes=eyes), data, jax.random.key(1), own, TASK)
+    assert not M.obs_moments(data, args)[0].any()
+    other, _ = refresh(agent, ring, model._replace(obs_scale=eyes), data, jax.random.key(1), own, TASK)
     plain, _ = refresh(agent, ring, model, data, jax.random.key(1), args, TASK)
     new = np.flatnonzero(np.any(np.asarray(other.rows.observations != plain.rows.observations), 1))
     starts = np.asarray(other.rows.observations)[new[:64]] * eyes[1] + eyes[0]
@@ -543,7 +543,7 @@ def test_actor_and_critics_see_scaled_observations():
 def test_updates_see_the_data_as_they_see_the_models_rows(standardise, monkeypatch):
     args, data, model, *_ = small_world()
     args, seen = dataclasses.replace(args, standardise_observations=standardise, chunk=10), []
-    model = model._replace(eyes=M.seen_moments(data, args))
+    model = model._replace(obs_scale=M.obs_moments(data, args))
 
     def remember(agent, ring, data, key, args):
         jax.debug.callback(lambda *x: seen.append(x), data.observations, data.next_observations, data.rewards)
@@ -576,7 +576,7 @@ def test_networks_that_see_scaled_observations_are_those_with_scaled_weights():
     args, data, model, agent, _ = small_world()
     eyes = jnp.array([0.5, -1.0, 2.0]), jnp.array([2.0, 0.5, 3.0])
     other = agent._replace(actor=folded(agent.actor, *eyes))
-    pairs = (model._replace(eyes=eyes), agent), (model._replace(eyes=(jnp.zeros(3), jnp.ones(3))), other)
+    pairs = (model._replace(obs_scale=eyes), agent), (model._replace(obs_scale=(jnp.zeros(3), jnp.ones(3))), other)
     rolled = [model_rollout(*pair, data.observations[:50], jax.random.key(0), args, TASK)[0] for pair in pairs]
     leaves_close(*rolled, atol=1e-3)
 
@@ -591,7 +591,7 @@ def test_networks_that_see_scaled_observations_are_those_with_scaled_weights():
         lambda tree: jax.tree.map(lambda x: x[None], tree),
     )
     found = [
-        evaluate(one(agent._replace(actor=actor, critic=critic)), one(model._replace(eyes=eyes)),
+        evaluate(one(agent._replace(actor=actor, critic=critic)), one(model._replace(obs_scale=eyes)),
                  jax.random.split(jax.random.key(2), 1))[0]
         for actor, critic, eyes in (
             (actor, critic, eyes),

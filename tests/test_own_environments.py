@@ -177,8 +177,13 @@ def test_actions_reach_both_bounds_of_the_space(world):
     np.testing.assert_array_equal(scaled(np.float32([0, 0])), np.float32([0.25, 2.25]))
 
 
-def test_episodes_that_begin_anew_where_one_ends(world):
-    """As wurl_sac.py does it without diversity: every episode is Gymnasium's from its own reset on."""
+def test_episodes_that_begin_anew_where_one_ends(world, monkeypatch):
+    """As wurl_sac.py does it without diversity: every episode is Gymnasium's from its own reset on.
+
+    Nothing else is reset: once for what a start shows, and once for the environment that goes on from it.
+    """
+    begin, resets = gymnasium_pool._begin, []
+    monkeypatch.setattr(gymnasium_pool, "_begin", lambda *args: resets.append(args) or begin(*args))
     args = wurl_sac.Args(task=NAME, hidden_sizes=(4,), random=True)
     env, observe = envs.make(NAME), lambda x: x
     actor = wurl_sac.actor_net(args, env.action_size).init(jax.random.key(0), jnp.zeros((1, 2)))
@@ -186,6 +191,7 @@ def test_episodes_that_begin_anew_where_one_ends(world):
     steps = jax.tree.map(np.asarray, steps(actor, jax.random.key(1)))
     t, ends = steps.transition, steps.terminals
     assert ends.sum() > 3 and steps.alive.all()
+    assert len(resets) <= 2 * (3 + ends.sum())
     assert (np.abs(t.next_observations[..., 0]) > 1).tolist() == ends.tolist()
     assert (t.observations[:, 1:][~ends[:, :-1]] == t.next_observations[:, :-1][~ends[:, :-1]]).all()
     assert (np.abs(t.observations[:, 1:][ends[:, :-1]]) < 1).all()  # a start, not where the last one ended
@@ -342,7 +348,7 @@ def test_gymnaxs_interface(entries):
 
 def test_functions_that_are_given_pay_and_end(entries, world):
     """The same ones step, relabel and tell a model; feature and reference are the task's."""
-    slide = registered._ENTRIES["slide"]
+    slide = registered._entry("my_worlds:slide")
     envs.register(
         "other", slide.make, episode_length=30, reward=lambda s, a, s2: s2[..., 0] - s[..., 0] + 0 * a[..., 0],
         terminal=lambda s2: s2[..., 0] > 0.2, feature=lambda s2: s2[..., :1], feature_names=("x",), reference=(0, 2),
@@ -359,6 +365,38 @@ def test_functions_that_are_given_pay_and_end(entries, world):
         envs.register("ant-angle-7", slide.make)
     with pytest.raises(envs.InputError, match="'a:b' cannot be registered: use letters"):
         envs.register("a:b", slide.make)
+
+
+def test_two_modules_that_use_one_name(entries, world):
+    """Each has its own under `module:name`, whichever came last; the name alone is refused."""
+    source = (world / "my_worlds.py").read_text()
+    twin = lambda length: source.replace(
+        '"slide", Slide, episode_length=100', f'"twin", Slide, episode_length={length}'
+    )
+    (world / "right").mkdir()
+    for file, text in {
+        "left.py": twin(5),
+        "right/__init__.py": "import right.worlds",  # a package registers in one of its modules
+        "right/worlds.py": twin(6),
+        "through.py": "import far",  # and a module in another that it imports
+        "far.py": twin(7),
+    }.items():
+        (world / file).write_text(text)
+    lengths = {"left": 5, "right": 6, "right.worlds": 6, "through": 7, "far": 7}
+    for _ in range(2):
+        assert {name: envs.task(f"{name}:twin").episode_length for name in lengths} == lengths
+    assert envs.make("left:twin").task.episode_length == 5
+    for find in (envs.task, envs.make):
+        with pytest.raises(envs.InputError, match=r"^'twin' is registered by 3 modules: say which, .*left:twin"):
+            find("twin")
+    with pytest.raises(envs.InputError, match=r"my_worlds registers no 'twin'.*my_worlds:slide, left:twin"):
+        envs.task("my_worlds:twin")
+    assert envs.task("slide").episode_length == 100  # of one module alone
+    envs.register("own", Counter)
+    envs.register("own", Counter, episode_length=3)  # of the same module: it takes the first one's place
+    assert envs.task("own").episode_length == 3
+    for name in lengths:
+        sys.modules.pop(name)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def gaussian(path, script, layers=2, eyes=None):
     write(path, "tanh_gaussian", {"actor": actor, **(SEEN if eyes else {})}, **about)
 
     def act(index, observations, noise=None):
-        seen = mopo.see(of(EYES, index), observations) if eyes else observations
+        seen = mopo.scaled(of(EYES, index), observations) if eyes else observations
         mean, log_std = net.apply(of(actor, index), seen)
         sample = wurl_sac.tanh_normal_sample
         return jnp.tanh(mean) if noise is None else sample(mean, log_std, noise)[0]
@@ -85,7 +85,7 @@ def of_dac(path, **flags):
     task = types.SimpleNamespace(action_size=A)
     run = types.SimpleNamespace(task=task, write_policy=lambda kind, params, **more: write(path, kind, params, **more))
     dac.write_policy(run, types.SimpleNamespace(actor=actor, target_critics=critics), args)
-    choose = jax.jit(lambda nets, s, key: dac.choose_actions(nets, s, key, args, A))
+    choose = jax.jit(lambda nets, s, key: dac.choose_actions(nets, s, key, args, A)[0])
     return lambda i, s, key: choose((of(actor, i), of(critics, i)), s, key)
 
 

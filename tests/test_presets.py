@@ -237,8 +237,8 @@ def test_cped_has_settings_of_our_own_and_published_ones_by_name(named):
         (cped, "--constraint dual --alpha-from 0 0.1 0.2", "--alpha-from, because --constraint is dual"),
         (cped, "--adv-weight 0 --disc-lr 1e-3", "--disc-lr, because --adv-weight is 0"),
         (qdq, "--window 50", "--window, because H is the critics'"),
-        (qdq, "--alpha 0.9", "--alpha, because it is of another --penalty than excess"),
-        (qdq, "--preset published --kappa 2", "--kappa, because it is of another --penalty than product"),
+        (qdq, "--alpha 0.9", "--alpha, because it is not for --penalty excess"),
+        (qdq, "--preset published --kappa 2", "--kappa, because it is not for --penalty product"),
     ],
 )
 def test_flags_without_effect_are_told(script, words, why, named):

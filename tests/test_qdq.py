@@ -15,6 +15,7 @@ import envs.buffers
 import qdq as D
 import qdq_figures
 import runner
+from runner import probes
 from tests.oracles import common
 from tests.oracles.common import close, leaves_close, mish, mlp, of_seed, size_of
 
@@ -81,10 +82,6 @@ def test_window_rule():
         D.window_sizes(tiny(window=0, window_step=1_000_000), 100)
 
 
-def test_constant_returns_do_not_divide_by_zero():
-    np.testing.assert_array_equal(D.scaled(np.full(3, 5.0), 5.0, 5.0), -1.0)
-
-
 def test_data_is_prepared(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
     args = D.Args(reward_shift=-1.0, scale_rewards=False)
@@ -117,23 +114,18 @@ def test_data_is_prepared(dataset):
     assert not len(D.q_entries(buffer, data, D.Args(holdout=0.0))[1].x)
 
 
-@pytest.fixture
-def tiny_buffer():
-    """-> make(reward factor): a buffer of 40 episodes, whose third column of observations never changes."""
-
-    def make(factor):
-        rng = np.random.default_rng(0)
-        s = np.concatenate([rng.normal(size=(800, 2)), np.full((800, 1), 1234.567)], 1).astype(np.float32)
-        ends = np.arange(20, 801, 20)
-        rows = {"observations": s, "next_observations": np.roll(s, -1, 0), "actions": rng.uniform(-1, 1, (800, 2))}
-        rows |= {"rewards": factor * rng.normal(1.0, 1.0, 800), "terminals": np.zeros(800), "episode_ends": ends}
-        return type("Buffer", (dict,), {"metadata": {"episode_length": 20}})(rows)
-
-    return make
+def tiny_buffer(factor):
+    """40 episodes, rewards times a factor; the third column of observations never changes."""
+    rng = np.random.default_rng(0)
+    s = np.concatenate([rng.normal(size=(800, 2)), np.full((800, 1), 1234.567)], 1).astype(np.float32)
+    rows = {"observations": s, "next_observations": np.roll(s, -1, 0), "actions": rng.uniform(-1, 1, (800, 2))}
+    rows |= {"rewards": factor * rng.normal(1.0, 1.0, 800), "terminals": np.zeros(800)}
+    rows["episode_ends"] = np.arange(20, 801, 20)
+    return type("Buffer", (dict,), {"metadata": {"episode_length": 20}})(rows)
 
 
-def test_any_unit_of_rewards_and_a_constant_column(tiny_buffer):
-    """The same data, D_Q and losses for rewards x 1e-6, 1 and 1e6; a constant column is 0."""
+def test_any_unit_of_rewards_and_a_constant_column():
+    """The same data, D_Q and losses for rewards x 1e-6, 1 and 1e6; no reward and a constant column do no harm."""
     args, nets, _, _ = small_world()
     args = dataclasses.replace(args, min_entries=10, uncertainty="critics", penalty="excess")
     seen = []
@@ -150,20 +142,8 @@ def test_any_unit_of_rewards_and_a_constant_column(tiny_buffer):
     np.testing.assert_allclose(seen[2], seen[1], rtol=1e-4)
     assert std[2] == np.float32(1234.567) and np.abs(data.observations[:, 2]).max() < 1e-5
     assert abs(float(jnp.sqrt(jnp.mean(data.rewards**2))) - 1) < 1e-3
-    assert np.all(np.asarray(D.qdq_data(tiny_buffer(0.0), args)[0].rewards) == 0.0)
-
-
-def test_whole_episodes_are_held_out(tiny_buffer):
-    """Their windows are none that teacher and student see, and all windows are on one side."""
-    args = dataclasses.replace(small_world()[0], min_entries=10, holdout=0.25)
-    buffer = tiny_buffer(1.0)
-    data, _ = D.qdq_data(buffer, args)
-    rows = lambda part: {tuple(c) for c in np.asarray(part.conditions)}
-    entries, held = map(rows, D.q_entries(buffer, data, args))
-    every, none = map(rows, D.q_entries(buffer, data, dataclasses.replace(args, holdout=0.0)))
-    assert not none and not entries & held and entries | held == every
-    starts = {tuple(c): i for i, c in enumerate(np.concatenate([data.observations, data.actions], 1))}
-    assert len({starts[c] // 20 for c in held}) == 10 and len(held) == len(every) // 4  # episodes of 20 rows
+    nothing, _ = D.qdq_data(tiny_buffer(0.0), args)
+    assert np.all(nothing.rewards == 0.0) and np.all(D.q_entries(tiny_buffer(0.0), nothing, args)[0].x == -1.0)
 
 
 # --- consistency model ---
@@ -185,14 +165,15 @@ def golden_net(name):
 
 
 def fresh_net(args, num_conditions, seed=1):
-    return D.q_net(args).init(jax.random.key(seed), jnp.zeros(num_conditions), *jnp.ones(2))
+    net = D.QNet(args.model_hidden_sizes, args.group_size)
+    return net.init(jax.random.key(seed), jnp.zeros(num_conditions), *jnp.ones(2))
 
 
 def test_network_golden():
     g = golden("consistency")
     with jax.enable_x64():
         net, inputs = golden_net("f"), (g["net_c"], g["net_x"][:, 0], g["sigma"], GROUPS_OF_2)
-        close(D.q_net(GROUPS_OF_2).apply(net, *inputs[:3]), g["net_F"][:, 0], 1e-10)
+        close(D.QNet((64, 64, 64), 2).apply(net, *inputs[:3]), g["net_F"][:, 0], 1e-10)
         close(D.denoiser(net, *inputs), g["net_denoiser"][:, 0], 1e-10)
         f = D.consistency(net, *inputs)
         close(f, g["net_consistency"][:, 0], 1e-10)
@@ -269,10 +250,12 @@ def test_monte_carlo_is_the_population_std():
 def test_all_levels_are_drawn(monkeypatch):
     """The level of the samples, t = 80, among them; the last level is a target only."""
     seen = []
-    monkeypatch.setattr(D, "distillation_loss", lambda *x: seen.append(x[6]) or jnp.float32(0.0))
+    monkeypatch.setattr(D, "distillation_loss", lambda net, *x: seen.append(x[5]) or 0.0 * net["w"])
     args = tiny(num_levels=4, model_batch_size=200)
     entries = D.Entries(jnp.zeros((9, 5)), jnp.zeros(9), jnp.float32(0.0), jnp.float32(1.0))
-    D.student_loss(None, None, None, entries, jax.random.key(0), args)
+    net = {"w": jnp.float32(0.0)}
+    student = D.ModelNets(net, net, D.qdq_optimisers(args)[1].init(net))
+    D.student_update(student, None, entries, 0, jax.random.key(0), args)
     t, s = map(np.asarray, seen[0])
     levels = np.asarray(D.noise_levels(4))
     np.testing.assert_array_equal(np.unique(t), np.sort(levels[:-1]))
@@ -302,26 +285,20 @@ def test_student_starts_as_the_teacher_and_its_target_follows_every_fifth_step()
 CRITIC_CASES = sorted({key.split(".reward")[0] for key in golden("target") if key.endswith(".reward")})
 
 
-def case_args(case, **changes):
-    kind, alpha, beta, _ = case.rsplit("_", 3)
-    weight = {"umaze-diverse": "antmaze-diverse"}.get(kind, kind)
-    fields = {"penalty": "product", "alpha": float(alpha), "beta": float(beta), "weight": weight}
-    return D.Args(**fields, **changes)
-
-
 @pytest.mark.parametrize("case", CRITIC_CASES)
 def test_target_golden(case):
-    g, args = golden("target", case), case_args(case)
+    kind, alpha, beta, _ = case.rsplit("_", 3)
+    weight = {"umaze-diverse": "antmaze-diverse"}.get(kind, kind)
+    g, args = golden("target", case), D.Args(penalty="product", alpha=float(alpha), beta=float(beta), weight=weight)
     with jax.enable_x64():
         h = g["samples"].std(1)
         close(h, g["H"], 1e-10)
         level = jnp.quantile(jnp.asarray(g["H"]), args.beta)
         ood = g["H"] > level
         np.testing.assert_array_equal(ood, g["ood"])
-        close(D.bootstrap_weight(jnp.asarray(g["H"]), ood, args), g["weight"], 1e-10)
         batch = D.Transitions(None, None, g["reward"], None, 1.0 - g["mask"])
         next_q = np.minimum(g["q1_target"], g["q2_target"])
-        y, _ = D.mixed_target(batch, next_q, jnp.asarray(g["H"]), level, args)
+        y, _ = D.bootstrap_target(batch, next_q, jnp.asarray(g["H"]), level, args)
         close(y, g["y_blend"], 1e-10)
         loss = lambda q: jnp.mean((q - y) ** 2, -1).sum()
         grads = jax.grad(loss)(jnp.stack([g["q1"], g["q2"]]))
@@ -333,7 +310,7 @@ def test_excess_lowers_what_is_above_the_level():
     h, q = jnp.arange(101.0), jnp.linspace(-3.0, 3.0, 101)
     batch = D.Transitions(None, None, jnp.ones(101), None, jnp.arange(101.0) == 100)
     args = D.Args(penalty="excess", kappa=2.0, gamma=0.5)
-    y, metrics = D.mixed_target(batch, q, h, jnp.float32(70.0), args)
+    y, metrics = D.bootstrap_target(batch, q, h, jnp.float32(70.0), args)
     wanted = 1.0 + 0.5 * (np.asarray(q) - 2.0 * np.maximum(np.arange(101) - 70.0, 0.0)) * (np.arange(101) < 100)
     np.testing.assert_allclose(y, wanted, rtol=1e-6)
     assert [round(float(metrics[f"train/h_p{p}"]), 3) for p in (10, 50, 90)] == [10, 50, 90]
@@ -394,6 +371,13 @@ def numpy_critics(params, obs, actions):
     return np.stack([mlp(own, x, mish)[..., 0] for own in each])
 
 
+def numpy_h(kind, nets, model, obs, actions, args):
+    """The critics' std; the student's is compared with goldens above."""
+    if kind == "critics":
+        return numpy_critics(nets.target_critic, obs, actions).std(0)
+    return np.asarray(D.q_moments(model, jnp.float32(np.concatenate([obs, actions], -1)), None, args)[1], float)
+
+
 @functools.cache
 def small_world():
     """args, nets whose targets differ, a model and a batch."""
@@ -422,11 +406,7 @@ def test_critic_loss_is_the_equation(sample_target):
         actions = actions + std * np.asarray(jax.random.normal(key_sample, actions.shape))
     noise = np.clip(0.2 * np.asarray(jax.random.normal(key_noise, actions.shape)), -0.5, 0.5)
     actions = np.clip(actions + noise, -1, 1)
-    c = np.concatenate([batch.next_observations, actions], -1)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
-    q = np.asarray(D.q_samples(model, jnp.float32(c), jnp.float32(nodes), args), float)
-    mean = q @ weights / weights.sum()
-    h = np.sqrt(((q - mean[:, None]) ** 2) @ weights / weights.sum())
+    h = numpy_h("consistency", nets, model, batch.next_observations, actions, args)
     next_q = numpy_critics(nets.target_critic, batch.next_observations, actions).min(0)
     factor = 0.992 + 0.008 * np.where(h > np.quantile(h, 0.9), 1 / h, 0.9)
     y = batch.rewards + 0.99 * (1 - np.asarray(batch.terminals)) * factor * next_q
@@ -445,11 +425,7 @@ def test_excess_is_that_of_opinions_over_those_on_the_data(kind):
     targets = nets.target_critic, nets.target_actor
     _, metrics = critic_loss(nets.critic, *targets, given, batch, jax.random.key(7), args)
 
-    def h_of(s, a):
-        if kind == "critics":
-            return numpy_critics(nets.target_critic, s, a).std(0)
-        return np.asarray(D.q_moments(model, jnp.float32(np.concatenate([s, a], -1)), None, args)[1])
-
+    h_of = lambda s, a: numpy_h(kind, nets, model, s, a, args)
     actions = numpy_actor(nets.target_actor, batch.next_observations)
     h = h_of(batch.next_observations, actions)
     excess = np.maximum(h - np.quantile(h_of(batch.observations, batch.actions), 0.6), 0.0)
@@ -538,6 +514,24 @@ def test_critic_gradient_is_clipped():
     (_, (moments, *_)), (_, (big, *_)) = step(scale(1.0)), step(scale(1e4))
     norm = lambda tree: float(D.optax.global_norm(tree.mu)) / 0.1
     assert norm(moments) < args.max_grad_norm and norm(big) == pytest.approx(args.max_grad_norm, rel=1e-3)
+
+
+def test_probes_ask_h_on_the_data_and_off_them():
+    """H = own |a| + s_0: what each probe changes, and which rows two seeds flag."""
+    data, args = random_batch(), tiny(num_seeds=2)
+    ask = lambda *own: probes.metrics(
+        lambda own, s, a, key: own[0] * jnp.abs(a).sum(-1) + own[1] * s[..., 0], lambda own, s: 0.9 + 0 * s[:, :2],
+        jnp.array(own), data, 0.9, args,
+    )  # fmt: skip
+    by_action, by_state = ask([1.0, 0.0], [2.0, 0.0]), ask([0.0, 1.0], [0.0, -1.0])
+    near, far = by_action["h/near"], by_action["h/far_action"]
+    assert np.all(by_action["h/data"] == by_action["h/far_state"]) and np.all(near != by_action["h/data"])
+    np.testing.assert_allclose(far, [1.0, 2.0], rtol=0.1)  # the median of |a_0| + |a_1|, both uniform
+    np.testing.assert_allclose(by_action["h/policy"], [1.8, 3.6], rtol=1e-5)
+    assert np.all(by_state["h/data"] == by_state["h/near"]) and np.all(by_state["h/data"] == by_state["h/policy"])
+    np.testing.assert_allclose(by_action["h/flagged_data"], 0.1, atol=0.01)
+    assert np.all(by_action["h/flagged_policy"] == 1.0) and np.all(by_state["h/flagged_far_state"] > 0.25)
+    assert np.all(by_action["h/overlap"] == 1.0) and np.all(by_state["h/overlap"] == 0.0)
 
 
 # --- worlds with known answers ---
@@ -761,7 +755,7 @@ def test_learns_on_the_point_robot(one_student, dataset, tmp_path, optimised):
         (dict(student_tau=0.0), "--student-tau must"),
         (dict(uncertainty="critics", num_critics=1), "--num-critics 2"),
         (dict(uncertainty="critics", student="x"), "--student goes with"),
-        (dict(window=90), r"D_Q has \d+ entries of 5000"),
+        (dict(window=90), r"D_Q has \d+ entries, fewer than the 5000"),
     ],
 )
 def test_refusals(changes, message, dataset, tmp_path):

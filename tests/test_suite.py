@@ -305,7 +305,7 @@ def test_names_of_sets():
         suite.chosen(["humanoid"], "cpu")
 
 
-@pytest.mark.parametrize("budget", ["cpu", "paper"])
+@pytest.mark.parametrize("budget", suite.ROWS)
 def test_runs_keep_what_sets_are_made_of(budget):
     for task in suite.RUNS:
         run = args_of(wurl_sac, suite.sac_flags(suite.parse(["--budget", budget]), task).split())

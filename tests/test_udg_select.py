@@ -18,6 +18,8 @@ import runner
 import udg_select
 from envs.buffers import figures as buffer_figures
 from envs.buffers import scripted
+from envs.buffers.raw import buffer_paths, map_buffer
+from tests.test_measures import restarts
 from udg_select import Args
 
 METADATA = {
@@ -97,13 +99,13 @@ def test_relabelled_rewards_are_the_environments(tmp_path, name):
     arrays = {key: np.stack([getattr(s, key) for s in steps]) for key in envs.Transition._fields if key != "goals"}
     arrays |= {"rewards": np.zeros(30, np.float32), "terminals": np.zeros(30, bool)}
     path = write(tmp_path / "b.npz", {**arrays, "timeouts": np.arange(30) == 29})
-    found = udg_select.relabel(udg_select.map_buffer(path), envs.task(name))
+    found = udg_select.relabel(map_buffer(path), envs.task(name))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, rewards, rtol=0, atol=1e-6)
 
 
 def test_relabelling_in_blocks_is_the_same(folder, monkeypatch):
-    buffer = udg_select.map_buffer(folder / "policy_02.npz")
+    buffer = map_buffer(folder / "policy_02.npz")
     task = envs.task("point-angle-60")
     whole = udg_select.relabel(buffer, task)
     monkeypatch.setattr(udg_select.raw, "BLOCK", 7)
@@ -123,7 +125,7 @@ def test_scores_against_a_loop(tmp_path):
     arrays["terminals"] = flags & (np.arange(19) == 18)
     arrays["timeouts"] = flags & ~arrays["terminals"]
     path = write(tmp_path / "b.npz", arrays, warmup_transitions=4)
-    buffer = udg_select.map_buffer(path)
+    buffer = map_buffer(path)
     rewards = np.arange(19, dtype=np.float32)
     full, short = float(rewards[4:14].sum()), float(rewards[17:].sum())
     found = score(rewards, buffer)
@@ -139,7 +141,7 @@ def test_scores_against_a_loop(tmp_path):
 
 
 def test_scores_with_and_without_the_warmup(folder):
-    buffer = udg_select.map_buffer(folder / "policy_00.npz")
+    buffer = map_buffer(folder / "policy_00.npz")
     rewards = np.where(np.arange(60) < 10, 0.0, 1.0).astype(np.float32)
     found = score(rewards, buffer)
     assert (found["score"], found["score_trained"]) == (pytest.approx(50 / 6), 10.0)
@@ -147,35 +149,22 @@ def test_scores_with_and_without_the_warmup(folder):
     assert (found["score"], found["score_all"], found["episodes"]) == (10.0, pytest.approx(50 / 6), 5)
 
 
-def test_the_top_decile_is_the_mean_of_the_best_tenth(tmp_path):
-    buffer = udg_select.map_buffer(write(tmp_path / "b.npz", walk(0, episodes=40)))
-    rewards = np.repeat(np.arange(40, dtype=np.float32), 10)
-    assert score(rewards, buffer)["top_decile"] == 10 * 37.5
-
-
-def restarted(path, seed, hazard=1 / 30, length=100, rounds=300):
-    """A buffer whose episodes end at any step with chance `hazard`; the next begins at once, a round cuts its last."""
-    rng, lengths, terminals = np.random.default_rng(seed), [], []
-    for _ in range(rounds):
-        left = length
-        while left:
-            whole = min(rng.geometric(hazard), length + 1)  # beyond `length` it reaches the end alive
-            lengths.append(min(whole, left))
-            terminals.append(whole <= left)
-            left -= lengths[-1]
-    arrays, ends = walk(0, episodes=rounds, length=length, seed=seed), np.cumsum(lengths)
-    arrays["terminals"][ends - 1] = terminals
+def restarted(path, seed):
+    """A buffer whose episodes end at any step with chance 1/30; the next begins at once, rounds of 100 steps cut."""
+    lengths, complete = restarts(np.random.default_rng(seed), 300, 100, 1 / 30)
+    arrays, ends = walk(0, episodes=300, length=100, seed=seed), np.cumsum(lengths)
+    arrays["terminals"][ends - 1] = complete
     arrays["timeouts"][:] = False
-    arrays["timeouts"][ends - 1] = np.logical_not(terminals)
+    arrays["timeouts"][ends - 1] = ~complete
     arrays["observations"][ends[:-1]] = 0.0  # a reset, and no walking on
-    return write(path, arrays, episode_length=length, warmup_transitions=0)
+    return write(path, arrays, episode_length=100, warmup_transitions=0)
 
 
 def test_where_episodes_restart_the_score_is_that_of_whole_episodes(tmp_path):
     """1 a step: sum_t P(alive at t) = 29.0; the mean of the complete ones alone is 22."""
     found, plain = [], []
     for seed in range(6):
-        buffer = udg_select.map_buffer(restarted(tmp_path / f"{seed}.npz", seed))
+        buffer = map_buffer(restarted(tmp_path / f"{seed}.npz", seed))
         ones = np.ones(len(buffer), np.float32)
         judged = udg_select.judge_episodes(ones, buffer, False)
         found.append(score(ones, buffer)["score"])
@@ -192,7 +181,7 @@ def test_the_newest_tenth_is_of_rows_and_each_score_may_rank(tmp_path):
         write(tmp_path / f"{name}.npz", walk(0, episodes=40, length=length), episode_length=length)
     early, late, lucky = (np.full((40, length), x, np.float32) for x in (1.0, 0.5, 0.0))
     early[20:], late[36:], lucky[7:11] = 0.5, 1.5, 5.0
-    buffers = [udg_select.map_buffer(tmp_path / f"{name}.npz") for name in "abc"]
+    buffers = [map_buffer(tmp_path / f"{name}.npz") for name in "abc"]
     best = {"mean": 0, "recent": 1, "top-decile": 2, "per-step": 0}
     for by, expected in best.items():
         pairs = zip((early, late, lucky), buffers, strict=True)
@@ -228,17 +217,6 @@ def test_every_direction_finds_its_buffer(folder, tmp_path, no_figures):
 # --- distances ---
 
 
-def test_wasserstein_against_all_permutations():
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        x, y = rng.normal(size=(2, 6, 3))
-        costs = (
-            np.mean([np.linalg.norm(x[i] - y[p]) for i, p in enumerate(order)])
-            for order in itertools.permutations(range(6))
-        )
-        assert udg_select.wasserstein(x, y) == pytest.approx(min(costs), rel=1e-12)
-
-
 def test_wasserstein_of_a_shift_is_the_shift():
     x = np.random.default_rng(0).normal(size=(50, 2))
     assert udg_select.wasserstein(x, x + [3.0, 4.0]) == pytest.approx(5.0, rel=1e-12)
@@ -266,7 +244,7 @@ def test_pairwise_distances_and_their_floor(folder):
 
 
 def test_distance_to_a_reference_is_smallest_for_its_own_direction(folder, tmp_path):
-    reference = udg_select.map_buffer(write(tmp_path / "expert.npz", walk(120, seed=99)))
+    reference = map_buffer(write(tmp_path / "expert.npz", walk(120, seed=99)))
     sources, task = udg_select.open_sources([str(folder)]), envs.task("point-angle-120")
     for *distances, floor in udg_select.reference_wasserstein(sources, reference, task, Args(w1_points=40)):
         assert len(distances) == 6 and np.argmin(distances) == 2
@@ -283,7 +261,7 @@ def test_state_action_distance_has_no_unit(tmp_path):
             for key in ("observations", "next_observations"):
                 arrays[key][:, 2] *= factor
             paths.append(str(write(tmp_path / f"s{k}.npz", arrays)))
-        sources, reference = udg_select.open_sources(paths[:2]), udg_select.map_buffer(paths[2])
+        sources, reference = udg_select.open_sources(paths[:2]), map_buffer(paths[2])
         args = Args(w1_points=40)
         found.append(udg_select.reference_wasserstein(sources, reference, envs.task("point-angle-0"), args)[1])
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
@@ -358,17 +336,9 @@ def test_the_mean_of_a_mixture_is_weighted_buffer_by_buffer():
     rng = np.random.default_rng(0)
 
     def episodes(hazard):
-        lengths, complete = [], []
-        for _ in range(3_000):  # each round is filled with episodes, the last one cut
-            room = 200
-            while room > 0:
-                length = min(rng.geometric(hazard), 200)
-                lengths.append(min(length, room))
-                complete.append(length <= room)
-                room -= length
+        lengths, complete = restarts(rng, 3_000, 200, hazard)
         yes = np.ones(len(lengths), bool)
-        lengths = np.array(lengths)
-        return udg_select.Episodes(lengths * 1.0, lengths, np.array(complete), yes, ~yes, yes * 1, yes)
+        return udg_select.Episodes(lengths * 1.0, lengths, complete, yes, ~yes, yes * 1, yes)
 
     judged = [episodes(1 / 50), episodes(1 / 10_000)]
     chosen = {k: np.arange(2_900) for k in range(2)}
@@ -466,15 +436,8 @@ def test_shares_by_transport_make_what_the_reference_is_made_of(folder, tmp_path
     both = [walk(60, episodes=30, seed=50), walk(240, episodes=10, seed=51)]
     expert = write(tmp_path / "expert.npz", {key: np.concatenate([x[key] for x in both]) for key in both[0]})
     for size, other in ((0, "all"), (40, "top4")):
-        run(
-            folder,
-            tmp_path,
-            top=("transport", other.removeprefix("top")),
-            reference=str(expert),
-            size=size,
-            w1_points=50,
-            overwrite=True,
-        )
+        top = "transport", other.removeprefix("top")
+        run(folder, tmp_path, top=top, reference=str(expert), size=size, w1_points=50, overwrite=True)
         tail = f"-size{size}" if size else ""
         buffer = saved(tmp_path, f"point-angle-60/transport{tail}.npz")
         parents = {p["policy_id"]: p["num_transitions"] / len(buffer) for p in buffer.metadata["parents"]}
@@ -582,9 +545,9 @@ def test_a_run_folder_and_globs_and_lists_are_the_same(folder, monkeypatch):
     expected = sorted(folder.glob("*.npz"))
     names = [str(path) for path in expected]
     for words in ([str(folder)], [str(folder.parent)], [str(folder / "*.npz")], names, [*names, names[0]]):
-        assert udg_select.buffer_paths(words) == expected
+        assert buffer_paths(words) == expected
     monkeypatch.chdir(folder)
-    assert len(udg_select.buffer_paths(["policy_00.npz", names[0]])) == 1
+    assert len(buffer_paths(["policy_00.npz", names[0]])) == 1
 
 
 def test_names_tell_runs_apart(tmp_path):
@@ -821,7 +784,7 @@ def test_a_reset_at_a_terminal_stays_one(tmp_path):
     arrays = wander(near=[(0, 11), (2, 11)])
     arrays["terminals"][[11, 35, 47]], arrays["timeouts"][[11, 35, 47]] = True, False
     path = write(tmp_path / "m.npz", arrays, **MAZE)
-    buffer = udg_select.end_by_task(udg_select.map_buffer(path), envs.task("ant-maze-umaze"))
+    buffer = udg_select.end_by_task(map_buffer(path), envs.task("ant-maze-umaze"))
     for key in ("terminals", "timeouts"):
         np.testing.assert_array_equal(buffer[key], arrays[key])
     np.testing.assert_array_equal(udg_select.trajectories(buffer), range(4))
@@ -829,7 +792,7 @@ def test_a_reset_at_a_terminal_stays_one(tmp_path):
 
 def test_a_task_may_end_what_was_cut_there_anyway(tmp_path):
     path = make_ant(tmp_path / "a.npz")
-    raw = udg_select.map_buffer(path)
+    raw = map_buffer(path)
     task = dataclasses.replace(
         envs.task("ant-angle-0"), terminal=lambda step: step.actions[:, 0] == raw["actions"][9, 0]
     )
@@ -882,15 +845,15 @@ def test_a_reward_that_is_not_finite_names_the_row(tmp_path):
     path = write(tmp_path / "b.npz", walk(0))
     task = dataclasses.replace(envs.task("point-angle-0"), reward=lambda step: step.actions[:, 0] * np.float32(np.nan))
     with pytest.raises(envs.InputError, match="not finite in row 0"):
-        udg_select.relabel(udg_select.map_buffer(path), task)
+        udg_select.relabel(map_buffer(path), task)
 
 
 @pytest.mark.parametrize("what", ["disk", "memory"])
 def test_no_room_is_seen_before_any_work(folder, tmp_path, monkeypatch, no_figures, what):
     """360 rows of (4 + 4 + 4) observations and actions, and the rest: between 10 kB and 30 kB in all."""
     free = {"disk": 20e9, "memory": 20e9} | {what: 10e3}
-    monkeypatch.setattr(udg_select.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["disk"]}))
-    monkeypatch.setattr(envs.buffers, "available_memory", lambda: free["memory"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["disk"]}))
+    monkeypatch.setattr(envs.buffers.sources, "available_memory", lambda: free["memory"])
     with pytest.raises(envs.InputError, match=f"of {what}"):
         run(folder, tmp_path, top=("all",))
     assert not list((tmp_path / "out").rglob("*.npz"))

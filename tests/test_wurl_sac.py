@@ -452,7 +452,7 @@ def test_features_are_of_the_state_an_action_leads_to():
         args = tiny(div_features=features)
         np.testing.assert_array_equal(W.feature_function(args, task)(t), after[:, index])
         names = task.feature_names if features == "task" else tuple(f"s'[{i}]" for i in index)
-        assert W.feature_names(args, task) == names
+        assert diversity.feature_names(args, task) == names
 
 
 def test_feature_scales():
@@ -595,8 +595,9 @@ def test_fresh_rollouts_of_random_policies(tmp_path):
 def test_cores_become_devices_that_share_the_policies_evenly(cores, K, wanted, monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: cores)
     wide = tiny(num_policies=K, hidden_sizes=(256, 256))
-    assert W.cpu_devices(wide) == wanted
-    assert W.cpu_devices(tiny(num_policies=K)) == 1 == W.cpu_devices(dataclasses.replace(wide, distributed=True))
+    assert devices.cpu_devices_for_policies(wide) == wanted
+    for other in (tiny(num_policies=K), dataclasses.replace(wide, distributed=True)):
+        assert devices.cpu_devices_for_policies(other) == 1
 
 
 @pytest.mark.parametrize("words, told", [

@@ -126,7 +126,7 @@ def qdq_part(bench):
     data = transitions(qdq.Transitions, 4_000 if bench.small else 100_000)
     c = jnp.concatenate([data.observations, data.actions], -1)
     entries = qdq.Entries(c, jnp.tanh(data.rewards), jnp.float32(-30.0), jnp.float32(500.0))
-    args = qdq.Args(**qdq.GENERAL, chunk=10 if bench.small else 500)
+    args = qdq.Args(**qdq.PUBLISHED_ALL, chunk=10 if bench.small else 500)
     sampled = dataclasses.replace(args, spread="mc", chunk=10 if bench.small else 100)
     one = qdq_phases(args, data, entries, "1 seed, 8 nodes")
     mc = qdq_phases(sampled, data, entries, "50 samples")[2]

@@ -12,7 +12,7 @@ that key. Nothing is ever unpickled, nothing in a file is evaluated or used as a
     python -m envs.buffers inspect FILE [--figure out.png]
 """
 
-from envs.buffers.checks import validate
+from envs.buffers.checks import check_raw_columns, validate
 from envs.buffers.fields import (
     ACTION_LIMIT,
     COLUMNS,
@@ -29,13 +29,14 @@ from envs.buffers.fields import (
 )  # fmt: skip
 from envs.buffers.files import available_memory, check_is_file, find, sha256, write_npz
 from envs.buffers.reading import digests, import_command, load, load_task, read_metadata
+from envs.buffers.scale import column_scale, standard_scale
 from envs.buffers.writing import git_commit, save, versions
 
 from envs.buffers.convert import from_arrays  # isort: skip  (it uses all of the above)
 
 __all__ = [
     "ACTION_LIMIT", "COLUMNS", "EPISODE_KEYS", "METADATA", "METADATA_DEFAULTS", "METADATA_TYPES", "REQUIRED", "SCHEMA",
-    "SCHEMA_VERSION", "STRUCTURE", "Buffer", "available_memory", "check_is_file", "digests", "fail", "find",
-    "from_arrays", "git_commit", "import_command", "load", "load_task", "read_metadata", "save", "sha256", "validate",
-    "versions", "write_npz",
+    "SCHEMA_VERSION", "STRUCTURE", "Buffer", "available_memory", "check_is_file", "check_raw_columns", "column_scale",
+    "digests", "fail", "find", "from_arrays", "git_commit", "import_command", "load", "load_task", "read_metadata",
+    "save", "sha256", "standard_scale", "validate", "versions", "write_npz",
 ]  # fmt: skip

@@ -11,10 +11,12 @@ from envs.buffers.fields import (
     EPISODE_KEYS,
     EXTRA_DTYPES,
     LARGEST,
+    LARGEST_RAW,
     LARGEST_VALUE,
     LAYOUTS,
     METADATA,
     METADATA_TYPES,
+    NAMED_COLUMNS,
     REQUIRED,
     REWARD_KINDS,
     SAMPLED_ROWS,
@@ -23,6 +25,7 @@ from envs.buffers.fields import (
     fail,
 )  # fmt: skip
 from envs.buffers.files import row_blocks
+from envs.errors import InputError
 
 
 def check_schema(metadata: Mapping[str, Any], path: Any) -> None:
@@ -203,6 +206,19 @@ def check_structure(
             problem = f"is {metadata[name]}, but {key} has {len(arrays[key])} rows"
             remedy = "the file was put together from two: make it again"
             raise fail(path, f"{METADATA}[{name!r}]", problem, remedy)
+
+
+def check_raw_columns(observations: np.ndarray, scaled: Any, flag: str) -> None:
+    """InputError where columns of observations (N, S) pass 1e4 and are not scaled: no network learns from them then.
+
+    scaled: all of them, or which (S,) bool; flag: of a learner, that scales all.
+    """
+    most = np.maximum(-observations.min(0), observations.max(0))
+    far = np.flatnonzero((most > LARGEST_RAW) & ~np.asarray(scaled))
+    if len(far):
+        numbers = f"{far[:NAMED_COLUMNS].tolist()}{' and others' * (len(far) > NAMED_COLUMNS)}"
+        problem = f"columns {numbers} of the observations pass {LARGEST_RAW:g}, up to {most[far].max():.3g}"
+        raise InputError(f"--dataset: {problem}; try {flag}, or scale these columns or leave them out of the data")
 
 
 def validate(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], path: Any) -> None:

@@ -27,6 +27,8 @@ from envs.buffers.files import (
     unpack_member,
 )  # fmt: skip
 from envs.imports import module_of
+from envs.robots import shown_numbers
+from envs.task import Task
 from envs.tasks import never, task_names
 from envs.unknown import unknown_task
 from envs.worlds import task as find_task
@@ -137,7 +139,7 @@ def load_task(
         told = f" (to evaluate, {command})" if "--task" in command else ""
         print(f"{path}: names no task: the policy is trained and written, but cannot be evaluated{told}", flush=True)
         sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
-        return buffer, unknown_task(about, *sizes)
+        return buffer, _endless(unknown_task(about, *sizes), buffer)
     if about["task"] is None:
         remedy = import_command(buffer) or "write its name there as `task`, or relabel by udg_select.py"
         raise fail(path, "metadata_json", "names no task", remedy)
@@ -155,9 +157,14 @@ def load_task(
             remedy = f"convert: {select_command(buffer, found.name)}"
         problem = f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes {found.observation_size}"
         raise fail(path, "observations", problem, remedy)
-    if not found.knows_end and not buffer["terminals"].any():  # nor does a model of these data
-        found = dataclasses.replace(found, model_terminal=never)
-    return buffer, found
+    return buffer, _endless(found, buffer)
+
+
+def _endless(task: Task, buffer: Buffer) -> Task:
+    """The task, whose model never ends an episode where no function tells it and the data have no end."""
+    if task.knows_end or buffer["terminals"].any():
+        return task
+    return dataclasses.replace(task, model_terminal=never)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -251,7 +258,8 @@ def import_command(buffer: Buffer, task: str = "") -> str:
     if {"observations", "actions"} <= buffer.arrays.keys():
         sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
         known = [find_task(name) for name in task_names()]
-        fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == sizes]
+        shown = lambda t: shown_numbers(t.env, sizes[0], t.observation_size)
+        fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == (shown(t), sizes[1])]
         if not fit:
             return f"{NO_TASK}: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
     source = str(about["parents"][0].get("path", "")) if about["parents"] else ""  # it may be a stranger's

@@ -23,6 +23,7 @@ from envs.buffers.convert.physics import describe_checks, replay_agreement
 from envs.buffers.convert.write import check_out, write
 from envs.buffers.fields import fail
 from envs.buffers.reading import load
+from envs.worlds import is_own
 from envs.worlds import task as find_task
 
 __all__ = [
@@ -92,7 +93,10 @@ def from_minari(dataset_id, out=None, *, keys=None, task=None, dt=None, episode_
         keys: parts of a Dict observation to put together, in this order.
         out, task, dt, episode_length, choices: as in `from_d4rl`.
     """
-    return write(minari.read(dataset_id, keys, _seconds(task, dt), episode_length), out, task=task, **choices)
+    own = task is not None and is_own(task)  # a world whose steps may have no known length: the set's come first
+    seconds = dt if own else _seconds(task, dt)
+    found = minari.read(dataset_id, keys, seconds, episode_length, _seconds(task, dt))
+    return write(found, out, task=task, **choices)
 
 
 def from_ogbench(path, out=None, *, task=None, dt=None, episode_length=None, **choices) -> Path:

@@ -6,7 +6,7 @@ from envs.buffers.convert import physics
 from envs.buffers.convert.common import CLIPPED_SHARE
 from envs.buffers.fields import ACTION_LIMIT, fail
 
-OWN_SCALE = ("humanoid",)  # robots whose motors, and Gymnasium's actions, have another range than [-1, 1]
+OWN_SCALE = ("humanoid", "humanoid-v5")  # robots whose motors, and Gymnasium's actions, have another range than [-1, 1]
 SCALE_ROWS = 256  # replayed on both scales
 
 

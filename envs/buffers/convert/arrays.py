@@ -15,7 +15,7 @@ from envs.buffers.convert import common
 from envs.buffers.convert.actions import settle_actions
 from envs.buffers.convert.cut import cut
 from envs.buffers.convert.reach import body_of
-from envs.buffers.convert.write import check_sizes
+from envs.buffers.convert.write import check_sizes, leave_out_forces
 from envs.buffers.fields import COLUMNS, EPISODE_KEYS, METADATA
 from envs.gymnasium_pool import PREFIX, spaces
 from envs.task import Task
@@ -124,6 +124,7 @@ def read(
     """Columns as `envs.buffers.from_arrays` says -> Imported, or None where there are problems."""
     notes: list[str] = []
     columns = _columns(found, problems, notes)
+    columns = columns if task is None else leave_out_forces(columns, task, notes)
     arrays = _numbers(columns, problems)
     with problems.gather():
         if "actions" in arrays:

@@ -140,9 +140,16 @@ def _root_columns(columns: dict[str, np.ndarray], rows: np.ndarray, dt: float) -
 
 
 def read(
-    dataset_id: str, keys: list[str] | None = None, dt: float | None = None, episode_length: int | None = None
+    dataset_id: str,
+    keys: list[str] | None = None,
+    dt: float | None = None,
+    episode_length: int | None = None,
+    spare_dt: float | None = None,
 ) -> common.Imported:
-    """Read a local set as `envs.buffers.convert.from_minari` says -> Imported. Raises InputError."""
+    """Read a local set as `envs.buffers.convert.from_minari` says -> Imported. Raises InputError.
+
+    spare_dt: seconds of a step, where neither dt nor the set says them.
+    """
     from gymnasium import spaces
 
     storage, raw, spec = _open(dataset_id)
@@ -155,7 +162,7 @@ def read(
     columns, lengths = _read_episodes(dataset_id, storage, keys, carried)
     world = str(spec.get("id", "")).rpartition("/")[2].rpartition("-v")[0]
     known_dt = next((STEP_SECONDS[key] for key in (world, world.partition("_")[0]) if key in STEP_SECONDS), None)
-    dt = dt or own.get("dt") or known_dt
+    dt = dt or own.get("dt") or known_dt or spare_dt
     place = columns.get("observations/achieved_goal")
     if dt is None and not own and place is not None and place.shape[1:] == (2,):
         problem = f"'{world}' is no world known here, and achieved_goal is a place that moves"

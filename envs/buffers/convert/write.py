@@ -12,6 +12,7 @@ from envs.buffers.convert.common import Imported
 from envs.buffers.fields import Buffer, fail
 from envs.buffers.reading import load
 from envs.buffers.writing import save
+from envs.robots import shown_numbers
 from envs.task import Task
 from envs.worlds import task as find_task
 from envs.worlds import task_of_file
@@ -42,8 +43,12 @@ def write(
     """
     metadata = dict(found.metadata)
     out = check_out(out, metadata["dataset_name"], force)
-    known = _label(found, metadata, task)
-    notes = list(found.notes)
+    known, notes = _label(metadata, task), list(found.notes)
+    if known is not None:
+        found = found._replace(
+            arrays=leave_out_forces(found.arrays, known, notes), exact=leave_out_forces(found.exact, known, [])
+        )
+        check_sizes(found.arrays, known, metadata["layout"], found.source)
     if env is None and known is not None:
         env = physics.find_env(known) if replay or known.env in OWN_SCALE else None
     actions = settle_actions(found.arrays["actions"], found.source, notes, clip, action_limit)
@@ -77,7 +82,7 @@ def check_out(out, name: str, force: bool) -> Path:
     return out
 
 
-def _label(found: Imported, metadata: dict[str, Any], task: str | None) -> Task | None:
+def _label(metadata: dict[str, Any], task: str | None) -> Task | None:
     """Write the task's labels into the metadata; -> the task, None where the project has none."""
     name = task or metadata["task"]
     if name is None:
@@ -92,8 +97,22 @@ def _label(found: Imported, metadata: dict[str, Any], task: str | None) -> Task 
         metadata.update(task=known.name, layout="task", task_options=known.options, reference=known.reference)
     metadata.setdefault("task_options", known.options)
     metadata["env"] = known.env
-    check_sizes(found.arrays, known, metadata["layout"], found.source)
     return known
+
+
+def leave_out_forces(arrays: dict[str, Any], known: Task, notes: list[str]) -> dict[str, Any]:
+    """The columns without the contact forces that Gymnasium observes behind pose and speeds, and the task does not."""
+    kept = dict(arrays)
+    for key in ("observations", "next_observations"):
+        size = arrays[key].shape[1] if key in arrays else 0
+        shown = shown_numbers(known.env, size, known.observation_size)
+        if shown < size:
+            kept[key] = arrays[key][:, :shown]
+            notes += [
+                f"of {size} observed numbers the first {shown}, pose and speeds, are kept: '{known.name}' observes no "
+                "contact forces, and its reward does not charge them"
+            ] * (key == "observations")
+    return kept
 
 
 def check_sizes(arrays, known: Task, layout: str, source: str) -> None:
