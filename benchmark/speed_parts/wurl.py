@@ -38,8 +38,9 @@ def pseudo_reward_at(bench, dim):
     args = wurl_sac.Args(num_policies=10, num_directions=5, reward_scale=1.0)
     p, alive = jnp.asarray(points), jnp.ones((10, 200), bool)
     shorter = alive.at[0, -1].set(False)
+    no_own_cost = jnp.zeros((10, 1, 200))
     cost = lambda alive: wurl_sac.pairwise_apwd(p, alive, p, alive, directions)
-    program = jax.jit(lambda alive: wurl_sac.apwd_reward(cost(alive), alive[:, None], args))
+    program = jax.jit(lambda alive: wurl_sac.apwd_reward(cost(alive), no_own_cost, alive[:, None], 0.0, args))
     exact = points.astype(np.float64), directions.astype(np.float64), 1.0
     by_ranks = baselines.transport_cost_equal
     loop, ranks = baselines.nearest_reward(*exact), baselines.nearest_reward(*exact, by_ranks)
