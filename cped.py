@@ -704,9 +704,19 @@ def idle_flags(args):
     """Flags without effect beside the others, and why."""
     idle = {} if args.adv_weight else dict.fromkeys(("gp_weight", "disc_outputs", "disc_lr"), "--adv-weight is 0")
     if args.constraint == "schedule":
-        idle["eps_quantile"] = "it is of --constraint hinge and dual"
-    of_dual = {"dual": ("alpha_from",)}.get(args.constraint, ("alpha_lr",))
-    return idle | dict.fromkeys(of_dual, f"--constraint is {args.constraint}")
+        idle["eps_quantile"] = "only --constraint hinge and dual use it"
+    idle |= dict.fromkeys(
+        ("alpha_from",) if args.constraint == "dual" else ("alpha_lr",), f"--constraint is {args.constraint}"
+    )
+    if args.flow == "nice":
+        idle["log_scale_cap"] = "only --flow cond uses it"
+    if args.bc_only:
+        names = (
+            "alphas alpha_from alpha_lr constraint eps_quantile q_norm q_from critic_from critic_lr gamma target_noise "
+        )
+        names += "target_noise_clip scale_rewards reward_shift"
+        idle |= dict.fromkeys(names.split(), "--bc-only has no critics")
+    return idle
 
 
 def main(args):
@@ -717,11 +727,13 @@ def main(args):
     data, mean, std = cped_data(buffer, args)
     init, flow_chunk, train_chunk = make_train(args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
-    densities = jax.jit(lambda state, data: runner.map_seeds(lambda f: density_metrics(f, data, args), state, args))
+    densities = jax.jit(lambda flow, data: runner.map_seeds(lambda f: density_metrics(f, data, args), flow, args))
     policy = lambda actor, observations, key: act(actor, (observations - mean) / std, args, task.action_size)
     evaluate = runner.each_seed(runner.returns_of(policy, envs.make(task, args.backend), task, buffer, args), args)
 
-    schedules = {"alpha_from": (0.0,), "critic_from": 0.0, "q_from": 0.0}
+    schedules = {} if args.bc_only else {"critic_from": 0.0, "q_from": 0.0}  # what stretches over the run
+    if not args.bc_only and args.constraint != "dual":
+        schedules["alpha_from"] = (0.0,)
     with runner.Run("cped", args, task, buffer, schedules=schedules) as run:
         like = jax.eval_shape(init, keys, data)
         flow_chunk, train_chunk = run.compile(flow_chunk, like, data), run.compile(train_chunk, like, data)
@@ -733,7 +745,10 @@ def main(args):
                 run.log(step, metrics | densities(state.nets.flow, data))
             run.save(state)
 
-        state = run.restore(lambda flow: flow._replace(num_updates=jnp.zeros_like(flow.num_updates)), state)
+        from_0 = lambda state: state._replace(
+            num_updates=jnp.zeros_like(state.num_updates)
+        )  # the second phase counts anew
+        state = run.restore(from_0, state)
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
             run.progress(step, metrics, SHOWN)
@@ -741,8 +756,8 @@ def main(args):
                 run.log(step, metrics | evaluate(state.nets.actor, eval_keys))
             run.save(state)
 
-        mean, std = (jnp.tile(row, (args.num_seeds, 1)) for row in (mean, std))
-        params = {"actor": state.nets.actor, "observation_mean": mean, "observation_std": std}
+        scale = {"observation_mean": mean, "observation_std": std}
+        params = {"actor": state.nets.actor} | {k: jnp.tile(row, (args.num_seeds, 1)) for k, row in scale.items()}
         run.write_policy("tanh_deterministic", params)
         return run.finish(TRAINING)
 

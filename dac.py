@@ -82,7 +82,7 @@ class Args(runner.Flags):
     clip_samples: bool = True
     """clip the predicted action into [-1, 1] in every reverse step (code, but for its bandit)"""
     temperature: runner.Rate = 1.0
-    """scale of the noise in the reverse steps, which has nothing to do with eta (code: 1)"""
+    """scale of the noise in the reverse steps (code: 1); not the temperature 2 eta of the docs"""
     guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
     """soft (DAC): sigma_t g; hard: g; denoised: Q of whole samples (Diffusion-QL); none: cloning"""
     eta: runner.Size = 1.0
@@ -98,9 +98,9 @@ class Args(runner.Flags):
     ema_every: runner.Count = 5
     """updates between two Polyak steps of the target actor (code: 5)"""
     ema_start: runner.Natural = 1_000
-    """updates after which these begin (code: 1,000)"""
+    """updates before the first of these steps (code: 1,000)"""
     num_action_samples: runner.Count = 10
-    """N_a: samples of which the greatest Q acts (code: 10)"""
+    """N_a: samples at a state, of which the one with the greatest Q is played (code: 10)"""
     eval_first: bool = False
     """evaluate before the first update, too (code)"""
     # --- critics ---
@@ -500,7 +500,7 @@ def dac_update(state, batch, noise, args):
     step, actor_opt = dac_adam(args.actor_lr, args).update(grads, state.actor_opt)
     actor = optax.apply_updates(state.actor, step)
     eta = state.eta if args.guidance == "none" else dual_step(state.eta, actor_metrics["train/bc_loss"], args)  # D5
-    due = (state.num_updates % args.ema_every == 0) & (state.num_updates > args.ema_start)  # 1005 is the first (code)
+    due = (state.num_updates % args.ema_every == 0) & (state.num_updates > args.ema_start)  # first at 1005, as the code
     target_actor = polyak(state.target_actor, actor, jnp.where(due, args.tau, 0.0))  # D3
     state = state._replace(actor=actor, target_actor=target_actor, actor_opt=actor_opt, eta=eta)
     return state._replace(num_updates=state.num_updates + 1), metrics | actor_metrics
@@ -517,7 +517,8 @@ def candidates(args):
 def choose_actions(nets, observations, key, args, num_act):
     """Of N_a samples of the actor at each state [E, S] the one of greatest mean_h Qtar_h(s, a) -> [E, A], metrics.
 
-    Metrics: std of a state's samples; gain: Q of the chosen one less that of all, over <|Qtar|>; its std over h.
+    Metrics: std of a state's samples; gain: Q of the chosen sample minus the mean Q of all, divided by mean |Qtar|;
+    gain_std: its std over the critics. Where only the actions are used, the compiler drops them.
     """
     actor, target_critics = nets
     s = observations[:, None]  # [E, 1, S]
@@ -578,6 +579,20 @@ def preset(args):
     return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own=OWN)
 
 
+def idle_flags(args):
+    """Flags without effect beside the others, and why."""
+    idle = {}
+    if args.eta_lr == 0:
+        idle |= dict.fromkeys(("bc_threshold", "eta_min", "eta_max"), "eta is fixed; add --eta-lr 1e-3")
+    if args.q_target not in ("lcb", "convex"):
+        idle["rho"] = f"--q-target {args.q_target} does not use it"
+    if args.guidance == "none":
+        names = "eta eta_lr bc_threshold eta_min eta_max num_action_samples num_critics q_target rho critic_lr gamma "
+        names += "num_q_samples max_q critic_norm return_range"
+        idle |= dict.fromkeys(names.split(), "--guidance none only clones")
+    return idle
+
+
 def write_policy(run, state, args, **scale):
     """policy.npz: actor, target critics to choose by (none where an action is one sample), schedule, observation_.."""
     params = {"actor": state.actor, "schedule": noise_schedule(args.schedule, args.num_steps)}
@@ -617,4 +632,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *PUBLISHED), __doc__, idle=idle_flags)

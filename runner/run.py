@@ -21,7 +21,7 @@ from runner.signals import StopSignal
 # flags that may change at a resume; --task-reward must fit the data, which may not
 FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound", "task_reward")
 SAVE_EVERY = 60.0  # seconds between two checkpoints
-DIGESTED = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # what tells data from others
+DIGESTED = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # tell data apart
 
 
 def amount(size):

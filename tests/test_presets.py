@@ -233,7 +233,17 @@ def test_cped_has_settings_of_our_own_and_published_ones_by_name(named):
 @pytest.mark.parametrize(
     ("script", "words", "why"),
     [
-        (cped, "--eps-quantile 0.8", "--eps-quantile, because it is of --constraint hinge and dual"),
+        (cped, "--bc-only --gamma 0.9", "--gamma, because --bc-only has no critics"),
+        (cped, "--flow nice --log-scale-cap 1", "--log-scale-cap, because only --flow cond uses it"),
+        (dac, "--preset cpu --bc-threshold 0.1", "--bc-threshold, because eta is fixed; add --eta-lr 1e-3"),
+        (dac, "--guidance none --rho 2", "--rho, because --guidance none only clones"),
+        (dac, "--q-target min --rho 2", "--rho, because --q-target min does not use it"),
+        (
+            qdq,
+            "--uncertainty consistency --penalty product --spread mc --nodes 9",
+            "--nodes, because it is not for --spread mc",
+        ),
+        (cped, "--eps-quantile 0.8", "--eps-quantile, because only --constraint hinge and dual use it"),
         (cped, "--constraint dual --alpha-from 0 0.1 0.2", "--alpha-from, because --constraint is dual"),
         (cped, "--adv-weight 0 --disc-lr 1e-3", "--disc-lr, because --adv-weight is 0"),
         (qdq, "--window 50", "--window, because H is the critics'"),

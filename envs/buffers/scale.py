@@ -4,13 +4,13 @@ import numpy as np
 
 from envs.buffers.checks import check_raw_columns
 
-FLAT = 1e-6  # a column whose numbers differ by less than this share of their size is constant but for rounding
+FLAT = 1e-6  # a column that spreads by less than this share of its size is constant but for rounding
 
 
 def standard_scale(x):
     """Mean and std [S] of the columns of x [N, S]; a constant column has its size, or 1, for a std.
 
-    So its rounding errors stay small, and it shows where it moves later.
+    So the rounding errors of a constant column stay small, and a later change of it is still seen.
     """
     mean, std = x.mean(0, np.float64).astype(np.float32), x.std(0, np.float64).astype(np.float32)
     size = np.abs(x).max(0)
@@ -20,8 +20,8 @@ def standard_scale(x):
 def column_scale(x, standardise):
     """Mean and std [S] of the columns of x [N, S], or 0 and 1 if not standardise.
 
-    A constant column other than 0 reads as 0 in either case, later too: its std is inf. InputError where columns pass
-    1e4 and are not standardised.
+    A constant column reads as 0, later too: its std is inf (a column of zeros only if standardise). InputError where
+    columns pass 1e4 and are not standardised.
     """
     low, high = x.min(0), x.max(0)
     most = np.maximum(-low, high)
