@@ -632,14 +632,14 @@ def obs_moments(data, args):
     return (mean, std) if args.standardise_observations else (jnp.zeros_like(mean), jnp.ones_like(std))
 
 
-def scaled(obs_scale, observations):
+def standardised(obs_scale, observations):
     """Observations as actor and critics see them."""  # D15
     return (observations - obs_scale[0]) / obs_scale[1]
 
 
-def scaled_rows(obs_scale, rows):
+def standardised_rows(obs_scale, rows):
     """Rows as actor and critics see them."""
-    before, after = scaled(obs_scale, rows.observations), scaled(obs_scale, rows.next_observations)
+    before, after = standardised(obs_scale, rows.observations), standardised(obs_scale, rows.next_observations)
     return rows._replace(observations=before, next_observations=after)
 
 
@@ -690,7 +690,7 @@ def model_rollout(model, agent, starts, key, args, task):
     def step(carry, key):
         obs, alive = carry
         key_act, key_member, key_noise = jax.random.split(key, 3)
-        action_mean, log_std = policy_net(args, task.action_size).apply(agent.actor, scaled(model.obs_scale, obs))
+        action_mean, log_std = policy_net(args, task.action_size).apply(agent.actor, standardised(model.obs_scale, obs))
         actions, _ = tanh_normal_sample(action_mean, log_std, jax.random.normal(key_act, action_mean.shape))
         mean, std, u = predict(model, obs, actions, args)
         member = model.elites[jax.random.randint(key_member, u.shape, 0, len(model.elites))]
@@ -723,7 +723,7 @@ def refresh(agent, ring, model, data, key, args, task):
     starts = jax.random.randint(key_start, shape, 0, len(data.rewards))
     roll = lambda x: model_rollout(model, agent, data.observations[x[0]], x[1], args, task)
     rows, keep, info = jax.lax.map(roll, (starts, jax.random.split(key_rollout, shape[0])))
-    seen = scaled_rows(model.obs_scale, rows)  # [chunks, h, b, ..]
+    seen = standardised_rows(model.obs_scale, rows)  # [chunks, h, b, ..]
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
     ring = ring_insert(ring, flat(seen), flat(keep))
 
@@ -746,7 +746,7 @@ def make_evaluation(args, env, task, buffer):
 
     def policy(params, observations):
         actor, obs_scale = params
-        return policy_net(args, task.action_size).apply(actor, scaled(obs_scale, observations))
+        return policy_net(args, task.action_size).apply(actor, standardised(obs_scale, observations))
 
     def sample(params, observations, key):
         mean, log_std = policy(params, observations)
@@ -764,7 +764,11 @@ def make_evaluation(args, env, task, buffer):
         metrics, points = model_report.calibration(know, model.elites, rows, model_targets(rows), alive)
 
         rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key_model, longer, task)
-        q = critic_net(args).apply(agent.critic, scaled(model.obs_scale, rows.observations[0]), rows.actions[0]).min(0)
+        q = (
+            critic_net(args)
+            .apply(agent.critic, standardised(model.obs_scale, rows.observations[0]), rows.actions[0])
+            .min(0)
+        )
         metrics |= model_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
         return metrics | returns(params, key_eval), points
 
@@ -825,7 +829,7 @@ def make_train(args, task):
         return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     def chunk(state, model, data):
-        seen = scaled_rows(obs_moments(data, args), data)  # of all seeds
+        seen = standardised_rows(obs_moments(data, args), data)  # of all seeds
         return runner.map_seeds(lambda x: one_chunk(*x, data, seen), (state, model), args)
 
     return jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)

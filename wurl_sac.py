@@ -505,7 +505,7 @@ def adam(args):
 def wurl_update(agent, replay, key, args, observe):
     """Line (7): one SAC step of one policy on a batch of its replay -> agent, metrics."""
     key_batch, key_critic, key_actor = jax.random.split(key, 3)
-    batch = ring_sample(replay, key_batch, args.batch_size)
+    batch = ring_sample(replay, key_batch, args.batch_size)  # D16
     batch = batch._replace(observations=observe(batch.observations), next_observations=observe(batch.next_observations))
     alpha = jnp.exp(agent.log_alpha)
     optimiser = adam(args)

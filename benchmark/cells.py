@@ -28,6 +28,7 @@ import tyro
 
 import runner
 from envs import InputError, buffers
+from envs.buffers.convert.common import file_sha256
 from runner import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,10 +168,9 @@ def rows_differ(cell):
     """Whether a cell was made from other rows than its command reads now, as far as it says from which."""
     try:
         if cell.command[0] == "udg_select.py":
-            digest = importlib.import_module("udg_select").file_sha256
             found = json.loads(cell.done.read_text())["selections"].values()
             made_from = {parent["sha256"] for selection in found for parent in selection["parents"]}
-            return not made_from <= {digest(file) for file in files_read(cell)}
+            return not made_from <= {file_sha256(file) for file in files_read(cell)}
         if not cell.reads:
             return False
         made_from = runner.read_npz(cell.runs / "state.npz")[1]["identity"]["data"]

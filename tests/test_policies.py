@@ -54,7 +54,7 @@ def gaussian(path, script, layers=2, eyes=None):
     write(path, "tanh_gaussian", {"actor": actor, **(SEEN if eyes else {})}, **about)
 
     def act(index, observations, noise=None):
-        seen = mopo.scaled(of(EYES, index), observations) if eyes else observations
+        seen = mopo.standardised(of(EYES, index), observations) if eyes else observations
         mean, log_std = net.apply(of(actor, index), seen)
         sample = wurl_sac.tanh_normal_sample
         return jnp.tanh(mean) if noise is None else sample(mean, log_std, noise)[0]
