@@ -36,5 +36,6 @@ def preset(args, published, budgets, quick, own=None):
     found = published.get(named, own or {}) | budgets.get(given, {})
     rest = "the rest as" if budgets.get(given) else "as"
     about = f"{rest} published for {named}; the data is {data}"
-    about = about if named in published else f"nothing is published for {data}"
+    general = "; the settings of the other sets" if given == "published" else ""
+    about = about if named in published else f"nothing is published for {data}{general}"
     return f"{args.preset or 'by the file'} ({about})", found
