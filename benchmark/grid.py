@@ -182,8 +182,9 @@ def data_returns(runs):
     return {data: (float(np.mean(x)), float(np.max(x))) for data, x in returns.items()}
 
 
-def write_table(path, names, scores, data):
-    """scores {(dataset, algorithm): [of a seed]} -> Markdown, in units of the return."""
+def write_table(path, names, scores, data, short):
+    """scores {(dataset, algorithm): [of a seed]} -> Markdown, in units of the return; short: where they differ, of
+    episodes as long as the data's, a row of their own."""
     spread = lambda x: f" +- {np.std(x):.1f}" if len(x) > 1 else ""
     cell = lambda x: f"{np.mean(x):.1f}{spread(x)} ({len(x)})" if x else "-"
     lines = [
@@ -193,6 +194,9 @@ def write_table(path, names, scores, data):
     for name, about in data.items():
         about = "{:.1f}; {:.1f}".format(*about)
         lines.append(f"| {name} | {about} | {' | '.join(cell(scores.get((name, a))) for a in names)} |")
+        if any(short.get((name, a), x) != x for a in names if (x := scores.get((name, a)))):
+            cells = " | ".join(cell(short.get((name, a))) for a in names)
+            lines.append(f"| {name}, as long as the data's episodes | {about} | {cells} |")
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 
@@ -221,12 +225,13 @@ def write_results(out, found, algorithms, data, short=None):
     """
     score = lambda seeds: [float(np.mean(values[-5:])) for _, values in seeds.values()]
     scores = {(d, a): score(seeds) for d, of_data in found.items() for a, seeds in of_data.items()}
-    as_data = lambda d, a: {"returns_data_length": score(short[d][a])} if short else {}
-    rows = [{"dataset": d, "algorithm": a, "returns": x, **as_data(d, a)} for (d, a), x in scores.items()]
+    in_short = {pair: score(short[pair[0]][pair[1]]) for pair in scores} if short else {}
+    as_data = lambda pair: {"returns_data_length": in_short[pair]} if short else {}
+    rows = [{"dataset": p[0], "algorithm": p[1], "returns": x, **as_data(p)} for p, x in scores.items()]
     out.mkdir(parents=True, exist_ok=True)
     table = {"algorithms": algorithms, "data": data, "scores": rows}
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    write_table(out / "table.md", algorithms, scores, data)
+    write_table(out / "table.md", algorithms, scores, data, in_short)
     for name, seeds_of in found.items():
         draw(out / f"{name}.png", name, {a: seeds_of[a] for a in algorithms if a in seeds_of}, data[name])
 
