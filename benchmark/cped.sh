@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/cped.md. Pick parts by name: benchmark/cped.sh point density grid ant paper published
+# The runs behind docs/cped.md. Pick parts by name: benchmark/cped.sh point adversarial density grid ant paper published
 # The datasets are those of benchmark/wurl_sac.sh ant, through
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all --size 50000
 set -euo pipefail
@@ -9,6 +9,12 @@ ant=runs/udg_select/ant-angle-60
 point() { # 3 seeds in one process, under 2 minutes on 2 cores
     python cped.py --quick --num-seeds 3 --out runs/cped/point-angle-0/quick
     python cped.py --quick --num-seeds 3 --bc-only --out runs/cped/point-angle-0/quick-bc
+}
+
+adversarial() { # does the adversarial term's weight change a return? A minute each on a core
+    for weight in 0 1 3; do
+        python cped.py --quick --num-seeds 3 --adv-weight $weight --out runs/cped/point-angle-0/adv$weight
+    done
 }
 
 density() { # the adversarial term's weight and form against the true density, 3 seeds
