@@ -94,6 +94,15 @@ def test_a_grid_in_parts_is_collected_as_a_whole(tmp_path):
     assert all(is_drawn(into / name) for name in ("a.png", "b.png"))
 
 
+def test_scores_of_episodes_as_long_as_the_datas_have_a_row_where_they_differ(tmp_path):
+    of = lambda value: {0: (np.array([100]), np.array([value]))}
+    found, short = {"a": {"dac": of(5.0)}, "b": {"dac": of(3.0)}}, {"a": {"dac": of(1.0)}, "b": {"dac": of(3.0)}}
+    grid.write_results(tmp_path, found, ["dac"], {"a": (0.5, 9.0), "b": (0.5, 9.0)}, short)
+    _, _, *rows = (tmp_path / "table.md").read_text().splitlines()
+    first = ["| a | 0.5; 9.0 | 5.0 (1) |", "| a, as long as the data's episodes | 0.5; 9.0 | 1.0 (1) |"]
+    assert rows == [*first, "| b | 0.5; 9.0 | 3.0 (1) |"]
+
+
 def test_what_is_not_wanted_is_left_out(tmp_path):
     data = str(scripted.dataset(tmp_path))
     datasets, algorithms = {"maze-a": data, "maze-b": data, "flat": data}, {"mopo": "mopo.py", "dac": "dac.py"}

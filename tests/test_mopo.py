@@ -887,6 +887,7 @@ def test_run_leaves_what_it_promises(dataset, tmp_path, monkeypatch):
     [
         (dict(rollout_freq=15), "multiple of --rollout-freq"),
         (dict(num_elites=4), "--num-elites must be at most"),
+        (dict(min_model_steps=50, max_model_steps=49), "--min-model-steps must be at most --max-model-steps"),
         (dict(model_decays=(1.0,)), "--model-decays needs two"),
         (dict(real_ratio=1.0), "--real-ratio: a batch needs a model row"),
         (dict(rollout_batch=10_007), "--rollout-batch needs a divisor"),

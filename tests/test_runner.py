@@ -271,7 +271,7 @@ def test_a_state_that_waits_for_its_name_is_the_newest(whole, args):
 
 
 def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
-    """Without --resume; with other flags, other data (here: one reward) or another version."""
+    """Without --resume; with other flags, other data (here: one reward, one next observation) or another version."""
 
     def refused(message, **changes):
         with pytest.raises(envs.InputError, match=message):
@@ -282,7 +282,9 @@ def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
     buffer = envs.buffers.load(args.dataset, quiet=True)
     rewards = np.append(buffer["rewards"][:-1], np.float32(0.5))
     swapped = {"terminals": buffer["timeouts"], "timeouts": buffer["terminals"]}
-    for changes in ({"rewards": rewards}, swapped):
+    elsewhere = buffer["next_observations"].copy()
+    elsewhere[-1] += 0.5
+    for changes in ({"rewards": rewards}, {"next_observations": elsewhere}, swapped):
         other = envs.buffers.save(tmp_path / "other.npz", {**buffer.arrays, **changes}, buffer.metadata)
         refused("data was .* and is now", dataset=str(other))
     refused("already holds a run", dataset="", quick=True, resume=False)

@@ -607,6 +607,8 @@ def test_quick_selects_and_keeps_what_is_there(tmp_path, no_figures):
     with pytest.raises(envs.InputError, match="--overwrite"):
         udg_select.main(args)
     assert (tmp_path / "point-angle-0/top1.npz").read_text() == "mine"
+    with pytest.raises(envs.InputError, match="--quick makes its own buffers; leave --buffers out"):
+        udg_select.main(dataclasses.replace(args, buffers=("mine",)))
 
 
 @pytest.mark.parametrize("words, told", [
