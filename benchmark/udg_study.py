@@ -71,7 +71,8 @@ SOURCES = {
     "maze-k20": "--task tree-maze --num-policies 20",
     "maze-random": POINT_RANDOM.replace("point", "tree-maze"),
     "ant": f"--task ant {APWD}",
-    "ant-main": "--task ant",  # the main job as it is now
+    "ant-main": "--task ant",  # the main job as it is now, on two cores
+    "ant-one": "--task ant --num-devices 1",  # the same on one: repeats results/wurl_sac/ant/seed0 exactly
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
     "ant-rho-60": f"--task ant-angle-60 {SUPERVISED} --collect rollouts",
@@ -133,7 +134,7 @@ SHORT_EPISODES = "--episode-length 200 --num-envs 8 --updates-per-step 0.03125 -
 GPU = {
     "ant": "--preset paper", "cheetah": "--preset paper",
     "humanoid": "--num-envs 8 --updates-per-step 0.0625 --num-updates 1000000 --eval-every 50000",
-    "ant-main": "",  # as it is
+    "ant-main": "", "ant-one": "",  # as they are
 }  # fmt: skip
 CPU = {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
 # Nine runs of the cheetah are compared with one another: a third of the default's 36,000 updates each.
@@ -265,7 +266,7 @@ STUDIES = {
     ),
     "selections-full": Study(
         "The same in full: a mixture then has more rows; the best episodes as many as a buffer.",
-        ("ant-angle-60",), {label: f"ant-main:{top}@full" for label, top in SELECTIONS.items()}, ("bc", "cped", "mopo"),
+        ("ant-angle-60",), {label: f"ant-one:{top}@full" for label, top in SELECTIONS.items()}, ("bc", "cped"),
     ),
     "ranks-ant": Study(
         "Which measure of a buffer tells what a learner makes of it? (after `selections`; benchmark/measure_ranks.py)",
