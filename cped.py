@@ -121,8 +121,8 @@ class Args(runner.Flags):
     """eps: this quantile of the data's nll, for hinge and dual (ours)"""
     alpha_lr: runner.Rate = 1e-3
     """Adam rate of log alpha in the dual form, which stays within +-7 (ours)"""
-    q_norm: bool = True
-    """divide Q by its mean magnitude in the actor's loss (ours, D10; codes: raw)"""
+    q_norm: Literal["none", "size", "spread"] = "size"
+    """what Q is divided by in the actor's loss: mean magnitude or std over the batch (ours, D10; codes: none)"""
     critic_from: runner.Share = 0.0
     """share of num_updates during which the critics stay as they are (C24: 0.03)"""
     q_from: runner.Share = 0.0
@@ -160,7 +160,7 @@ class Args(runner.Flags):
 
 CODE = {  # what the released code does on any data, but for the deviations that have no flag
     "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "scale_rewards": False,
-    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": False,
+    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": "none",
 }  # fmt: skip
 MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -472,8 +472,8 @@ def cped_critic_loss(critic, target_critic, target_actor, batch, key, args):
 
 def lagrangian(q, nll, alpha, eps, args):
     """Line (4): -mean q + alpha mean nll, with hinge -mean q + alpha mean max(nll - eps, 0); q, nll [B]."""
-    if args.q_norm:
-        q = q / jax.lax.stop_gradient(jnp.abs(q).mean() + 1e-6)  # D10
+    norm = {"none": 1.0, "size": jnp.abs(q).mean() + 1e-6, "spread": q.std() + 1e-6}[args.q_norm]  # D10
+    q = q / jax.lax.stop_gradient(norm)
     cost = jnp.maximum(nll - eps, 0.0) if args.constraint == "hinge" else nll  # D8
     return alpha * cost.mean() - q.mean()
 

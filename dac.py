@@ -108,6 +108,8 @@ class Args(runner.Flags):
     """H: critics (code: 10)"""
     q_target: Literal["lcb", "min", "convex", "rand_convex"] = "lcb"
     """over H: mean - rho std (DAC), min, rho min + (1 - rho) max, or random convex weights"""
+    q_norm: Literal["none", "size", "spread"] = "size"
+    """what grad Q is divided by: the mean of |Q| (DAC), or the std of mean_h Q over the batch (ours)"""
     rho: runner.Rate = 1.0
     """rho: pessimism of lcb, weight of the min in convex (code: 0 to 1.5 by dataset)"""
     num_q_samples: runner.Count = 10
@@ -386,8 +388,9 @@ def dac_critic_loss(critics, batch, y, args):
 
 
 def q_gradient(critics, observations, actions, x, args):
-    """Eq. 19: g = grad_x mean_h Q_h(s, x) / mean_HB |Q_h(s, a)| [B, A], and that mean."""
-    norm = jnp.abs(q_values(critics, observations, actions, args)).mean() + 1e-6
+    """Eq. 19: g = grad_x mean_h Q_h(s, x) / norm [B, A], and norm = mean_HB |Q_h(s, a)|, std_B mean_h Q_h or 1."""
+    q = q_values(critics, observations, actions, args)
+    norm = {"none": 1.0, "size": jnp.abs(q).mean() + 1e-6, "spread": q.mean(0).std() + 1e-6}[args.q_norm]
     total = lambda x: q_values(critics, observations, x, args).mean(0).sum()
     return jax.grad(total)(x) / norm, norm
 

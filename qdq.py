@@ -146,8 +146,8 @@ class Args(runner.Flags):
     """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0; D16)"""
     q_from: runner.Share = 0.1
     """share of num_updates in which the actor of loss q clones only; with gamma_ent 0 it stands still (ours, D13)"""
-    q_norm: bool = True
-    """divide Q by its mean magnitude in the actor's loss q (ours, D11)"""
+    q_norm: Literal["none", "size", "spread"] = "size"
+    """what Q is divided by in the actor's loss q: mean magnitude or std over the batch (ours, D11)"""
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D11)"""
     scale_rewards: bool = True
@@ -187,7 +187,7 @@ LOG_STD = -5.0, 2.0  # clip of the actor's free log std (code)
 TEMPERATURE, VALUE_SAMPLES = 6.0, 30  # of awr: factor of the advantage, actions for V(s) (code)
 PAPER = {"uncertainty": "consistency", "penalty": "product", "num_critics": 2, "layer_norm": False}
 PUBLISHED_ALL = PAPER | {
-    "holdout": 0.0, "scale_rewards": False, "normalize": False, "q_norm": False, "q_from": 0.0,
+    "holdout": 0.0, "scale_rewards": False, "normalize": False, "q_norm": "none", "q_from": 0.0,
 }  # fmt: skip
 MUJOCO = {  # beta, gamma_ent                                                                    # D15
     "halfcheetah-medium-v2": (0.9, 0.0), "halfcheetah-medium-replay-v2": (0.9, 0.1),
@@ -580,10 +580,10 @@ def log_likelihood(actions, mean, log_std):
 def climbing_loss(q, log_p, with_q, args):
     """Line (7): -with_q mean_B Q(s, mu(s)) - gamma_ent mean_B log N(a; mu(s), std); q [B] the least critic's.
 
-    with_q in {0, 1} is 0 while the actor only clones; --q-norm divides Q by mean_B |Q|, without gradient.
+    with_q in {0, 1} is 0 while the actor only clones; --q-norm divides Q by mean_B |Q| or std_B Q, without gradient.
     """
-    if args.q_norm:
-        q = q / jax.lax.stop_gradient(jnp.abs(q).mean() + 1e-6)  # D11
+    norm = {"none": 1.0, "size": jnp.abs(q).mean() + 1e-6, "spread": q.std() + 1e-6}[args.q_norm]  # D11
+    q = q / jax.lax.stop_gradient(norm)
     return -with_q * q.mean() - args.gamma_ent * log_p.mean()  # D13
 
 

@@ -185,7 +185,7 @@ def test_critic_loss_golden(monkeypatch):
 
 def test_lagrangian_golden():
     g = golden("losses")
-    args, alpha = C.Args(q_norm=False), g["alpha"]
+    args, alpha = C.Args(q_norm="none"), g["alpha"]
     q, offset = np.minimum(g["pi_q1"], g["pi_q2"]), alpha * g["nll_data"].mean()  # a constant to the gradient
     close(C.lagrangian(q, g["nll_pi"], alpha, 0.0, args) - offset, g["actor_loss_ref"], 1e-5)
     close(C.lagrangian(0.0 * q, g["nll_pi"], alpha, 0.0, args) - offset, g["actor_loss_bc_phase"], 1e-5)
@@ -292,7 +292,9 @@ def test_critic_loss_is_the_equation():
     close(metrics["train/target"], y.mean(), 1e-5)
 
 
-@pytest.mark.parametrize("q_norm, constraint", [(True, "schedule"), (False, "hinge"), (False, "dual")])
+@pytest.mark.parametrize(
+    "q_norm, constraint", [("size", "schedule"), ("spread", "schedule"), ("none", "hinge"), ("none", "dual")]
+)
 def test_actor_loss_is_the_equation(q_norm, constraint):
     args, _, nets, batch = small_world()
     args = dataclasses.replace(args, q_norm=q_norm, constraint=constraint)
@@ -302,7 +304,8 @@ def test_actor_loss_is_the_equation(q_norm, constraint):
     loss, metrics = actor_loss(nets.actor, nets.critic, nets.flow, 0.7, eps, 1.0, batch, args)
     q = common.twin_q(nets.critic, batch.observations, actions).min(0)
     cost = np.maximum(nll - eps, 0) if constraint == "hinge" else nll
-    close(loss, -q.mean() / (np.abs(q).mean() if q_norm else 1.0) + 0.7 * cost.mean(), 1e-4)
+    norm = {"size": np.abs(q).mean(), "spread": q.std(), "none": 1.0}[q_norm]
+    close(loss, -q.mean() / norm + 0.7 * cost.mean(), 1e-4)
     close(metrics["train/nll_pi"], nll.mean(), 1e-5)
 
 

@@ -396,6 +396,23 @@ def test_without_a_discount_nothing_is_sampled():
     np.testing.assert_allclose(metrics["train/target"], batch.rewards.mean(), rtol=1e-6)
 
 
+def test_spread_is_blind_to_what_all_values_share():
+    """Q + c pulls at the actor as Q does by --q-norm spread, and |c| times less by size."""
+    args = D.Args(hidden_sizes=(8, 8), num_critics=3, q_norm="spread")
+    rows, critics = random_rows(), one_state(args).target_critics
+    q = np.asarray(q_values(critics, rows.observations, rows.actions, args), float)
+    last = critics["params"]["members"]["Dense_2"]
+    lower = {**critics["params"]["members"], "Dense_2": {**last, "bias": last["bias"] - 300.0}}
+    for name, norm, factor in (("spread", q.mean(0).std(), 1.0), ("size", np.abs(q).mean(), np.abs(q - 300).mean())):
+        args = dataclasses.replace(args, q_norm=name)
+        pull = [
+            q_gradient(nets, rows.observations, rows.actions, 0.5 * rows.actions, args)
+            for nets in (critics, {"params": {"members": lower}})
+        ]
+        close(pull[0][1], norm, 1e-5)
+        np.testing.assert_allclose(pull[1][0] * (factor / norm if name == "size" else 1), pull[0][0], rtol=2e-3)
+
+
 # --- data ---
 
 

@@ -207,7 +207,7 @@ def test_cped_has_the_published_numbers(named):
             "q_norm",
             "scale_rewards",
         )
-        assert of_preset(cped, named, name, *code) == ("nice", (750, 750), 4, "logistic", 0.0, False, False, False)
+        assert of_preset(cped, named, name, *code) == ("nice", (750, 750), 4, "logistic", 0.0, False, "none", False)
         code = "disc_outputs", "nll_weight", "adv_weight", "gp_weight", "disc_ratio", "flow_lr", "disc_lr", "flow_adam"
         assert of_preset(cped, named, name, *code) == ("many", 1.0, 1.0, 0.5, 5, 1e-4, 1e-4, (0.01, 1e-4))
         code = "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "gamma", "tau", "policy_delay"

@@ -321,7 +321,7 @@ def test_excess_lowers_what_is_above_the_level():
 @pytest.mark.parametrize("case", ["actor_ddpg_0.0", "actor_ddpg_0.8", "actor_ddpg_2.0", "actor_awr_0.0"])
 def test_actor_golden(case):
     g = golden("target", case)
-    args = D.Args(gamma_ent=float(g["gamma"]), q_norm=False)
+    args = D.Args(gamma_ent=float(g["gamma"]), q_norm="none")
     with jax.enable_x64():
         log_std = jnp.clip(g["log_std"], *D.LOG_STD)
         log_p = D.log_likelihood(g["action"], g["mean"], log_std)
@@ -334,6 +334,18 @@ def test_actor_golden(case):
             assert min(abs(np.array(losses) / g["loss"] - 1)) < 1e-9
         else:
             close(D.climbing_loss(g["q_pi"].min(0), log_p, 1.0, args), g["loss"], 1e-10)
+
+
+@pytest.mark.parametrize("q_norm", ["none", "size", "spread"])
+def test_what_q_is_divided_by(q_norm):
+    """Loss and gradient; the spread stays as it is where all values are lower."""
+    q, log_p = jnp.asarray([-103.0, -99.0, -98.0, -104.0]), jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    norm = {"none": 1.0, "size": 101.0, "spread": np.sqrt(6.5)}[q_norm]
+    loss = lambda q: D.climbing_loss(q, log_p, 1.0, D.Args(gamma_ent=0.1, q_norm=q_norm))
+    close(loss(q), 101.0 / norm - 0.25, 1e-5)
+    close(jax.grad(loss)(q), -0.25 / norm, 1e-6)
+    if q_norm == "spread":
+        close(jax.grad(loss)(q - 200), -0.25 / norm, 1e-6)
 
 
 def test_optimisers_take_the_steps_they_should():
