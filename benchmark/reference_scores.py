@@ -8,8 +8,8 @@
 Random: one run of `wurl_sac.py --random` in the task's world, relabelled with the task's reward. Expert: wurl_sac.py
 with one policy and no diversity; the deterministic policy tanh(mean) is judged. Both over `eval_length` steps, which is
 what is stored as the reference, and over the length of the data's episodes beside it.
-The numbers go to envs/reference_scores.json, which envs.task reads; what stands there already with the same commands is
-skipped. Tasks that are mirror images of one another share one measurement (MIRRORS; tests/test_reference_scores.py):
+The numbers go to envs/reference_scores.json, which envs.tasks reads; what stands there already, by the same commands,
+is skipped. Tasks that are mirror images of one another share one measurement (MIRRORS; tests/test_reference_scores.py):
 one expert, and the random return averaged over the images, which takes the luck of the one random run out.
 """
 
