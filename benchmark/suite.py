@@ -11,11 +11,12 @@
     python benchmark/suite.py --check                                are data/ and results/suite/ the same, bit for bit?
 
 Plain SAC (wurl_sac.py --preset sac) learns a robot's task and keeps its policies. "expert" is the best of them,
-"medium" the first at a third of its normalised score; their fresh episodes make two sets, both together
-medium-expert, the run's rows up to the medium policy medium-replay, uniform actions random. AntMaze: a policy that
-walks ahead on the open plane, under a breadth-first waypoint controller, actions + 0.2 N(0, 1): play from the start to
-the goal, diverse from any cell to any. Names are ours/<D4RL's name without version>, in files data/<that name>.npz:
-presets of the learners find them, and no number on them is one on D4RL's.
+"medium" the first at a third of its normalised score (--budget d4rl: at the return of D4RL's medium set); their fresh
+episodes make two sets, both together medium-expert, the run's rows up to the medium policy medium-replay, uniform
+actions random. AntMaze: a policy that walks ahead on the open plane, under a breadth-first waypoint controller,
+actions + 0.2 N(0, 1): play from the start to the goal, diverse from any cell to any. Names are ours/<D4RL's name
+without version>, in files data/<that name>.npz: presets of the learners find them, and no number on them is one on
+D4RL's.
 
 Cells (runs of wurl_sac.py, sets) and what runs them are those of benchmark/cells.py: what was made by the same
 command from the same run is skipped, a kill loses the cell at work, and a run goes on from its state.
@@ -45,18 +46,23 @@ WALKER = "ant-open-angle-0"
 SAC = "--preset sac --keep-policies"
 CPU_SAC = f"{SAC} --num-updates 120000 --hidden-sizes 128 128 --batch-size 128 --learning-rate 6e-4 --eval-every 4000"
 CPU_SAC += " --replay-size 130000"
-# D4RL's replays are long: fewer updates a step until a third of the expert's score, from all steps so far.
-D4RL_SAC = f"{SAC} --num-updates 120000 --num-envs 4 --hidden-sizes 128 128 --batch-size 128 --eval-every 2000"
-D4RL_SAC += " --replay-size 1000000"
-D4RL_UPDATES_PER_STEP = {"halfcheetah": 0.125, "hopper": 0.0625, "walker2d": 0.0625}
+# Of D4RL's size: updates a step such that a run has about as many rows as D4RL's replay (202k, 402k, 302k) when its
+# policy gets to the mean return of D4RL's medium set of that robot.
+D4RL_SAC = f"{SAC} --num-envs 4 --hidden-sizes 128 128 --batch-size 128 --replay-size 1000000"
+D4RL_BUDGETS = {
+    "halfcheetah": "--updates-per-step 0.5 --num-updates 110000 --eval-every 2000",
+    "hopper": "--updates-per-step 0.0625 --num-updates 40000 --eval-every 1000",
+    "walker2d": "--updates-per-step 0.125 --num-updates 60000 --eval-every 1000",
+}
+D4RL_MEDIUM = {"halfcheetah": 4770.3, "hopper": 1422.1, "walker2d": 2852.1}
 PAPER_SAC = f"{SAC} --backend mujoco --num-updates 3000000 --eval-every 10000"
 CPU_WALKER = f"{SAC} --num-updates 40000 --updates-per-step 0.25 --num-envs 4 --hidden-sizes 128 128 --batch-size 128"
 CPU_WALKER += " --learning-rate 6e-4 --eval-every 2000 --replay-size 170000"
 POINT_SAC = f"{SAC} --num-updates 4000 --warmup-steps 1000 --hidden-sizes 64 64 --replay-size 5000 --eval-every 200"
 POINT_SAC += " --chunk 100 --learning-rate 1e-3"
 ROBOTS = {
-    robot: {"cpu": CPU_SAC, "d4rl": f"{D4RL_SAC} --updates-per-step {rate}", "paper": PAPER_SAC}
-    for robot, rate in D4RL_UPDATES_PER_STEP.items()
+    robot: {"cpu": CPU_SAC, "d4rl": f"{D4RL_SAC} {budget}", "paper": PAPER_SAC}
+    for robot, budget in D4RL_BUDGETS.items()
 }
 RUNS = ROBOTS | {
     WALKER: dict.fromkeys(("cpu", "d4rl"), CPU_WALKER)
@@ -105,16 +111,18 @@ def learning_curve(folder):
     return curve
 
 
-def choose_levels(curve, score):
+def choose_levels(curve, score, medium_return=None):
     """-> {"expert": the best entry of a curve, "medium": what is nearest to a third of its score, where it is reached}.
 
     score: return -> normalised. The policy that first reaches a third, or the one before it if that is nearer.
+    medium_return: this in place of a third; where no policy reaches it, medium is the best.
     """
     scores = np.array([score(entry["return"]) for entry in curve])
     best = int(scores.argmax())
-    first = int(np.argmax(scores >= scores[best] / 3))
+    wanted = scores[best] / 3 if medium_return is None else min(score(medium_return), scores[best])
+    first = int(np.argmax(scores >= wanted))
     candidates = [max(first - 1, 0), first]
-    medium = min(candidates, key=lambda i: abs(scores[i] - scores[best] / 3))
+    medium = min(candidates, key=lambda i: abs(scores[i] - wanted))
     return {"expert": curve[best], "medium": curve[medium]}
 
 
@@ -268,7 +276,8 @@ def level_of(args, name):
     """-> task, {level: entry of the curve} for a set."""
     source = envs.task(trained_on(name))
     curve = learning_curve(run_folder(args, source.name))
-    levels = choose_levels(curve, source.normalized_score if source.reference else lambda x: x)
+    medium = D4RL_MEDIUM.get(source.name) if args.budget == "d4rl" else None
+    levels = choose_levels(curve, source.normalized_score if source.reference else lambda x: x, medium)
     task = envs.task(SETS[name][0])
     return task, levels
 

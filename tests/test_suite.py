@@ -72,6 +72,14 @@ def test_levels(returns, medium, expert, at_random):
     assert (levels["medium"]["update"], levels["expert"]["update"]) == (medium, expert)
 
 
+@pytest.mark.parametrize("wanted, update", [(4.5, 2), (5.6, 3), (100.0, 4)])
+def test_medium_of_a_stated_return(wanted, update):
+    """As D4RL's medium set has; the best where none reaches it."""
+    curve = [{"update": i, "return": float(r)} for i, r in enumerate((0, 2, 5, 6, 9, 8))]
+    levels = suite.choose_levels(curve, lambda r: 3.0 * r + 1, wanted)
+    assert (levels["medium"]["update"], levels["expert"]["update"]) == (update, 4)
+
+
 # --- rollouts -----------------------------------------------------------------------------------
 
 
