@@ -4,6 +4,7 @@
     python benchmark/grid.py benchmark/grid.json --list                     every run and whether it is done
     python benchmark/grid.py benchmark/suite_short.json --jobs 2            the suite of docs/data.md, on a CPU
     python benchmark/grid.py benchmark/grid.json --cluster slurm --jobs 50 --slurm partition=gpu gres=gpu:1
+    python benchmark/grid.py --redraw results/learners                      table and figures of the logs kept there
 
 The list is a JSON object: "datasets" {name: buffer file or glob}, "algorithms" {name: "mopo.py --preset cpu"}, "seeds"
 [0, 1, 2], "out", the folder of the runs, <out>/<dataset>/<algorithm>/seed<k>, of table.md, table.json and a figure
@@ -35,6 +36,7 @@ from runner import plots, state_files
 
 ALGORITHMS = ("mopo.py", "benchmark/mopo_models.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
+SHOWN_AS = {"bc": "cloning"}
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,8 @@ def data_returns(runs):
 
 def write_table(path, names, scores, data, short):
     """scores {(dataset, algorithm): [of a seed]} -> Markdown, in units of the return; short: where they differ, of
-    episodes as long as the data's, a row of their own."""
-    spread = lambda x: f" +- {np.std(x):.1f}" if len(x) > 1 else ""
+    episodes as long as the data's, a row of their own. The std is that of a sample (n - 1)."""
+    spread = lambda x: f" +- {np.std(x, ddof=1):.1f}" if len(x) > 1 else ""
     cell = lambda x: f"{np.mean(x):.1f}{spread(x)} ({len(x)})" if x else "-"
     lines = [
         f"| return, mean +- std (seeds) | data: mean; best | {' | '.join(names)} |",
@@ -201,19 +203,19 @@ def write_table(path, names, scores, data, short):
     print("\n".join(lines), flush=True)
 
 
-def draw(path, title, seeds_of, data):
+def draw(path, title, seeds_of, data, ylabel="return"):
     """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean."""
     lines = []
     for i, (algorithm, seeds) in enumerate(seeds_of.items()):
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-        shown = {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"{algorithm} ({count})"}
+        shown = {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"{SHOWN_AS.get(algorithm, algorithm)} ({count})"}
         steps = functools.reduce(np.intersect1d, [steps for steps, _ in seeds.values()])
         values = np.stack([of_seed[np.isin(x, steps)] for x, of_seed in seeds.values()], 1)
         lines += [(steps, values, {"color": f"C{i}", "lw": 0.8, "alpha": 0.4})] * (len(seeds) > 1)
         lines += [(steps, values.mean(1), shown)]
     for value, style, name in zip(data, ("--", ":"), ("mean", "best"), strict=True):
         lines += [(None, value, {"color": "k", "ls": style, "lw": 1, "label": f"data: {name} episode"})]
-    panel = {"title": title, "xlabel": "updates of the policy", "ylabel": "return", "lines": lines}
+    panel = {"title": title, "xlabel": "updates of the policy", "ylabel": ylabel, "lines": lines}
     plots.figure(path, [panel], width=7.5)
 
 
@@ -233,7 +235,10 @@ def write_results(out, found, algorithms, data, short=None):
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     write_table(out / "table.md", algorithms, scores, data, in_short)
     for name, seeds_of in found.items():
-        draw(out / f"{name}.png", name, {a: seeds_of[a] for a in algorithms if a in seeds_of}, data[name])
+        cut = short and any(in_short[pair] != scores[pair] for pair in scores if pair[0] == name)
+        shown = short[name] if cut else seeds_of  # as the data's episodes, whose mean and best are in the figure
+        ylabel = "return, in as many steps as the data's episodes" if cut else "return"
+        draw(out / f"{name}.png", name, {a: shown[a] for a in algorithms if a in shown}, data[name], ylabel)
 
 
 def gather(runs, out):
@@ -248,9 +253,27 @@ def gather(runs, out):
     write_results(out, found, list(dict.fromkeys(run.name.split()[1] for run in runs)), data_returns(runs), short)
 
 
+def redraw(out):
+    """Table and figures anew of out/<dataset>/<algorithm>/seed*.jsonl; what the data hold stands in its table.json."""
+    try:
+        about = json.loads((out / "table.json").read_text())
+        data = {name: tuple(pair) for name, pair in about["data"].items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{out}/table.json: {type(error).__name__}: {error}; a folder that --gather filled") from None
+    found, short = {}, {}
+    for path in sorted(out.glob("*/*/seed*.jsonl")):
+        dataset, algorithm = path.parts[-3:-1]
+        if dataset in data:
+            for kept, key in ((found, "eval/return"), (short, "eval/return_data_length")):
+                kept.setdefault(dataset, {}).setdefault(algorithm, {}).update(plots.read(path, key))
+    names = dict.fromkeys([*about["algorithms"], *(a for of_data in found.values() for a in of_data)])
+    write_results(out, found, list(names), data, short)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", help="the list, a JSON file")
+    parser.add_argument("grid", nargs="?", help="the list, a JSON file")
+    parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="make nothing: table and figures of kept logs")
     parser.add_argument("--list", action="store_true", help="show the runs and make nothing")
     parser.add_argument("--gather", action="store_true", help="only table and figures, of what is done")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -263,6 +286,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.jobs < 1 or args.retries < 0 or not all("=" in pair for pair in args.slurm):
         parser.error("--jobs is 1 or more, --retries 0 or more, --slurm takes key=value")
+    if (args.grid is None) == (args.redraw is None):
+        parser.error("name the list, or a folder to --redraw")
+    if args.redraw:
+        try:
+            return redraw(args.redraw)
+        except InputError as error:
+            sys.exit(f"grid.py: error: {error}")
     grid = Path(args.grid).absolute()
     os.chdir(ROOT)  # the list's paths are from here
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmark"), *filter(None, [os.environ.get("PYTHONPATH")])])
