@@ -2,6 +2,7 @@
 
 python benchmark/collect.py runs/wurl_sac/point/seed*      ->  results/wurl_sac/point/seed0.jsonl, seed0-*.png
 python benchmark/collect.py --into results/suite/learners runs/suite-learners/*/*/seed0   (and a grid's table)
+python benchmark/collect.py --into results/learners                                       (no run: the table anew)
 """
 
 import argparse
@@ -60,10 +61,10 @@ def collect_grid(folder, into):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     parser.add_argument("--into", type=Path, default=RESULTS, help="where they go")
     arguments = parser.parse_args()
     for path in arguments.runs:
         collect(path, arguments.into)
-    for above in {path.resolve().parents[2] for path in arguments.runs}:
+    for above in {path.resolve().parents[2] for path in arguments.runs} or {arguments.into}:
         collect_grid(above, arguments.into)

@@ -4,7 +4,6 @@
     python benchmark/grid.py benchmark/grid.json --list                     every run and whether it is done
     python benchmark/grid.py benchmark/suite_short.json --jobs 2            the suite of docs/data.md, on a CPU
     python benchmark/grid.py benchmark/grid.json --cluster slurm --jobs 50 --slurm partition=gpu gres=gpu:1
-    python benchmark/grid.py --redraw results/learners                      table and figures of the logs kept there
 
 The list is a JSON object: "datasets" {name: buffer file or glob}, "algorithms" {name: "mopo.py --preset cpu"}, "seeds"
 [0, 1, 2], "out", the folder of the runs, <out>/<dataset>/<algorithm>/seed<k>, of table.md, table.json and a figure
@@ -253,27 +252,9 @@ def gather(runs, out):
     write_results(out, found, list(dict.fromkeys(run.name.split()[1] for run in runs)), data_returns(runs), short)
 
 
-def redraw(out):
-    """Table and figures anew of out/<dataset>/<algorithm>/seed*.jsonl; what the data hold stands in its table.json."""
-    try:
-        about = json.loads((out / "table.json").read_text())
-        data = {name: tuple(pair) for name, pair in about["data"].items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{out}/table.json: {type(error).__name__}: {error}; a folder that --gather filled") from None
-    found, short = {}, {}
-    for path in sorted(out.glob("*/*/seed*.jsonl")):
-        dataset, algorithm = path.parts[-3:-1]
-        if dataset in data:
-            for kept, key in ((found, "eval/return"), (short, "eval/return_data_length")):
-                kept.setdefault(dataset, {}).setdefault(algorithm, {}).update(plots.read(path, key))
-    names = dict.fromkeys([*about["algorithms"], *(a for of_data in found.values() for a in of_data)])
-    write_results(out, found, list(names), data, short)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", nargs="?", help="the list, a JSON file")
-    parser.add_argument("--redraw", type=Path, metavar="FOLDER", help="make nothing: table and figures of kept logs")
+    parser.add_argument("grid", help="the list, a JSON file")
     parser.add_argument("--list", action="store_true", help="show the runs and make nothing")
     parser.add_argument("--gather", action="store_true", help="only table and figures, of what is done")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -286,13 +267,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.jobs < 1 or args.retries < 0 or not all("=" in pair for pair in args.slurm):
         parser.error("--jobs is 1 or more, --retries 0 or more, --slurm takes key=value")
-    if (args.grid is None) == (args.redraw is None):
-        parser.error("name the list, or a folder to --redraw")
-    if args.redraw:
-        try:
-            return redraw(args.redraw)
-        except InputError as error:
-            sys.exit(f"grid.py: error: {error}")
     grid = Path(args.grid).absolute()
     os.chdir(ROOT)  # the list's paths are from here
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmark"), *filter(None, [os.environ.get("PYTHONPATH")])])
