@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import settings_page
 import udg_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,3 +54,23 @@ def test_every_study_has_its_section():
     shown = set(re.findall(r"results/udg/([\w-]+\.png)", text))
     assert shown <= drawn
     assert {name for name in drawn if not name.endswith("-diversity.png")} <= shown
+
+
+def test_the_settings_are_the_scripts():
+    """docs/settings.md; another preset or default is told there at once."""
+    assert settings_page.PAGE.read_text() == settings_page.page()
+    shown = settings_page.shown
+    assert [shown(x) for x in (True, None, 1e-4, 20_000, (256, 256), "")] == [
+        "yes",
+        "-",
+        "0.0001",
+        "20,000",
+        "256 256",
+        "-",
+    ]
+
+
+@pytest.mark.parametrize("name", ("wurl_sac", "udg_select", "mopo", "cped", "qdq", "dac"))
+def test_the_readme_tells_how_long_a_script_is(name):
+    told = re.search(rf"`{name}.py`\]\(docs/{name}.md\) \| (\d+) \|", (ROOT / "README.md").read_text())
+    assert int(told[1]) == (ROOT / f"{name}.py").read_text().count("\n")

@@ -215,16 +215,16 @@ def test_names_of_the_runner_are_found_when_they_are_used():
         runner.nothing  # noqa: B018
 
 
-# --- the README ---
+# --- the pages ---
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
-def test_the_readmes_forward_is_that_of_the_package(path, observations):
+def test_the_pages_forward_is_that_of_the_package(path, observations):
     scope = {}
-    exec(next(block for block in blocks() if "def load_policy" in block), scope)
+    exec(next(block for block in blocks("docs/policy.md") if "def load_policy" in block), scope)
     for make in PLAIN.values():
         make(path)
         wanted = policies.load(path, 1)(observations)
@@ -236,7 +236,7 @@ def test_the_readmes_forward_is_that_of_the_package(path, observations):
 
 def test_the_readmes_call(path, observations, monkeypatch):
     """Its path is a run's; what it does with it is done here."""
-    block = next(block for block in blocks() if "policies.load(" in block)
+    block = next(block for block in blocks("README.md") if "policies.load(" in block)
     named = re.search(r'policies\.load\("(.+?)"', block)[1]
     of_cped(path)
     scope = {"observations": observations}
