@@ -31,7 +31,7 @@ COLUMNS = {
         "`--preset sac`": ("--preset", "sac", "--task", "ant-angle-0"), "`--quick`": ("--quick",),
     },
     **{
-        name: {"your data": ("ours/mine",), "`--preset cpu`": ("ours/mine", "--preset", "cpu"), "`--quick`": ("--quick",)}
+        name: {"your data": ("mine",), "`--preset cpu`": ("mine", "--preset", "cpu"), "`--quick`": ("--quick",)}
         | {known: (known,) for known in PUBLISHED if not (name == "mopo" and known.startswith("antmaze"))}
         for name in ("mopo", "cped", "qdq", "dac")
     },
