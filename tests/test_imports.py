@@ -440,6 +440,52 @@ def test_resets_of_a_world_that_is_not_known(tmp_path, given, sparse):
     np.testing.assert_array_equal(buffer["next_observations"], np.float32(true))
 
 
+def walked(starts, steps=20, terminal=False):
+    """Episodes in the plane of an unknown world, one after the other, whose next observations are the next rows."""
+    rng = np.random.default_rng(0)
+    states = np.concatenate([start + np.cumsum(rng.normal(scale=0.1, size=(steps, 2)), axis=0) for start in starts])
+    ends = np.arange(len(states)) % steps == steps - 1
+    rows = {
+        "observations": states,
+        "next_observations": np.roll(states, -1, axis=0),
+        "rewards": rng.normal(size=len(states)),
+    }
+    rows |= {
+        "actions": rng.uniform(-1, 1, (len(states), 1)),
+        "terminals": ends & terminal,
+        "timeouts": ends & ~terminal,
+    }
+    return rows
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ends_behind_which_the_data_go_on_are_kept(tmp_path, terminal):
+    """A goal on the way, or a log cut into pieces: told from resets by how far they go, where no body is known."""
+    log = walked([0.0], steps=200)
+    log["terminals"] = np.isin(np.arange(200), [9, 10, 11, 40, 90]) & terminal
+    log["timeouts"] = (np.arange(200) % 50 == 49) & ~log["terminals"]
+    log["next_observations"][-1] = log["observations"][-1] + 0.1
+    buffer = import_arrays(tmp_path, log)
+    assert len(buffer) == 200 and buffer["terminals"].sum() == 5 * terminal and buffer.metadata["rows_dropped"] == {}
+    resets = walked([0.0, 5.0, 0.0, 5.0], terminal=terminal)
+    assert import_arrays(tmp_path, resets).metadata["rows_dropped"] == {cut.OTHER_STATE: 4}
+    if not terminal:
+        resets["terminals"][[5, 6, 7, 50]] = True  # goals on the way, beside resets
+        assert import_arrays(tmp_path, resets)["terminals"].sum() == 4
+
+
+def test_a_state_that_follows_itself_is_no_reset(tmp_path):
+    """Absorbing states and walls. Where each cut has it and no step, it stands for a state that was not recorded."""
+    for key, kept in (("terminals", 40), ("timeouts", 36)):
+        rows = plain_rows((10,) * 4, range(4) if key == "terminals" else ())
+        ends = rows[key] > 0
+        rows["next_observations"][ends] = rows["observations"][ends]
+        buffer = import_arrays(tmp_path, rows)
+        assert len(buffer) == kept and buffer["terminals"].sum() == rows["terminals"].sum()
+    rows["next_observations"][3] = rows["observations"][4] = rows["observations"][3]  # a wall
+    assert len(import_arrays(tmp_path, rows)) == 40
+
+
 def test_inspect_names_the_rows_that_are_no_steps(tmp_path, capsys):
     """As they stand in a buffer that somebody made without a look at them."""
     columns, _ = recorded("hopper", "next-step", True)
