@@ -198,6 +198,17 @@ def test_a_terminal_at_the_time_limit_is_one(tmp_path):
     assert "notes" not in import_arrays(tmp_path, plain_rows((4, 5), terminal=(0, 1))).metadata
 
 
+def test_what_flags_leave_open_or_get_wrong_is_noted(tmp_path):
+    """Terminals that the task does not end at, ends that nothing marks, terminals that are all lost."""
+    rows = make_arrays((50,) * 4, terminal=range(4))
+    rows |= {"rewards": np.zeros(200)}  # point-angle-0 never ends
+    notes = import_arrays(tmp_path, without(rows, "timeouts", "root_positions"), task="point-angle-0").metadata["notes"]
+    assert "4 of 4 terminals are no end of this task" in notes[0] and "--episode-length" in notes[0], notes
+    assert not any("episodes are cut" in note for note in notes)
+    notes = import_arrays(tmp_path, without(plain_rows(), "timeouts", "next_observations")).metadata["notes"]
+    assert "nothing says where episodes end but terminals" in notes[0] and "no terminal is left" in notes[1], notes
+
+
 # --- a learner on data without a task ------------------------------------------------------------
 
 

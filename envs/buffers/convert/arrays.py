@@ -153,10 +153,16 @@ def read(
     if limit is None and task is not None:
         limit = task.eval_length  # of whole episodes; those of our own collections may be shorter
     maze = task is not None and task.env.startswith("ant-maze")
+    terminal = task.model_terminal if task and task.knows_end and not maze else None
+    if limit is None and not {"timeouts", "next_observations"} & arrays.keys():
+        notes.append(
+            "nothing says where episodes end but terminals: an end without one is taken for a step to the next start. "
+            "Add timeouts or next_observations if there are such ends"
+        )
     pieces = cut(
         source, arrays, notes, limit=limit,
         body=body_of(task.env, arrays["observations"].shape[1], dt or task.dt) if task else None,
-        terminal=task.model_terminal if task and task.knows_end and not maze else None, ends_at_terminals=not maze,
+        terminal=terminal, ends_at_terminals=not maze,
     )  # fmt: skip
     kept = np.flatnonzero(pieces.valid)
     if not len(kept):
@@ -164,7 +170,8 @@ def read(
         return None
     ends = pieces.ends | ~np.roll(pieces.valid, -1)
     lengths = np.diff(np.flatnonzero(ends[kept]), prepend=-1)
-    if limit is None and len(lengths) > 1 and (lengths == lengths[0]).all() and pieces.terminals[ends].all():
+    alike = len(lengths) > 1 and (lengths == lengths[0]).all() and pieces.terminals[ends].all()
+    if alike and terminal is None and lengths[0] != limit:
         notes.append(
             f"every episode ends in a terminal after {lengths[0]} steps: if that is a time limit, import again with "
             f"--episode-length {lengths[0]}, since learners take a terminal for the end of all rewards"

@@ -154,7 +154,7 @@ def cut(
         steps = count_steps(hard | apart | odd | resets)
         timeouts = (steps % limit == limit - 1) & ~hard
         why = "timeouts is False in every row" if "timeouts" in arrays else "the file marks no timeouts"
-        notes.append(f"{why}: episodes are cut after {limit} steps")
+        notes += [f"{why}: episodes are cut after {limit} steps"] * bool(timeouts.any())
         resets |= _reset_rows(arrays, hard | timeouts, bad)
     unmarked = (apart | odd) & ~(hard | timeouts | resets)
     if unmarked.mean() > UNFIT_SHARE:
@@ -190,5 +190,14 @@ def cut(
                 f"{int((lengths > limit).sum())} episodes are longer than the {limit} steps of this set, the longest "
                 f"{lengths.max()}: is a flag missing, or another --episode-length right?"
             )
+    over = np.flatnonzero(hard & valid)
+    if terminal is not None and len(over) and (wrong := int((~np.asarray(terminal(successor[over]), bool)).sum())):
+        notes.append(
+            f"{wrong} of {len(over)} terminals are no end of this task, which goes on from there, and learners take a "
+            "terminal for the end of all rewards: if they are time limits, make them timeouts, or import again with "
+            "--episode-length"
+        )
+    if terminals.any() and not (terminals & valid).any():
+        notes.append("no terminal is left, since their rows are dropped: no value function can learn what ends here")
     dropped = {why: int(rows.sum()) for why, rows in lost.items() if rows.any()}
     return Cut(ends, valid, terminals, successor if given is not None else following, dropped)
