@@ -18,7 +18,7 @@ import mopo
 import runner
 import runner.ends
 from envs import InputError, buffers
-from envs.buffers import convert
+from envs.buffers import convert, raw
 from envs.buffers.__main__ import main as command_line
 from envs.buffers.convert import cut, reach
 from envs.buffers.convert import physics as convert_physics
@@ -495,6 +495,18 @@ def test_a_state_that_follows_itself_is_no_reset(tmp_path):
         assert len(buffer) == kept and buffer["terminals"].sum() == rows["terminals"].sum()
     rows["next_observations"][3] = rows["observations"][4] = rows["observations"][3]  # a wall
     assert len(import_arrays(tmp_path, rows)) == 40
+
+
+def test_root_columns_of_a_robot_that_shows_its_place(tmp_path):
+    """So that its data can be relabelled; columns of the user's own stay."""
+    columns, _ = recorded("ant", "next-step", True)
+    buffer = import_arrays(tmp_path, columns, task="ant", replay=False)
+    np.testing.assert_array_equal(buffer["root_positions"], buffer["observations"][:, :2])
+    moved = buffer["root_positions"] + 0.05 * buffer["root_velocities"]
+    np.testing.assert_allclose(moved, buffer["next_observations"][:, :2], atol=1e-5)
+    assert raw.map_buffer(buffer.path)
+    own = columns | {"root_velocities": np.ones((len(columns["rewards"]), 2))}
+    assert (import_arrays(tmp_path, own, task="ant", replay=False)["root_velocities"] == 1).all()
 
 
 def test_inspect_names_the_rows_that_are_no_steps(tmp_path, capsys):

@@ -18,6 +18,7 @@ from envs.buffers.convert.reach import body_of
 from envs.buffers.convert.write import check_sizes, leave_out_forces
 from envs.buffers.fields import COLUMNS, EPISODE_KEYS, METADATA
 from envs.gymnasium_pool import PREFIX, spaces
+from envs.robots import ROBOTS
 from envs.task import Task
 
 NAMES = {"terminations": "terminals", "truncations": "timeouts"}  # Gymnasium's words
@@ -178,6 +179,10 @@ def read(
         )
     whole = arrays | {"next_observations": pieces.next_observations, "terminals": pieces.terminals}
     whole["timeouts"] = ends & ~pieces.terminals
+    robot = ROBOTS.get(task.env) if task else None
+    if robot and not robot.skip_qpos and whole["observations"].shape[1] == robot.observation_size:  # x, y are shown
+        places = (whole[key][:, :2] for key in ("observations", "next_observations"))
+        whole = common.root_columns(*places, dt or task.dt) | whole
     metadata = {
         "dataset_name": name, "env": task.env if task else f"arrays/{name}", "task": None,
         "layout": "task" if task else "env", "reward_kind": "task", "reference": None,

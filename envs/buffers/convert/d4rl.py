@@ -150,11 +150,7 @@ def _maze_columns(arrays, cut: Cut, family: Family, notes: list[str]) -> tuple[d
     """x, y, goals, and which trajectory a row belongs to; and the share of rewards that agree with the goals."""
     before, after = arrays["observations"][:, :2], cut.next_observations[:, :2]
     ids = np.cumsum(cut.ends) - cut.ends
-    columns = {
-        "root_positions": before,
-        "root_velocities": ((after.astype(np.float64) - before) / family.dt).astype(np.float32),
-        "trajectory_ids": ids.astype(np.int32),
-    }
+    columns = common.root_columns(before, after, family.dt) | {"trajectory_ids": ids.astype(np.int32)}
     paid = arrays["rewards"] > (0.5 if arrays["rewards"].min() >= 0 else -0.5)  # 0 and 1, or -1 and 0
     if np.bincount(ids, weights=paid).max() == 1:
         notes.append(

@@ -132,8 +132,7 @@ def _root_columns(columns: dict[str, np.ndarray], rows: np.ndarray, dt: float) -
     here, goals = columns.get("observations/achieved_goal"), columns.get("observations/desired_goal")
     found = {}
     if here is not None and here.shape[1] == 2:
-        found["root_positions"] = here[rows].astype(np.float32)
-        found["root_velocities"] = ((here[rows + 1] - here[rows]) / dt).astype(np.float32)
+        found |= common.root_columns(here[rows], here[rows + 1], dt)
     if goals is not None and goals.shape[1] == 2:
         found["goals"] = goals[rows].astype(np.float32)
     return found
