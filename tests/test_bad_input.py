@@ -176,6 +176,7 @@ CORPUS = {  # name -> what breaks a file of 5, 3 and 7 rows, words of the error 
             ("dt", -1), ("dt", 10**400), ("episode_length", "7"), ("layout", "flat"), ("reward_kind", "dense"),
             ("warmup_transitions", 16), ("parents", ["x"]), ("rows_dropped", 3), ("env", None),
             ("num_transitions", 14), ("num_episodes", 4),
+            ("reference", [1]), ("reference", [2, 2]), ("reference", [0, "x"]),
         ]
     },
     **{

@@ -530,13 +530,15 @@ def test_minari_goals_in_dicts_of_dicts_are_left_alone(tmp_path, minari):
 
 
 def test_minari_reference_scores_and_seconds(tmp_path, minari):
-    """The set's scores, if they are numbers; with --task that task's own, by which it is judged; another step noted."""
+    """The set's scores, if they are numbers; with --task that task's own, if it has some; another step noted."""
     scores = {"ref_min_score": -20.0, "ref_max_score": 3234.5, "eval_env": "CartPole-v1"}
     name = make_minari(minari, "toy-v0", plain_episodes(sizes=(4, 2)), box(4), **scores)
     reference = lambda **choices: import_minari(tmp_path, name, **choices).metadata["reference"]
     assert reference(dt=0.05) == [-20.0, 3234.5]
     known = envs.task("point-angle-0").reference
-    assert reference(task="point-angle-0") == (known and list(known))
+    assert reference(task="point-angle-0") == list(known)
+    assert reference(task="point-angle-45") == [-20.0, 3234.5]
+    assert buffers.load_task(tmp_path / "out.npz", None)[1].normalized_score(3234.5) == 100
     edit_about(tmp_path, name, ref_max_score=float("nan"), env_spec=gymnasium.spec("Hopper-v5").to_json())
     buffer = import_minari(tmp_path, name, dt=0.1)
     assert buffer.metadata["reference"] is None

@@ -69,6 +69,11 @@ def check_metadata(metadata: Mapping[str, Any], path: Any) -> None:
         if metadata[key] is not None and not 0 < metadata[key] < LARGEST:
             problem = f"is {str(metadata[key])[:60]}"
             raise fail(path, f"{METADATA}[{key!r}]", problem, "give a positive number")
+    if (told := metadata.get("reference")) is not None:
+        numbers = isinstance(told, list) and all(type(x) in (int, float) and abs(x) < LARGEST for x in told)
+        if not numbers or len(told) != 2 or told[0] == told[1]:
+            remedy = "write [random, expert], two different returns, or null"
+            raise fail(path, f"{METADATA}['reference']", f"is {str(told)[:60]!a}", remedy)
     warmup = metadata["warmup_transitions"]
     if warmup is not None and not 0 <= warmup <= metadata["num_transitions"]:
         problem = f"is {warmup} of {metadata['num_transitions']} transitions"

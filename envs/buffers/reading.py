@@ -150,6 +150,8 @@ def load_task(
         if module_of(about["task"]) and not task:
             remedy = f"add --task {about['task']} (in a program: import {module_of(about['task'])} before)"
         raise fail(path, f"{METADATA}['task']", str(error), remedy) from None
+    if found.reference is None and about.get("reference"):
+        found = dataclasses.replace(found, reference=tuple(about["reference"]))
     sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
         remedy = "write the task there that these numbers belong to, or make the file again"

@@ -94,7 +94,8 @@ def _label(metadata: dict[str, Any], task: str | None) -> Task | None:
             raise
         return None  # a set of D4RL's, or of another release, that is known by its name alone
     if task is not None:
-        metadata.update(task=known.name, layout="task", task_options=known.options, reference=known.reference)
+        metadata.update(task=known.name, layout="task", task_options=known.options)
+        metadata["reference"] = known.reference or metadata["reference"]
     metadata.setdefault("task_options", known.options)
     metadata["env"] = known.env
     return known
