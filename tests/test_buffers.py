@@ -157,13 +157,15 @@ def test_summary_line(saved, capsys):
 def test_shards_are_read_as_one(tmp_path):
     parts = [make_arrays((5, 3), seed=1), make_arrays((2, 7, 4), seed=2)]
     for i, part in enumerate(parts):
-        buffers.save(tmp_path / f"toy-{i}.npz", part, LABELLED | {"warmup_transitions": 5 * (i == 0)})
+        buffers.save(
+            tmp_path / f"toy-{i}.npz", part, LABELLED | {"warmup_transitions": 5 * (i == 0), "episode_length": 7 + i}
+        )
     buffer = buffers.load(str(tmp_path / "toy-*.npz"), quiet=True)
     for key in parts[0]:
         np.testing.assert_array_equal(buffer[key], np.concatenate([part[key] for part in parts]))
     np.testing.assert_array_equal(buffer["episode_ends"], [5, 8, 10, 17, 21])
     about = buffer.metadata
-    assert (about["num_episodes"], about["warmup_transitions"]) == (5, 5)
+    assert (about["num_episodes"], about["warmup_transitions"], about["episode_length"]) == (5, 5, 8)
     assert [p["path"] for p in about["parents"]] == ["toy-0.npz", "toy-1.npz"]
     buffers.save(tmp_path / "toy-1.npz", parts[1], LABELLED | {"env": "ant"})
     refused(str(tmp_path / "toy-*.npz"), "toy-1.npz", "'ant'", "'point'")

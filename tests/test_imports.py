@@ -198,6 +198,14 @@ def test_a_terminal_at_the_time_limit_is_one(tmp_path):
     assert "notes" not in import_arrays(tmp_path, plain_rows((4, 5), terminal=(0, 1))).metadata
 
 
+def test_a_long_log_does_not_make_long_episodes(tmp_path):
+    """Evaluations are as long as the data's episodes: with a task as its own at most, unless told."""
+    rows = without(make_arrays((300,), terminal=()), "root_positions")
+    for choices, length in (({}, 100), ({"episode_length": 300}, 300), ({"task": None}, 300)):
+        buffer = import_arrays(tmp_path, rows, **{"task": "point-angle-0", **choices})
+        assert (buffer.metadata["episode_length"], len(buffer)) == (length, 300)
+
+
 def test_what_flags_leave_open_or_get_wrong_is_noted(tmp_path):
     """Terminals that the task does not end at, ends that nothing marks, terminals that are all lost."""
     rows = make_arrays((50,) * 4, terminal=range(4))

@@ -227,6 +227,7 @@ def _merge(parts: list[Buffer], path: str) -> Buffer:
         "num_episodes": len(returns),
         "mean_return": float(returns.mean()),
         "std_return": float(returns.std()),
+        "episode_length": max(part.metadata["episode_length"] for part in parts),
         "warmup_transitions": None if later_warmup else first.metadata["warmup_transitions"],
         "sha256": {},
         "parents": [{"path": Path(part.path).name} for part in parts],
