@@ -178,6 +178,9 @@ def test_extra_columns_are_carried(tmp_path):
     arrays = make_arrays() | {"qpos": np.ones((15, 4), np.float32)}
     path = buffers.save(tmp_path / "toy.npz", arrays, LABELLED)
     assert buffers.load(path, quiet=True)["qpos"].shape == (15, 4)
+    with np.load(path) as file:  # all that numpy finds in it can be saved anew
+        again = buffers.save(tmp_path / "again.npz", dict(file), json.loads(str(file["metadata_json"])))
+    assert buffers.load(again, quiet=True).metadata["sha256"] == buffers.load(path, quiet=True).metadata["sha256"]
     rewrite(path, qpos=np.ones((14, 4), np.float32))
     refused(path, "qpos", "(14, 4)")
 
@@ -220,6 +223,14 @@ def test_the_writer_refuses_what_the_reader_would_and_writes_nothing(tmp_path):
     }.items():
         with pytest.raises(InputError, match=key):
             buffers.save(tmp_path / "toy.npz", {**good, key: value}, LABELLED)
+    for more, words in (
+        ({"infos/qpos": good["rewards"]}, "'infos/qpos': is not a plain array name.*letters"),
+        ({f"x{i}": good["rewards"] for i in range(60)}, "limit 64.*leave some out"),
+        ({"terminals": np.zeros(15, bool), "timeouts": np.zeros(15, bool)}, "timeouts: no row ends"),
+        ({"policy_ids": np.full(15, -1, np.int32)}, "policy_ids: row 0 is -1.*from 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            buffers.save(tmp_path / "toy.npz", good | more, LABELLED)
     with pytest.raises(InputError, match="empty"):
         buffers.save(tmp_path / "toy.npz", {key: value[:0] for key, value in good.items()}, LABELLED)
     for bad in ({"seed": object()}, {"seed": float("nan")}):

@@ -98,6 +98,8 @@ def check_shapes(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], path: A
             want = ", ".join(str(n) for n in (rows, *row))
             problem = f"has the shape {shape}, expected ({want})"
             raise fail(path, key, problem, "squeeze or reshape it before saving")
+        if key in EPISODE_KEYS and 0 in shape:
+            raise fail(path, "timeouts", "no row ends an episode", "set timeouts[-1] = True")
         if 0 in shape:
             raise fail(path, key, f"is empty: shape {shape}", "give at least one transition")
         for name, size in zip((rows, *row), shape, strict=True):
@@ -121,15 +123,16 @@ def _check_column(key: str, array: np.ndarray, path: Any) -> None:
     """Values of one array: finite, actions in [-1, 1], flags 0 or 1, ids not negative."""
     for start, block in row_blocks(array):
         if array.dtype == np.bool_:
-            bad = block.view(np.uint8) > 1
+            block = block.view(np.uint8)
+            bad, remedy = block > 1, "a bool is the byte 0 or 1: write array != 0"
         elif array.dtype == np.float32:
-            bad = ~np.isfinite(block)
+            bad, remedy = ~np.isfinite(block), "values must be finite: find where it was recorded"
         else:
             bad = block < 0 if key == "policy_ids" else np.zeros(1, bool)
+            remedy = "number the policies from 0, or leave the column out"
         if bad.any():
-            row = start + int(np.argmax(bad.reshape(len(block), -1).any(axis=1)))
-            problem = f"row {row} is {np.array2string(array[row], threshold=8)}"
-            raise fail(path, key, problem, "values must be finite: find where it was recorded")
+            row = int(np.argmax(bad.reshape(len(block), -1).any(axis=1)))
+            raise fail(path, key, f"row {start + row} is {np.array2string(block[row], threshold=8)}", remedy)
         if array.dtype == np.float32 and np.abs(block).max() > LARGEST_VALUE:
             row, column = divmod(int(np.argmax(np.abs(block))), max(1, block[0].size))
             problem = f"row {start + row} has {block.ravel()[np.argmax(np.abs(block))]:.3g}"
