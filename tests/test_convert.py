@@ -475,7 +475,7 @@ def test_minari_knows_the_world_of_its_environment_and_is_told_the_task(tmp_path
     buffer = import_minari(tmp_path, name)
     assert about(buffer, "env", "dt", "episode_length") == ("minari/Hopper-v5", 0.008, 1000)
     assert about(buffer, "task", "reference") == (None, None)
-    again = "python -m envs.buffers from-minari mujoco/hopper/medium-v0 --task hopper"
+    again = "python -m envs.buffers from-minari mujoco/hopper/medium-v0 --force --task hopper"
     assert buffers.load_task(buffer.path, None)[1].eval_length == 0
     assert f"cannot be evaluated (to evaluate, import it again: {again}" in capsys.readouterr().out
     refused(lambda: buffers.load_task(buffer.path, None, "hopper"), "task", again)
@@ -967,7 +967,7 @@ def test_from_ogbench_to_a_learner(tmp_path, capsys):
     path, out = tmp_path / "antmaze-medium-navigate-v0.npz", tmp_path / "out.npz"
     np.savez_compressed(path, **maze_grid("medium"))
     convert.from_ogbench(path, out)
-    again = f"python -m envs.buffers from-ogbench {path.name} --task ant-maze-"
+    again = f"python -m envs.buffers from-ogbench {path.name} --force --task ant-maze-"
     refused(lambda: buffers.load_task(out, None), "reward-free", again)
     refused(lambda: select(out, "ant-maze-medium", tmp_path), "'ogbench/antmaze-medium", again + "medium")
     convert.from_ogbench(path, out, task="ant-maze-medium", replay=False, force=True)

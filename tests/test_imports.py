@@ -754,6 +754,9 @@ def test_a_column_that_an_import_lacks_has_a_remedy_that_helps(tmp_path):
     with np.errstate(all="ignore"):
         path = import_arrays(tmp_path, wide, name="ant-own").path
     refused(lambda: select(path, "ant-angle-0", tmp_path), "no task pays 'arrays/ant-own'", "no task here has 99")
+    for sizes, remedy in (((3, 2), "Remedy: use other data: no task"), ((11, 3), "arrays, force=True, task='hopper'")):
+        unpaid = plain_rows(sizes=sizes) | {"rewards": np.zeros(12)}  # a dict, so that there is no file
+        refused(lambda unpaid=unpaid: buffers.load_task(import_arrays(tmp_path, unpaid).path, None), "are zero", remedy)
 
 
 def test_another_dt_is_named_as_the_cause(tmp_path, capsys):

@@ -34,8 +34,6 @@ from envs.unknown import unknown_task
 from envs.worlds import task as find_task
 from envs.worlds import task_of_file
 
-NO_TASK = "use other data"  # a remedy that begins like this says that no task fits
-
 
 def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...]) -> Buffer:
     check_is_file(path)
@@ -136,7 +134,7 @@ def load_task(
     about = buffer.metadata
     if about["task"] is None and about["env"] not in task_names():
         command = import_command(buffer)
-        told = f" (to evaluate, {command})" if "--task" in command else ""
+        told = f" (to evaluate, {command})" if command else ""
         print(f"{path}: names no task: the policy is trained and written, but cannot be evaluated{told}", flush=True)
         sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
         return buffer, _endless(unknown_task(about, *sizes), buffer)
@@ -156,7 +154,7 @@ def load_task(
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
         remedy = "write the task there that these numbers belong to, or make the file again"
         if about["layout"] == "env":
-            remedy = f"convert: {select_command(buffer, found.name)}"
+            remedy = select_command(buffer, found.name)
         problem = f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes {found.observation_size}"
         raise fail(path, "observations", problem, remedy)
     return buffer, _endless(found, buffer)
@@ -248,32 +246,47 @@ def check_sha256(buffer: Buffer) -> None:
             raise fail(buffer.path, key, problem, "copy or make the file again")
 
 
+def _fitting_tasks(buffer: Buffer) -> list[str]:
+    """Names of the tasks with a reward that have as many numbers as an import; NAME where its numbers were not read."""
+    if not {"observations", "actions"} <= buffer.arrays.keys():
+        return ["NAME"]
+    size, actions = buffer["observations"].shape[1], buffer["actions"].shape[1]
+    known = [find_task(name) for name in task_names()]
+    shown = lambda t: shown_numbers(t.env, size, t.observation_size)
+    return [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == (shown(t), actions)]
+
+
+def no_task(buffer: Buffer) -> str:
+    """The remedy where no task has the numbers of an import, else empty."""
+    if buffer.metadata["generator"].get("script") not in IMPORTS or _fitting_tasks(buffer):
+        return ""
+    sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
+    return f"use other data: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
+
+
 def import_command(buffer: Buffer, task: str = "") -> str:
-    """How to import a file of another project once more, for a task; empty for a buffer that is no import.
+    """How to import data of another project once more, for a task; empty where no task fits, and for no import.
 
     task: by default what the sizes of observations and actions allow.
     """
     about = buffer.metadata
     kind = about["generator"].get("script")
-    if kind not in IMPORTS:
+    if kind not in IMPORTS or not (fit := _fitting_tasks(buffer)):
         return ""
-    fit = ["NAME"]
-    if {"observations", "actions"} <= buffer.arrays.keys():
-        sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
-        known = [find_task(name) for name in task_names()]
-        shown = lambda t: shown_numbers(t.env, sizes[0], t.observation_size)
-        fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == (shown(t), sizes[1])]
-        if not fit:
-            return f"{NO_TASK}: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
-    source = str(about["parents"][0].get("path", "")) if about["parents"] else ""  # it may be a stranger's
+    parent = about["parents"][0] if about["parents"] else {}  # it may be a stranger's
+    source = str(parent.get("path", ""))
     source = source if source and source.isprintable() else "FILE"
-    command = f"import it again: python -m envs.buffers from-{kind} {source} --task {task or fit[0]}"
+    command = f"import it again: python -m envs.buffers from-{kind} {source} --force --task {task or fit[0]}"
+    if kind == "arrays" and not parent.get("sha256"):  # a dict, in no file
+        command = f"import it again: envs.buffers.from_arrays(arrays, force=True, task={task or fit[0]!r})"
     return command if task or not fit[1:] else f"{command} (or {', '.join(fit[1:6])})"
 
 
 def select_command(buffer: Buffer, task: str) -> str:
-    """How to get a file with a task's rewards: relabel the buffer, or what it was made from."""
+    """The remedy for a file without a task's rewards: relabel the buffer, or what it was made from."""
     about = buffer.metadata
+    if none := no_task(buffer):
+        return none
     imported = import_command(buffer, "" if task == "TASK" else task)
     if imported and about["task"] is None:
         return imported
@@ -281,23 +294,23 @@ def select_command(buffer: Buffer, task: str) -> str:
     names = [name for name in names if name.isprintable()]  # they may be a stranger's
     made = about["layout"] == "task" and names and not imported
     source = f"<folder of {', '.join(names[:3])}>" if made else buffer.path
-    return f"python udg_select.py --buffers {source} --task {task}"
+    return f"relabel: python udg_select.py --buffers {source} --task {task}"
 
 
 def check_task(buffer: Buffer, task: str) -> None:
     have = buffer.metadata["task"]
     if have == task and buffer.metadata["layout"] == "task":
         return
-    raise fail(buffer.path, "task", f"is {have!r}, not {task!r}", f"make that file: {select_command(buffer, task)}")
+    raise fail(buffer.path, "task", f"is {have!r}, not {task!r}", select_command(buffer, task))
 
 
 def check_rewards(buffer: Buffer) -> None:
-    command = f"relabel first: {select_command(buffer, 'TASK')}"
     if buffer.metadata["reward_kind"] == "none":
-        raise fail(buffer.path, "rewards", "the data is reward-free", command)
+        raise fail(buffer.path, "rewards", "the data is reward-free", select_command(buffer, "TASK"))
     rewards = buffer["rewards"]
     if rewards.min() != rewards.max():
         return
     if not rewards[0]:
-        raise fail(buffer.path, "rewards", "are zero in every row", command)
+        remedy = no_task(buffer) or f"use data that earned some, or {select_command(buffer, 'TASK')}"
+        raise fail(buffer.path, "rewards", "are zero in every row", remedy)
     print(f"warning: {buffer.path}: rewards are {rewards[0]} in every row", file=sys.stderr)
