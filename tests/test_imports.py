@@ -193,6 +193,8 @@ def test_a_terminal_at_the_time_limit_is_one(tmp_path):
     buffer = import_arrays(tmp_path, rows, episode_length=4)
     assert list(np.flatnonzero(buffer["terminals"])) == [5] and list(np.flatnonzero(buffer["timeouts"])) == [3, 9]
     assert "2 terminals are the time limit of 4 steps: taken as timeouts" in buffer.metadata["notes"]
+    apart = import_arrays(tmp_path, plain_rows((4, 4, 4), terminal=(0, 2)), episode_length=4)
+    assert list(np.flatnonzero(apart["terminals"])) == [3, 11]  # the file knows a time limit from an end
     alike = import_arrays(tmp_path, plain_rows((4, 4), terminal=(0, 1)))
     assert alike["terminals"].sum() == 2 and "--episode-length 4" in alike.metadata["notes"][0]
     assert "notes" not in import_arrays(tmp_path, plain_rows((4, 5), terminal=(0, 1))).metadata

@@ -161,6 +161,8 @@ def cut(
         problem = f"{100 * unmarked.mean():.0f} % of the rows inside episodes are not followed by their successor"
         raise common.fail(path, "observations", problem, "rows must be in the order of time: use the original file")
     late = _time_limits(hard, hard | timeouts | unmarked | resets, limit, successor, terminal)
+    apart_flags = (arrays.get("timeouts", none) & ~arrays["terminals"])[:-1].any()  # so that the others are meant
+    late &= terminal is not None or not apart_flags
     if late.any():
         notes.append(f"{int(late.sum())} terminals are the time limit of {limit} steps: taken as timeouts")
         terminals, hard, timeouts = terminals & ~late, hard & ~late, timeouts | late
