@@ -93,7 +93,8 @@ def load(
         verify: compare every array that is read with its sha256 in the metadata.
         unchecked: columns whose values are not looked at (finiteness, range), only their shapes;
             for readers that touch a small part of a large column.
-        max_rows: of more rows take whole episodes at random, the same ones always, up to so many; 0: all.
+        max_rows: of more rows take whole episodes at random, the same ones always, up to so many (of one that is
+            longer by itself its beginning); 0: all.
 
     Returns: a `Buffer`; arrays of an uncompressed file are read-only memory maps.
     Raises: InputError naming file, key and remedy.
@@ -130,7 +131,7 @@ def load_task(
     buffer = load(path, keys, require_rewards=True, task=task or None, max_rows=max_rows)
     size, free = 2 * sum(array.nbytes for array in buffer.arrays.values()), available_memory()
     most = int(0.8 * min(free / size, 1.0) * len(buffer))
-    check_fits(path, size, f"train on whole episodes drawn from it, for example --max-rows {most}")
+    check_fits(path, size, f"train on episodes drawn from it, for example --max-rows {most}")
     about = buffer.metadata
     if about["task"] is None and about["env"] not in task_names():
         command = import_command(buffer)
@@ -182,20 +183,30 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _draw_episodes(buffer: Buffer, rows: int) -> Buffer:
-    """Whole episodes, drawn without replacement, of at most `rows` rows together (one at least), in memory."""
-    lengths, ends = buffer["episode_lengths"], buffer["episode_ends"]
-    order = np.random.default_rng(0).permutation(len(ends))
+    """Whole episodes, drawn without replacement, of at most `rows` rows together, in memory.
+
+    Where the first one is longer by itself, it is cut by a timeout.
+    """
+    lengths, rows = buffer["episode_lengths"], max(rows, 1)
+    starts, order = buffer["episode_ends"] - lengths, np.random.default_rng(0).permutation(len(lengths))
     count = max(1, int(np.searchsorted(np.cumsum(lengths[order], dtype=np.int64), rows, side="right")))
     chosen = np.sort(order[:count])
-    spans = [slice(int(ends[i] - lengths[i]), int(ends[i])) for i in chosen]
+    taken = np.minimum(lengths[chosen], rows)
+    spans = [slice(start, start + steps) for start, steps in zip(starts[chosen].tolist(), taken.tolist(), strict=True)]
     take = lambda key, x: x[chosen] if key in EPISODE_KEYS else np.concatenate([x[span] for span in spans])
     arrays = {key: take(key, x) for key, x in buffer.arrays.items()}
+    why = "max_rows"
+    if taken[0] < lengths[chosen[0]]:
+        why = "max_rows, which cuts an episode"
+        arrays["terminals"][-1], arrays["timeouts"][-1], arrays["episode_lengths"] = False, True, taken
+        if "rewards" in arrays:
+            arrays["episode_returns"] = arrays["rewards"].sum(dtype=np.float64, keepdims=True).astype(np.float32)
     arrays["episode_ends"] = np.cumsum(arrays["episode_lengths"], dtype=np.int64)
     returns, kept = arrays["episode_returns"].astype(np.float64), len(arrays["terminals"])
     metadata = {
         **buffer.metadata, "num_transitions": kept, "num_episodes": count, "mean_return": float(returns.mean()),
         "std_return": float(returns.std()), "sha256": {}, "warmup_transitions": None,
-        "rows_dropped": {**buffer.metadata.get("rows_dropped", {}), "max_rows": len(buffer) - kept},
+        "rows_dropped": {**buffer.metadata.get("rows_dropped", {}), why: len(buffer) - kept},
     }  # fmt: skip
     return Buffer(arrays, metadata, buffer.path)
 
