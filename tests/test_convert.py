@@ -296,9 +296,9 @@ def test_names_of_d4rl_files(file, name):
 
 def test_a_set_that_is_not_known_needs_its_constants(tmp_path):
     rows = hopper_rows()
-    refused(lambda: import_d4rl(tmp_path, rows, "mine"), "mine.hdf5", "'mine'", "--dt", "--name")
-    buffer = import_d4rl(tmp_path, rows, "mine", dt=0.5, episode_length=9)
-    assert about(buffer, "env", "task", "dt", "episode_length") == ("d4rl/mine", None, 0.5, 9)
+    refused(lambda: import_d4rl(tmp_path, rows, "mine"), "mine.hdf5", "'mine'", "--episode-length", "--name")
+    buffer = import_d4rl(tmp_path, rows, "mine", episode_length=9)
+    assert about(buffer, "env", "task", "dt", "episode_length") == ("d4rl/mine", None, None, 9)
     assert import_d4rl(tmp_path, rows, "mine", name="hopper-expert-v2").metadata["task"] == "hopper"
     refused(lambda: import_d4rl(tmp_path, rows, "mine", name="walker2d-expert-v2"), "observations", "--name")
 

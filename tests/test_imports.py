@@ -151,6 +151,8 @@ def test_all_problems_are_named_at_once(tmp_path):
         "next_observations": rows["rewards"],
     }
     (tmp_path / "out.npz").write_bytes(b"old")
+    with pytest.raises(InputError, match=r"x\.dat: file: does not end in \.npz"):
+        buffers.from_arrays(wrong, tmp_path / "x.dat")
     with pytest.raises(InputError) as caught:
         import_arrays(tmp_path, wrong, force=False, task="moon", dt=-1.0, episode_length=0)
     message = str(caught.value)
@@ -161,7 +163,7 @@ def test_all_problems_are_named_at_once(tmp_path):
     assert message.startswith("arrays: 10 problems. (1) ") and "\n" not in message
     assert (tmp_path / "out.npz").read_bytes() == b"old"
     for change, words in (
-        ({"actions": rows["actions"][:-1]}, ("actions", "11 rows")),
+        ({"actions": rows["actions"][:-1]}, ("actions", "11 rows", "o[1:] its next_observations")),
         ({"rewards": np.full(12, np.nan)}, ("rewards", "row 0 is not finite")),
         ({"observations": rows["observations"] * [1, 1e30, 1]}, ("observations", "in column 1", "scale")),
         ({"rewards": np.array(["x"] * 12)}, ("rewards", "not numbers")),
@@ -770,6 +772,13 @@ def test_another_dt_is_named_as_the_cause(tmp_path, capsys):
     assert "poses follow speeds by 0.05" in said and "another dt" in said and "another order" not in said
     assert command_line(["inspect", buffer.path]) == 0
     assert "another dt" in capsys.readouterr().out
+
+
+def test_rewards_without_walls_need_no_goal(tmp_path):
+    """They are compared on the maze's ant in the open, too."""
+    columns, _ = recorded("ant-open-angle-0", "next-step", True)
+    found = import_arrays(tmp_path, columns, task="ant-open-angle-0", replay=True).metadata["replay_agreement"]
+    assert found["share"] == 1.0 and found["reward_share"] < 0.1  # they are random there
 
 
 # --- the writer ----------------------------------------------------------------------------------

@@ -55,6 +55,11 @@ def _read_npy_header(handle: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return readers[version](handle, max_header_size=MAX_HEADER_BYTES)
 
 
+def check_suffix(path: Path) -> None:
+    if path.suffix != ".npz":
+        raise fail(path, "file", "does not end in .npz", f"write {path.with_suffix('.npz')}")
+
+
 def check_names(path: Path, names: Iterable[str]) -> None:
     """Refuse more arrays than a file may hold, and names that no file has."""
     names = list(names)

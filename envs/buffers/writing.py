@@ -16,7 +16,7 @@ import numpy as np
 
 from envs.buffers.checks import check_columns, check_metadata, check_shapes, check_structure
 from envs.buffers.fields import EPISODE_KEYS, METADATA, METADATA_DEFAULTS, SCHEMA, SCHEMA_VERSION, fail
-from envs.buffers.files import check_names, sha256, write_npz
+from envs.buffers.files import check_names, check_suffix, sha256, write_npz
 
 
 @functools.lru_cache(maxsize=1)
@@ -69,8 +69,7 @@ def save(
     Raises: InputError where the data breaks the contract or the disk refuses.
     """
     path = Path(path)
-    if path.suffix != ".npz":
-        raise fail(path, "file", "does not end in .npz", f"write {path.with_suffix('.npz')}")
+    check_suffix(path)
     made = (*EPISODE_KEYS, METADATA)  # those of a file that was read, to be made anew
     arrays = {key: np.asarray(value) for key, value in arrays.items() if value is not None and key not in made}
     check_names(path, [*arrays, *made])

@@ -43,7 +43,7 @@ def open_source(source: Any) -> tuple[str, dict[str, np.ndarray], str | None]:
             raise common.fail("arrays", "dict", f"holds lists that are no arrays ({error})", remedy) from None
     path = os.fspath(source)
     if Path(path).suffix in (".hdf5", ".h5"):
-        remedy = f"python -m envs.buffers from-d4rl {path} --name NAME --dt SECONDS --episode-length STEPS"
+        remedy = f"python -m envs.buffers from-d4rl {path} --name NAME --episode-length STEPS"
         raise common.fail(path, "file", "is an hdf5 file, this reads npz", remedy)
     return path, common.read_npz(path), common.file_sha256(path)
 
@@ -81,7 +81,9 @@ def _columns(found: dict[str, np.ndarray], problems: common.Problems, notes: lis
             remedy += "a.swapaxes(0, 1).reshape(-1, size) of (steps, environments, size), each last row a timeout"
             problems.add(key, f"has the shape {value.shape}, expected {want}", remedy)
         elif rows and len(plain) != rows:
-            problems.add(key, f"has {len(plain)} rows, observations has {rows}", "give every array the same rows")
+            remedy = "give every array the same rows; of T + 1 observations an episode o, o[:-1] are its observations "
+            remedy += "and o[1:] its next_observations"
+            problems.add(key, f"has {len(plain)} rows, observations has {rows}", remedy)
         else:
             columns[key] = plain
     if other:
