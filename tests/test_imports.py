@@ -729,9 +729,9 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         refused(lambda read=read, name=name: read(tmp_path / name), name, "Git LFS pointer", "git lfs pull")
 
 
-def test_a_name_that_begins_like_d4rls_does_not_forbid_dt(tmp_path):
+def test_a_name_that_begins_like_d4rls_does_not_forbid_its_own_constants(tmp_path):
     rows = without(hopper_rows(), "infos/qpos", "infos/qvel", "infos/action_log_probs")
-    refused(lambda: import_d4rl(tmp_path, rows, "ant-mine"), "ant has (111, 8)", "--name", "--dt", "--episode-length")
+    refused(lambda: import_d4rl(tmp_path, rows, "ant-mine"), "ant has (111, 8)", "--name", "--episode-length")
     buffer = import_d4rl(tmp_path, rows, "ant-mine", dt=0.02, episode_length=9)
     assert about(buffer, "env", "task", "dt") == ("d4rl/ant-mine", None, 0.02)
 
