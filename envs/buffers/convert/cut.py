@@ -200,6 +200,9 @@ def cut(
             "--episode-length"
         )
     if terminals.any() and not (terminals & valid).any():
-        notes.append("no terminal is left, since their rows are dropped: no value function can learn what ends here")
+        notes.append(
+            "no terminal is left, since their rows are dropped, and no value function can learn where the task ends: "
+            "give true next_observations, unless these were time limits"
+        )
     dropped = {why: int(rows.sum()) for why, rows in lost.items() if rows.any()}
     return Cut(ends, valid, terminals, successor if given is not None else following, dropped)
