@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from envs.base import Env
 from envs.errors import InputError
 from envs.gymnasium_pool import Pool, spaces
-from envs.own import own_task
+from envs.own import OPTIONS, own_task
 from envs.task import Task
 from envs.tasks import check_options
 
-OPTIONS = ("episode_length",)
 DEFAULT_LENGTH = 1000  # steps, of an environment that has no limit
 
 

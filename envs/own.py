@@ -10,6 +10,8 @@ from envs.errors import InputError
 from envs.task import Task
 from envs.tasks import identity
 
+OPTIONS = ("episode_length",)  # of a user's and of Gymnasium's
+
 
 def own_task(
     name: str, sizes: tuple[int, int], dt: float, episode_length: int,

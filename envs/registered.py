@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from envs.base import Env
 from envs.errors import InputError, said
 from envs.imports import import_for, module_of
-from envs.own import own_task
+from envs.own import OPTIONS, own_task
 from envs.task import Task
 from envs.tasks import check_options, task_options
-
-OPTIONS = ("episode_length",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +54,10 @@ def register(
     make() -> the environment, in one of two interfaces:
         brax's: reset(key) and step(state, action) return a state with obs (S,), reward (), done (); observation_size
             and action_size; actions are in [-1, 1], `done` is no time limit;
-        gymnax's: default_params, reset(key, params) -> obs, state; step_env(key, state, action, params) -> obs, state,
-            reward, done, info; observation_space(params), action_space(params), whose `low` and `high` actions in
-            [-1, 1] are mapped to. A limit `max_steps_in_episode` among the parameters is the episode's length, and
-            is taken out of `done`.
+        gymnax's: default_params, a dataclass; reset_env (or reset)(key, params) -> obs, state; step_env(key, state,
+            action, params) -> obs, state, reward, done, info; observation_space(params), action_space(params), whose
+            `low` and `high` actions in [-1, 1] are mapped to. A limit `max_steps_in_episode` among the parameters is
+            the episode's length, and is taken out of `done`.
     episode_length: steps; None: gymnax's limit, or 1000. dt: seconds of a step.
     reward(s, a, s') -> (...,) and terminal(s') -> (...,) bool, of arrays (..., S) and (..., A), in NumPy and JAX: where
         they are given they are what `step` pays and ends by, data can be relabelled, and mopo.py's model knows
@@ -127,10 +125,12 @@ def _inner(name: str, entry: Entry):
     """Make the environment -> it, with brax's interface."""
     try:
         inner = entry.make()
+        if hasattr(inner, "step_env"):
+            return GymnaxEnv(name, inner)
+    except InputError:
+        raise
     except Exception as error:  # whatever the user's code raises
         raise InputError(f"'{name}' cannot be made: {said(error)}") from error
-    if hasattr(inner, "step_env"):
-        return GymnaxEnv(name, inner)
     missing = [x for x in ("reset", "step", "observation_size", "action_size") if not hasattr(inner, x)]
     if missing:
         raise InputError(
@@ -210,7 +210,7 @@ class GymnaxEnv:
         self.inner, self.params, self.limit = inner, inner.default_params, None
         if hasattr(self.params, "max_steps_in_episode"):
             self.limit = int(self.params.max_steps_in_episode)
-            self.params = self.params.replace(max_steps_in_episode=2**30)
+            self.params = dataclasses.replace(self.params, max_steps_in_episode=2**30)
         space, seen = inner.action_space(self.params), inner.observation_space(self.params)
         if not (hasattr(space, "low") and hasattr(seen, "low") and len(space.shape) <= 1 and len(seen.shape) == 1):
             found = f"observations {type(seen).__name__}, actions {type(space).__name__}"
@@ -223,7 +223,8 @@ class GymnaxEnv:
 
     def reset(self, key):
         key, now = jax.random.split(key)
-        obs, state = self.inner.reset_env(now, self.params)
+        reset = self.inner.reset_env if hasattr(self.inner, "reset_env") else self.inner.reset
+        obs, state = reset(now, self.params)
         return GymnaxState(key, state, obs, jnp.float32(0), jnp.float32(0))
 
     def step(self, physics, action):

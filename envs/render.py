@@ -63,9 +63,6 @@ def read_episode(path: pathlib.Path, which: str = "best") -> Episode:
     """
     keys = ("observations", "root_positions", "root_velocities", "episode_ends", "episode_returns")
     buffer = buffers.load(path, keys=keys, quiet=True)
-    missing = [key for key in keys[1:] if key not in buffer.arrays]
-    if missing:
-        raise InputError(f"{path}: has no '{missing[0]}', without which nothing can be drawn")
     env, ends = buffer.metadata["env"], buffer["episode_ends"]
     if env not in POINT_WORLDS and env not in ROBOTS:
         raise InputError(

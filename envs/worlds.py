@@ -12,7 +12,7 @@ from envs import point, tasks
 from envs.base import Env
 from envs.errors import InputError
 from envs.imports import check_imported
-from envs.registered import OPTIONS as REGISTERED_OPTIONS
+from envs.own import OPTIONS as OWN_OPTIONS
 from envs.registered import is_registered, make_registered, registered_task
 from envs.rewards import paid_by
 from envs.task import Task
@@ -73,7 +73,7 @@ def task_of_file(name: str, **options) -> Task:
 def task_options(name: str) -> tuple[str, ...]:
     """Return the names of the options a task takes; none for an unknown name."""
     if name.startswith("gym:") or is_registered(name):
-        return REGISTERED_OPTIONS
+        return OWN_OPTIONS
     return tasks.task_options(name)
 
 

@@ -139,7 +139,7 @@ CORPUS = {  # name -> what breaks a file of 5, 3 and 7 rows, words of the error 
     "float64": (change("actions", lambda a: a["actions"].astype(float)), ["actions", "array.astype(np.float32)"]),
     "big endian": (change("rewards", lambda a: a["rewards"].astype(">f4")), ["rewards", ">f4"]),
     "float flags": (change("terminals", lambda a: a["terminals"].astype(np.float32)), ["terminals", "bool"]),
-    "false bools": (set_to("timeouts", FALSE_BOOLS), ["timeouts", "row 3"]),
+    "false bools": (set_to("timeouts", FALSE_BOOLS), ["timeouts", "row 3 is 7", "!= 0"]),
     "complex": (change("rewards", lambda a: a["rewards"].astype(np.complex64)), ["rewards", "complex64"]),
     "object array": (pickled, ["rewards", "pickled"]),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"observations": [Evil()]})), ["archive"]),
@@ -155,6 +155,7 @@ CORPUS = {  # name -> what breaks a file of 5, 3 and 7 rows, words of the error 
     "returns": (put("episode_returns", 1, 1e6), ["episode_returns", "episode 1"]),
     "shuffled": (change("observations", lambda a: a["observations"][::-1]), ["next_observations", "next row"]),
     "empty": (emptied, ["empty"]),
+    "no end": (set_to("episode_ends", np.zeros(0, np.int64)), ["timeouts", "no row ends"]),
     **{f"cut at {tenth}0 %": (cut(tenth), ["archive"]) for tenth in range(10)},
     "behind an empty archive": (lambda path: path.write_bytes(b"x" + b"PK\x05\x06" + bytes(18)), ["metadata_json"]),
     **{
@@ -176,6 +177,7 @@ CORPUS = {  # name -> what breaks a file of 5, 3 and 7 rows, words of the error 
             ("dt", -1), ("dt", 10**400), ("episode_length", "7"), ("layout", "flat"), ("reward_kind", "dense"),
             ("warmup_transitions", 16), ("parents", ["x"]), ("rows_dropped", 3), ("env", None),
             ("num_transitions", 14), ("num_episodes", 4),
+            ("reference", [1]), ("reference", [2, 2]), ("reference", [0, "x"]),
         ]
     },
     **{

@@ -157,13 +157,15 @@ def test_summary_line(saved, capsys):
 def test_shards_are_read_as_one(tmp_path):
     parts = [make_arrays((5, 3), seed=1), make_arrays((2, 7, 4), seed=2)]
     for i, part in enumerate(parts):
-        buffers.save(tmp_path / f"toy-{i}.npz", part, LABELLED | {"warmup_transitions": 5 * (i == 0)})
+        buffers.save(
+            tmp_path / f"toy-{i}.npz", part, LABELLED | {"warmup_transitions": 5 * (i == 0), "episode_length": 7 + i}
+        )
     buffer = buffers.load(str(tmp_path / "toy-*.npz"), quiet=True)
     for key in parts[0]:
         np.testing.assert_array_equal(buffer[key], np.concatenate([part[key] for part in parts]))
     np.testing.assert_array_equal(buffer["episode_ends"], [5, 8, 10, 17, 21])
     about = buffer.metadata
-    assert (about["num_episodes"], about["warmup_transitions"]) == (5, 5)
+    assert (about["num_episodes"], about["warmup_transitions"], about["episode_length"]) == (5, 5, 8)
     assert [p["path"] for p in about["parents"]] == ["toy-0.npz", "toy-1.npz"]
     buffers.save(tmp_path / "toy-1.npz", parts[1], LABELLED | {"env": "ant"})
     refused(str(tmp_path / "toy-*.npz"), "toy-1.npz", "'ant'", "'point'")
@@ -176,6 +178,9 @@ def test_extra_columns_are_carried(tmp_path):
     arrays = make_arrays() | {"qpos": np.ones((15, 4), np.float32)}
     path = buffers.save(tmp_path / "toy.npz", arrays, LABELLED)
     assert buffers.load(path, quiet=True)["qpos"].shape == (15, 4)
+    with np.load(path) as file:  # all that numpy finds in it can be saved anew
+        again = buffers.save(tmp_path / "again.npz", dict(file), json.loads(str(file["metadata_json"])))
+    assert buffers.load(again, quiet=True).metadata["sha256"] == buffers.load(path, quiet=True).metadata["sha256"]
     rewrite(path, qpos=np.ones((14, 4), np.float32))
     refused(path, "qpos", "(14, 4)")
 
@@ -218,6 +223,14 @@ def test_the_writer_refuses_what_the_reader_would_and_writes_nothing(tmp_path):
     }.items():
         with pytest.raises(InputError, match=key):
             buffers.save(tmp_path / "toy.npz", {**good, key: value}, LABELLED)
+    for more, words in (
+        ({"infos/qpos": good["rewards"]}, "'infos/qpos': is not a plain array name.*letters"),
+        ({f"x{i}": good["rewards"] for i in range(60)}, "limit 64.*leave some out"),
+        ({"terminals": np.zeros(15, bool), "timeouts": np.zeros(15, bool)}, "timeouts: no row ends"),
+        ({"policy_ids": np.full(15, -1, np.int32)}, "policy_ids: row 0 is -1.*from 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            buffers.save(tmp_path / "toy.npz", good | more, LABELLED)
     with pytest.raises(InputError, match="empty"):
         buffers.save(tmp_path / "toy.npz", {key: value[:0] for key, value in good.items()}, LABELLED)
     for bad in ({"seed": object()}, {"seed": float("nan")}):

@@ -137,7 +137,7 @@ def test_without_a_task_all_numbers_stay(play, tmp_path, capsys):
     assert buffer["observations"].shape[1] == 105 and "notes" not in buffer.metadata
     capsys.readouterr()
     buffers.load_task(buffer.path, None)
-    assert "--task ant-v5 (or ant-v2" in capsys.readouterr().out
+    assert "task='ant-v5') (or ant-v2" in capsys.readouterr().out
     refused(lambda: import_arrays(tmp_path, play("ant-v5")[0], task="humanoid-v5"), "105 observed", "has 45")
 
 

@@ -229,8 +229,9 @@ def test_a_reset_state_is_never_a_successor(tmp_path):
     buffer = import_d4rl(tmp_path, without(rows, next_observations=rolled))
     np.testing.assert_array_equal(buffer["episode_lengths"], [4, 2, 6])
     repeated = np.where((rows["terminals"] | rows["timeouts"])[:, None], rows["observations"], rolled)
-    assert len(import_d4rl(tmp_path, without(rows, next_observations=repeated))) == 12
     assert buffer.metadata["rows_dropped"] == {"end of an episode, next_observations holds another state": 3}
+    buffer = import_d4rl(tmp_path, without(rows, next_observations=repeated))
+    np.testing.assert_array_equal(buffer["episode_lengths"], [4, 3, 6])  # what follows a terminal does not count
 
 
 def test_antmaze_is_cut_at_timeouts_and_not_at_terminals(tmp_path):
@@ -295,9 +296,9 @@ def test_names_of_d4rl_files(file, name):
 
 def test_a_set_that_is_not_known_needs_its_constants(tmp_path):
     rows = hopper_rows()
-    refused(lambda: import_d4rl(tmp_path, rows, "mine"), "mine.hdf5", "'mine'", "--dt", "--name")
-    buffer = import_d4rl(tmp_path, rows, "mine", dt=0.5, episode_length=9)
-    assert about(buffer, "env", "task", "dt", "episode_length") == ("d4rl/mine", None, 0.5, 9)
+    refused(lambda: import_d4rl(tmp_path, rows, "mine"), "mine.hdf5", "'mine'", "--episode-length", "--name")
+    buffer = import_d4rl(tmp_path, rows, "mine", episode_length=9)
+    assert about(buffer, "env", "task", "dt", "episode_length") == ("d4rl/mine", None, None, 9)
     assert import_d4rl(tmp_path, rows, "mine", name="hopper-expert-v2").metadata["task"] == "hopper"
     refused(lambda: import_d4rl(tmp_path, rows, "mine", name="walker2d-expert-v2"), "observations", "--name")
 
@@ -474,7 +475,7 @@ def test_minari_knows_the_world_of_its_environment_and_is_told_the_task(tmp_path
     buffer = import_minari(tmp_path, name)
     assert about(buffer, "env", "dt", "episode_length") == ("minari/Hopper-v5", 0.008, 1000)
     assert about(buffer, "task", "reference") == (None, None)
-    again = "python -m envs.buffers from-minari mujoco/hopper/medium-v0 --task hopper"
+    again = "python -m envs.buffers from-minari mujoco/hopper/medium-v0 --force --task hopper"
     assert buffers.load_task(buffer.path, None)[1].eval_length == 0
     assert f"cannot be evaluated (to evaluate, import it again: {again}" in capsys.readouterr().out
     refused(lambda: buffers.load_task(buffer.path, None, "hopper"), "task", again)
@@ -529,13 +530,15 @@ def test_minari_goals_in_dicts_of_dicts_are_left_alone(tmp_path, minari):
 
 
 def test_minari_reference_scores_and_seconds(tmp_path, minari):
-    """The set's scores, if they are numbers; with --task that task's own, by which it is judged; another step noted."""
+    """The set's scores, if they are numbers; with --task that task's own, if it has some; another step noted."""
     scores = {"ref_min_score": -20.0, "ref_max_score": 3234.5, "eval_env": "CartPole-v1"}
     name = make_minari(minari, "toy-v0", plain_episodes(sizes=(4, 2)), box(4), **scores)
     reference = lambda **choices: import_minari(tmp_path, name, **choices).metadata["reference"]
     assert reference(dt=0.05) == [-20.0, 3234.5]
     known = envs.task("point-angle-0").reference
-    assert reference(task="point-angle-0") == (known and list(known))
+    assert reference(task="point-angle-0") == list(known)
+    assert reference(task="point-angle-45") == [-20.0, 3234.5]
+    assert buffers.load_task(tmp_path / "out.npz", None)[1].normalized_score(3234.5) == 100
     edit_about(tmp_path, name, ref_max_score=float("nan"), env_spec=gymnasium.spec("Hopper-v5").to_json())
     buffer = import_minari(tmp_path, name, dt=0.1)
     assert buffer.metadata["reference"] is None
@@ -964,7 +967,7 @@ def test_from_ogbench_to_a_learner(tmp_path, capsys):
     path, out = tmp_path / "antmaze-medium-navigate-v0.npz", tmp_path / "out.npz"
     np.savez_compressed(path, **maze_grid("medium"))
     convert.from_ogbench(path, out)
-    again = f"python -m envs.buffers from-ogbench {path.name} --task ant-maze-"
+    again = f"python -m envs.buffers from-ogbench {path.name} --force --task ant-maze-"
     refused(lambda: buffers.load_task(out, None), "reward-free", again)
     refused(lambda: select(out, "ant-maze-medium", tmp_path), "'ogbench/antmaze-medium", again + "medium")
     convert.from_ogbench(path, out, task="ant-maze-medium", replay=False, force=True)

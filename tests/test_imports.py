@@ -18,7 +18,7 @@ import mopo
 import runner
 import runner.ends
 from envs import InputError, buffers
-from envs.buffers import convert
+from envs.buffers import convert, raw
 from envs.buffers.__main__ import main as command_line
 from envs.buffers.convert import cut, reach
 from envs.buffers.convert import physics as convert_physics
@@ -151,6 +151,8 @@ def test_all_problems_are_named_at_once(tmp_path):
         "next_observations": rows["rewards"],
     }
     (tmp_path / "out.npz").write_bytes(b"old")
+    with pytest.raises(InputError, match=r"x\.dat: file: does not end in \.npz"):
+        buffers.from_arrays(wrong, tmp_path / "x.dat")
     with pytest.raises(InputError) as caught:
         import_arrays(tmp_path, wrong, force=False, task="moon", dt=-1.0, episode_length=0)
     message = str(caught.value)
@@ -161,7 +163,7 @@ def test_all_problems_are_named_at_once(tmp_path):
     assert message.startswith("arrays: 10 problems. (1) ") and "\n" not in message
     assert (tmp_path / "out.npz").read_bytes() == b"old"
     for change, words in (
-        ({"actions": rows["actions"][:-1]}, ("actions", "11 rows")),
+        ({"actions": rows["actions"][:-1]}, ("actions", "11 rows", "o[1:] its next_observations")),
         ({"rewards": np.full(12, np.nan)}, ("rewards", "row 0 is not finite")),
         ({"observations": rows["observations"] * [1, 1e30, 1]}, ("observations", "in column 1", "scale")),
         ({"rewards": np.array(["x"] * 12)}, ("rewards", "not numbers")),
@@ -193,9 +195,30 @@ def test_a_terminal_at_the_time_limit_is_one(tmp_path):
     buffer = import_arrays(tmp_path, rows, episode_length=4)
     assert list(np.flatnonzero(buffer["terminals"])) == [5] and list(np.flatnonzero(buffer["timeouts"])) == [3, 9]
     assert "2 terminals are the time limit of 4 steps: taken as timeouts" in buffer.metadata["notes"]
+    apart = import_arrays(tmp_path, plain_rows((4, 4, 4), terminal=(0, 2)), episode_length=4)
+    assert list(np.flatnonzero(apart["terminals"])) == [3, 11]  # the file knows a time limit from an end
     alike = import_arrays(tmp_path, plain_rows((4, 4), terminal=(0, 1)))
     assert alike["terminals"].sum() == 2 and "--episode-length 4" in alike.metadata["notes"][0]
     assert "notes" not in import_arrays(tmp_path, plain_rows((4, 5), terminal=(0, 1))).metadata
+
+
+def test_a_long_log_does_not_make_long_episodes(tmp_path):
+    """Evaluations are as long as the data's episodes: with a task as its own at most, unless told."""
+    rows = without(make_arrays((300,), terminal=()), "root_positions")
+    for choices, length in (({}, 100), ({"episode_length": 300}, 300), ({"task": None}, 300)):
+        buffer = import_arrays(tmp_path, rows, **{"task": "point-angle-0", **choices})
+        assert (buffer.metadata["episode_length"], len(buffer)) == (length, 300)
+
+
+def test_what_flags_leave_open_or_get_wrong_is_noted(tmp_path):
+    """Terminals that the task does not end at, ends that nothing marks, terminals that are all lost."""
+    rows = make_arrays((50,) * 4, terminal=range(4))
+    rows |= {"rewards": np.zeros(200)}  # point-angle-0 never ends
+    notes = import_arrays(tmp_path, without(rows, "timeouts", "root_positions"), task="point-angle-0").metadata["notes"]
+    assert "4 of 4 terminals are no end of this task" in notes[0] and "--episode-length" in notes[0], notes
+    assert not any("episodes are cut" in note for note in notes)
+    notes = import_arrays(tmp_path, without(plain_rows(), "timeouts", "next_observations")).metadata["notes"]
+    assert "nothing says where episodes end but terminals" in notes[0] and "no terminal is left" in notes[1], notes
 
 
 # --- a learner on data without a task ------------------------------------------------------------
@@ -440,6 +463,64 @@ def test_resets_of_a_world_that_is_not_known(tmp_path, given, sparse):
     np.testing.assert_array_equal(buffer["next_observations"], np.float32(true))
 
 
+def walked(starts, steps=20, terminal=False):
+    """Episodes in the plane of an unknown world, one after the other, whose next observations are the next rows."""
+    rng = np.random.default_rng(0)
+    states = np.concatenate([start + np.cumsum(rng.normal(scale=0.1, size=(steps, 2)), axis=0) for start in starts])
+    ends = np.arange(len(states)) % steps == steps - 1
+    rows = {
+        "observations": states,
+        "next_observations": np.roll(states, -1, axis=0),
+        "rewards": rng.normal(size=len(states)),
+    }
+    rows |= {
+        "actions": rng.uniform(-1, 1, (len(states), 1)),
+        "terminals": ends & terminal,
+        "timeouts": ends & ~terminal,
+    }
+    return rows
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ends_behind_which_the_data_go_on_are_kept(tmp_path, terminal):
+    """A goal on the way, or a log cut into pieces: told from resets by how far they go, where no body is known."""
+    log = walked([0.0], steps=200)
+    log["terminals"] = np.isin(np.arange(200), [9, 10, 11, 40, 90]) & terminal
+    log["timeouts"] = (np.arange(200) % 50 == 49) & ~log["terminals"]
+    log["next_observations"][-1] = log["observations"][-1] + 0.1
+    buffer = import_arrays(tmp_path, log)
+    assert len(buffer) == 200 and buffer["terminals"].sum() == 5 * terminal and buffer.metadata["rows_dropped"] == {}
+    resets = walked([0.0, 5.0, 0.0, 5.0], terminal=terminal)
+    assert import_arrays(tmp_path, resets).metadata["rows_dropped"] == {cut.OTHER_STATE: 4}
+    if not terminal:
+        resets["terminals"][[5, 6, 7, 50]] = True  # goals on the way, beside resets
+        assert import_arrays(tmp_path, resets)["terminals"].sum() == 4
+
+
+def test_a_state_that_follows_itself_is_no_reset(tmp_path):
+    """Absorbing states and walls. Where each cut has it and no step, it stands for a state that was not recorded."""
+    for key, kept in (("terminals", 40), ("timeouts", 36)):
+        rows = plain_rows((10,) * 4, range(4) if key == "terminals" else ())
+        ends = rows[key] > 0
+        rows["next_observations"][ends] = rows["observations"][ends]
+        buffer = import_arrays(tmp_path, rows)
+        assert len(buffer) == kept and buffer["terminals"].sum() == rows["terminals"].sum()
+    rows["next_observations"][3] = rows["observations"][4] = rows["observations"][3]  # a wall
+    assert len(import_arrays(tmp_path, rows)) == 40
+
+
+def test_root_columns_of_a_robot_that_shows_its_place(tmp_path):
+    """So that its data can be relabelled; columns of the user's own stay."""
+    columns, _ = recorded("ant", "next-step", True)
+    buffer = import_arrays(tmp_path, columns, task="ant", replay=False)
+    np.testing.assert_array_equal(buffer["root_positions"], buffer["observations"][:, :2])
+    moved = buffer["root_positions"] + 0.05 * buffer["root_velocities"]
+    np.testing.assert_allclose(moved, buffer["next_observations"][:, :2], atol=1e-5)
+    assert raw.map_buffer(buffer.path)
+    own = columns | {"root_velocities": np.ones((len(columns["rewards"]), 2))}
+    assert (import_arrays(tmp_path, own, task="ant", replay=False)["root_velocities"] == 1).all()
+
+
 def test_inspect_names_the_rows_that_are_no_steps(tmp_path, capsys):
     """As they stand in a buffer that somebody made without a look at them."""
     columns, _ = recorded("hopper", "next-step", True)
@@ -648,9 +729,9 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         refused(lambda read=read, name=name: read(tmp_path / name), name, "Git LFS pointer", "git lfs pull")
 
 
-def test_a_name_that_begins_like_d4rls_does_not_forbid_dt(tmp_path):
+def test_a_name_that_begins_like_d4rls_does_not_forbid_its_own_constants(tmp_path):
     rows = without(hopper_rows(), "infos/qpos", "infos/qvel", "infos/action_log_probs")
-    refused(lambda: import_d4rl(tmp_path, rows, "ant-mine"), "ant has (111, 8)", "--name", "--dt", "--episode-length")
+    refused(lambda: import_d4rl(tmp_path, rows, "ant-mine"), "ant has (111, 8)", "--name", "--episode-length")
     buffer = import_d4rl(tmp_path, rows, "ant-mine", dt=0.02, episode_length=9)
     assert about(buffer, "env", "task", "dt") == ("d4rl/ant-mine", None, 0.02)
 
@@ -677,6 +758,9 @@ def test_a_column_that_an_import_lacks_has_a_remedy_that_helps(tmp_path):
     with np.errstate(all="ignore"):
         path = import_arrays(tmp_path, wide, name="ant-own").path
     refused(lambda: select(path, "ant-angle-0", tmp_path), "no task pays 'arrays/ant-own'", "no task here has 99")
+    for sizes, remedy in (((3, 2), "Remedy: use other data: no task"), ((11, 3), "arrays, force=True, task='hopper'")):
+        unpaid = plain_rows(sizes=sizes) | {"rewards": np.zeros(12)}  # a dict, so that there is no file
+        refused(lambda unpaid=unpaid: buffers.load_task(import_arrays(tmp_path, unpaid).path, None), "are zero", remedy)
 
 
 def test_another_dt_is_named_as_the_cause(tmp_path, capsys):
@@ -688,6 +772,13 @@ def test_another_dt_is_named_as_the_cause(tmp_path, capsys):
     assert "poses follow speeds by 0.05" in said and "another dt" in said and "another order" not in said
     assert command_line(["inspect", buffer.path]) == 0
     assert "another dt" in capsys.readouterr().out
+
+
+def test_rewards_without_walls_need_no_goal(tmp_path):
+    """They are compared on the maze's ant in the open, too."""
+    columns, _ = recorded("ant-open-angle-0", "next-step", True)
+    found = import_arrays(tmp_path, columns, task="ant-open-angle-0", replay=True).metadata["replay_agreement"]
+    assert found["share"] == 1.0 and found["reward_share"] < 0.1  # they are random there
 
 
 # --- the writer ----------------------------------------------------------------------------------

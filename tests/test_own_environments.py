@@ -303,9 +303,6 @@ class Counter:
     class Params:
         max_steps_in_episode: int = 7
 
-        def replace(self, **changes):
-            return dataclasses.replace(self, **changes)
-
     default_params = Params()
     Space = type("Space", (), {})
 
@@ -328,6 +325,15 @@ class Counter:
         return obs, (time, x), x, (time >= params.max_steps_in_episode) | (x > 1), {}
 
 
+class Plain:
+    """A gymnax environment whose reset has no other name."""
+
+    def __init__(self, inner):
+        for name in ("default_params", "action_space", "observation_space", "step_env"):
+            setattr(self, name, getattr(inner, name))
+        self.reset = inner.reset_env
+
+
 @pytest.fixture
 def entries(monkeypatch, world):
     monkeypatch.setattr(registered, "_ENTRIES", dict(registered._ENTRIES))
@@ -344,6 +350,8 @@ def test_gymnaxs_interface(entries):
     np.testing.assert_allclose(rewards, obs[1:, :, 0])
     assert not done[:, 0].any() and done[:, 1].tolist() == [0, 0] + [1] * 7
     assert len(np.unique(obs[1:, :, 1])) == 18
+    envs.register("counter", lambda: Plain(Counter()))  # without reset_env
+    np.testing.assert_array_equal(played(envs.make("counter"), keys, jnp.zeros((1, 2, 1)))[0][0], obs[0])
 
 
 def test_functions_that_are_given_pay_and_end(entries, world):
@@ -403,6 +411,7 @@ def test_two_modules_that_use_one_name(entries, world):
     ("make", "says"),
     [
         (lambda: 1 / 0, "cannot be made: ZeroDivisionError"),
+        (lambda: type("W", (), {"step_env": 1})(), "cannot be made: AttributeError.*default_params"),
         (object, "has no reset, step, observation_size, action_size: it needs brax's interface"),
         (lambda: type("W", (), {"observation_size": 3, "action_size": 1})(), "has no reset, step"),
     ],

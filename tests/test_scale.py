@@ -251,6 +251,9 @@ def test_drawn_episodes_are_whole_and_of_every_shard(tmp_path):
     envs.buffers.validate(few.arrays, few.metadata, "few")
     np.testing.assert_array_equal(few["observations"], load(1_250)["observations"])
     assert len(load(len(whole), "shard0")) == len(whole)
+    cut = load(20, "shard0")  # of an episode of 100
+    envs.buffers.validate(cut.arrays, cut.metadata, "cut")
+    assert (len(cut), list(np.flatnonzero(cut["timeouts"]))) == (20, [19]) and "which cuts" in cut.summary()
 
 
 def test_rows_that_do_not_fit_are_refused_with_the_remedy(tmp_path, monkeypatch):

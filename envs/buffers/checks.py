@@ -69,6 +69,11 @@ def check_metadata(metadata: Mapping[str, Any], path: Any) -> None:
         if metadata[key] is not None and not 0 < metadata[key] < LARGEST:
             problem = f"is {str(metadata[key])[:60]}"
             raise fail(path, f"{METADATA}[{key!r}]", problem, "give a positive number")
+    if (told := metadata.get("reference")) is not None:
+        numbers = isinstance(told, list) and all(type(x) in (int, float) and abs(x) < LARGEST for x in told)
+        if not numbers or len(told) != 2 or told[0] == told[1]:
+            remedy = "write [random, expert], two different returns, or null"
+            raise fail(path, f"{METADATA}['reference']", f"is {str(told)[:60]!a}", remedy)
     warmup = metadata["warmup_transitions"]
     if warmup is not None and not 0 <= warmup <= metadata["num_transitions"]:
         problem = f"is {warmup} of {metadata['num_transitions']} transitions"
@@ -93,6 +98,8 @@ def check_shapes(shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], path: A
             want = ", ".join(str(n) for n in (rows, *row))
             problem = f"has the shape {shape}, expected ({want})"
             raise fail(path, key, problem, "squeeze or reshape it before saving")
+        if key in EPISODE_KEYS and 0 in shape:
+            raise fail(path, "timeouts", "no row ends an episode", "set timeouts[-1] = True")
         if 0 in shape:
             raise fail(path, key, f"is empty: shape {shape}", "give at least one transition")
         for name, size in zip((rows, *row), shape, strict=True):
@@ -116,15 +123,16 @@ def _check_column(key: str, array: np.ndarray, path: Any) -> None:
     """Values of one array: finite, actions in [-1, 1], flags 0 or 1, ids not negative."""
     for start, block in row_blocks(array):
         if array.dtype == np.bool_:
-            bad = block.view(np.uint8) > 1
+            block = block.view(np.uint8)
+            bad, remedy = block > 1, "a bool is the byte 0 or 1: write array != 0"
         elif array.dtype == np.float32:
-            bad = ~np.isfinite(block)
+            bad, remedy = ~np.isfinite(block), "values must be finite: find where it was recorded"
         else:
             bad = block < 0 if key == "policy_ids" else np.zeros(1, bool)
+            remedy = "number the policies from 0, or leave the column out"
         if bad.any():
-            row = start + int(np.argmax(bad.reshape(len(block), -1).any(axis=1)))
-            problem = f"row {row} is {np.array2string(array[row], threshold=8)}"
-            raise fail(path, key, problem, "values must be finite: find where it was recorded")
+            row = int(np.argmax(bad.reshape(len(block), -1).any(axis=1)))
+            raise fail(path, key, f"row {start + row} is {np.array2string(block[row], threshold=8)}", remedy)
         if array.dtype == np.float32 and np.abs(block).max() > LARGEST_VALUE:
             row, column = divmod(int(np.argmax(np.abs(block))), max(1, block[0].size))
             problem = f"row {start + row} has {block.ravel()[np.argmax(np.abs(block))]:.3g}"
@@ -172,10 +180,10 @@ def _check_episodes(arrays: Mapping[str, np.ndarray], path: Any) -> None:
 def _check_successors(arrays: Mapping[str, np.ndarray], path: Any) -> None:
     """next_observations[i] = observations[i + 1] inside an episode, on a sample of the rows."""
     count = len(arrays["terminals"])
-    if count <= 2 * SAMPLED_ROWS:
+    if count <= SAMPLED_ROWS:
         rows = np.arange(count)
     else:
-        rows = np.sort(np.random.default_rng(0).integers(0, count, 2 * SAMPLED_ROWS))
+        rows = np.sort(np.random.default_rng(0).integers(0, count, SAMPLED_ROWS))
     inside = rows[~(arrays["terminals"][rows] | arrays["timeouts"][rows])]
     following = arrays["observations"][inside + 1]
     error = np.abs(arrays["next_observations"][inside] - following)

@@ -69,7 +69,7 @@ MERGE_KEYS = ("env", "task", "layout", "reward_kind", "task_options", "dt", "rew
 
 ACTION_LIMIT = 1.0 + 1e-5
 BLOCK_BYTES = 1 << 24  # values are checked and hashed in blocks of this size
-SAMPLED_ROWS = 4096  # half the rows on which next_observations is compared with the next row
+SAMPLED_ROWS = 8192  # on which next_observations is compared with the next row
 LARGEST = 2.0**31  # of the numbers in the metadata that readers compute with
 LARGEST_VALUE = 1e15  # of any number in a column: a batch of larger squares overflows in float32
 LARGEST_RAW = 1e4  # of observations that networks see as they are

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +55,31 @@ def _read_npy_header(handle: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return readers[version](handle, max_header_size=MAX_HEADER_BYTES)
 
 
+def check_suffix(path: Path) -> None:
+    if path.suffix != ".npz":
+        raise fail(path, "file", "does not end in .npz", f"write {path.with_suffix('.npz')}")
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Refuse more arrays than a file may hold, and names that no file has."""
+    names = list(names)
+    if len(names) > MAX_MEMBERS:
+        remedy = "leave some out, or join columns to one of more numbers a row"
+        raise fail(path, "archive", f"holds {len(names)} members (limit {MAX_MEMBERS})", remedy)
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+            remedy = "name it by a letter, then at most 63 letters, digits and _"
+            raise fail(path, ascii(name[:80]), "is not a plain array name", remedy)
+
+
 def _check_directory(path: Path, infos: list[zipfile.ZipInfo]) -> None:
     """Refuse what no writer of ours makes: odd names, encryption, decompression bombs."""
     names = [info.filename for info in infos]
     remake = "write the file again with envs.buffers.save or numpy.savez"
-    if len(names) > MAX_MEMBERS:
-        raise fail(path, "archive", f"holds {len(names)} members (limit {MAX_MEMBERS})", remake)
     for name in names:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}\.npy", name):
+        if not name.endswith(".npy"):
             raise fail(path, ascii(name[:80]), "is not a plain array name", remake)
+    check_names(path, [name[:-4] for name in names])
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise fail(path, twice[:-4], "is in the archive twice", remake)

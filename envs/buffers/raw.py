@@ -10,7 +10,7 @@ from envs import maze
 from envs.buffers.convert.common import runs
 from envs.buffers.fields import COLUMNS, STRUCTURE
 from envs.buffers.files import find
-from envs.buffers.reading import NO_TASK, import_command, load
+from envs.buffers.reading import load, no_task
 from envs.errors import InputError
 from envs.task import Transition
 from envs.worlds import is_own, task_of_file
@@ -59,8 +59,8 @@ def map_buffer(path):
         rooted = dict.fromkeys(ROOT, nothing) | buffer.arrays
         buffer = dataclasses.replace(buffer, arrays=rooted)
     for key in CHECKED:
-        if key not in buffer.arrays and import_command(buffer).startswith(NO_TASK):
-            raise InputError(f"{path}: env: no task pays '{buffer.metadata['env']}'. Remedy: {import_command(buffer)}")
+        if key not in buffer.arrays and (remedy := no_task(buffer)):
+            raise InputError(f"{path}: env: no task pays '{buffer.metadata['env']}'. Remedy: {remedy}")
         buffer[key]
     if buffer.metadata["layout"] != "env" and not shows_world(buffer):
         raise InputError(

@@ -34,8 +34,6 @@ from envs.unknown import unknown_task
 from envs.worlds import task as find_task
 from envs.worlds import task_of_file
 
-NO_TASK = "use other data"  # a remedy that begins like this says that no task fits
-
 
 def _load_file(path: Path, keys: Iterable[str] | None, unchecked: tuple[str, ...]) -> Buffer:
     check_is_file(path)
@@ -95,7 +93,8 @@ def load(
         verify: compare every array that is read with its sha256 in the metadata.
         unchecked: columns whose values are not looked at (finiteness, range), only their shapes;
             for readers that touch a small part of a large column.
-        max_rows: of more rows take whole episodes at random, the same ones always, up to so many; 0: all.
+        max_rows: of more rows take whole episodes at random, the same ones always, up to so many (of one that is
+            longer by itself its beginning); 0: all.
 
     Returns: a `Buffer`; arrays of an uncompressed file are read-only memory maps.
     Raises: InputError naming file, key and remedy.
@@ -132,11 +131,11 @@ def load_task(
     buffer = load(path, keys, require_rewards=True, task=task or None, max_rows=max_rows)
     size, free = 2 * sum(array.nbytes for array in buffer.arrays.values()), available_memory()
     most = int(0.8 * min(free / size, 1.0) * len(buffer))
-    check_fits(path, size, f"train on whole episodes drawn from it, for example --max-rows {most}")
+    check_fits(path, size, f"train on episodes drawn from it, for example --max-rows {most}")
     about = buffer.metadata
     if about["task"] is None and about["env"] not in task_names():
         command = import_command(buffer)
-        told = f" (to evaluate, {command})" if "--task" in command else ""
+        told = f" (to evaluate, {command})" if command else ""
         print(f"{path}: names no task: the policy is trained and written, but cannot be evaluated{told}", flush=True)
         sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
         return buffer, _endless(unknown_task(about, *sizes), buffer)
@@ -150,11 +149,13 @@ def load_task(
         if module_of(about["task"]) and not task:
             remedy = f"add --task {about['task']} (in a program: import {module_of(about['task'])} before)"
         raise fail(path, f"{METADATA}['task']", str(error), remedy) from None
+    if found.reference is None and about.get("reference"):
+        found = dataclasses.replace(found, reference=tuple(about["reference"]))
     sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
     if about["layout"] != "task" or sizes != (found.observation_size, found.action_size):
         remedy = "write the task there that these numbers belong to, or make the file again"
         if about["layout"] == "env":
-            remedy = f"convert: {select_command(buffer, found.name)}"
+            remedy = select_command(buffer, found.name)
         problem = f"{sizes[0]} numbers in layout '{about['layout']}', {found.name} observes {found.observation_size}"
         raise fail(path, "observations", problem, remedy)
     return buffer, _endless(found, buffer)
@@ -182,20 +183,30 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _draw_episodes(buffer: Buffer, rows: int) -> Buffer:
-    """Whole episodes, drawn without replacement, of at most `rows` rows together (one at least), in memory."""
-    lengths, ends = buffer["episode_lengths"], buffer["episode_ends"]
-    order = np.random.default_rng(0).permutation(len(ends))
+    """Whole episodes, drawn without replacement, of at most `rows` rows together, in memory.
+
+    Where the first one is longer by itself, it is cut by a timeout.
+    """
+    lengths, rows = buffer["episode_lengths"], max(rows, 1)
+    starts, order = buffer["episode_ends"] - lengths, np.random.default_rng(0).permutation(len(lengths))
     count = max(1, int(np.searchsorted(np.cumsum(lengths[order], dtype=np.int64), rows, side="right")))
     chosen = np.sort(order[:count])
-    spans = [slice(int(ends[i] - lengths[i]), int(ends[i])) for i in chosen]
+    taken = np.minimum(lengths[chosen], rows)
+    spans = [slice(start, start + steps) for start, steps in zip(starts[chosen].tolist(), taken.tolist(), strict=True)]
     take = lambda key, x: x[chosen] if key in EPISODE_KEYS else np.concatenate([x[span] for span in spans])
     arrays = {key: take(key, x) for key, x in buffer.arrays.items()}
+    why = "max_rows"
+    if taken[0] < lengths[chosen[0]]:
+        why = "max_rows, which cuts an episode"
+        arrays["terminals"][-1], arrays["timeouts"][-1], arrays["episode_lengths"] = False, True, taken
+        if "rewards" in arrays:
+            arrays["episode_returns"] = arrays["rewards"].sum(dtype=np.float64, keepdims=True).astype(np.float32)
     arrays["episode_ends"] = np.cumsum(arrays["episode_lengths"], dtype=np.int64)
     returns, kept = arrays["episode_returns"].astype(np.float64), len(arrays["terminals"])
     metadata = {
         **buffer.metadata, "num_transitions": kept, "num_episodes": count, "mean_return": float(returns.mean()),
         "std_return": float(returns.std()), "sha256": {}, "warmup_transitions": None,
-        "rows_dropped": {**buffer.metadata.get("rows_dropped", {}), "max_rows": len(buffer) - kept},
+        "rows_dropped": {**buffer.metadata.get("rows_dropped", {}), why: len(buffer) - kept},
     }  # fmt: skip
     return Buffer(arrays, metadata, buffer.path)
 
@@ -225,6 +236,7 @@ def _merge(parts: list[Buffer], path: str) -> Buffer:
         "num_episodes": len(returns),
         "mean_return": float(returns.mean()),
         "std_return": float(returns.std()),
+        "episode_length": max(part.metadata["episode_length"] for part in parts),
         "warmup_transitions": None if later_warmup else first.metadata["warmup_transitions"],
         "sha256": {},
         "parents": [{"path": Path(part.path).name} for part in parts],
@@ -245,32 +257,47 @@ def check_sha256(buffer: Buffer) -> None:
             raise fail(buffer.path, key, problem, "copy or make the file again")
 
 
+def _fitting_tasks(buffer: Buffer) -> list[str]:
+    """Names of the tasks with a reward that have as many numbers as an import; NAME where its numbers were not read."""
+    if not {"observations", "actions"} <= buffer.arrays.keys():
+        return ["NAME"]
+    size, actions = buffer["observations"].shape[1], buffer["actions"].shape[1]
+    known = [find_task(name) for name in task_names()]
+    shown = lambda t: shown_numbers(t.env, size, t.observation_size)
+    return [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == (shown(t), actions)]
+
+
+def no_task(buffer: Buffer) -> str:
+    """The remedy where no task has the numbers of an import, else empty."""
+    if buffer.metadata["generator"].get("script") not in IMPORTS or _fitting_tasks(buffer):
+        return ""
+    sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
+    return f"use other data: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
+
+
 def import_command(buffer: Buffer, task: str = "") -> str:
-    """How to import a file of another project once more, for a task; empty for a buffer that is no import.
+    """How to import data of another project once more, for a task; empty where no task fits, and for no import.
 
     task: by default what the sizes of observations and actions allow.
     """
     about = buffer.metadata
     kind = about["generator"].get("script")
-    if kind not in IMPORTS:
+    if kind not in IMPORTS or not (fit := _fitting_tasks(buffer)):
         return ""
-    fit = ["NAME"]
-    if {"observations", "actions"} <= buffer.arrays.keys():
-        sizes = buffer["observations"].shape[1], buffer["actions"].shape[1]
-        known = [find_task(name) for name in task_names()]
-        shown = lambda t: shown_numbers(t.env, sizes[0], t.observation_size)
-        fit = [t.name for t in known if t.has_reward and (t.observation_size, t.action_size) == (shown(t), sizes[1])]
-        if not fit:
-            return f"{NO_TASK}: no task here has {sizes[0]} observed and {sizes[1]} action numbers"
-    source = str(about["parents"][0].get("path", "")) if about["parents"] else ""  # it may be a stranger's
+    parent = about["parents"][0] if about["parents"] else {}  # it may be a stranger's
+    source = str(parent.get("path", ""))
     source = source if source and source.isprintable() else "FILE"
-    command = f"import it again: python -m envs.buffers from-{kind} {source} --task {task or fit[0]}"
+    command = f"import it again: python -m envs.buffers from-{kind} {source} --force --task {task or fit[0]}"
+    if kind == "arrays" and not parent.get("sha256"):  # a dict, in no file
+        command = f"import it again: envs.buffers.from_arrays(arrays, force=True, task={task or fit[0]!r})"
     return command if task or not fit[1:] else f"{command} (or {', '.join(fit[1:6])})"
 
 
 def select_command(buffer: Buffer, task: str) -> str:
-    """How to get a file with a task's rewards: relabel the buffer, or what it was made from."""
+    """The remedy for a file without a task's rewards: relabel the buffer, or what it was made from."""
     about = buffer.metadata
+    if none := no_task(buffer):
+        return none
     imported = import_command(buffer, "" if task == "TASK" else task)
     if imported and about["task"] is None:
         return imported
@@ -278,23 +305,23 @@ def select_command(buffer: Buffer, task: str) -> str:
     names = [name for name in names if name.isprintable()]  # they may be a stranger's
     made = about["layout"] == "task" and names and not imported
     source = f"<folder of {', '.join(names[:3])}>" if made else buffer.path
-    return f"python udg_select.py --buffers {source} --task {task}"
+    return f"relabel: python udg_select.py --buffers {source} --task {task}"
 
 
 def check_task(buffer: Buffer, task: str) -> None:
     have = buffer.metadata["task"]
     if have == task and buffer.metadata["layout"] == "task":
         return
-    raise fail(buffer.path, "task", f"is {have!r}, not {task!r}", f"make that file: {select_command(buffer, task)}")
+    raise fail(buffer.path, "task", f"is {have!r}, not {task!r}", select_command(buffer, task))
 
 
 def check_rewards(buffer: Buffer) -> None:
-    command = f"relabel first: {select_command(buffer, 'TASK')}"
     if buffer.metadata["reward_kind"] == "none":
-        raise fail(buffer.path, "rewards", "the data is reward-free", command)
+        raise fail(buffer.path, "rewards", "the data is reward-free", select_command(buffer, "TASK"))
     rewards = buffer["rewards"]
     if rewards.min() != rewards.max():
         return
     if not rewards[0]:
-        raise fail(buffer.path, "rewards", "are zero in every row", command)
+        remedy = no_task(buffer) or f"use data that earned some, or {select_command(buffer, 'TASK')}"
+        raise fail(buffer.path, "rewards", "are zero in every row", remedy)
     print(f"warning: {buffer.path}: rewards are {rewards[0]} in every row", file=sys.stderr)

@@ -16,7 +16,7 @@ import numpy as np
 
 from envs.buffers.checks import check_columns, check_metadata, check_shapes, check_structure
 from envs.buffers.fields import EPISODE_KEYS, METADATA, METADATA_DEFAULTS, SCHEMA, SCHEMA_VERSION, fail
-from envs.buffers.files import sha256, write_npz
+from envs.buffers.files import check_names, check_suffix, sha256, write_npz
 
 
 @functools.lru_cache(maxsize=1)
@@ -69,10 +69,10 @@ def save(
     Raises: InputError where the data breaks the contract or the disk refuses.
     """
     path = Path(path)
-    if path.suffix != ".npz":
-        raise fail(path, "file", "does not end in .npz", f"write {path.with_suffix('.npz')}")
-    arrays = {key: np.asarray(value) for key, value in arrays.items() if value is not None}
-    arrays = {key: value for key, value in arrays.items() if key not in EPISODE_KEYS}
+    check_suffix(path)
+    made = (*EPISODE_KEYS, METADATA)  # those of a file that was read, to be made anew
+    arrays = {key: np.asarray(value) for key, value in arrays.items() if value is not None and key not in made}
+    check_names(path, [*arrays, *made])
     arrays.update(_episode_arrays(arrays, path))
     check_shapes({key: (array.shape, array.dtype) for key, array in arrays.items()}, path)
     check_columns(arrays, path)  # before anything is computed of them
@@ -83,8 +83,8 @@ def save(
         schema_version=SCHEMA_VERSION,
         num_transitions=len(arrays["terminals"]),
         num_episodes=len(returns),
-        mean_return=float(returns.mean()) if len(returns) else 0.0,
-        std_return=float(returns.std()) if len(returns) else 0.0,
+        mean_return=float(returns.mean()),
+        std_return=float(returns.std()),
         versions=versions(),
         git_commit=git_commit(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -45,8 +45,7 @@ def ant_angle(
         return float32(pay + survive_bonus)
 
     def fallen(observations):
-        z = observations[..., 0]
-        return ~((z >= 0.2) & (z <= 1.0))
+        return ~ROBOTS["ant-v5"].healthy(observations)
 
     world = ant_world(name, gear=gear)
     ends = fallen if terminate else never
@@ -109,7 +108,6 @@ def humanoid_world(name: str = "humanoid") -> Task:
     """Raw observation qpos[2:] (22), qvel (23); an episode ends unless 1 < z < 2."""
 
     def fallen(observations):
-        z = observations[..., 0]
-        return ~((z > 1.0) & (z < 2.0))
+        return ~ROBOTS["humanoid-v5"].healthy(observations)
 
     return robot_world(name, "humanoid", episode_length=1000, terminal=on_next(fallen), model_terminal=fallen)

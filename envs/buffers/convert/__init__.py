@@ -18,7 +18,7 @@ dropped and counted, never given a made-up one.
 from pathlib import Path
 
 from envs.buffers.convert import arrays, d4rl, exorl, minari, ogbench
-from envs.buffers.convert.common import Problems, runs
+from envs.buffers.convert.common import Imported, Problems, runs
 from envs.buffers.convert.physics import describe_checks, replay_agreement
 from envs.buffers.convert.write import check_out, write
 from envs.buffers.fields import fail
@@ -35,6 +35,15 @@ __all__ = [
 def _seconds(task: str | None, dt: float | None) -> float | None:
     """Seconds per step: as given, else of a task that is named, else left to the file."""
     return find_task(task).dt if dt is None and task is not None else dt
+
+
+def _as_long(found: Imported, task: str | None, episode_length: int | None) -> Imported:
+    """What was read, its episodes no longer than the task's unless told so: a log may be a single one."""
+    if task is None or episode_length is not None:
+        return found
+    known = find_task(task)
+    length = min(found.metadata["episode_length"], max(known.episode_length, known.eval_length))
+    return found._replace(metadata=found.metadata | {"episode_length": length})
 
 
 def from_arrays(
@@ -66,7 +75,7 @@ def from_arrays(
     scale = {key: choices[key] for key in ("clip", "action_limit") if key in choices}
     imported = arrays.read(path, problems, found, digest, name, known, dt, episode_length, **scale)
     problems.raise_all()
-    return write(imported, out, task=task, force=force, **choices)
+    return write(_as_long(imported, task, episode_length), out, task=task, force=force, **choices)
 
 
 def from_d4rl(path, out=None, *, name=None, task=None, dt=None, episode_length=None, **choices) -> Path:
@@ -96,12 +105,13 @@ def from_minari(dataset_id, out=None, *, keys=None, task=None, dt=None, episode_
     own = task is not None and is_own(task)  # a world whose steps may have no known length: the set's come first
     seconds = dt if own else _seconds(task, dt)
     found = minari.read(dataset_id, keys, seconds, episode_length, _seconds(task, dt))
-    return write(found, out, task=task, **choices)
+    return write(_as_long(found, task, episode_length), out, task=task, **choices)
 
 
 def from_ogbench(path, out=None, *, task=None, dt=None, episode_length=None, **choices) -> Path:
     """Convert an OGBench npz file, or one that `to_ogbench` wrote. Arguments as in `from_d4rl`."""
-    return write(ogbench.read(path, _seconds(task, dt), episode_length), out, task=task, **choices)
+    found = ogbench.read(path, _seconds(task, dt), episode_length)
+    return write(_as_long(found, task, episode_length), out, task=task, **choices)
 
 
 def from_exorl(folder, out=None, *, name=None, task=None, dt=None, episode_length=None, **choices) -> Path:
@@ -109,7 +119,8 @@ def from_exorl(folder, out=None, *, name=None, task=None, dt=None, episode_lengt
 
     name: of the set, by default the last two folders' without `buffer`, e.g. walker-proto. Others as in `from_d4rl`.
     """
-    return write(exorl.read(folder, name, _seconds(task, dt), episode_length), out, task=task, **choices)
+    found = exorl.read(folder, name, _seconds(task, dt), episode_length)
+    return write(_as_long(found, task, episode_length), out, task=task, **choices)
 
 
 def to_minari(path, dataset_id: str) -> str:

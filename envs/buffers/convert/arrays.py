@@ -18,6 +18,7 @@ from envs.buffers.convert.reach import body_of
 from envs.buffers.convert.write import check_sizes, leave_out_forces
 from envs.buffers.fields import COLUMNS, EPISODE_KEYS, METADATA
 from envs.gymnasium_pool import PREFIX, spaces
+from envs.robots import ROBOTS
 from envs.task import Task
 
 NAMES = {"terminations": "terminals", "truncations": "timeouts"}  # Gymnasium's words
@@ -42,7 +43,7 @@ def open_source(source: Any) -> tuple[str, dict[str, np.ndarray], str | None]:
             raise common.fail("arrays", "dict", f"holds lists that are no arrays ({error})", remedy) from None
     path = os.fspath(source)
     if Path(path).suffix in (".hdf5", ".h5"):
-        remedy = f"python -m envs.buffers from-d4rl {path} --name NAME --dt SECONDS --episode-length STEPS"
+        remedy = f"python -m envs.buffers from-d4rl {path} --name NAME --episode-length STEPS"
         raise common.fail(path, "file", "is an hdf5 file, this reads npz", remedy)
     return path, common.read_npz(path), common.file_sha256(path)
 
@@ -80,7 +81,9 @@ def _columns(found: dict[str, np.ndarray], problems: common.Problems, notes: lis
             remedy += "a.swapaxes(0, 1).reshape(-1, size) of (steps, environments, size), each last row a timeout"
             problems.add(key, f"has the shape {value.shape}, expected {want}", remedy)
         elif rows and len(plain) != rows:
-            problems.add(key, f"has {len(plain)} rows, observations has {rows}", "give every array the same rows")
+            remedy = "give every array the same rows; of T + 1 observations an episode o, o[:-1] are its observations "
+            remedy += "and o[1:] its next_observations"
+            problems.add(key, f"has {len(plain)} rows, observations has {rows}", remedy)
         else:
             columns[key] = plain
     if other:
@@ -153,10 +156,16 @@ def read(
     if limit is None and task is not None:
         limit = task.eval_length  # of whole episodes; those of our own collections may be shorter
     maze = task is not None and task.env.startswith("ant-maze")
+    terminal = task.model_terminal if task and task.knows_end and not maze else None
+    if limit is None and not {"timeouts", "next_observations"} & arrays.keys():
+        notes.append(
+            "nothing says where episodes end but terminals: an end without one is taken for a step to the next start. "
+            "Add timeouts or next_observations if there are such ends"
+        )
     pieces = cut(
         source, arrays, notes, limit=limit,
         body=body_of(task.env, arrays["observations"].shape[1], dt or task.dt) if task else None,
-        terminal=task.model_terminal if task and task.knows_end and not maze else None, ends_at_terminals=not maze,
+        terminal=terminal, ends_at_terminals=not maze,
     )  # fmt: skip
     kept = np.flatnonzero(pieces.valid)
     if not len(kept):
@@ -164,13 +173,18 @@ def read(
         return None
     ends = pieces.ends | ~np.roll(pieces.valid, -1)
     lengths = np.diff(np.flatnonzero(ends[kept]), prepend=-1)
-    if limit is None and len(lengths) > 1 and (lengths == lengths[0]).all() and pieces.terminals[ends].all():
+    alike = len(lengths) > 1 and (lengths == lengths[0]).all() and pieces.terminals[ends].all()
+    if alike and terminal is None and lengths[0] != limit:
         notes.append(
             f"every episode ends in a terminal after {lengths[0]} steps: if that is a time limit, import again with "
             f"--episode-length {lengths[0]}, since learners take a terminal for the end of all rewards"
         )
     whole = arrays | {"next_observations": pieces.next_observations, "terminals": pieces.terminals}
     whole["timeouts"] = ends & ~pieces.terminals
+    robot = ROBOTS.get(task.env) if task else None
+    if robot and not robot.skip_qpos and whole["observations"].shape[1] == robot.observation_size:  # x, y are shown
+        places = (whole[key][:, :2] for key in ("observations", "next_observations"))
+        whole = common.root_columns(*places, dt or task.dt) | whole
     metadata = {
         "dataset_name": name, "env": task.env if task else f"arrays/{name}", "task": None,
         "layout": "task" if task else "env", "reward_kind": "task", "reference": None,

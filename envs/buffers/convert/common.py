@@ -145,6 +145,12 @@ def same_rows(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return (np.abs(left - right) <= 1e-4 * (1.0 + np.abs(right))).all(axis=1)
 
 
+def root_columns(before: np.ndarray, after: np.ndarray, dt: float) -> dict[str, np.ndarray]:
+    """Root columns of the places (N, 2) before and after each step."""
+    velocities = (after.astype(np.float64) - before) / dt
+    return {"root_positions": before.astype(np.float32), "root_velocities": velocities.astype(np.float32)}
+
+
 def runs(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Exclusive ends (R,) of the unbroken stretches of a buffer's rows.
 

@@ -39,6 +39,12 @@ def count_steps(ends: np.ndarray) -> np.ndarray:
     return rows - starts[np.searchsorted(starts, rows, side="right") - 1]
 
 
+def _ways(observations: np.ndarray, following: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """How far each row moves, its number that goes furthest: (N,), in FAR quantiles of what the steps (N,) do."""
+    way = np.abs(following.astype(np.float64) - observations)
+    return (way / (np.quantile(way[steps], FAR, axis=0) + 1e-9) if steps.any() else way).max(axis=1)
+
+
 def _reset_rows(arrays, flagged: np.ndarray, bad: np.ndarray | None) -> np.ndarray:
     """Rows (N,) behind an end that lead from its last state to a new start: no steps, though recorded as steps.
 
@@ -62,14 +68,36 @@ def _reset_rows(arrays, flagged: np.ndarray, bad: np.ndarray | None) -> np.ndarr
         return behind & (bad | (rewards == 0)) if confirmed.mean() >= SHARE else np.zeros_like(behind)
     told = unpaid.mean() >= SHARE and (rewards[~behind] == 0).mean() < RARE
     following = np.roll(observations, -1, axis=0) if given is None else given
-    way = np.abs(following.astype(np.float64) - observations)
     inner = ~(behind | flagged) & (np.arange(len(behind)) < len(behind) - 1)
-    way = (way / (np.quantile(way[inner], FAR, axis=0) + 1e-9)).max(axis=1) if inner.any() else way.max(axis=1)
+    way = _ways(observations, following, inner)
     follows = inner.any() and np.median(way[rows - 1]) <= FURTHER  # the row behind an end is where that end led to
     if given is None:
         told = told and follows  # else it may be a first step, which some worlds pay nothing for
     told = told or (len(rows) > 1 and follows and np.median(way[rows]) > FURTHER)
     return behind if told else np.zeros_like(behind)
+
+
+def _held(arrays, ends: np.ndarray, hard: np.ndarray, steps: np.ndarray, bad: np.ndarray | None) -> np.ndarray:
+    """Those of the ends (N,) whose next_observations hold another state: the next episode's first, or their own.
+
+    The data may also go on behind an end, as behind a goal. Then the next row is where its step led, known for the
+    body or, where that is not known, by going no further than steps do: terminals and cuts apart, each kind together.
+    An own state is a stopgap where nearly all cuts have it and no step does. At a terminal it does no harm.
+    """
+    observations, given = arrays["observations"], arrays["next_observations"]
+    last = np.arange(len(ends)) == len(ends) - 1
+    held = ends & (given == np.roll(observations, -1, axis=0)).all(axis=1)
+    if bad is not None:
+        held &= bad | last
+    else:
+        way = _ways(observations, given, steps)
+        for kind in (held & hard, held & ~hard):
+            if kind.any() and np.median(way[kind]) <= FURTHER:
+                held &= ~kind | (last & (way > FURTHER))
+    own, cuts = (given == observations).all(axis=1), ends & ~hard
+    if cuts.any() and own[cuts].mean() >= SHARE and not own[steps].any():
+        held |= own & cuts
+    return held
 
 
 def _time_limits(hard: np.ndarray, ends: np.ndarray, limit: int | None, after, terminal) -> np.ndarray:
@@ -126,13 +154,15 @@ def cut(
         steps = count_steps(hard | apart | odd | resets)
         timeouts = (steps % limit == limit - 1) & ~hard
         why = "timeouts is False in every row" if "timeouts" in arrays else "the file marks no timeouts"
-        notes.append(f"{why}: episodes are cut after {limit} steps")
+        notes += [f"{why}: episodes are cut after {limit} steps"] * bool(timeouts.any())
         resets |= _reset_rows(arrays, hard | timeouts, bad)
     unmarked = (apart | odd) & ~(hard | timeouts | resets)
     if unmarked.mean() > UNFIT_SHARE:
         problem = f"{100 * unmarked.mean():.0f} % of the rows inside episodes are not followed by their successor"
         raise common.fail(path, "observations", problem, "rows must be in the order of time: use the original file")
     late = _time_limits(hard, hard | timeouts | unmarked | resets, limit, successor, terminal)
+    apart_flags = (arrays.get("timeouts", none) & ~arrays["terminals"])[:-1].any()  # so that the others are meant
+    late &= terminal is not None or not apart_flags
     if late.any():
         notes.append(f"{int(late.sum())} terminals are the time limit of {limit} steps: taken as timeouts")
         terminals, hard, timeouts = terminals & ~late, hard & ~late, timeouts | late
@@ -151,10 +181,7 @@ def cut(
         }
         following[last] = observations[last]
     else:
-        moved = (given == following).all(axis=1)
-        if bad is not None:
-            moved &= bad | last  # what a step reaches is no reset, whatever stands behind it
-        held = ends & ~resets & ~before_reset & ~odd & (moved | (given == observations).all(axis=1))
+        held = _held(arrays, ends & ~resets & ~before_reset & ~odd, hard, ~(ends | resets), bad)
         jump = (none if bad is None else bad) & ~resets & ~held
         lost = {OTHER_STATE: held | (jump & (hard | timeouts)), TELEPORT: jump & ~(hard | timeouts), RESET_ROW: resets}
     valid = ~np.logical_or.reduce(list(lost.values()))
@@ -165,5 +192,17 @@ def cut(
                 f"{int((lengths > limit).sum())} episodes are longer than the {limit} steps of this set, the longest "
                 f"{lengths.max()}: is a flag missing, or another --episode-length right?"
             )
+    over = np.flatnonzero(hard & valid)
+    if terminal is not None and len(over) and (wrong := int((~np.asarray(terminal(successor[over]), bool)).sum())):
+        notes.append(
+            f"{wrong} of {len(over)} terminals are no end of this task, which goes on from there, and learners take a "
+            "terminal for the end of all rewards: if they are time limits, make them timeouts, or import again with "
+            "--episode-length"
+        )
+    if terminals.any() and not (terminals & valid).any():
+        notes.append(
+            "no terminal is left, since their rows are dropped, and no value function can learn where the task ends: "
+            "give true next_observations, unless these were time limits"
+        )
     dropped = {why: int(rows.sum()) for why, rows in lost.items() if rows.any()}
     return Cut(ends, valid, terminals, successor if given is not None else following, dropped)

@@ -31,7 +31,7 @@ class Family(NamedTuple):
     task: str | None
     env: str
     sizes: tuple[int, int]  # of an observation and an action
-    dt: float
+    dt: float | None
     episode_length: int
     reference: tuple[float, float] | None  # D4RL's (random, expert) returns
     num_qpos: int = 0  # planar robots: observations are qpos without x, then as many qvel
@@ -95,9 +95,9 @@ def _find_family(path: Any, name: str, sizes: tuple[int, int], dt: float | None,
     if key is not None and sizes == FAMILIES[key].sizes:
         known = FAMILIES[key]
         return known._replace(dt=dt or known.dt, episode_length=episode_length or known.episode_length)
-    if dt is not None and episode_length is not None:
+    if episode_length is not None:
         return Family(None, f"d4rl/{name}", sizes, dt, episode_length, None)
-    own = "or, for a set of your own, --dt SECONDS and --episode-length STEPS"
+    own = "or, for a set of your own, --episode-length STEPS"
     if key is not None:
         problem = f"{sizes[0]} numbers and {sizes[1]} actions, {key} has {FAMILIES[key].sizes} of them"
         raise common.fail(path, "observations", problem, f"give the right name with --name, {own}")
@@ -150,11 +150,7 @@ def _maze_columns(arrays, cut: Cut, family: Family, notes: list[str]) -> tuple[d
     """x, y, goals, and which trajectory a row belongs to; and the share of rewards that agree with the goals."""
     before, after = arrays["observations"][:, :2], cut.next_observations[:, :2]
     ids = np.cumsum(cut.ends) - cut.ends
-    columns = {
-        "root_positions": before,
-        "root_velocities": ((after.astype(np.float64) - before) / family.dt).astype(np.float32),
-        "trajectory_ids": ids.astype(np.int32),
-    }
+    columns = common.root_columns(before, after, family.dt) | {"trajectory_ids": ids.astype(np.int32)}
     paid = arrays["rewards"] > (0.5 if arrays["rewards"].min() >= 0 else -0.5)  # 0 and 1, or -1 and 0
     if np.bincount(ids, weights=paid).max() == 1:
         notes.append(

@@ -6,7 +6,6 @@ further columns in the episodes' infos, so that it comes back as it was.
 """
 
 import json
-import math
 import shutil
 import warnings
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from envs.buffers.convert import common
-from envs.buffers.fields import Buffer
+from envs.buffers.fields import LARGEST, Buffer
 
 # Gymnasium's name of a world, without version -> seconds per step.
 STEP_SECONDS = {
@@ -132,8 +131,7 @@ def _root_columns(columns: dict[str, np.ndarray], rows: np.ndarray, dt: float) -
     here, goals = columns.get("observations/achieved_goal"), columns.get("observations/desired_goal")
     found = {}
     if here is not None and here.shape[1] == 2:
-        found["root_positions"] = here[rows].astype(np.float32)
-        found["root_velocities"] = ((here[rows + 1] - here[rows]) / dt).astype(np.float32)
+        found |= common.root_columns(here[rows], here[rows + 1], dt)
     if goals is not None and goals.shape[1] == 2:
         found["goals"] = goals[rows].astype(np.float32)
     return found
@@ -187,7 +185,8 @@ def read(
     else:
         arrays |= _root_columns(columns, rows, dt)
     reference = [raw.get(key) for key in ("ref_min_score", "ref_max_score")]
-    told = all(isinstance(score, (int, float)) and math.isfinite(score) for score in reference)
+    told = all(isinstance(score, (int, float)) and abs(score) < LARGEST for score in reference)
+    told = told and reference[0] != reference[1]
     metadata = {
         "dataset_name": f"minari/{dataset_id}", "env": f"minari/{spec.get('id', dataset_id)}", "task": None,
         "layout": "env", "reward_kind": "task", "reference": reference if told else None,

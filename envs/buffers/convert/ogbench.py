@@ -152,8 +152,7 @@ def read(path: Any, dt: float | None = None, episode_length: int | None = None) 
         and arrays["qpos"].shape[1] >= 2
     ):
         root = common.to_float32(path, "qpos", arrays["qpos"])[:, :2]
-        columns["root_positions"] = root[kept]
-        columns["root_velocities"] = ((root[kept + 1].astype(np.float64) - root[kept]) / dt).astype(np.float32)
+        columns |= common.root_columns(root[kept], root[kept + 1], dt)
     metadata = {
         "dataset_name": f"ogbench/{path.stem}", "env": f"ogbench/{name}", "task": None, "layout": "env",
         "reward_kind": "task" if "rewards" in arrays else "none", "reference": None,

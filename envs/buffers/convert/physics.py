@@ -11,6 +11,7 @@ from envs.buffers.convert import d4rl, reach
 from envs.buffers.convert.reach import NAMED_ROWS
 from envs.buffers.fields import Buffer, fail
 from envs.buffers.reading import load
+from envs.maze import MAPS
 from envs.robots import ROBOTS
 from envs.task import Task, Transition
 from envs.worlds import make, task_of_file
@@ -81,7 +82,7 @@ def measure(arrays, state, env, layout: str, source: str, rows: int = REPLAY_ROW
         "share": float(agree.mean()), "rows": len(usable), "median_error": float(np.median(error.max(axis=1))),
         "largest_error": float(error.max()), "env": env.name, **_where(arrays, usable[~agree]),
     }  # fmt: skip
-    if not env.task.has_reward or "rewards" not in arrays or (env.robot.maze and "goals" not in arrays):
+    if not env.task.has_reward or "rewards" not in arrays or (env.robot.maze in MAPS and "goals" not in arrays):
         return found
     if env.robot.contact_numbers:  # Gymnasium's rewards charge contacts, for a speed measured a substep late
         return found

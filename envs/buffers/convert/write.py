@@ -10,6 +10,7 @@ from envs.buffers.convert import physics
 from envs.buffers.convert.actions import OWN_SCALE, fit_scale, settle_actions
 from envs.buffers.convert.common import Imported
 from envs.buffers.fields import Buffer, fail
+from envs.buffers.files import check_suffix
 from envs.buffers.reading import load
 from envs.buffers.writing import save
 from envs.robots import shown_numbers
@@ -73,10 +74,11 @@ def write(
 
 
 def check_out(out, name: str, force: bool) -> Path:
-    """The file to write, by default data/<name>.npz. InputError where it exists."""
+    """The file to write, by default data/<name>.npz. InputError where it exists, or is none."""
     if out is None:
         out = Path("data", re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".npz")
     out = Path(out)
+    check_suffix(out)
     if out.exists() and not force:
         raise fail(out, "file", "exists already", "name another file with --out, or allow it with --force")
     return out
@@ -94,7 +96,8 @@ def _label(metadata: dict[str, Any], task: str | None) -> Task | None:
             raise
         return None  # a set of D4RL's, or of another release, that is known by its name alone
     if task is not None:
-        metadata.update(task=known.name, layout="task", task_options=known.options, reference=known.reference)
+        metadata.update(task=known.name, layout="task", task_options=known.options)
+        metadata["reference"] = known.reference or metadata["reference"]
     metadata.setdefault("task_options", known.options)
     metadata["env"] = known.env
     return known
