@@ -17,6 +17,7 @@ import pytest
 import tyro
 
 import cells
+import dac
 import envs
 import reference_scores
 import suite
@@ -201,7 +202,9 @@ OTHER = "made by another command (seed differ): it does not count"
 
 
 @pytest.mark.parametrize("seed, same_rows, told", [(0, True, ""), (3, True, OTHER), (0, False, "made from other rows")])
-def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(tmp_path, capsys, seed, same_rows, told):
+def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(
+    tmp_path, monkeypatch, capsys, seed, same_rows, told
+):
     """A selection, perhaps of another source's buffers; a learner, perhaps with another seed or from another file."""
     base, out, folder = tmp_path / "base", tmp_path / "data", tmp_path / "learn"
     source, file = tmp_path / "source", out / "point-angle-60" / "top1.npz"
@@ -230,6 +233,11 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(tmp_pa
         other = buffers.load(file, quiet=True)
         buffers.save(file, dict(other.arrays) | {"rewards": other["rewards"] + 1}, other.metadata)
         assert not cells.is_done(learner, base)
+        buffers.save(file, dict(other.arrays), other.metadata)
+        assert cells.is_done(learner, base)
+        with monkeypatch.context() as patch:
+            patch.setitem(dac.CPU, "tau", 0.9)
+            assert not cells.is_done(learner, base), "the words are the same, their preset is another"
         (folder / "args.json").unlink()
         cells.record_file(learner, base).unlink()
         cells.adopt(made, base)
