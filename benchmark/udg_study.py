@@ -580,8 +580,8 @@ def main(argv=None):
     parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="gpu: the published sizes")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each pinned to a core")
     parser.add_argument("--force", action="store_true", help="replace results that know cells not finished here")
-    parser.add_argument("--keep", nargs="?", const="same", default="", choices=("same", "old"), help="count what "
-                        "results/udg has from the same flags and rows as made; old: whatever the flags, and name those")  # fmt: skip
+    told = "count what results/udg has from the same flags and rows as made; old: whatever the flags, and name those"
+    parser.add_argument("--keep", nargs="?", const="same", default="", choices=("same", "old"), help=told)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the cells")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the gathered rows")
     args = parser.parse_args(argv)

@@ -8,11 +8,13 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import collect
+import dac
 import envs
 import grid
 from envs.buffers import scripted
@@ -58,16 +60,34 @@ def test_a_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path, mo
     grid.main([str(tmp_path / "grid.json")])
     said = capsys.readouterr().out
     assert "1 done, 0 to make" in said and "| point | " in said
+    with monkeypatch.context() as patch:
+        patch.setitem(dac.OWN, "eta", 0.7)
+        with pytest.raises(SystemExit, match=f"made with another eta: move {folder} away"):
+            grid.main([str(tmp_path / "grid.json")])
     other = write_list(tmp_path, algorithms={"dac": "dac.py --num-updates 20"})
     with pytest.raises(SystemExit, match=f"move {other} away"):
         grid.main([str(tmp_path / "grid.json")])
+
+
+def test_a_worker_multiplies_in_the_digits_of_the_flag(tmp_path, monkeypatch):
+    """On an accelerator, where a product that is told nothing has fewer than float32's."""
+    before, seen = jax.config.jax_default_matmul_precision, []
+    monkeypatch.setattr(dac, "main", lambda args: seen.append(jax.config.jax_default_matmul_precision))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    command = ("dac.py", "--dataset", str(scripted.dataset(tmp_path)))
+    try:
+        for digits in ((), ("--matmul-precision", "bfloat16")):
+            assert grid.Run("a dac 0", (*command, *digits), "", str(tmp_path / "run"))() == ""
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    assert seen == ["highest", "BF16_BF16_F32"]
 
 
 def test_a_seed_counts_once(tmp_path, monkeypatch, capsys):
     """Two runs of two seeds each, one seed in both: three values. The data's episodes are its own column."""
     data = scripted.dataset(tmp_path)
     returns = envs.buffers.load(data, ("rewards",), quiet=True)["episode_returns"]
-    about = {"command": ("dac.py", "--dataset", str(data)), "made": str, "record": str}
+    about = {"command": ("dac.py", "--dataset", str(data)), "found": lambda: "done"}
     run = lambda seed: types.SimpleNamespace(name=f"point dac {seed}", folder=str(seed), **about)
     curve = lambda seed: (np.arange(6) * 100, np.full(6, 10.0 * seed))
     read = lambda folder, key: {seed: curve(seed) for seed in (int(folder.name), int(folder.name) + 1)}
@@ -109,6 +129,14 @@ def test_what_is_not_wanted_is_left_out(tmp_path):
     write_list(tmp_path, datasets=datasets, algorithms=algorithms, leave_out=["maze-* mopo"])
     runs, _ = grid.read_grid(tmp_path / "grid.json")
     assert [run.name for run in runs] == ["maze-a dac 0", "maze-b dac 0", "flat mopo 0", "flat dac 0"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.json")), ids=lambda path: path.stem)
+def test_our_own_lists_are_accepted(path, monkeypatch):
+    """But for their data, which are not here."""
+    monkeypatch.setattr(grid, "digest", lambda file: "")
+    runs, _ = grid.read_grid(path)
+    assert runs
 
 
 @pytest.mark.parametrize(
