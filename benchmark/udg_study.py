@@ -74,7 +74,7 @@ SOURCES = {
     "maze-k20": "--task tree-maze --num-policies 20",
     "maze-random": POINT_RANDOM.replace("point", "tree-maze"),
     "ant": f"--task ant {APWD}",
-    "ant-main": "--task ant",  # the main job as it is now, on two cores
+    "ant-main": "--task ant",  # the main job as it is now
     "ant-one": "--task ant --num-devices 1",  # the same on one: repeats results/wurl_sac/ant/seed0 exactly
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
@@ -139,7 +139,8 @@ GPU = {
     "humanoid": "--num-envs 8 --updates-per-step 0.0625 --num-updates 1000000 --eval-every 50000",
     "ant-main": "", "ant-one": "",  # as they are
 }  # fmt: skip
-CPU = {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
+CPU = {"ant-main": "--num-devices 2"}  # as on two cores, also where a cell is kept to one
+CPU |= {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
 # Nine runs of the cheetah are compared with one another: a third of the default's 36,000 updates each.
 CPU |= {name: "--num-updates 12000" for name in SOURCES if name.startswith("cheetah-")}
 GPU_ROBOT = {

@@ -220,7 +220,7 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(
     flags = udg_select.portable_flags(tyro.cli(udg_select.Args, args=data.command[1:]))
     write(data.done, {"flags": flags, "selections": {"top1": {"parents": [parent]}}})
     write(learner.done, "")
-    left = cells.flags_of(learner) | {"seed": seed}
+    left = cells.flags_of(learner) | {"seed": seed, "q_norm": True}  # a switch before it had three values
     del left["track"]  # a flag that is younger than the cell
     write(folder / "args.json", left)
     rows = list(cells.digests_of(file).values()) if same_rows else ["1"]
