@@ -36,7 +36,7 @@ ant() { # CPU budget, 1 seed
 
 grid() { # settings of the short budget on the hopper's replay and the ant: results/dac/grid
     python benchmark/grid.py benchmark/dac_grid.json --jobs 2
-    python benchmark/dac_figures.py --runs runs/dac_grid
+    python benchmark/grid_figures.py results/dac/grid --runs runs/dac_grid --last 3
 }
 
 cpu() { # the short budget as it is now, 3 seeds, and with other numbers of samples to choose from
@@ -47,7 +47,7 @@ cpu() { # the short budget as it is now, 3 seeds, and with other numbers of samp
             python dac.py --dataset $data --preset cpu --seed $seed --out runs/dac_cpu/$name/cpu/seed$seed
         done
     done
-    python benchmark/dac_figures.py --runs runs/dac_cpu
+    python benchmark/grid_figures.py results/dac/grid --runs runs/dac_cpu
     python benchmark/dac_choice.py runs/dac_cpu/*/cpu/seed*
 }
 

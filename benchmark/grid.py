@@ -38,6 +38,7 @@ from runner import devices, plots, state_files
 ALGORITHMS = ("mopo.py", "benchmark/mopo_models.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
 SHOWN_AS = {"bc": "cloning"}
+CUT = "return, in as many steps as the data's episodes"
 
 
 @dataclass(frozen=True)
@@ -214,20 +215,24 @@ def write_table(path, names, scores, data, short):
     print("\n".join(lines), flush=True)
 
 
-def draw(path, title, seeds_of, data, ylabel="return"):
-    """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean."""
+def panel(title, seeds_of, data=(), ylabel="return", order=()):
+    """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean.
+
+    order: of the algorithms of all panels, each with its colour.
+    """
     lines = []
-    for i, (algorithm, seeds) in enumerate(seeds_of.items()):
+    for algorithm, seeds in seeds_of.items():
+        i = list(order or seeds_of).index(algorithm)
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-        shown = {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"{SHOWN_AS.get(algorithm, algorithm)} ({count})"}
+        color = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
+        shown = color | {"marker": "o", "ms": 3, "label": f"{SHOWN_AS.get(algorithm, algorithm)} ({count})"}
         steps = functools.reduce(np.intersect1d, [steps for steps, _ in seeds.values()])
         values = np.stack([of_seed[np.isin(x, steps)] for x, of_seed in seeds.values()], 1)
-        lines += [(steps, values, {"color": f"C{i}", "lw": 0.8, "alpha": 0.4})] * (len(seeds) > 1)
+        lines += [(steps, values, color | {"lw": 0.8, "alpha": 0.4})] * (len(seeds) > 1)
         lines += [(steps, values.mean(1), shown)]
-    for value, style, name in zip(data, ("--", ":"), ("mean", "best"), strict=True):
+    for value, style, name in zip(data, ("--", ":"), ("mean", "best"), strict=bool(data)):
         lines += [(None, value, {"color": "k", "ls": style, "lw": 1, "label": f"data: {name} episode"})]
-    panel = {"title": title, "xlabel": "updates of the policy", "ylabel": ylabel, "lines": lines}
-    plots.figure(path, [panel], width=7.5)
+    return {"title": title, "xlabel": "updates of the policy", "ylabel": ylabel, "lines": lines}
 
 
 def write_results(out, found, algorithms, data, short=None):
@@ -248,8 +253,9 @@ def write_results(out, found, algorithms, data, short=None):
     for name, seeds_of in found.items():
         cut = short and any(in_short[pair] != scores[pair] for pair in scores if pair[0] == name)
         shown = short[name] if cut else seeds_of  # as the data's episodes, whose mean and best are in the figure
-        ylabel = "return, in as many steps as the data's episodes" if cut else "return"
-        draw(out / f"{name}.png", name, {a: shown[a] for a in algorithms if a in shown}, data[name], ylabel)
+        ylabel = CUT if cut else "return"
+        curves = {a: shown[a] for a in algorithms if a in shown}
+        plots.figure(out / f"{name}.png", [panel(name, curves, data[name], ylabel)], width=7.5)
 
 
 def gather(runs, out):

@@ -17,6 +17,7 @@ import collect
 import dac
 import envs
 import grid
+import grid_figures
 from envs.buffers import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +122,38 @@ def test_scores_of_episodes_as_long_as_the_datas_have_a_row_where_they_differ(tm
     _, _, *rows = (tmp_path / "table.md").read_text().splitlines()
     first = ["| a | 0.5; 9.0 | 5.0 (1) |", "| a, as long as the data's episodes | 0.5; 9.0 | 1.0 (1) |"]
     assert rows == [*first, "| b | 0.5; 9.0 | 3.0 (1) |"]
+
+
+def test_settings_are_shown_of_all_their_seeds(tmp_path, monkeypatch, capsys):
+    """Seeds in one log or in several; a colour a setting in all panels; what the axis means; only what is asked for."""
+    values = {("a", "fast"): (1.0, 3.0), ("a", "slow"): (5.0,), ("b", "slow"): (7.0,)}
+    for (data, cell), returns in values.items():
+        records = [
+            {"seed": k, "step": 10, "eval/return": 2 * x, "eval/return_data_length": x} for k, x in enumerate(returns)
+        ]
+        path = tmp_path / data / (f"{cell}.jsonl" if data == "a" else f"{cell}/seed0.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, [{"args": {}}, *records])))
+    drawn = []
+    monkeypatch.setattr(grid_figures.plots, "figure", lambda path, panels, width: drawn.append((path.name, panels)))
+    grid_figures.main([str(tmp_path)])
+    grid_figures.main([str(tmp_path), "--name", "both", "--cells", "slow", "fast"])
+    lines = capsys.readouterr().out.splitlines()[2:5]
+    assert lines == [
+        "| a | fast | 2 | 2 +- 1 | 2 | 4 |",
+        "| a | slow | 1 | 5 | 5 | 10 |",
+        "| b | slow | 1 | 7 | 7 | 14 |",
+    ]
+    (name, (a, b)), (other, (both,)) = drawn
+    looks = lambda panel: {x["label"]: x["color"] for *_, x in panel["lines"] if "label" in x}
+    assert looks(a) == {"fast (2 seeds)": "C0", "slow (one seed)": "C1"} and looks(b) == {"slow (one seed)": "C1"}
+    assert looks(both) == {"slow (one seed)": "C0", "fast (2 seeds)": "C1"} and (name, other) == (
+        "grid.png",
+        "both.png",
+    )
+    assert a["ylabel"] == "return, in as many steps as the data's episodes"
+    with pytest.raises(envs.InputError, match="no data set has quick"):
+        grid_figures.main([str(tmp_path), "--cells", "quick"])
 
 
 def test_what_is_not_wanted_is_left_out(tmp_path):
