@@ -2,7 +2,7 @@
 
     python benchmark/grid.py benchmark/dac_grid.json                           makes the runs, and then
     python benchmark/grid_figures.py results/dac/grid --runs runs/dac_grid     copies their logs; table, grid.png
-    python benchmark/grid_figures.py results/dac/grid --last 3                 table and grid.png of what is there
+    python benchmark/grid_figures.py results/cped/grid --last 3                table and grid.png of what is there
     python benchmark/grid_figures.py results/mopo/screen --name screen --leave-out "*world*"
     python benchmark/grid_figures.py results/mopo/screen --name world --cells plain default world default-world
 
