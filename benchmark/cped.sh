@@ -28,8 +28,8 @@ grid() { # settings for short runs on the suite's replays (benchmark/suite.py): 
     python benchmark/grid_figures.py results/cped/grid --runs runs/cped_grid --last 3
 }
 
-ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared
-    python cped.py --dataset $ant/top1-size50000.npz --preset cpu
+ant() { # CPU budget as it was when these were run, 1 seed: 21 and 12 minutes on 2 cores that others shared
+    python cped.py --dataset $ant/top1-size50000.npz --preset cpu --tau 0.005 --no-scale-rewards
     python cped.py --dataset $ant/top1-size50000.npz --preset cpu --bc-only --out runs/cped/ant-angle-60/bc-seed0
 }
 

@@ -26,11 +26,12 @@ point() { # 3 seeds on the selections of udg_select.py, and cloning beside it
     done
 }
 
-ant() { # CPU budget, 1 seed
+ant() { # CPU budget as it was when these were run, 1 seed; as it is now: cpu
+    old="--tau 0.01 --ema-start 1000 --num-updates 20000 --eval-every 2000"
     for name in top1 all; do
         data=$ant/$name-size50000.npz
-        python dac.py --dataset $data --preset cpu --out runs/dac/ant-angle-60/$name-cpu
-        python dac.py --dataset $data --preset cpu --guidance none --out runs/dac/ant-angle-60/$name-cpu-bc
+        python dac.py --dataset $data --preset cpu $old --out runs/dac/ant-angle-60/$name-cpu
+        python dac.py --dataset $data --preset cpu $old --guidance none --out runs/dac/ant-angle-60/$name-cpu-bc
     done
 }
 
