@@ -249,7 +249,9 @@ def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
     _, gather = made
     before = gather()[1:]
     assert gather(forget="source point") == (False, *before)
-    assert "3 of its cells are not made here, or with other flags, e.g. source point; --force" in capsys.readouterr().out
+    assert (
+        "3 of its cells are not made here, or with other flags, e.g. source point; --force" in capsys.readouterr().out
+    )
     assert gather(force=True)[1]["missing"][0] == "source point"
 
 
