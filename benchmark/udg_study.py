@@ -487,11 +487,8 @@ def gather(name, base, budget, results, force=False, keep=""):
     kept = kept_cells(cells, finished, known, known_rows, keep) if keep else {}
     lost = [key for key in known if key in cells and key not in finished and key not in kept]
     if lost and not force:
-        why = (
-            "are of another command, other flags or other rows than those here"
-            if keep
-            else "are not made here, or with other flags"
-        )
+        other = "are of another command, other flags or other rows than those here"
+        why = other if keep else "are not made here, or with other flags"
         print(f"{path.name} is kept: {len(lost)} of its cells {why}, e.g. {lost[0]}; --force replaces it")
         return False
     rows = {key: known_rows.get(key, []) for key in kept if not key.startswith("learn")}
