@@ -489,7 +489,8 @@ def gather(name, base, budget, results, force=False, keep=""):
     if lost and not force:
         other = "are of another command, other flags or other rows than those here"
         why = other if keep else "are not made here, or with other flags"
-        print(f"{path.name} is kept: {len(lost)} of its cells {why}, e.g. {lost[0]}; --force replaces it")
+        more = ", --keep old keeps what differs in flags alone" if keep == "same" else ""
+        print(f"{path.name} is kept: {len(lost)} of its cells {why}, e.g. {lost[0]}; --force replaces it{more}")
         return False
     rows = {key: known_rows.get(key, []) for key in kept if not key.startswith("learn")}
     rows |= {key: [source_row(cell)] for key, cell in finished.items() if key.startswith("source")}
