@@ -1,6 +1,7 @@
 """Cells: commands that each make a file, run when those before them are done; studies, suite and references use them.
 
-A cell is done when its file is there, made by the same command from the same data. It runs in a process of its own,
+A cell is done when its file is there, made by the same command, with the same flags (a preset may have changed under
+the same words), from the same data. It runs in a process of its own,
 at a fixed core where several run at once, with its output in <base>/logs/<cell>.log; <cell>.lock is held while the
 command lives, and <cell>.json says what made the file. What is done is skipped; a run that was stopped (Ctrl-C,
 SIGTERM, kill) goes on from its state; a cell that fails takes those that need it with it, and no others.
@@ -22,14 +23,17 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import tyro
 
+import envs
 import runner
 from envs import InputError, buffers
 from envs.buffers.convert.common import file_sha256
 from runner import write_whole
+from runner.run import FREE
 
 ROOT = Path(__file__).resolve().parents[1]
 HEARD_EVERY = 60.0  # seconds between what the cells at work say, where none has ended
@@ -97,11 +101,12 @@ def fingerprint(cell):
 
 
 def is_done(cell, base):
-    """Whether a cell was finished, by this very command and from the data that is there now."""
+    """Whether a cell was finished, by this very command as it is meant now, and from the data that is there now."""
     record = read_record(cell, base)
     if not cell.done.exists() or record.get("command") != cell.command:
         return False
-    return fingerprint(cell) in ("", record["reads"])
+    left = flags_left(cell)
+    return fingerprint(cell) in ("", record["reads"]) and not (left and flags_differ(cell, left))
 
 
 def finished_cells(cells, base):
@@ -131,36 +136,47 @@ def args_of(script, words):
 
 
 def flags_of(cell):
-    """The flags that a cell's command means, as its script would write them down."""
+    """The flags that a cell's command means, as its script would write them down.
+
+    A preset asks for the name of the data. Where they are gone nothing is published for them: they are our own.
+    """
     script = importlib.import_module(Path(cell.command[0]).stem)
     if script.__name__ == "udg_select":
         return script.portable_flags(tyro.cli(script.Args, args=cell.command[1:]))
-    with contextlib.redirect_stdout(io.StringIO()):
-        return dataclasses.asdict(args_of(script, cell.command[1:]))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        if not fingerprint(cell):
+            stack.enter_context(mock.patch.object(buffers, "read_metadata", lambda path: {"dataset_name": ""}))
+        args = args_of(script, cell.command[1:])
+        if script.__name__ == "wurl_sac":
+            args = script.whole_rounds(args, args.episode_length or envs.task(args.task).episode_length)
+        return dataclasses.asdict(args)
 
 
 def flags_left(cell):
     """The flags that whoever made a cell left beside its results; {} where there are none."""
     try:
-        left = json.loads((cell.runs / "args.json" if cell.runs else cell.done).read_text())
-        return left if cell.runs else left["flags"]
+        if cell.runs:
+            left = json.loads((cell.runs / "args.json").read_text())
+            old = {True: "size", False: "none"}  # --q-norm was a switch once
+            return left | ({"q_norm": old.get(left["q_norm"], left["q_norm"])} if "q_norm" in left else {})
+        return json.loads(cell.done.read_text())["flags"] if cell.command[0] == "udg_select.py" else {}
     except (OSError, ValueError, KeyError):
         return {}
 
 
-def flags_differ(cell):
-    """Names of the flags in which what a cell left beside its results is not what its command means.
+def flags_differ(cell, left):
+    """Names of the flags in which `left`, what a cell was made with, is not what its command means now.
 
     A flag that did not exist when a cell was made had the value that is the default now.
     """
     try:
-        wanted, left = json.loads(json.dumps(flags_of(cell))), flags_left(cell)
+        wanted = json.loads(json.dumps(flags_of(cell)))
     except InputError:  # a preset that cannot read the data
         return ["dataset"]
     fields = dataclasses.fields(importlib.import_module(Path(cell.command[0]).stem).Args)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    left = json.loads(json.dumps(defaults)) | left if left else {}
-    free = {"resume", "q_bound"} | ({"chunk", "out"} if cell.command[0] == "wurl_sac.py" else set())
+    left = json.loads(json.dumps(defaults | left)) if left else {}
+    free = {*FREE, *(["chunk"] if cell.command[0] == "wurl_sac.py" else [])}
     return [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
 
 
@@ -184,7 +200,7 @@ def adopt(cells, base):
     for cell in cells.values():
         if not cell.done.exists() or read_record(cell, base):
             continue
-        differ = flags_differ(cell)
+        differ = flags_differ(cell, flags_left(cell))
         if differ or rows_differ(cell):
             why = f"by another command ({', '.join(differ)} differ)" if differ else "from other rows"
             print(f"{cell.name}: made {why}: it does not count", flush=True)

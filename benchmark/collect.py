@@ -21,22 +21,27 @@ FIGURES = (
 )  # fmt: skip
 
 
-def collect(run, into):
-    """runs/<script>/<task>/<name> -> <into>/<script>/<task>/<name>.jsonl and <name>-<figure>.png"""
-    if not (run / "policy.npz").exists():
-        print(f"{run}: not finished, left out")
-        return
-    lines = (run / "log.jsonl").read_text().splitlines()
-    header = json.loads(lines[0])
+def portable_log(run):
+    """The log of a run without the paths of this machine."""
+    header, *records = (run / "log.jsonl").read_text().splitlines()
+    header = json.loads(header)
     for field in ("out", "resume", "track"):
         header["args"].pop(field, None)
     for field in ("dataset", "reference"):
         if field in header["args"]:
             header["args"][field] = "/".join(Path(header["args"][field]).parts[-3:])
+    return "\n".join([json.dumps(header), *records]) + "\n"
+
+
+def collect(run, into):
+    """runs/<script>/<task>/<name> -> <into>/<script>/<task>/<name>.jsonl and <name>-<figure>.png"""
+    if not (run / "policy.npz").exists():
+        print(f"{run}: not finished, left out")
+        return
     script, task, name = run.resolve().parts[-3:]
     folder = into / script / task
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    (folder / f"{name}.jsonl").write_text(portable_log(run))
     for figure in FIGURES:
         if (run / figure).exists():
             shutil.copy(run / figure, folder / f"{name}-{figure}")

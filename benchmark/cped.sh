@@ -23,19 +23,13 @@ density() { # the adversarial term's weight and form against the true density, 3
         --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz
 }
 
-grid() { # settings for short runs on the suite's replays (benchmark/suite.py): 2 to 3 minutes a cell on one core
-    loose="--alphas 0.1 0.03 0.003; --alphas 0.1 0.01 0.001; --constraint dual --alphas 0.03 --alpha-from 0 --alpha-lr 3e-3 --eps-quantile 0.95"
-    for data in hopper-medium-replay halfcheetah-medium-replay; do
-        for tau in 0.005 0.02; do
-            python benchmark/cped_grid.py --dataset data/$data.npz --cells "default; $loose" \
-                --all "--adv-weight 0 --tau $tau"
-        done
-    done
-    python benchmark/cped_grid.py --table runs/cped/grid/*.jsonl
+grid() { # settings for short runs on the suite's replays (benchmark/suite.py): a few minutes a cell on one core
+    python benchmark/grid.py benchmark/cped_grid.json --jobs 2
+    python benchmark/grid_figures.py results/cped/grid --runs runs/cped_grid --last 3
 }
 
-ant() { # CPU budget, 1 seed: 21 and 12 minutes on 2 cores that others shared
-    python cped.py --dataset $ant/top1-size50000.npz --preset cpu
+ant() { # CPU budget as it was when these were run, 1 seed: 21 and 12 minutes on 2 cores that others shared
+    python cped.py --dataset $ant/top1-size50000.npz --preset cpu --tau 0.005 --no-scale-rewards
     python cped.py --dataset $ant/top1-size50000.npz --preset cpu --bc-only --out runs/cped/ant-angle-60/bc-seed0
 }
 

@@ -26,17 +26,18 @@ point() { # 3 seeds on the selections of udg_select.py, and cloning beside it
     done
 }
 
-ant() { # CPU budget, 1 seed
+ant() { # CPU budget as it was when these were run, 1 seed; as it is now: cpu
+    old="--tau 0.01 --ema-start 1000 --num-updates 20000 --eval-every 2000"
     for name in top1 all; do
         data=$ant/$name-size50000.npz
-        python dac.py --dataset $data --preset cpu --out runs/dac/ant-angle-60/$name-cpu
-        python dac.py --dataset $data --preset cpu --guidance none --out runs/dac/ant-angle-60/$name-cpu-bc
+        python dac.py --dataset $data --preset cpu $old --out runs/dac/ant-angle-60/$name-cpu
+        python dac.py --dataset $data --preset cpu $old --guidance none --out runs/dac/ant-angle-60/$name-cpu-bc
     done
 }
 
 grid() { # settings of the short budget on the hopper's replay and the ant: results/dac/grid
     python benchmark/grid.py benchmark/dac_grid.json --jobs 2
-    python benchmark/dac_figures.py --runs runs/dac_grid
+    python benchmark/grid_figures.py results/dac/grid --runs runs/dac_grid --last 3
 }
 
 cpu() { # the short budget as it is now, 3 seeds, and with other numbers of samples to choose from
@@ -47,7 +48,7 @@ cpu() { # the short budget as it is now, 3 seeds, and with other numbers of samp
             python dac.py --dataset $data --preset cpu --seed $seed --out runs/dac_cpu/$name/cpu/seed$seed
         done
     done
-    python benchmark/dac_figures.py --runs runs/dac_cpu
+    python benchmark/grid_figures.py results/dac/grid --runs runs/dac_cpu
     python benchmark/dac_choice.py runs/dac_cpu/*/cpu/seed*
 }
 

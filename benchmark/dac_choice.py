@@ -22,7 +22,8 @@ SAMPLES = (1, 3, 10, 30)
 def returns_by_samples(folder, episodes, samples=SAMPLES):
     """-> [(N_a, return, std over episodes, return in the data's length)], means over the seeds of a run."""
     known = json.loads((Path(folder) / "args.json").read_text())
-    fields = {field.name: known[field.name] for field in dataclasses.fields(dac.Args)}
+    # a flag that is younger than the run had the value that is the default now
+    fields = {field.name: known.get(field.name, field.default) for field in dataclasses.fields(dac.Args)}
     sizes = tuple(fields["hidden_sizes"])
     args = dac.Args(**fields | {"hidden_sizes": sizes, "eval_episodes": episodes, "resume": True})
     buffer, task = runner.open_task("dac", args, dac.Transitions._fields)

@@ -7,9 +7,9 @@
 
 Stages come in the order of their worth: the device's own limits; physics, MJX against C MuJoCo and its rate; the golden
 tests and runs that learn; rates of the learners; whole rounds of wurl_sac.py. Every row is printed and kept in the file
-before the next one begins. What fails is a row that says so, and the next goes on; a stage for which no time is left is
-skipped and says so. Programs of a stage are compiled side by side, then timed one by one. docs/gpu.md says what the
-rows mean.
+before the next one begins. What fails is a row that says so, and the next goes on; a row or stage for which no time is
+left is skipped and says so. Programs of a stage are compiled side by side, then timed one by one. docs/gpu.md says what
+the rows mean.
 """
 
 import argparse
@@ -69,7 +69,9 @@ class Check:
         self.path, self.budget, self.small, self.began = Path(path), budget, small, time.monotonic()
         self.stage, self.until, self.ok = "", self.began + budget, True
         self.found = {"command": command, "machine": machine() | device_of(), "seconds": 0.0, "rows": []}
-        self.limits = {}  # of the device: matmul GF/s, copy GB/s
+        self.limits = {}  # of the device: GF/s of a product by its digits, GB/s of a "copy"
+        self.building, self.beside = [], 0  # compilations, and how many of them ran when this row's work began
+        self.processes = {}  # that were started
 
     def left(self):
         """Seconds until this stage has to end."""
@@ -79,6 +81,8 @@ class Check:
         """values: of repeated timings, or one number; more: floor (percent), compile_s, memory_gb."""
         values = [float(x) for x in np.atleast_1d(values)]
         value = statistics.median(values) if values else None
+        if values and self.beside:
+            note = f"{note}; beside {self.beside} compilations".removeprefix("; ")
         row = {"stage": self.stage, "what": what, "value": value, "unit": unit, "values": values, "note": note, **more}
         self.ok &= not failed
         self.found["rows"].append(row | {"failed": failed})
@@ -152,10 +156,11 @@ def build_all(check, makers, share=0.6, **choices):
     futures = {name: pool.submit(build, make, **choose(name)) for name, make in makers.items()}
     concurrent.futures.wait(futures.values(), timeout=share * check.left())
     pool.shutdown(wait=False, cancel_futures=True)
+    check.building += futures.values()
     found = {}
     for name, future in futures.items():
         if not future.done() or future.cancelled():
-            check.row(name, note="not compiled in time", failed=True)
+            check.row(name, note="skipped: not compiled in time")
         elif error := future.exception():
             check.failure(name, error)
         else:
@@ -205,7 +210,7 @@ def device(check):
             chain = jax.jit(lambda x, w, num: jax.lax.fori_loop(0, num, lambda _, x: x @ w, x))
             error = np.abs(np.asarray(chain(x, w, 1)[:256]) - exact).max()
             found = rates(lambda: chain(x, w, 10), 20 * size**3 / 1e9, seconds)  # noqa: B023
-        check.limits.setdefault("matmul", statistics.median(found))  # the first is float32's
+        check.limits[name] = statistics.median(found)
         check.row(f"matmul {size}, {name}", "GF/s", found, f"largest error {error:.1g}")
     many, more = jnp.ones(2**20 if check.small else 2**28), jax.jit(lambda x: x + 1)
     found = rates(lambda: more(many), 2 * size_of(many) / 1e9, seconds)
@@ -357,7 +362,8 @@ def cped_phases(rows, small):
 
 
 def qdq_phases(rows, small):
-    args = qdq.Args(chunk=10, **ONE, **small) if small else qdq.Args(chunk=500, **ONE)
+    sizes = dict(chunk=10, **small) if small else dict(chunk=500)
+    args = qdq.Args(**ONE, **qdq.PUBLISHED_ALL, **sizes)  # the floor's form
     make = lambda num: qdq.make_train(dataclasses.replace(args, num_seeds=num), *SHAPE)
     data, keys = learners.transitions(qdq.Transitions, rows), learners.seed_keys(1)
     c = jnp.concatenate([data.observations, data.actions], -1)
@@ -423,25 +429,31 @@ def learners_stage(check):
     plan = {f"{phase.name}, {num} seeds": (phase, num) for num in seeds for phase in phases}
     if phases and not check.small:  # the one with the largest products
         plan |= {f"{phases[0].name}, 32 seeds, {digits}": (phases[0], 32) for digits in list(devices.PRECISIONS)[1:]}
-    digits = lambda name: devices.PRECISIONS.get(name.rpartition(", ")[2], "highest")
+    digits = lambda name: devices.PRECISIONS[digits_of(name)]
     found = build_all(check, {name: learner_maker(*x) for name, x in plan.items()}, digits=digits)
     for name, built in found.items():
         guarded(check, name, lambda: learner_rate(check, name, built, *plan[name]))  # noqa: B023
 
 
+def digits_of(name):
+    """The precision that ends a row's name; float32 where none does."""
+    last = name.rpartition(", ")[2]
+    return last if last in devices.PRECISIONS else "float32"
+
+
 def learner_rate(check, name, built, phase, num):
     each = 0.02 if check.small else 0.4
     found = rates(stepping(built), phase.steps * num, each, 1 if check.small else 3)
-    floor = floor_of(check, phase.gigaflops, size_of(phase.learnt))
+    floor = floor_of(check, phase.gigaflops, size_of(phase.learnt), digits_of(name))
     share = 100 * floor * statistics.median(found) if floor else None
     check.row(name, "/s", found, floor=share, **built.about)
 
 
-def floor_of(check, gigaflops, size):
+def floor_of(check, gigaflops, size, digits):
     """Seconds that a step takes at least: its products at the device's rate, or parameters and moments in and out."""
-    if "matmul" not in check.limits:
+    if not {digits, "copy"} <= check.limits.keys():
         return None
-    return max(gigaflops / check.limits["matmul"], 2 * size / 1e9 / check.limits["copy"])
+    return max(gigaflops / check.limits[digits], 2 * size / 1e9 / check.limits["copy"])
 
 
 # === rounds ===
@@ -514,7 +526,7 @@ def round_rate(check, name, built, args, task):
 GOLDEN, MAIN_JOB = "golden tests", "wurl_sac.py --num-updates 4000 --eval-every 4000 --backend"
 RUNS = {name: f"{name}.py --quick" for name in ("wurl_sac", "mopo", "cped", "qdq", "dac", "udg_select")}
 RUNS |= {f"main job, a ninth, {engine}": f"{MAIN_JOB} {engine}" for engine in ("mujoco", "mjx")}
-WITH_GOLDENS = "distances", "cped", "dac", "mopo", "qdq"
+WITH_GOLDENS = "distances", "cped", "dac", "mopo", "qdq", "wurl_sac"
 SHOWN = ("eval/return", "eval/w1_nearest", "eval/w1_floor", "eval/disc_success")
 
 
@@ -525,12 +537,20 @@ def platforms():
 
 
 def start(command, folder, **environment):
-    """A Python process whose output goes to folder/output."""
+    """A Python process whose output goes to folder/output, and the head of a group of its own: it may start others."""
     folder.mkdir(parents=True)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
     with open(folder / "output", "w") as out:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=out, stderr=out)
+        words = [sys.executable, *command]
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+
+
+def signal_groups(processes, number):
+    """Send a signal to processes and all that they started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
 
 def wait_for(processes, seconds):
@@ -541,16 +561,14 @@ def wait_for(processes, seconds):
             if name not in took and process.poll() is not None:
                 took[name] = time.monotonic() - began
         time.sleep(0.2)
-    late = {name: process for name, process in processes.items() if name not in took}
-    for process in late.values():
-        process.send_signal(signal.SIGTERM)
+    late = [process for name, process in processes.items() if name not in took]
+    signal_groups(late, signal.SIGTERM)
     end = time.monotonic() + 5
-    for process in late.values():
-        try:
-            process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    while time.monotonic() < end and any(process.poll() is None for process in late):
+        time.sleep(0.1)
+    signal_groups(late, signal.SIGKILL)
+    for process in late:
+        process.wait()
     return took
 
 
@@ -581,17 +599,24 @@ def runs_stage(check):
         commands[GOLDEN] = golden_tests(check.small)
         # what the scripts tell themselves, the tests must be told
         digits = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_PLATFORMS": platforms()}
-        processes = {name: start(command, places[name], **digits) for name, command in commands.items()}
-        took = wait_for(processes, check.left() - 8)
+        processes = check.processes = {
+            name: start(command, places[name], **digits) for name, command in commands.items()
+        }
+        try:
+            took = wait_for(processes, check.left() - 8)
+        except BaseException:  # Ctrl-C
+            signal_groups(processes.values(), signal.SIGKILL)
+            raise
         for name, process in processes.items():
             lines = (places[name] / "output").read_text().replace("\r", "\n").strip().splitlines() or [""]
             note = ", ".join(f"{k} {v:.3g}" for k, v in last_scores(places[name]).items())
-            if name == GOLDEN:
+            if name not in took:
+                note = f"skipped: not done in time; {note}; {lines[-1]}"
+            elif name == GOLDEN:
                 note = "; ".join([lines[-1].strip("= "), *(x for x in lines if x.startswith(("FAILED", "ERROR")))])
-            elif name not in took or process.returncode:
-                note = f"{note}; {'ended with an error' if name in took else 'not done in time'}: {lines[-1]}"
-            what = f"{name}: {runs[name]}" if name in runs else name
-            failed = bool(process.returncode) and (name in took or name == GOLDEN)
+            elif process.returncode:
+                note = f"{note}; ended with an error: {lines[-1]}"
+            what, failed = f"{name}: {runs[name]}" if name in runs else name, name in took and process.returncode != 0
             check.row(what, "s", took.get(name, ()), note[:1500].replace("|", "/"), failed)
 
 
@@ -607,7 +632,8 @@ STAGES = {  # name: what it does, seconds without which it is not begun (the sta
 def guarded(check, what, work):
     """work(), unless the stage's time is up; an error becomes a row."""
     if check.left() < 0:
-        return check.row(what, note="no time left", failed=True)
+        return check.row(what, note="skipped: no time left")
+    check.beside = sum(future.running() for future in check.building)
     try:
         work()
     except Exception as error:
@@ -627,7 +653,7 @@ def run_stages(check, names):
         if check.small:  # it says whether all works, however slow the machine is
             check.until = time.monotonic() + 3600
         if check.left() < least:
-            check.row("all", note=f"skipped: {check.left():.0f} s left, {least} wanted", failed=True)
+            check.row("all", note=f"skipped: {check.left():.0f} s left, {least} wanted")
             continue
         began = time.monotonic()
         guarded(check, "all", functools.partial(work, check))
@@ -640,6 +666,7 @@ def stop_hanging(check):
 
     def end():
         print(f"stopped: {check.stage} is not done a minute after the budget", flush=True)
+        signal_groups(check.processes.values(), signal.SIGKILL)
         os._exit(1)
 
     timer = threading.Timer(7200 if check.small else check.budget + 60, end)
@@ -683,6 +710,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # then the runs that it started end, too
     code = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code or 0)  # a program that is still being compiled would hold the process back

@@ -8,8 +8,9 @@
 The list is a JSON object: "datasets" {name: buffer file or glob}, "algorithms" {name: "mopo.py --preset cpu"}, "seeds"
 [0, 1, 2], "out", the folder of the runs, <out>/<dataset>/<algorithm>/seed<k>, of table.md, table.json and a figure
 <dataset>.png each, and, if some pairs are not wanted, "leave_out" ["antmaze-* mopo"]; paths as from the repository. A
-run is done when its folder says so, made by the same command from the same data. One that died goes on from its state,
-at most --retries times. Ctrl-C leaves the runs that were started alone; the same command waits for them again.
+run is done when its folder says so, made by the same command with the same flags from the same data. One that died goes
+on from its state, at most --retries times. Ctrl-C leaves the runs that were started alone; the same command waits for
+them again.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -29,13 +31,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cells import ROOT, args_of, write_whole
+from cells import ROOT, Cell, args_of, flags_differ, flags_left, write_whole
 from envs import InputError, buffers
-from runner import plots, state_files
+from runner import devices, plots, state_files
 
 ALGORITHMS = ("mopo.py", "benchmark/mopo_models.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
 SHOWN_AS = {"bc": "cloning"}
+CUT = "return, in as many steps as the data's episodes"
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,20 @@ class Run:
     def record(self):
         return {"command": list(self.command), "data": self.data}
 
-    def made(self):
-        """What done.json says, or {}."""
+    def found(self):
+        """ "done"; "" where nothing has ended in the folder; or what tells that which has from this run."""
+        cell = Cell(
+            self.name, [*self.command, "--out", self.folder], Path(self.folder, "done.json"), (), Path(self.folder)
+        )
         try:
-            return json.loads((Path(self.folder) / "done.json").read_text())
+            made = json.loads(cell.done.read_text())
         except (OSError, ValueError):
-            return {}
+            return ""
+        if made != self.record():
+            return "made by another command or from other data"
+        left = flags_left(cell)  # a preset may have changed under the same words
+        differ = flags_differ(cell, left) if left else []
+        return f"made with another {', '.join(differ)}" if differ else "done"
 
     def __call__(self):
         """Train to the end -> "", or what no second try would mend."""
@@ -72,7 +83,9 @@ class Run:
             learner = importlib.import_module(Path(script).stem)
             resume = ["--resume"] if state_files(folder) else []
             try:
-                learner.main(args_of(learner, [*flags, "--out", str(folder), *resume]))
+                args = args_of(learner, [*flags, "--out", str(folder), *resume])
+                devices.begin(args, 1)
+                learner.main(args)
             except InputError as error:
                 return str(error)
             except SystemExit as end:  # flags that are refused, or a signal: then the state is saved
@@ -108,9 +121,9 @@ def read_grid(path):
     for name, command in algorithms.items():
         if not command.split() or command.split()[0] not in ALGORITHMS:
             raise InputError(f"{path}: algorithms: {name}: {command!r}; begin with one of {', '.join(ALGORITHMS)}")
-    bad = [name for name in [*datasets, *algorithms] if not name.replace("-", "").replace("_", "").isalnum()]
+    bad = [name for name in [*datasets, *algorithms] if not re.fullmatch(r"\w[\w.-]*", name)]
     if bad or not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        told = "names are letters, digits, - and _; seeds whole numbers from 0, each once"
+        told = "names are letters, digits, -, _ and ., begun by none of - and .; seeds whole numbers from 0, each once"
         raise InputError(f"{path}: {bad or seeds}: {told}")
     left_out = lambda pair: any(fnmatch.fnmatch(f"{pair[0][0]} {pair[1][0]}", x) for x in not_wanted)
     useless = [x for x in not_wanted if not any(fnmatch.fnmatch(f"{d} {a}", x) for d in datasets for a in algorithms)]
@@ -150,11 +163,11 @@ def run_all(runs, args, out):
     """Keep `jobs` runs going until all are done or given up -> {name: why}."""
     waiting, running, tries, failed = [], {}, {}, {}
     for run in runs:
-        made = run.made()
-        if made and made != run.record():
-            failed[run.name] = f"made by another command or from other data: move {run.folder} away"
-        elif not made:
+        found = run.found()
+        if not found:
             waiting.append(run)
+        elif found != "done":
+            failed[run.name] = f"{found}: move {run.folder} away"
     print(f"{len(runs)} runs: {len(runs) - len(waiting) - len(failed)} done, {len(waiting)} to make", flush=True)
     executor = make_executor(args, out) if waiting else None
     while waiting or running:
@@ -202,20 +215,24 @@ def write_table(path, names, scores, data, short):
     print("\n".join(lines), flush=True)
 
 
-def draw(path, title, seeds_of, data, ylabel="return"):
-    """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean."""
+def panel(title, seeds_of, data=(), ylabel="return", order=()):
+    """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean.
+
+    order: of the algorithms of all panels, each with its colour.
+    """
     lines = []
-    for i, (algorithm, seeds) in enumerate(seeds_of.items()):
+    for algorithm, seeds in seeds_of.items():
+        i = list(order or seeds_of).index(algorithm)
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-        shown = {"color": f"C{i}", "marker": "o", "ms": 3, "label": f"{SHOWN_AS.get(algorithm, algorithm)} ({count})"}
+        color = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
+        shown = color | {"marker": "o", "ms": 3, "label": f"{SHOWN_AS.get(algorithm, algorithm)} ({count})"}
         steps = functools.reduce(np.intersect1d, [steps for steps, _ in seeds.values()])
         values = np.stack([of_seed[np.isin(x, steps)] for x, of_seed in seeds.values()], 1)
-        lines += [(steps, values, {"color": f"C{i}", "lw": 0.8, "alpha": 0.4})] * (len(seeds) > 1)
+        lines += [(steps, values, color | {"lw": 0.8, "alpha": 0.4})] * (len(seeds) > 1)
         lines += [(steps, values.mean(1), shown)]
-    for value, style, name in zip(data, ("--", ":"), ("mean", "best"), strict=True):
+    for value, style, name in zip(data, ("--", ":"), ("mean", "best"), strict=bool(data)):
         lines += [(None, value, {"color": "k", "ls": style, "lw": 1, "label": f"data: {name} episode"})]
-    panel = {"title": title, "xlabel": "updates of the policy", "ylabel": ylabel, "lines": lines}
-    plots.figure(path, [panel], width=7.5)
+    return {"title": title, "xlabel": "updates of the policy", "ylabel": ylabel, "lines": lines}
 
 
 def write_results(out, found, algorithms, data, short=None):
@@ -236,15 +253,16 @@ def write_results(out, found, algorithms, data, short=None):
     for name, seeds_of in found.items():
         cut = short and any(in_short[pair] != scores[pair] for pair in scores if pair[0] == name)
         shown = short[name] if cut else seeds_of  # as the data's episodes, whose mean and best are in the figure
-        ylabel = "return, in as many steps as the data's episodes" if cut else "return"
-        draw(out / f"{name}.png", name, {a: shown[a] for a in algorithms if a in shown}, data[name], ylabel)
+        ylabel = CUT if cut else "return"
+        curves = {a: shown[a] for a in algorithms if a in shown}
+        plots.figure(out / f"{name}.png", [panel(name, curves, data[name], ylabel)], width=7.5)
 
 
 def gather(runs, out):
     """Table and figures of what is done."""
     found, short = {}, {}  # a seed of two runs counts once
     for run in runs:
-        if run.made() == run.record():
+        if run.found() == "done":
             data, algorithm, _ = run.name.split()
             for kept, key in ((found, "eval/return"), (short, "eval/return_data_length")):
                 seeds = kept.setdefault(data, {}).setdefault(algorithm, {})
@@ -274,7 +292,7 @@ def main(argv=None):
         runs, out = read_grid(grid)
         if args.list:
             for run in runs:
-                print("done   " if run.made() == run.record() else "missing", run.name, " ".join(run.command))
+                print(f"{run.found() or 'missing':7}", run.name, " ".join(run.command))
             return
         failed = {} if args.gather else run_all(runs, args, out)
         gather(runs, out)

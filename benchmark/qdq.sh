@@ -8,15 +8,19 @@ cd "$(dirname "$0")/.."
 runs=runs/qdq/ant-angle-60
 ours="python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu"
 paper="--uncertainty consistency --penalty product --num-critics 2 --no-layer-norm"
-ant="$ours $paper"
+then="$paper --tau 0.005 --no-scale-rewards --holdout 0" # as --preset cpu was when the ant's runs were made
+ant="$ours $then"
 brief="$ant --teacher-updates 20000 --student-updates 20000"
 
 probes() { # H on and off the data, two seeds of the point robot (docs/qdq.md)
     point="python qdq.py --quick --num-seeds 2 --num-updates 3000 --eval-every 1000 --eval-episodes 5"
-    for size in 8 64 0; do $point $paper --group-size $size --out runs/qdq/point-angle-0/h-$size; done
-    for norm in layer-norm no-layer-norm; do
-        $point --uncertainty critics --penalty excess --kappa 1 --num-critics 4 --$norm --out runs/qdq/point-angle-0/h-$norm
-    done
+    out=runs/qdq/point-angle-0/h
+    $point $paper --group-size 8 --out $out-group
+    $point $paper --group-size 64 --out $out-layer # one group: LayerNorm
+    $point $paper --group-size 0 --out $out-none
+    point="$point --uncertainty critics --penalty excess --kappa 1 --num-critics 4"
+    $point --no-layer-norm --out $out-critics
+    $point --layer-norm --out $out-critics-ln
 }
 
 small() { # small networks, one seed: returns and H of docs/qdq.md; python benchmark/suite.py makes the hopper's data
@@ -53,6 +57,7 @@ hopper() { # larger networks
     run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500 --tau 0.005"
     $run --num-critics 2 --kappa 0 --no-layer-norm --out runs/qdq/hopper-medium-replay/k0
     $run --num-critics 4 --kappa 4 --layer-norm --out runs/qdq/hopper-medium-replay/k4-ln
+    $run --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out runs/qdq/hopper-medium-replay/k4-ln-g05
 }
 
 point() { # three seeds on the point robot, minutes
@@ -77,7 +82,7 @@ sweep() { # the weight of the likelihood term on one student
 full() { # CPU budget: the first two phases at a tenth of their published steps
     $ant --out $runs/seed0
     # the one of docs/qdq.md, on the source of the studies (udg_study.py --run learners-ant makes it)
-    python qdq.py --dataset runs/study/cpu/data/ant/ant-angle-60/top1-size50000.npz --preset cpu $paper --out $runs/source2-tenth
+    python qdq.py --dataset runs/study/cpu/data/ant/ant-angle-60/top1-size50000.npz --preset cpu $then --out $runs/source2-tenth
 }
 
 paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: for a GPU

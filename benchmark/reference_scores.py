@@ -88,7 +88,7 @@ def make(names, args):
     """
     wanted = {cell.name: cell for name in names for cell in (plan(name, args)[0], *plan(name, args)[1])}
     for cell in wanted.values():
-        if cell.done.exists() and (differ := cells.flags_differ(cell)):
+        if cell.done.exists() and (differ := cells.flags_differ(cell, cells.flags_left(cell))):
             raise envs.InputError(f"{cell.runs}: made with another {', '.join(differ)}. Remedy: move it away")
     cells.adopt(wanted, RUNS)
     return cells.run_cells(wanted, RUNS, args.jobs)

@@ -33,10 +33,9 @@ RESAMPLES, MIN_SEEDS = 2000, 3
 SPACE_FLAGS = ("--div-features", "--feature-scales")  # of wurl_sac.py: what its distances are measured in
 CLIMBS = {"cheetah": ("cheetah-jump", ("mopo-fast", "mopo-critics"))}  # whose Q is drawn (docs/mopo.md)
 COLLAPSE = 0.25  # smallest distance under this share of the mean nearest: wurl_sac.py's warning
-# Okabe and Ito's colours, told apart by the colour-blind; a marker of its own for each
-STYLES = tuple(
-    zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX", strict=True)
-)
+# Okabe and Ito's colours, told apart by the colour-blind; a marker of its own for each, and another the second time
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+STYLES = tuple(zip(2 * COLORS, "osD^vPX<>ph*d8", strict=True))
 
 # A selection looks the same in every study; what is not here (K, objectives, weights) takes its place in the list.
 LOOKS = {"top1": 0, "top2": 1, "all": 2, "supervised": 4, "random": 3, "best": 5}
@@ -609,7 +608,7 @@ def distances_over_time(path, header, sources):
         steps, number, K = told_apart(row)
         label = f"K={K}" if many else picked.get(name, name) if len(picked) == len(header.get("picks", {})) else name
         color, marker = style(i)
-        line = {"color": color, "marker": marker, "ms": 4, "ls": "-" if i < len(STYLES) else "--"}
+        line = {"color": color, "marker": marker, "ms": 4, "ls": "-" if i < len(COLORS) else "--"}
         for axis, key in zip(axes, keys, strict=False):
             axis.plot(*np.transpose(row[key]), **line, label=called(label) if axis is axes[0] else None)
         axes[2].plot(steps, number / K, **line)

@@ -4,13 +4,14 @@
     python benchmark/udg_study.py --run angle-point --jobs 2      makes one; what is there already is skipped
     python benchmark/udg_study.py --run angle-point --budget gpu  the published sizes, for an accelerator
     python benchmark/udg_study.py --run bound --keep              leaves out what results/udg/bound.jsonl has
+    python benchmark/udg_study.py --run bound --keep old          ... what it has of older settings, too, and names it
     python benchmark/udg_figures.py                               figures and tables from results/udg/*.jsonl
 
 A study is a set of sources (runs of wurl_sac.py), tasks, picks (which buffers of which source
 udg_select.py takes) and learners. Its cells (cells.py) are the commands below runs/study/<budget>/: sources/<source>,
 data/<source>/<task>/..., learn/<task>/<pick>-<learner>. Cells that two studies share are made once. With --keep, rows
-of results/udg/<study>.jsonl stand for cells that are not here, if they are of the same command and the same rows of
-data.
+of results/udg/<study>.jsonl stand for cells that are not here, if they are of the same command and flags and the same
+rows of data; with --keep old also where a preset or default has changed since, or where the file does not tell flags.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from cells import (
     adopt,
     fingerprint,
     finished_cells,
+    flags_differ,
+    flags_left,
     is_done,
     made_by,
     portable,
@@ -71,7 +74,7 @@ SOURCES = {
     "maze-k20": "--task tree-maze --num-policies 20",
     "maze-random": POINT_RANDOM.replace("point", "tree-maze"),
     "ant": f"--task ant {APWD}",
-    "ant-main": "--task ant",  # the main job as it is now, on two cores
+    "ant-main": "--task ant",  # the main job as it is now
     "ant-one": "--task ant --num-devices 1",  # the same on one: repeats results/wurl_sac/ant/seed0 exactly
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
@@ -136,7 +139,8 @@ GPU = {
     "humanoid": "--num-envs 8 --updates-per-step 0.0625 --num-updates 1000000 --eval-every 50000",
     "ant-main": "", "ant-one": "",  # as they are
 }  # fmt: skip
-CPU = {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
+CPU = {"ant-main": "--num-devices 2"}  # as on two cores, also where a cell is kept to one
+CPU |= {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
 # Nine runs of the cheetah are compared with one another: a third of the default's 36,000 updates each.
 CPU |= {name: "--num-updates 12000" for name in SOURCES if name.startswith("cheetah-")}
 GPU_ROBOT = {
@@ -420,18 +424,29 @@ def read_results(path):
     return header["cells"], rows
 
 
-def kept_cells(cells, finished, records, rows):
-    """Names of cells that are not finished here, and for which a results file may stand: same command, and the same
-    rows of data as far as there are any here."""
-    kept = []
+def kept_cells(cells, finished, records, rows, keep):
+    """Cells that are not finished here, and for which a results file may stand: same command, and the same rows of data
+    as far as there are any here -> {name: what tells their flags from those of now}; keep: "old": where anything does.
+    """
+    kept = {}
     for name, cell in cells.items():
         if name in finished or name not in records or records[name]["command"] != portable(cell.command):
             continue
         reads, told = fingerprint(cell), name in rows or name.startswith("data")
         same = reads == records[name].get("reads") or (reads == "" and not finished.keys() & set(cell.needs))
         if same and told and {*finished, *kept} >= set(cell.needs):
-            kept.append(name)
+            flags = records[name].get("flags")
+            differ = ", ".join(flags_differ(cell, flags)) if flags else "flags are not known"
+            if keep == "old" or not differ:
+                kept[name] = differ
     return kept
+
+
+def tell_old(kept):
+    """Name the cells that were kept though their flags are others, or unknown."""
+    for differ in sorted(set(kept.values()) - {""}):
+        names = [name for name, of in kept.items() if of == differ]
+        print(f"of older settings ({differ}): {len(names)} cells: {'; '.join(names)}", flush=True)
 
 
 def unmade(cells, kept):
@@ -447,33 +462,35 @@ def make(name, base, budget, jobs, results, keep):
     """Run a study's cells, but for those that the results stand for (`keep`) -> what was not made, signal or ""."""
     cells, _ = cells_of(name, base, budget)
     known, rows = read_results(results_file(name, budget, results)) if keep else ({}, {})
-    todo = unmade(cells, kept_cells(cells, finished_cells(cells, base), known, rows))
+    todo = unmade(cells, kept_cells(cells, finished_cells(cells, base), known, rows, keep))
     while todo:
         lost, stopped = run_cells(todo, base, jobs)
         if lost or stopped:
             return lost, stopped
         # What was made may have other rows than the results are of: then more has to be made.
         finished = finished_cells(cells, base)
-        todo = unmade(cells, kept_cells(cells, finished, known, rows))
+        todo = unmade(cells, kept_cells(cells, finished, known, rows, keep))
         todo = {} if todo.keys() <= finished.keys() else todo
     return set(), ""
 
 
-def gather(name, base, budget, results, force=False, keep=False):
+def gather(name, base, budget, results, force=False, keep=""):
     """results/udg/<study>.jsonl from finished cells: a header, a line per source, per W1, per learner and seed.
 
     A file that knows cells which are not finished here stays as it is (a fresh clone has none). force: it is replaced.
-    keep: its rows stay beside those of here, if they are of the same commands and rows of data.
+    keep: its rows stay beside those of here, if they are of the same commands, flags ("old": or not) and rows of data.
     """
     study = STUDIES[name]
     cells, learning = cells_of(name, base, budget)
     finished, path = finished_cells(cells, base), results_file(name, budget, results)
     known, known_rows = read_results(path)
-    kept = kept_cells(cells, finished, known, known_rows) if keep else []
+    kept = kept_cells(cells, finished, known, known_rows, keep) if keep else {}
     lost = [key for key in known if key in cells and key not in finished and key not in kept]
     if lost and not force:
-        why = "are of another command or other rows than those here" if keep else "are not made here"
-        print(f"{path.name} is kept: {len(lost)} of its cells {why}, e.g. {lost[0]}; --force replaces it")
+        other = "are of another command, other flags or other rows than those here"
+        why = other if keep else "are not made here, or with other flags"
+        more = ", --keep old keeps what differs in flags alone" if keep == "same" else ""
+        print(f"{path.name} is kept: {len(lost)} of its cells {why}, e.g. {lost[0]}; --force replaces it{more}")
         return False
     rows = {key: known_rows.get(key, []) for key in kept if not key.startswith("learn")}
     rows |= {key: [source_row(cell)] for key, cell in finished.items() if key.startswith("source")}
@@ -487,8 +504,8 @@ def gather(name, base, budget, results, force=False, keep=False):
             found = found if cell.name in kept else []
         rows.setdefault(cell.name, []).extend({**row, **about} for row in found)
     rows = [row for key in cells for row in rows.get(key, ())]
-    records = {key: read_record(cell, base) | made_by(cell) for key, cell in finished.items()}
-    records = {key: {**record, "command": portable(record["command"])} for key, record in records.items()}
+    about = lambda cell: {"command": portable(cell.command), "flags": flags_left(cell)}
+    records = {key: read_record(cell, base) | made_by(cell) | about(cell) for key, cell in finished.items()}
     records = {key: records.get(key) or known[key] for key in cells if key in records or key in kept}
     seeds = 1 + max((row["seed"] for row in rows if "seed" in row), default=study.seeds - 1)
     header = {"study": name, "question": study.question, "budget": budget, "seeds": seeds}
@@ -501,6 +518,7 @@ def gather(name, base, budget, results, force=False, keep=False):
             shutil.copy(cell.runs / "trajectories.png", path.with_name(f"{path.stem}-{cell.runs.name}.png"))
     told = f"; {len(kept)} cells as they stood" if kept else ""
     print(f"{path.parent.name}/{path.name}: {len(rows)} rows; missing: {len(header['missing'])}{told}", flush=True)
+    tell_old(kept)
     return True
 
 
@@ -565,7 +583,8 @@ def main(argv=None):
     parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="gpu: the published sizes")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each pinned to a core")
     parser.add_argument("--force", action="store_true", help="replace results that know cells not finished here")
-    parser.add_argument("--keep", action="store_true", help="count what results/udg has from the same rows as made")
+    told = "count what results/udg has from the same flags and rows as made; old: whatever the flags, and name those"
+    parser.add_argument("--keep", nargs="?", const="same", default="", choices=("same", "old"), help=told)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the cells")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the gathered rows")
     args = parser.parse_args(argv)

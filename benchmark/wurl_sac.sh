@@ -43,6 +43,7 @@ metra() { # told of no feature, on the ant; 40 minutes on a core
 }
 
 downstream() { # the same learners on the best buffer of either source, towards 60 degrees; after ant and apwd
+    # tau and ema-start are those that --preset cpu had when these were run
     local data task=ant-angle-60
     for source in seed0 apwd-seed0; do
         data=runs/udg_select/wurl-$source
@@ -50,7 +51,7 @@ downstream() { # the same learners on the best buffer of either source, towards 
         python cped.py --dataset "$data/$task/top1-size50000.npz" --preset cpu --bc-only \
             --out runs/cped/$task/wurl-$source-bc
         python dac.py --dataset "$data/$task/top1-size50000.npz" --preset cpu --num-updates 6000 --eval-every 1000 \
-            --out runs/dac/$task/wurl-$source
+            --tau 0.01 --ema-start 1000 --out runs/dac/$task/wurl-$source
     done
 }
 

@@ -87,7 +87,7 @@ def figure(path, panels, width=6.0, height=4.5):
         axis.set_yscale("linear" if scale == "linear" else "log")
         counted = all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _, _ in panel["lines"] if x is not None)
         if counted and scale != "loglog":
-            axis.xaxis.get_major_locator().set_params(integer=True)  # what is counted has no halves
+            axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)  # no halves; long numbers need room
         for x, y, style in panel["lines"]:
             if x is None:
                 axis.axhline(y, **style)

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import tyro
 
 import cells
+import dac
 import envs
 import reference_scores
 import suite
@@ -201,7 +203,9 @@ OTHER = "made by another command (seed differ): it does not count"
 
 
 @pytest.mark.parametrize("seed, same_rows, told", [(0, True, ""), (3, True, OTHER), (0, False, "made from other rows")])
-def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(tmp_path, capsys, seed, same_rows, told):
+def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(
+    tmp_path, monkeypatch, capsys, seed, same_rows, told
+):
     """A selection, perhaps of another source's buffers; a learner, perhaps with another seed or from another file."""
     base, out, folder = tmp_path / "base", tmp_path / "data", tmp_path / "learn"
     source, file = tmp_path / "source", out / "point-angle-60" / "top1.npz"
@@ -217,7 +221,7 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(tmp_pa
     flags = udg_select.portable_flags(tyro.cli(udg_select.Args, args=data.command[1:]))
     write(data.done, {"flags": flags, "selections": {"top1": {"parents": [parent]}}})
     write(learner.done, "")
-    left = cells.flags_of(learner) | {"seed": seed}
+    left = cells.flags_of(learner) | {"seed": seed, "q_norm": True}  # a switch before it had three values
     del left["track"]  # a flag that is younger than the cell
     write(folder / "args.json", left)
     rows = list(cells.digests_of(file).values()) if same_rows else ["1"]
@@ -230,6 +234,11 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(tmp_pa
         other = buffers.load(file, quiet=True)
         buffers.save(file, dict(other.arrays) | {"rewards": other["rewards"] + 1}, other.metadata)
         assert not cells.is_done(learner, base)
+        buffers.save(file, dict(other.arrays), other.metadata)
+        assert cells.is_done(learner, base)
+        with monkeypatch.context() as patch:
+            patch.setitem(dac.CPU, "tau", 0.9)
+            assert not cells.is_done(learner, base), "the words are the same, their preset is another"
         (folder / "args.json").unlink()
         cells.record_file(learner, base).unlink()
         cells.adopt(made, base)
@@ -284,6 +293,7 @@ def test_runs_are_accepted_by_wurl_sac():
     assert len(different) > len(udg_study.SOURCES) + len(reference_scores.MIRRORS) + len(suite.RUNS)
     for cell in different:
         args = cells.args_of(wurl_sac, cell.command[1:])
+        args = dataclasses.replace(args, num_devices=0)  # they are made of the CPU when the script begins
         task = envs.task(args.task)
         wurl_sac.check_args(args, task, args.episode_length or task.episode_length)
         assert cell.done.name == f"policy_{args.num_policies - 1:02d}.npz", "done by the last policy's buffer"

@@ -1,6 +1,9 @@
 """benchmark/gpu_check.py runs to its end in small; MJX steps the cheetah as C MuJoCo does; what is wrong is told."""
 
 import json
+import threading
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -66,8 +69,52 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "found.json"
     assert G.main(["--budget-s", "20", "--json", str(path), "--stages", *stages]) == 1
     rows = [row for row in read(path) if row["what"] != "whole stage"]
-    assert [(row["stage"], row["failed"]) for row in rows] == [("broken", True), ("late", True), ("whole", False)]
+    assert [(row["stage"], row["failed"]) for row in rows] == [("broken", True), ("late", False), ("whole", False)]
     assert "ZeroDivisionError" in rows[0]["note"] and "skipped" in rows[1]["note"]
+
+
+def test_a_floor_is_of_the_digits_of_its_row(check):
+    """No limit, no floor: the device stage may have ended after its first product."""
+    assert G.floor_of(check, 6.0, 0, "float32") is None
+    check.limits |= {"float32": 3.0}
+    assert G.floor_of(check, 6.0, 0, "float32") is None
+    check.limits |= {"copy": 1.0, "bfloat16": 6.0}
+    names = "dac, 32 seeds", "dac, 32 seeds, bfloat16", "dac, 32 seeds, tensorfloat32"
+    assert [G.floor_of(check, 6.0, 0, G.digits_of(name)) for name in names] == [2.0, 1.0, None]
+
+
+def test_compilations_that_go_on_are_told_in_the_rows_beside_them(check):
+    release = threading.Event()
+    check.until = check.began + 0.5
+    assert G.build_all(check, {"slow": release.wait}) == {}
+    check.until = check.began + 100
+    G.guarded(check, "next", lambda: check.row("next", "s", 1.0))
+    release.set()
+    check.building[0].exception()
+    G.guarded(check, "last", lambda: check.row("last", "s", 1.0))
+    notes = [(row["what"], row["note"], row["failed"]) for row in read(check.path)]
+    assert notes == [("slow", "skipped: not compiled in time", False), ("next", "beside 1 compilations", False),
+                     ("last", "", False)]  # fmt: skip
+
+
+def test_what_a_late_process_started_ends_with_it(tmp_path):
+    """As the workers of pytest, which would hold the accelerator; here one that does not listen to SIGTERM."""
+    child = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
+    code = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+    process = G.start(["-c", f"{code} print(p.pid, flush=True); time.sleep(60)"], tmp_path / "run")
+    said = tmp_path / "run" / "output"
+    while len(said.read_text().split()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert G.wait_for({"late": process}, 0) == {}
+    (pid,) = set(said.read_text().split()) - {"up"}
+    status = Path("/proc", pid, "status")
+    end = time.time() + 5  # the system reaps it
+    while status.exists() and "zombie" not in status.read_text() and time.time() < end:
+        time.sleep(0.05)
+    assert not status.exists() or "zombie" in status.read_text()
 
 
 def test_a_program_that_calls_the_host_is_refused():

@@ -8,13 +8,16 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import collect
+import dac
 import envs
 import grid
+import grid_figures
 from envs.buffers import scripted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,16 +61,34 @@ def test_a_grid_goes_on_with_a_killed_worker_and_skips_what_is_done(tmp_path, mo
     grid.main([str(tmp_path / "grid.json")])
     said = capsys.readouterr().out
     assert "1 done, 0 to make" in said and "| point | " in said
+    with monkeypatch.context() as patch:
+        patch.setitem(dac.OWN, "eta", 0.7)
+        with pytest.raises(SystemExit, match=f"made with another eta: move {folder} away"):
+            grid.main([str(tmp_path / "grid.json")])
     other = write_list(tmp_path, algorithms={"dac": "dac.py --num-updates 20"})
     with pytest.raises(SystemExit, match=f"move {other} away"):
         grid.main([str(tmp_path / "grid.json")])
+
+
+def test_a_worker_multiplies_in_the_digits_of_the_flag(tmp_path, monkeypatch):
+    """On an accelerator, where a product that is told nothing has fewer than float32's."""
+    before, seen = jax.config.jax_default_matmul_precision, []
+    monkeypatch.setattr(dac, "main", lambda args: seen.append(jax.config.jax_default_matmul_precision))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    command = ("dac.py", "--dataset", str(scripted.dataset(tmp_path)))
+    try:
+        for digits in ((), ("--matmul-precision", "bfloat16")):
+            assert grid.Run("a dac 0", (*command, *digits), "", str(tmp_path / "run"))() == ""
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    assert seen == ["highest", "BF16_BF16_F32"]
 
 
 def test_a_seed_counts_once(tmp_path, monkeypatch, capsys):
     """Two runs of two seeds each, one seed in both: three values. The data's episodes are its own column."""
     data = scripted.dataset(tmp_path)
     returns = envs.buffers.load(data, ("rewards",), quiet=True)["episode_returns"]
-    about = {"command": ("dac.py", "--dataset", str(data)), "made": str, "record": str}
+    about = {"command": ("dac.py", "--dataset", str(data)), "found": lambda: "done"}
     run = lambda seed: types.SimpleNamespace(name=f"point dac {seed}", folder=str(seed), **about)
     curve = lambda seed: (np.arange(6) * 100, np.full(6, 10.0 * seed))
     read = lambda folder, key: {seed: curve(seed) for seed in (int(folder.name), int(folder.name) + 1)}
@@ -103,12 +124,52 @@ def test_scores_of_episodes_as_long_as_the_datas_have_a_row_where_they_differ(tm
     assert rows == [*first, "| b | 0.5; 9.0 | 3.0 (1) |"]
 
 
+def test_settings_are_shown_of_all_their_seeds(tmp_path, monkeypatch, capsys):
+    """Seeds in one log or in several; a colour a setting in all panels; what the axis means; only what is asked for."""
+    values = {("a", "fast"): (1.0, 3.0), ("a", "slow"): (5.0,), ("b", "slow"): (7.0,)}
+    for (data, cell), returns in values.items():
+        records = [
+            {"seed": k, "step": 10, "eval/return": 2 * x, "eval/return_data_length": x} for k, x in enumerate(returns)
+        ]
+        path = tmp_path / data / (f"{cell}.jsonl" if data == "a" else f"{cell}/seed0.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, [{"args": {}}, *records])))
+    drawn = []
+    monkeypatch.setattr(grid_figures.plots, "figure", lambda path, panels, width: drawn.append((path.name, panels)))
+    grid_figures.main([str(tmp_path)])
+    grid_figures.main([str(tmp_path), "--name", "both", "--cells", "slow", "fast"])
+    lines = capsys.readouterr().out.splitlines()[2:5]
+    assert lines == [
+        "| a | fast | 2 | 2 +- 1 | 2 | 4 |",
+        "| a | slow | 1 | 5 | 5 | 10 |",
+        "| b | slow | 1 | 7 | 7 | 14 |",
+    ]
+    (name, (a, b)), (other, (both,)) = drawn
+    looks = lambda panel: {x["label"]: x["color"] for *_, x in panel["lines"] if "label" in x}
+    assert looks(a) == {"fast (2 seeds)": "C0", "slow (one seed)": "C1"} and looks(b) == {"slow (one seed)": "C1"}
+    assert looks(both) == {"slow (one seed)": "C0", "fast (2 seeds)": "C1"} and (name, other) == (
+        "grid.png",
+        "both.png",
+    )
+    assert a["ylabel"] == "return, in as many steps as the data's episodes"
+    with pytest.raises(envs.InputError, match="no data set has quick"):
+        grid_figures.main([str(tmp_path), "--cells", "quick"])
+
+
 def test_what_is_not_wanted_is_left_out(tmp_path):
     data = str(scripted.dataset(tmp_path))
     datasets, algorithms = {"maze-a": data, "maze-b": data, "flat": data}, {"mopo": "mopo.py", "dac": "dac.py"}
     write_list(tmp_path, datasets=datasets, algorithms=algorithms, leave_out=["maze-* mopo"])
     runs, _ = grid.read_grid(tmp_path / "grid.json")
     assert [run.name for run in runs] == ["maze-a dac 0", "maze-b dac 0", "flat mopo 0", "flat dac 0"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.json")), ids=lambda path: path.stem)
+def test_our_own_lists_are_accepted(path, monkeypatch):
+    """But for their data, which are not here."""
+    monkeypatch.setattr(grid, "digest", lambda file: "")
+    runs, _ = grid.read_grid(path)
+    assert runs
 
 
 @pytest.mark.parametrize(

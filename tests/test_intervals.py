@@ -61,3 +61,24 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(envs.InputError, match=r"torn.json: no table of benchmark/grid.py"):
         intervals.main([str(tmp_path / "torn.json")])
+
+
+def test_data_sets_that_do_not_count_are_named(tmp_path, capsys):
+    """What an algorithm lacks, unless it is not asked for; a best episode that is hardly above the mean."""
+    path = table(tmp_path / "table.json", ({"a": [0.5]}, {"a": [0.0], "b": [1.0]}, {"a": [0.7], "b": [2.0]}), "xyz")
+    assert set(intervals.read_tables([path])["x"]) == {"a"}
+    assert "left out b: x has no score there" in capsys.readouterr().out
+    found = intervals.read_tables([path], ["z", "y"])
+    assert list(found) == ["y", "z"] and all(set(of) == {"a", "b"} for of in found.values())
+    assert capsys.readouterr().out == ""
+    found = json.loads(path.read_text())
+    found["data"]["a"] = [0.991, 1.0]
+    path.write_text(json.dumps(found))
+    assert set(intervals.read_tables([path], ["y", "z"])["y"]) == {"b"}
+    assert "left out a: its best episode, 1, is hardly above its mean, 0.991" in capsys.readouterr().out
+    found["data"]["b"] = [1.0, 1.0]
+    path.write_text(json.dumps(found))
+    with pytest.raises(envs.InputError, match="no data set has all of x, y, z"):
+        intervals.read_tables([path])
+    with pytest.raises(envs.InputError, match=r"--algorithms w: not in .*, which has x, y, z"):
+        intervals.read_tables([path], ["w"])

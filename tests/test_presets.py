@@ -77,12 +77,12 @@ def test_sets_of_ours_have_our_defaults_and_find_what_is_published_by_a_flag(lea
     assert choose(script, named("hopper-easy"), preset="cpu")[2]["num_updates"] in (10_000, 20_000)
 
 
-@pytest.mark.parametrize("grid", ["suite_short", "suite_full"])
-def test_grids_of_the_suite_are_of_its_sets(grid, named):
-    """Every set has a preset in every learner that is to run on it."""
+@pytest.mark.parametrize(("grid", "folder"), [("suite_short", "data"), ("suite_full", "data/paper")])
+def test_grids_of_the_suite_are_of_its_sets(grid, folder, named):
+    """Every set lies where docs/data.md makes it, and has a preset in every learner that is to run on it."""
     lists = json.loads((ROOT / "benchmark" / f"{grid}.json").read_text())
     for data, file in lists["datasets"].items():
-        assert file == f"data/{data}.npz" and data in suite.SETS
+        assert file == f"{folder}/{data}.npz" and data in suite.SETS
         for algorithm, command in lists["algorithms"].items():
             assert "--preset published" in command or algorithm == "bc"
             wanted = {"preset": "published"} if f"{algorithm} {data[:7]}" != "mopo antmaze" else {}

@@ -232,12 +232,17 @@ def test_several_learners_have_a_line_each_against_the_number(drawn):
 def test_a_selection_has_one_look_in_every_study(drawn):
     """The colour of `random` is the same beside two other picks and beside four."""
     looks = []
-    for labels in (("top1", "random"), ("top1", "top2", "all", "supervised", "random")):
+    for labels in (
+        ("top1", "random"),
+        ("top1", "top2", "all", "supervised", "random"),
+        [f"policy {k}" for k in range(10)],
+    ):
         (legend,) = drawn([row("t1", label, float(i)) for i, label in enumerate(labels)])[2]["toy.png"].legends
         found = [(handle.get_color(), handle.get_marker()) for handle in legend.legend_handles]
         looks.append(dict(zip((text.get_text() for text in legend.get_texts()), found, strict=True)))
     assert looks[0]["random"] == looks[1]["random"] and looks[0]["top 1"] == looks[1]["top 1"]
     assert len(set(looks[1].values())) == len(looks[1]) == 6, "five picks and the mean episode of the data"
+    assert len(set(looks[2].values())) == len(looks[2]) == 11, "the ten buffers of ranks-ant"
 
 
 @pytest.mark.parametrize("far, panels", [(1.0, 1), (100.0, 2)])

@@ -19,7 +19,7 @@ import qdq
 import udg_figures
 import udg_select
 import udg_study as study
-from cells import Cell, args_of, record_file, write_record
+from cells import Cell, args_of, flags_of, portable, record_file, write_record
 from envs.buffers import scripted
 
 EVERY = {
@@ -249,7 +249,9 @@ def test_results_of_cells_that_are_not_here_are_kept(made, capsys):
     _, gather = made
     before = gather()[1:]
     assert gather(forget="source point") == (False, *before)
-    assert "3 of its cells are not made here, e.g. source point; --force" in capsys.readouterr().out
+    assert (
+        "3 of its cells are not made here, or with other flags, e.g. source point; --force" in capsys.readouterr().out
+    )
     assert gather(force=True)[1]["missing"][0] == "source point"
 
 
@@ -292,7 +294,7 @@ def elsewhere(tmp_path, monkeypatch):
     }  # fmt: skip
     for name, value in stand_in.items():
         monkeypatch.setattr(study, name, value)
-    assert study.make("toy", base, "cpu", 1, results, False) == (set(), "") and len(made) == len(cells)
+    assert study.make("toy", base, "cpu", 1, results, "") == (set(), "") and len(made) == len(cells)
     record_file(cells["learn t 1 mopo"], base).unlink()
     assert study.gather("toy", base, "cpu", results)
     shutil.rmtree(base)
@@ -302,8 +304,8 @@ def elsewhere(tmp_path, monkeypatch):
     def again(**other):
         content.update(other)
         made.clear()
-        assert study.make("toy", base, "cpu", 1, results, True) == (set(), "")
-        kept = study.gather("toy", base, "cpu", results, keep=True)
+        assert study.make("toy", base, "cpu", 1, results, "old") == (set(), "")
+        kept = study.gather("toy", base, "cpu", results, keep="old")
         header, rows = read(results)
         return kept, header["missing"], rows
 
@@ -324,6 +326,20 @@ def test_what_is_known_is_not_made_again(elsewhere):
     assert again() == (kept, missing, rows) and not made, "a learner whose data are gone keeps its rows"
 
 
+@pytest.mark.parametrize("before, differ", [({}, ""), ({"tau": 0.9}, "tau"), (None, "flags are not known")])
+def test_results_of_a_preset_that_changed_are_kept_only_where_that_is_asked(tmp_path, capsys, before, differ):
+    """The same words, whose preset gave another tau when the results were made; or results that tell no flags."""
+    command = ["dac.py", "--dataset", str(tmp_path / "gone.npz"), "--preset", "cpu", "--out", str(tmp_path / "run")]
+    cell = Cell("learn", command, tmp_path / "run" / "done", ("data",), tmp_path / "run", (tmp_path / "gone.npz",))
+    record = {"command": portable(command), "reads": "1"}
+    record |= {} if before is None else {"flags": flags_of(cell) | before}
+    kept = [study.kept_cells({"learn": cell._replace(needs=())}, {}, {"learn": record}, {"learn": []}, keep)
+            for keep in ("same", "old")]  # fmt: skip
+    assert kept == [{} if differ else {"learn": ""}, {"learn": differ}]
+    study.tell_old(kept[1])
+    assert capsys.readouterr().out == (f"of older settings ({differ}): 1 cells: learn\n" if differ else "")
+
+
 def test_other_rows_are_no_substitute(elsewhere):
     """A source that was made anew with other rows takes everything with it that the results have from the old ones."""
     again, made = elsewhere
@@ -337,7 +353,7 @@ def test_another_command_is_no_substitute(elsewhere, capsys, tmp_path):
     again, made = elsewhere
     again.cells["w1 t"].command.append("--more")
     before = read(tmp_path / "results")
-    assert not study.gather("toy", again.base, "cpu", tmp_path / "results", keep=True)
-    assert "another command or other rows than those here, e.g. w1 t" in capsys.readouterr().out
+    assert not study.gather("toy", again.base, "cpu", tmp_path / "results", keep="old")
+    assert "another command, other flags or other rows than those here, e.g. w1 t" in capsys.readouterr().out
     assert read(tmp_path / "results") == before
     assert again()[0] and made == ["source a", "source b", "data 1", "w1 t", "learn t 1 mopo"]
