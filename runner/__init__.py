@@ -28,8 +28,9 @@ NAMES = {  # module -> what `runner` has of it
     "evaluation": "each_seed evaluation_keys play returns_of steps_of",
     "flags": "Count Data Flags Natural Rate RunFlags Share Size "
     "announce check check_run launch parse refuse task_options",
+    "files": "write_whole",
     "folder": "folder_of open_task state_files",
-    "log": "say with_eta write_whole",
+    "log": "say with_eta",
     "presets": "preset",
     "run": "DIGESTED Run",
     "tables": "show",

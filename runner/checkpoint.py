@@ -14,6 +14,7 @@ import numpy as np
 
 import envs
 import envs.buffers
+from runner.files import STATES
 
 
 def flat_arrays(tree):
@@ -95,8 +96,7 @@ def read_state(folder, identity, schedules=None):
     Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another; a larger
     num_updates is none, where the `schedules` are off.
     """
-    names = ("state.new.npz", "state.npz", "state.prev.npz")  # the first: whole, but a kill came before it had its name
-    for path in (folder / name for name in names if (folder / name).exists()):
+    for path in (folder / name for name in STATES if (folder / name).exists()):
         try:
             arrays, meta = read_npz(path)
             break

@@ -7,6 +7,7 @@ from pathlib import Path
 import envs
 import envs.buffers
 from envs.buffers import scripted
+from runner.files import STATES
 from runner.flags import check_run
 
 QUICK_TASK = "point-angle-0"
@@ -19,8 +20,7 @@ def places(folder):
 
 def state_files(folder):
     """The states of a run, of all its phases."""
-    names = ("state.new.npz", "state.npz", "state.prev.npz")  # newest first
-    return [place / name for place in places(folder) for name in names if (place / name).exists()]
+    return [place / name for place in places(folder) for name in STATES if (place / name).exists()]
 
 
 def folder_of(args, script, task):
@@ -59,7 +59,7 @@ class Hold:
     def tidy(self):
         """Remove what a kill left while a file was being written."""
         for place in places(self.folder) if self.file is not None else ():
-            for torn in place.glob(".*.npz.*.tmp"):
+            for torn in (*place.glob(".*.npz.*.tmp"), *place.glob(".args.json.*.tmp")):
                 torn.unlink(missing_ok=True)
 
     def release(self):

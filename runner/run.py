@@ -1,5 +1,6 @@
 """One run: its folder, log, checkpoints, progress, figures and score."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -13,6 +14,7 @@ import envs
 import envs.buffers
 from runner import devices, plots
 from runner.checkpoint import fill, flat_arrays, name_state, read_state, save_state
+from runner.files import amount, full_disk, write_whole
 from runner.flags import announce
 from runner.folder import Hold, folder_of, state_files
 from runner.log import Logger, Progress, say
@@ -22,11 +24,6 @@ from runner.signals import StopSignal
 FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound", "task_reward")
 SAVE_EVERY = 60.0  # seconds between two checkpoints
 DIGESTED = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # tell data apart
-
-
-def amount(size):
-    """Bytes in words: 1.2 MB, 84.3 GB."""
-    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
 class Run:
@@ -61,7 +58,6 @@ class Run:
                 print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
             elif args.resume:
                 self.read_states()
-            self.resumed = bool(self.states)
             self.hold.tidy()
             announce()
         except BaseException:
@@ -146,7 +142,7 @@ class Run:
         if not self.is_first:
             return
         if self.meta.get("identity", {}).get("num_updates") != self.args.num_updates:  # a new run, or one made longer
-            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+            write_whole(self.folder / "args.json", json.dumps(dataclasses.asdict(self.args), indent=1))
             self.meta["identity"] = self.identity
         log = self.redone or self.logger.position()
         save_state(self.folder / self.phase, state, {**self.meta, "identity": self.identity, "log": log})
@@ -241,9 +237,14 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if self.shown:
-            self.shown.close()
-        if self._logger:
-            self._logger.file.close()
-        self.hold.release()
+    def __exit__(self, kind, error, trace):
+        try:
+            if self.shown:
+                self.shown.close()
+            if self._logger:
+                with contextlib.suppress(OSError):  # it tries again what found no room
+                    self._logger.file.close()
+        finally:
+            self.hold.release()
+        if told := full_disk(error, self.folder):
+            raise envs.InputError(told) from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -394,6 +395,33 @@ def test_buffers_that_are_written_count_as_free(args, monkeypatch):
         (r.folder / "buffers" / "policy_00.npz").write_bytes(bytes(1000))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 600))
         r.compile(chunk, jax.eval_shape(init, runner.seed_keys(args)), jnp.asarray(buffer["rewards"]), disk=1000)
+
+
+@pytest.mark.parametrize("where", ["log.jsonl", "board", "args.json", "state.npz", "policy.npz"])
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(args, monkeypatch, where):
+    def full(*paths, replace=os.replace):
+        if not paths or paths[1].name == where:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(*paths)
+
+    (buffer, task), said = runner.open_task("toy", args, KEYS), r"cannot be written \(No space left on device.*\)"
+    with (
+        pytest.raises(envs.InputError, match=f"{args.out}.*: {said}; free space, then go on with --resume$"),
+        runner.Run("toy", args, task, buffer) as r,
+    ):
+        monkeypatch.setattr(os, "replace", full)
+        r.write({"x": jnp.zeros(2)})
+        if where == "log.jsonl":
+            r.logger.file.close()
+            r.logger.file = open("/dev/full", "wb")  # noqa: SIM115
+        if where == "board":
+            monkeypatch.setattr(r.logger.board, "flush", full)
+        r.record(10, {"train/q": 1.0})
+        r.write_policy("toy", {"x": jnp.zeros(2)})
+    monkeypatch.undo()
+    assert not list(Path(args.out).glob(".*"))
+    with runner.Run("toy", dataclasses.replace(args, resume=True), task, buffer):  # no longer held
+        pass
 
 
 # --- progress and divergence ---

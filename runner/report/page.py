@@ -2,10 +2,10 @@
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 
 from envs.errors import InputError
+from runner.files import write_whole
 from runner.report.groups import group_runs
 from runner.report.markup import Html, alike, folded, tag
 from runner.report.sections import (
@@ -89,8 +89,6 @@ def write_page(path, page):
     try:
         if path.exists() and not path.read_bytes().startswith(MARK.encode()):
             raise InputError(f"--out {path}: is there and no page of this script. Remedy: choose another name")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, page)
     except OSError as error:
         raise InputError(f"--out {path}: cannot be written ({error.strerror}). Remedy: choose another place") from None
