@@ -22,7 +22,7 @@ import importlib
 import runner.neighbours  # noqa: F401  (first: it says which folder hides one of our packages)
 
 NAMES = {  # module -> what `runner` has of it
-    "checkpoint": "fill flat_arrays read_learnt read_npz",
+    "checkpoint": "DIGESTED fill flat_arrays read_learnt read_npz",
     "devices": "map_seeds over_devices seed_keys",
     "ends": "learn_end",
     "evaluation": "each_seed evaluation_keys play returns_of steps_of",
@@ -32,7 +32,7 @@ NAMES = {  # module -> what `runner` has of it
     "folder": "folder_of open_task state_files",
     "log": "say with_eta",
     "presets": "preset",
-    "run": "DIGESTED Run",
+    "run": "Run",
     "tables": "show",
 }
 HOMES = {name: module for module, names in NAMES.items() for name in names.split()}

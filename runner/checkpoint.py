@@ -16,6 +16,10 @@ import envs
 import envs.buffers
 from runner.files import STATES
 
+# flags that may change at a resume: data are told by their digests, and --task-reward must fit them
+FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound", "dataset", "task_reward")
+DIGESTED = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # tell data apart
+
 
 def flat_arrays(tree):
     """Pytree -> {slash/path: numpy array}; typed keys as their bits."""
@@ -67,6 +71,19 @@ def read_npz(path, about="meta_json"):
     return arrays, json.loads(str(arrays.pop(about)))
 
 
+def changes(old, new):
+    """What differs between two identities, in words: versions first, which may have brought new flags."""
+    differ = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    for key in sorted(differ, key=lambda key: (key not in envs.buffers.versions(), key)):
+        if key not in old or key not in new:
+            yield f"{key} is {'new in' if key in new else 'no longer in'} this version"
+        elif key == "data":
+            columns = [name for name, *digests in zip(DIGESTED, old[key], new[key], strict=True) if len({*digests}) > 1]
+            yield f"the data have other {', '.join(columns)} now"
+        else:
+            yield f"{key} was {old[key]!r} and is now {new[key]!r}"
+
+
 def read_learnt(flag, path, like, identity):
     """What an earlier run learnt -> pytree as `like` [S], of a file with one for all seeds or one for each.
 
@@ -76,10 +93,8 @@ def read_learnt(flag, path, like, identity):
         arrays, about = read_npz(path, "metadata_json")
     except Exception as error:  # missing, torn or of another kind
         raise envs.InputError(f"{flag} {path}: cannot be read ({error})") from None
-    for key, value in identity.items():
-        if about.get(key) != value:
-            change = f"{key} was {about.get(key)!r} and is now {value!r}"
-            raise envs.InputError(f"{flag} {path}: {change}; name one of this data and flags")
+    for change in changes({key: about[key] for key in identity if key in about}, identity):
+        raise envs.InputError(f"{flag} {path}: {change}; name one of this data and flags")
 
     def leaf(place, x):
         found = arrays.get(jax.tree_util.keystr(place, simple=True, separator="/"))
@@ -105,6 +120,7 @@ def read_state(folder, identity, schedules=None):
     else:
         raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
     old, new, schedules = json.loads(json.dumps((meta["identity"], identity, schedules)))
+    old = {key: value for key, value in old.items() if key not in FREE}
     if 0 < old.get("num_updates", 0) < new.get("num_updates", 0):
         check_growth(path, old["num_updates"], new, schedules)
         old = {**old, "num_updates": new["num_updates"]}
@@ -134,7 +150,5 @@ def check_growth(path, old, new, schedules):
 
 def check_identity(path, old, new):
     """InputError where flags, data or versions are not those that the file was written with."""
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")
+    for change in changes(old, new):
+        raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")

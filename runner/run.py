@@ -13,17 +13,14 @@ import numpy as np
 import envs
 import envs.buffers
 from runner import devices, plots
-from runner.checkpoint import fill, flat_arrays, name_state, read_state, save_state
+from runner.checkpoint import DIGESTED, FREE, fill, flat_arrays, name_state, read_state, save_state
 from runner.files import amount, full_disk, write_whole
 from runner.flags import announce
 from runner.folder import Hold, folder_of, state_files
 from runner.log import Logger, Progress, say
 from runner.signals import StopSignal
 
-# flags that may change at a resume; --task-reward must fit the data, which may not
-FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound", "task_reward")
 SAVE_EVERY = 60.0  # seconds between two checkpoints
-DIGESTED = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # tell data apart
 
 
 class Run:

@@ -287,14 +287,23 @@ def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
     elsewhere[-1] += 0.5
     for changes in ({"rewards": rewards}, {"next_observations": elsewhere}, swapped):
         other = envs.buffers.save(tmp_path / "other.npz", {**buffer.arrays, **changes}, buffer.metadata)
-        refused("data was .* and is now", dataset=str(other))
+        refused(f"the data have other {', '.join(changes)} now; resume with the old one", dataset=str(other))
     refused("already holds a run", dataset="", quick=True, resume=False)
     assert not (whole[0] / "point-angle-0.npz").exists(), "--quick asks before it writes its data"
     old = {**envs.buffers.versions(), "udg-jax": "0.1.0"}
     monkeypatch.setattr(envs.buffers, "versions", lambda: old)
-    refused("udg-jax was .* and is now '0.1.0'")
+    refused("udg-jax was .* and is now '0.1.0'", rate=0.25)  # before any flag
+    flags = {"gamma": 0.9, "dataset": "a.npz"}
+    with pytest.raises(envs.InputError, match="x.npz: shift is new in this version; resume with the old one"):
+        checkpoint.check_identity("x.npz", flags, {**flags, "shift": 1})
     with pytest.raises(envs.InputError, match="x does not fit: another version"):
         runner.fill({"x": jnp.zeros(3)}, {"x": np.zeros(4, np.float32)}, "state.npz")
+
+
+def test_data_may_be_moved_before_a_resume(whole, args, tmp_path):
+    shutil.copytree(whole[0], args.out)
+    moved = shutil.copy(args.dataset, f"{tmp_path}/moved.npz")
+    assert learn(dataclasses.replace(args, resume=True, dataset=moved)) == whole[1]
 
 
 def test_a_finished_run_goes_on_for_more_updates(whole, args, monkeypatch):
