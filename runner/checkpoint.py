@@ -78,7 +78,9 @@ def changes(old, new):
         if key not in old or key not in new:
             yield f"{key} is {'new in' if key in new else 'no longer in'} this version"
         elif key == "data":
-            columns = [name for name, *digests in zip(DIGESTED, old[key], new[key], strict=True) if len({*digests}) > 1]
+            columns = [
+                name for name, *digests in zip(DIGESTED, old[key], new[key], strict=False) if len({*digests}) > 1
+            ]
             yield f"the data have other {', '.join(columns)} now"
         else:
             yield f"{key} was {old[key]!r} and is now {new[key]!r}"

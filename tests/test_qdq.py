@@ -718,7 +718,7 @@ def test_student_of_another_run(whole_run, tmp_path):
         (dict(normalize=False), "normalize was True"),
         (dict(group_size=4), "group_size was 8 and is now 4"),  # the same shapes, another network
         (dict(reward_shift=-1.0), r"reward_shift was 0\.0"),
-        (dict(max_rows=7_900), "data was"),
+        (dict(max_rows=7_900), "the data have other observations, actions, rewards"),
         (dict(num_seeds=3), "another size or number of seeds"),
         (dict(student="nowhere.npz"), "nowhere.npz: cannot be read"),
     ],
