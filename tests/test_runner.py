@@ -211,6 +211,17 @@ def test_a_torn_state_falls_back_and_the_log_with_it(whole, args, monkeypatch):
     assert learn(dataclasses.replace(args, resume=True)) == whole[1]
 
 
+def test_a_phase_whose_states_are_gone_is_done_again_and_logged_once(whole, args, monkeypatch):
+    """Also over a stop in the midst of it."""
+    shutil.copytree(whole[0], args.out)
+    for path in (Path(args.out) / "fit").glob("state*.npz"):
+        path.unlink()
+    args = dataclasses.replace(args, resume=True)
+    stop(args, monkeypatch, "fit step", 20)
+    assert learn(args) == whole[1]
+    assert_same_run(whole[0], Path(args.out))
+
+
 def test_torn_states_are_refused_and_nothing_is_changed(whole, args):
     folder = Path(args.out)
     shutil.copytree(whole[0], folder)
@@ -461,6 +472,20 @@ def test_a_file_gets_a_line_a_minute_and_the_last(args, dataset, monkeypatch, ca
         "update 70/80 (88%)  0.4/s  ETA 00:00:25  q 1.5",
         "update 80/80 (100%)  0.4/s  ETA 00:00:00  q 1.5",
     ]
+
+
+def test_the_pace_counts_no_chunk_that_never_ran(args, monkeypatch):
+    """As after a fit that ends early."""
+    now = [1e9]
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(time=lambda: now[0]))
+    buffer, task = runner.open_task("toy", args, KEYS)
+    with runner.Run("toy", args, task, buffer) as r:
+        for step in r.chunks("fit step", 1000, 0):
+            if step > 30:
+                break
+            now[0] += 1.0
+            r.progress(step, {}, ())
+        assert (r.step, r.rate()) == (30, 10.0)
 
 
 class Terminal(io.StringIO):
