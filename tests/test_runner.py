@@ -855,6 +855,16 @@ def test_seed_keys_are_split_within_a_seed():
 # --- figures and neighbours ---
 
 
+def test_a_score_leaves_out_what_was_evaluated_before_any_learning(tmp_path):
+    lines = [
+        {},
+        *({"step": s, "eval/return": r, "eval/return_data_length": r} for s, r in ((0, 9.0), (1, 1.0), (2, 2.0))),
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = plots.summary(tmp_path, {"episode_returns": np.ones(2)})
+    assert (found["score"], found["best"], found["score_data_length"]) == (1.5, 2.0, 1.5)
+
+
 @pytest.mark.parametrize("length, titles", [(100, ["point-angle-0, 100 steps"]), (50, [
     "point-angle-0, 100 steps", "point-angle-0, first 50 steps, as long as the data's",
 ])])  # fmt: skip
