@@ -80,6 +80,7 @@ from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
 from envs.worlds import world_of
 from runner import devices, diversity
+from runner.flags import ABOUT
 from runner.rows import PolicyRows, announce_rounds, are_finished, fresh_rows, write_buffers
 
 
@@ -764,7 +765,7 @@ def whole_rounds(args, episode_length):
     rounded = dict(chunk=chunk, eval_every=eval_every, num_updates=num_updates)
     changed = {k: v for k, v in rounded.items() if v != getattr(args, k)}
     if changed:
-        print(f"in whole rounds of {updates} updates:", *(f"{k}={v}" for k, v in changed.items()), flush=True)
+        ABOUT.append(" ".join([f"in whole rounds of {updates} updates:", *(f"{k}={v}" for k, v in changed.items())]))
     return dataclasses.replace(args, **rounded)
 
 

@@ -18,7 +18,7 @@ import envs.buffers
 import envs.host
 from runner import devices
 from runner.help import help_text
-from runner.signals import listen
+from runner.signals import AGAIN, listen
 
 
 class Within(NamedTuple):
@@ -228,8 +228,8 @@ def parse(Args, argv, preset_of=None, names=(), doc="", idle=lambda args: {}):
     return args
 
 
-def launch(main, Args, preset_of=None, names=(), doc="", again="--resume", cpu_devices=None, **more):
-    """The whole command: whatever a user can mend ends in one line, a signal in one more (go on with `again`).
+def launch(main, Args, preset_of=None, names=(), doc="", again=AGAIN, cpu_devices=None, **more):
+    """The whole command: whatever a user can mend ends in one line, a signal in one more (`again`: how to go on).
 
     cpu_devices(args): devices that a CPU is where --num-devices does not say; more: of `parse`.
     """

@@ -482,9 +482,12 @@ def test_feature_scales():
         ("--task ant --num-updates 130 --eval-every 1", (200, 200, 200)),
     ],
 )
-def test_budgets_are_rounded_to_whole_rounds(flags, wanted):
+def test_budgets_are_rounded_to_whole_rounds(flags, wanted, capsys):
     args = W.open_world(runner.parse(W.Args, flags.split(), W.preset))[0]
     assert (args.chunk, args.eval_every, args.num_updates) == wanted
+    assert not capsys.readouterr().out  # an error may follow, and stands alone
+    runner.announce()
+    assert "in whole rounds of " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_quick_refuses_a_preset():
