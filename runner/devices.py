@@ -1,5 +1,6 @@
 """Seeds and policies over devices and processes: a leading axis, shared out."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -117,9 +118,11 @@ def multiply_in(precision):
 
 
 def memory():
-    """Bytes that a device has; where the CPU is several, its share of the machine's."""
+    """Bytes that a device has; where the CPU is several, its share of the machine's or its container's."""
     stats = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # "max": all
+        machine = min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return stats.get("bytes_limit") or machine // jax.local_device_count()
 
 
