@@ -94,7 +94,7 @@ def read_learnt(flag, path, like, identity):
     try:
         arrays, about = read_npz(path, "metadata_json")
     except Exception as error:  # missing, torn or of another kind
-        raise envs.InputError(f"{flag} {path}: cannot be read ({error})") from None
+        raise envs.InputError(f"{flag} {path}: cannot be read ({error}); name what this script wrote") from None
     for change in changes({key: about[key] for key in identity if key in about}, identity):
         raise envs.InputError(f"{flag} {path}: {change}; name one of this data and flags")
 

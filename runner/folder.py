@@ -11,6 +11,7 @@ from runner.files import STATES
 from runner.flags import check_run
 
 QUICK_TASK = "point-angle-0"
+FEWEST_ROWS = 20
 
 
 def places(folder):
@@ -80,6 +81,7 @@ def open_task(script, args, keys):
     buffer, task = envs.buffers.load_task(path, keys, args.task, args.max_rows)
     task = envs.rewards.of_data(buffer.metadata, buffer.path, task, args.task_reward)
     folder_of(args, script, task.name)  # refused before any long work
-    if len(buffer) < 20:
-        raise envs.InputError(f"--dataset: {len(buffer)} rows are too few")
+    if len(buffer) < FEWEST_ROWS:
+        remedy = "raise --max-rows" if args.max_rows else "record more, or name another --dataset"
+        raise envs.InputError(f"{buffer.path}: {len(buffer)} rows are too few, {FEWEST_ROWS} are needed; {remedy}")
     return buffer, task

@@ -30,8 +30,8 @@ from tensorboardX.proto import event_pb2
 import envs
 import envs.buffers
 import runner
-from envs.buffers import scripted
-from runner import checkpoint, devices, log, plots, presets, run, signals
+from envs.buffers import files, scripted
+from runner import checkpoint, devices, folder, log, plots, presets, run, signals
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("observations", "actions", "rewards")
@@ -377,6 +377,13 @@ def test_a_folder_that_cannot_be_written_is_named(args, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(envs.InputError, match=r"file/run: cannot be written .*; choose another --out"):
         learn(dataclasses.replace(args, out=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize("max_rows, remedy", [(0, "record more, or name another --dataset"), (100, "raise --max-rows")])
+def test_too_few_rows_are_refused(args, monkeypatch, max_rows, remedy):
+    monkeypatch.setattr(folder, "FEWEST_ROWS", 10_000)
+    with pytest.raises(envs.InputError, match=rf"npz: \d+ rows are too few, 10000 are needed; {remedy}"):
+        runner.open_task("toy", dataclasses.replace(args, max_rows=max_rows), KEYS)
 
 
 def test_a_seed_alone_is_the_seed_among_others(whole, args):
@@ -781,7 +788,8 @@ def test_a_files_own_preset_is_chosen_without_reading_its_arrays(dataset, monkey
     name, found = runner.preset(Args(dataset=dataset, preset="cpu"), known, {"cpu": {"chunk": 7}}, {})
     assert "as published for point-angle-0-scripted" in name and found == {"rate": 4.0, "chunk": 7}
     assert presets.preset_name("ours/hopper-medium", PUBLISHED) == "ours/hopper-medium"
-    assert presets.preset_name("hopper", PUBLISHED) == "hopper"
+    for name in ("hopper", "hopper-medium2", "hopper-medium-v"):  # other sets
+        assert presets.preset_name(name, PUBLISHED) == name
 
 
 @pytest.mark.parametrize(
@@ -949,6 +957,19 @@ def test_cores_are_those_that_a_container_allows(monkeypatch, tmp_path):
     for text, wanted in (("3", 3), ("0", 1), ("many", 8)):
         monkeypatch.setenv("NPROC", text)
         assert devices.cores() == wanted
+
+
+def test_memory_is_what_a_container_allows(monkeypatch, tmp_path):
+    """Of a container that may use 1000 bytes and uses 700, 200 of them for the files that it read."""
+    texts = {"memory.max": "1000\n", "memory.current": "700", "meminfo": "MemTotal: 9 kB\nMemAvailable: 2 kB"}
+    texts["memory.stat"] = "anon 500\nactive_file 50\ninactive_file 150"
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for module in (devices, files):
+        monkeypatch.setattr(module, "Path", lambda path: tmp_path / os.path.basename(path))
+    assert (devices.memory() * jax.local_device_count(), files.available_memory()) == (1000, 500)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.memory() * jax.local_device_count() > 1e6 and files.available_memory() == 2048
 
 
 def test_a_cpu_is_split_unless_somebody_has_said_otherwise(monkeypatch):
