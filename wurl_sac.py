@@ -79,8 +79,7 @@ import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
 from envs.worlds import world_of
-from runner import devices, diversity
-from runner.flags import ABOUT
+from runner import devices, diversity, flags
 from runner.rows import PolicyRows, announce_rounds, are_finished, fresh_rows, write_buffers
 
 
@@ -763,9 +762,9 @@ def whole_rounds(args, episode_length):
     eval_every = max(round(args.eval_every / chunk), 1) * chunk
     num_updates = max(round(args.num_updates / chunk), 1) * chunk
     rounded = dict(chunk=chunk, eval_every=eval_every, num_updates=num_updates)
-    changed = {k: v for k, v in rounded.items() if v != getattr(args, k)}
+    changed = [f"{k}={v}" for k, v in rounded.items() if v != getattr(args, k)]
     if changed:
-        ABOUT.append(" ".join([f"in whole rounds of {updates} updates:", *(f"{k}={v}" for k, v in changed.items())]))
+        flags.ABOUT.append(f"in whole rounds of {updates} updates: {' '.join(changed)}")
     return dataclasses.replace(args, **rounded)
 
 
