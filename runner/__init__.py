@@ -12,7 +12,8 @@
         run.write_policy("diffusion", params)
         return run.finish()                                     figures and the score
 
-No loss and no update is in here; what measures the models, critics or policies of a family takes functions and arrays
+No algorithm's loss or update is in here. Two small classifiers are learnt: of when a world ends (ends), and of which
+policy made a step (diversity). What measures the models, critics or policies of a family takes functions and arrays
 (model_report, probes, diversity). It imports `envs`, never the other way round. A name is imported when it is first
 used: runner.policies, which reads a policy.npz where it is deployed, needs neither the rest nor JAX.
 """

@@ -147,7 +147,7 @@ def check_growth(path, old, new, schedules):
         reasons += [f"it was evaluated at its end, and {old} is no multiple of --eval-every {new['eval_every']}"]
     if reasons:
         grown = f"a run of {old} updates cannot become one of {new['num_updates']}"
-        raise envs.InputError(f"{path}: {grown}: {reasons[0]}; start anew with another --out")
+        raise envs.InputError(f"{path}: {grown}: {', and '.join(reasons)}; start anew with another --out")
 
 
 def check_identity(path, old, new):

@@ -96,7 +96,7 @@ class RunFlags:
     eval_episodes: Count = 10
     """episodes of an evaluation"""
     q_bound: Rate = 1e6
-    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite"""
+    """largest |Q| before the run stops as diverged, of means over a chunk; 0: go on, also where a loss is not finite"""
 
 
 @dataclass(frozen=True)
