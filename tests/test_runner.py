@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import io
 import itertools
 import json
@@ -270,6 +271,24 @@ def test_a_folder_in_use_is_refused(args):
         runner.Run("toy", dataclasses.replace(args, resume=True), task, buffer)
     with runner.Run("toy", args, task, buffer):  # free again
         pass
+    assert not list(Path(args.out).iterdir())
+
+
+def test_a_folder_is_held_as_nfs_asks_or_not_at_all(args, monkeypatch, capsys):
+    """Its flock needs a file that is open for writing; a disk that locks nothing is told, and cleaned all the same."""
+    torn, modes = Path(args.out) / ".policy.npz.7.tmp", []
+    torn.parent.mkdir()
+    torn.touch()
+
+    def flock(file, operation):
+        modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    buffer, task = runner.open_task("toy", args, KEYS)
+    with runner.Run("toy", args, task, buffer):
+        assert modes == [os.O_RDWR] and not torn.exists()
+    assert "the disk locks no files (No locks available); let no other process run" in capsys.readouterr().out
 
 
 def test_a_state_that_waits_for_its_name_is_the_newest(whole, args):
