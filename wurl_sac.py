@@ -830,8 +830,7 @@ def log_evaluation(run, step, train, metrics, actor, files):
     diversity.show_evaluation(step, metrics, run.args, is_diverse(run.args) and not run.args.random)
     if run.args.keep_policies:
         about = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
-        about |= {"update": step, "rows": files.rows()}
-        write_policy(run, actor, f"policies/update_{step:07d}.npz", **about)
+        write_policy(run, actor, f"policies/update_{step:07d}.npz", update=step, rows=files.rows(), **about)
 
 
 def write_policy(run, actor, name="policy.npz", **about):
@@ -855,8 +854,9 @@ def main(args):
     with runner.Run("wurl_sac", args, task, gather=lambda x: devices.whole(x, args.num_policies, args)) as run:
         if are_finished(run, args.num_policies):
             return {}
-        disk = announce_rounds(args, task, env, episode_length, *round_sizes(args, episode_length))
-        train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_train), placed=True, disk=disk)
+        like, sizes = jax.eval_shape(init, key_train), round_sizes(args, episode_length)
+        disk = announce_rounds(args, task, env, like.agent.actor, episode_length, *sizes)
+        train_chunk = run.compile(train_chunk, like, placed=True, disk=disk)
         files = PolicyRows(run.folder / "rows", args.num_policies, env, run.meta.get("rows"))  # cut to the saved state
         state = on_devices(run.restore(init, key_train))
         if "warmup" not in run.meta:

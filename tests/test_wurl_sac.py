@@ -580,6 +580,14 @@ def test_supervised_data(tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
+def test_the_disk_counts_fresh_rows_and_kept_policies():
+    args, task, env, length = W.open_world(tiny(out="", rollout_episodes=5))
+    actor, steps = {"w": np.zeros(100, np.float32)}, (1 + 3) * args.num_envs * length
+    disk = lambda **changes: W.announce_rounds(dataclasses.replace(args, **changes), task, env, actor, length, 1, 20, 3)
+    assert disk(keep_policies=True) - disk() == 400 * (args.num_updates // args.eval_every)
+    assert disk(collect="rollouts") / disk() == pytest.approx((steps + 2 * 5 * length) / (2 * steps))
+
+
 def test_fresh_rollouts_of_random_policies(tmp_path):
     W.main(tiny(out=str(tmp_path), num_updates=20, random=True, collect="rollouts", rollout_episodes=3))
     assert not (tmp_path / "policy.npz").exists()  # of untrained networks, which made none of the data
