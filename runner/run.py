@@ -86,17 +86,18 @@ class Run:
         placed: chunk itself says on which devices its arrays lie, else the first axis of the state tells; disk: bytes
         that the run writes beside its states.
         """
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        have = devices.memory()
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+        size, have, local = sum(sizes), devices.memory(), jax.local_device_count()
+        here = size if jax.process_count() == 1 else size // jax.process_count() + local * max(sizes)  # devices.whole
         self.kept += 2 * size + disk  # of every phase the newest state and the one before
         disk = self.kept + size + size // 4  # beside what is kept: the state being written, and policy.npz
-        ours = [x for kind in ("*.rows", "policy_*.npz") for x in self.folder.glob(f"*/{kind}")]  # made before
-        ours += state_files(self.folder)
+        kinds = ("*.rows", "policy_*.npz", "update_*.npz")
+        ours = state_files(self.folder) + [x for kind in kinds for x in self.folder.glob(f"*/{kind}")]  # made before
         free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in ours)
         print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
-        if size > have * jax.local_device_count() or disk > free:
+        if here > have * local or disk > free:
             print()
-            raise self.too_large(size, have * jax.local_device_count(), disk, free)
+            raise self.too_large(here, have * local, disk, free)
         program = chunk.lower(state, *inputs).compile()
         m = program.memory_analysis()
         need = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes

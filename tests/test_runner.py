@@ -436,6 +436,21 @@ def test_what_does_not_fit_is_refused(args, monkeypatch, capsys):
     np.testing.assert_allclose(float(need), (rows + 2 * state) / 1e6, atol=0.06)
 
 
+def test_a_process_needs_its_share_and_the_largest_array_to_save_all(args, monkeypatch):
+    class Chunk:
+        def lower(*_):
+            raise RuntimeError("it fits")
+
+    (buffer, task), state = runner.open_task("toy", args, KEYS), {name: np.zeros(25, np.float32) for name in "abcd"}
+    with runner.Run("toy", args, task, buffer) as r:
+        monkeypatch.setattr(jax, "process_count", lambda: 4)
+        for have, error in ((199, envs.InputError), (200, RuntimeError)):
+            monkeypatch.setattr(devices, "memory", lambda have=have: have)
+            monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+            with pytest.raises(error):
+                r.compile(Chunk(), state)
+
+
 def test_buffers_that_are_written_count_as_free(args, monkeypatch):
     """A disk that filled while the last files of a run were written, and has room for the missing ones now."""
     (buffer, task), (init, chunk) = runner.open_task("toy", args, KEYS), make_train(args)
