@@ -73,17 +73,16 @@ def read_npz(path, about="meta_json"):
 
 def changes(old, new):
     """What differs between two identities, in words: versions first, which may have brought new flags."""
-    differ = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    for key in sorted(differ, key=lambda key: (key not in envs.buffers.versions(), key)):
-        if key not in old or key not in new:
+    differ, packages = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)], envs.buffers.versions()
+    for key in sorted(differ, key=lambda key: (key not in packages, key)):
+        was, now = old.get(key), new.get(key)
+        if key not in packages and (key not in old or key not in new):
             yield f"{key} is {'new in' if key in new else 'no longer in'} this version"
         elif key == "data":
-            columns = [
-                name for name, *digests in zip(DIGESTED, old[key], new[key], strict=False) if len({*digests}) > 1
-            ]
+            columns = [name for name, one, other in zip(DIGESTED, was, now, strict=False) if one != other]
             yield f"the data have other {', '.join(columns)} now"
         else:
-            yield f"{key} was {old[key]!r} and is now {new[key]!r}"
+            yield f"{key} was {was!r} and is now {now!r}"
 
 
 def read_learnt(flag, path, like, identity):

@@ -323,7 +323,7 @@ def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
     old = {**envs.buffers.versions(), "udg-jax": "0.1.0"}
     monkeypatch.setattr(envs.buffers, "versions", lambda: old)
     refused("udg-jax was .* and is now '0.1.0'", rate=0.25)  # before any flag
-    flags = {"gamma": 0.9, "dataset": "a.npz"}
+    flags = {"gamma": 0.9}
     with pytest.raises(envs.InputError, match=r"x\.npz: shift is new in this version; resume with the old one"):
         checkpoint.check_identity("x.npz", flags, {**flags, "shift": 1})
     with pytest.raises(envs.InputError, match="x does not fit: another version"):
