@@ -613,4 +613,4 @@ def main(args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, doc=__doc__, again="--overwrite")
+    runner.launch(main, Args, doc=__doc__, again="the same command with --overwrite begins anew")

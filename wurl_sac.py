@@ -79,7 +79,7 @@ import runner
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from envs.distances import neighbour_distances, pairwise_apwd, unit_directions
 from envs.worlds import world_of
-from runner import devices, diversity
+from runner import devices, diversity, flags
 from runner.rows import PolicyRows, announce_rounds, are_finished, fresh_rows, write_buffers
 
 
@@ -762,9 +762,9 @@ def whole_rounds(args, episode_length):
     eval_every = max(round(args.eval_every / chunk), 1) * chunk
     num_updates = max(round(args.num_updates / chunk), 1) * chunk
     rounded = dict(chunk=chunk, eval_every=eval_every, num_updates=num_updates)
-    changed = {k: v for k, v in rounded.items() if v != getattr(args, k)}
+    changed = [f"{k}={v}" for k, v in rounded.items() if v != getattr(args, k)]
     if changed:
-        print(f"in whole rounds of {updates} updates:", *(f"{k}={v}" for k, v in changed.items()), flush=True)
+        flags.ABOUT.append(f"in whole rounds of {updates} updates: {' '.join(changed)}")
     return dataclasses.replace(args, **rounded)
 
 
@@ -830,8 +830,7 @@ def log_evaluation(run, step, train, metrics, actor, files):
     diversity.show_evaluation(step, metrics, run.args, is_diverse(run.args) and not run.args.random)
     if run.args.keep_policies:
         about = {k: v.tolist() for k, v in metrics.items() if k in ("eval/task_return", "eval/length")}
-        about |= {"update": step, "rows": files.rows()}
-        write_policy(run, actor, f"policies/update_{step:07d}.npz", **about)
+        write_policy(run, actor, f"policies/update_{step:07d}.npz", update=step, rows=files.rows(), **about)
 
 
 def write_policy(run, actor, name="policy.npz", **about):
@@ -855,8 +854,9 @@ def main(args):
     with runner.Run("wurl_sac", args, task, gather=lambda x: devices.whole(x, args.num_policies, args)) as run:
         if are_finished(run, args.num_policies):
             return {}
-        disk = announce_rounds(args, task, env, episode_length, *round_sizes(args, episode_length))
-        train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_train), placed=True, disk=disk)
+        like, sizes = jax.eval_shape(init, key_train), round_sizes(args, episode_length)
+        disk = announce_rounds(args, task, env, like.agent.actor, episode_length, *sizes)
+        train_chunk = run.compile(train_chunk, like, placed=True, disk=disk)
         files = PolicyRows(run.folder / "rows", args.num_policies, env, run.meta.get("rows"))  # cut to the saved state
         state = on_devices(run.restore(init, key_train))
         if "warmup" not in run.meta:

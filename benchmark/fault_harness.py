@@ -422,7 +422,8 @@ def try_disk_full(work, script, folder, record, rng, name):
     kind = f"half of {need / 1e6:.1f} MB" if share is None else f"filled, {share:.0%} of a state left"
     record["where"] = f"{kind}, {life.where}"
     if life.code:
-        record["problems"] += clear_refusal(life, "No space left|too small|are free|cannot hold")
+        remedy = "are free|" + ("No space left" if script == "udg_select" else "free space, then go on with --resume")
+        record["problems"] += clear_refusal(life, f"{disk}/run", remedy)
         record["problems"] += [f"{n}: torn" for n in whole_files(folder) if not n.endswith(".png")]
     elif share is None:
         record["problems"].append("half a disk was enough")

@@ -12,7 +12,8 @@
         run.write_policy("diffusion", params)
         return run.finish()                                     figures and the score
 
-No loss and no update is in here; what measures the models, critics or policies of a family takes functions and arrays
+No algorithm's loss or update is in here. Two small classifiers are learnt: of when a world ends (ends), and of which
+policy made a step (diversity). What measures the models, critics or policies of a family takes functions and arrays
 (model_report, probes, diversity). It imports `envs`, never the other way round. A name is imported when it is first
 used: runner.policies, which reads a policy.npz where it is deployed, needs neither the rest nor JAX.
 """
@@ -22,16 +23,17 @@ import importlib
 import runner.neighbours  # noqa: F401  (first: it says which folder hides one of our packages)
 
 NAMES = {  # module -> what `runner` has of it
-    "checkpoint": "fill flat_arrays read_learnt read_npz",
+    "checkpoint": "DIGESTED fill flat_arrays read_learnt read_npz",
     "devices": "map_seeds over_devices seed_keys",
     "ends": "learn_end",
     "evaluation": "each_seed evaluation_keys play returns_of steps_of",
     "flags": "Count Data Flags Natural Rate RunFlags Share Size "
     "announce check check_run launch parse refuse task_options",
+    "files": "write_whole",
     "folder": "folder_of open_task state_files",
-    "log": "say with_eta write_whole",
+    "log": "say with_eta",
     "presets": "preset",
-    "run": "DIGESTED Run",
+    "run": "Run",
     "tables": "show",
 }
 HOMES = {name: module for module, names in NAMES.items() for name in names.split()}

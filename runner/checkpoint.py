@@ -14,6 +14,11 @@ import numpy as np
 
 import envs
 import envs.buffers
+from runner.files import STATES
+
+# flags that may change at a resume: data are told by their digests, and --task-reward must fit them
+FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound", "dataset", "task_reward")
+DIGESTED = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # tell data apart
 
 
 def flat_arrays(tree):
@@ -66,6 +71,20 @@ def read_npz(path, about="meta_json"):
     return arrays, json.loads(str(arrays.pop(about)))
 
 
+def changes(old, new):
+    """What differs between two identities, in words: versions first, which may have brought new flags."""
+    differ, packages = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)], envs.buffers.versions()
+    for key in sorted(differ, key=lambda key: (key not in packages, key)):
+        was, now = old.get(key), new.get(key)
+        if key not in packages and (key not in old or key not in new):
+            yield f"{key} is {'new in' if key in new else 'no longer in'} this version"
+        elif key == "data":
+            columns = [name for name, one, other in zip(DIGESTED, was, now, strict=False) if one != other]
+            yield f"the data have other {', '.join(columns)} now"
+        else:
+            yield f"{key} was {was!r} and is now {now!r}"
+
+
 def read_learnt(flag, path, like, identity):
     """What an earlier run learnt -> pytree as `like` [S], of a file with one for all seeds or one for each.
 
@@ -74,11 +93,9 @@ def read_learnt(flag, path, like, identity):
     try:
         arrays, about = read_npz(path, "metadata_json")
     except Exception as error:  # missing, torn or of another kind
-        raise envs.InputError(f"{flag} {path}: cannot be read ({error})") from None
-    for key, value in identity.items():
-        if about.get(key) != value:
-            change = f"{key} was {about.get(key)!r} and is now {value!r}"
-            raise envs.InputError(f"{flag} {path}: {change}; name one of this data and flags")
+        raise envs.InputError(f"{flag} {path}: cannot be read ({error}); name what this script wrote") from None
+    for change in changes({key: about[key] for key in identity if key in about}, identity):
+        raise envs.InputError(f"{flag} {path}: {change}; name one of this data and flags")
 
     def leaf(place, x):
         found = arrays.get(jax.tree_util.keystr(place, simple=True, separator="/"))
@@ -95,8 +112,7 @@ def read_state(folder, identity, schedules=None):
     Raises InputError where none can be read, or where its `identity` (flags, data, versions) is another; a larger
     num_updates is none, where the `schedules` are off.
     """
-    names = ("state.new.npz", "state.npz", "state.prev.npz")  # the first: whole, but a kill came before it had its name
-    for path in (folder / name for name in names if (folder / name).exists()):
+    for path in (folder / name for name in STATES if (folder / name).exists()):
         try:
             arrays, meta = read_npz(path)
             break
@@ -105,6 +121,7 @@ def read_state(folder, identity, schedules=None):
     else:
         raise envs.InputError(f"{folder}: no state to resume from; start anew with another --out")
     old, new, schedules = json.loads(json.dumps((meta["identity"], identity, schedules)))
+    old = {key: value for key, value in old.items() if key not in FREE}
     if 0 < old.get("num_updates", 0) < new.get("num_updates", 0):
         check_growth(path, old["num_updates"], new, schedules)
         old = {**old, "num_updates": new["num_updates"]}
@@ -129,12 +146,10 @@ def check_growth(path, old, new, schedules):
         reasons += [f"it was evaluated at its end, and {old} is no multiple of --eval-every {new['eval_every']}"]
     if reasons:
         grown = f"a run of {old} updates cannot become one of {new['num_updates']}"
-        raise envs.InputError(f"{path}: {grown}: {reasons[0]}; start anew with another --out")
+        raise envs.InputError(f"{path}: {grown}: {', and '.join(reasons)}; start anew with another --out")
 
 
 def check_identity(path, old, new):
     """InputError where flags, data or versions are not those that the file was written with."""
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            change = f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-            raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")
+    for change in changes(old, new):
+        raise envs.InputError(f"{path}: {change}; resume with the old one, or start anew with another --out")

@@ -1,5 +1,6 @@
 """Seeds and policies over devices and processes: a leading axis, shared out."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -117,9 +118,11 @@ def multiply_in(precision):
 
 
 def memory():
-    """Bytes that a device has; where the CPU is several, its share of the machine's."""
+    """Bytes that a device has; where the CPU is several, its share of the machine's or its container's."""
     stats = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # "max": all
+        machine = min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return stats.get("bytes_limit") or machine // jax.local_device_count()
 
 
@@ -127,11 +130,14 @@ def memory():
 
 
 def whole(tree, count, args):
-    """The tree with all `count` policies on every process, so that the first one can write it."""
+    """The tree with all `count` policies on the host of every process, so that the first one can write it. One array
+    after another: each device holds the whole of it for a moment."""
     if jax.process_count() == 1:
         return tree
-    gathered = jax.jit(lambda x: x, out_shardings=placed(count, args))(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+    gather = jax.jit(lambda x: x, out_shardings=placed(count, args))
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    on_host = lambda x: x if is_key(x) else np.array(x)  # a copy: what is on the device goes
+    return jax.tree.map(lambda x: on_host(gather(x).addressable_data(0)), tree)
 
 
 def own_policies(count):

@@ -33,8 +33,9 @@ def learn_end(task, buffer):
     rng, about = np.random.default_rng(0), f"{buffer.path}: when '{task.name}' ends is learnt from its data"
     kinds = [rng.permutation(np.flatnonzero(mask)) for mask in (ends, ~ends)]
     remedy = "use cped.py, qdq.py or dac.py, which need no model"
-    if min(map(len, kinds)) < FEWEST:
-        raise envs.InputError(f"{about}: {len(kinds[0])} terminals of {len(ends)} rows are too few; {remedy}")
+    fewest, kind = min((len(rows), name) for rows, name in zip(kinds, ("terminals", "other rows"), strict=True))
+    if fewest < FEWEST:
+        raise envs.InputError(f"{about}: {fewest} {kind} among {len(ends)} rows are too few; {remedy}")
     held, seen = zip(*(np.split(rows, [max(1, round(HELD_OUT * len(rows)))]) for rows in kinds), strict=True)
     x = np.asarray(buffer["next_observations"])
     mean, std = x.mean(0, np.float64).astype(np.float32), x.std(0, np.float64).astype(np.float32) + np.float32(1e-6)

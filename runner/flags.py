@@ -18,7 +18,7 @@ import envs.buffers
 import envs.host
 from runner import devices
 from runner.help import help_text
-from runner.signals import listen
+from runner.signals import AGAIN, listen
 
 
 class Within(NamedTuple):
@@ -96,7 +96,7 @@ class RunFlags:
     eval_episodes: Count = 10
     """episodes of an evaluation"""
     q_bound: Rate = 1e6
-    """largest mean |Q| of a batch before the run stops as diverged; 0: go on, also where a loss is not finite"""
+    """largest |Q| before the run stops as diverged, of means over a chunk; 0: go on, also where a loss is not finite"""
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ def parse(Args, argv, preset_of=None, names=(), doc="", idle=lambda args: {}):
     return args
 
 
-def launch(main, Args, preset_of=None, names=(), doc="", again="--resume", cpu_devices=None, **more):
-    """The whole command: whatever a user can mend ends in one line, a signal in one more (go on with `again`).
+def launch(main, Args, preset_of=None, names=(), doc="", again=AGAIN, cpu_devices=None, **more):
+    """The whole command: whatever a user can mend ends in one line, a signal in one more (`again`: how to go on).
 
     cpu_devices(args): devices that a CPU is where --num-devices does not say; more: of `parse`.
     """

@@ -1,5 +1,6 @@
 """The folder of a run, and the data that a learner opens."""
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import envs
 import envs.buffers
 from envs.buffers import scripted
+from runner.files import STATES, full_disk
 from runner.flags import check_run
+from runner.log import say
 
 QUICK_TASK = "point-angle-0"
+FEWEST_ROWS = 20
 
 
 def places(folder):
@@ -19,8 +23,7 @@ def places(folder):
 
 def state_files(folder):
     """The states of a run, of all its phases."""
-    names = ("state.new.npz", "state.npz", "state.prev.npz")  # newest first
-    return [place / name for place in places(folder) for name in names if (place / name).exists()]
+    return [place / name for place in places(folder) for name in STATES if (place / name).exists()]
 
 
 def folder_of(args, script, task):
@@ -35,36 +38,53 @@ def folder_of(args, script, task):
 
 
 class Hold:
-    """The folder, made, and this process's alone: no other may write into it until this one ends or releases it."""
+    """The folder, made, and this process's alone: no other may write into it until this one ends or releases it.
+
+    What is locked is a file in it: NFS locks for all machines, but only what is open for writing.
+    """
 
     def __init__(self, folder, is_first):
         """is_first: of several processes that share a run, the one that holds the folder for all."""
-        self.folder, self.file = folder, None
+        self.folder, self.is_first, self.file = folder, is_first, None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise OSError("no permission, or a read-only disk")
-            self.file = os.open(folder, os.O_RDONLY) if is_first else None
-        except OSError as error:
-            raise envs.InputError(f"{folder}: cannot be written ({error}); choose another --out") from None
-        try:
-            if is_first:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while is_first and not self.lock():
+                self.file.close()
         except BlockingIOError:
-            self.release()
+            self.file.close()
             raise envs.InputError(f"{folder}: another process runs in it; wait, or choose another --out") from None
-        except OSError:  # a file system that cannot lock a folder
-            self.release()
+        except OSError as error:
+            told = full_disk(error, folder) or f"{folder}: cannot be written ({error}); choose another --out"
+            raise envs.InputError(told) from None
+
+    def lock(self):
+        """Lock the file -> whether it is still there: its last holder may have removed it in the meantime."""
+        self.file = open(self.folder / ".lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            say(f"{self.folder}: the disk locks no files ({error.strerror}); let no other process run in this folder")
+        return self.is_there()
+
+    def is_there(self):
+        return os.fstat(self.file.fileno()).st_nlink > 0
 
     def tidy(self):
         """Remove what a kill left while a file was being written."""
-        for place in places(self.folder) if self.file is not None else ():
-            for torn in place.glob(".*.npz.*.tmp"):
+        for place in places(self.folder) if self.is_first else ():
+            for torn in (*place.glob(".*.npz.*.tmp"), *place.glob(".args.json.*.tmp")):
                 torn.unlink(missing_ok=True)
 
     def release(self):
         if self.file is not None:
-            os.close(self.file)
+            with contextlib.suppress(OSError):
+                if self.is_there():  # else the folder was removed, and one of its name may be another's
+                    (self.folder / ".lock").unlink()
+            self.file.close()
         self.file = None
 
 
@@ -80,6 +100,7 @@ def open_task(script, args, keys):
     buffer, task = envs.buffers.load_task(path, keys, args.task, args.max_rows)
     task = envs.rewards.of_data(buffer.metadata, buffer.path, task, args.task_reward)
     folder_of(args, script, task.name)  # refused before any long work
-    if len(buffer) < 20:
-        raise envs.InputError(f"--dataset: {len(buffer)} rows are too few")
+    if len(buffer) < FEWEST_ROWS:
+        remedy = "raise --max-rows" if args.max_rows else "record more, or name another --dataset"
+        raise envs.InputError(f"{buffer.path}: {len(buffer)} rows are too few, {FEWEST_ROWS} are needed; {remedy}")
     return buffer, task

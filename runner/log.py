@@ -33,13 +33,6 @@ def with_eta(items, what):
         yield item
 
 
-def write_whole(path, text):
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def start_wandb(folder, config):
     """A new run of Weights & Biases; InputError where the package or the account is missing."""
     try:
@@ -93,12 +86,8 @@ class Logger:
             self.file.seek(0, os.SEEK_END)
 
     def write(self, record):
-        try:
-            self.file.write(json.dumps(record).encode() + b"\n")
-            self.file.flush()
-        except OSError as error:
-            remedy = "free space, then go on with --resume"
-            raise envs.InputError(f"{self.file.name}: cannot be written ({error.strerror}); {remedy}") from None
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
 
     def position(self):
         """Bytes of the log by now, all of them on the disk."""

@@ -25,24 +25,25 @@ def summary(folder, buffer):
     """The score of a run, printed and returned as {name: number}.
 
     score: mean over seeds of the mean of the last 5 evaluations, score_std its standard deviation
-    over seeds; last and best evaluation beside it; the same over episodes as long as the data's;
+    over seeds; last and best evaluation beside it; none of them counts what was evaluated at step 0, before any
+    learning; the same over episodes as long as the data's;
     mean and best episode return of the data; normalized_score: the score as `Task.normalized_score`
     has it, D4RL's way on D4RL's tasks, where the task has a reference, and its standard deviation over seeds.
     """
-    evaluated = read(folder, "eval/return")
-    if not evaluated:
+    learnt = lambda key: [values[steps > 0] for steps, values in read(folder, key).values()]
+    values = learnt("eval/return")
+    if not values:
         print("result: not evaluated, as the data name no task")
         returns = buffer["episode_returns"]
         return {"data_mean": float(returns.mean()), "data_best": float(returns.max())}
-    values = np.stack([v for _, v in evaluated.values()])
-    short = np.stack([v for _, v in read(folder, "eval/return_data_length").values()])
+    values, short = np.stack(values), np.stack(learnt("eval/return_data_length"))
     score, returns = values[:, -5:].mean(1), buffer["episode_returns"]
     result = {
         "score": score.mean(), "score_std": score.std(), "last": values[:, -1].mean(),
         "best": values.max(1).mean(), "score_data_length": short[:, -5:].mean(),
         "data_mean": returns.mean(), "data_best": returns.max(),
     }  # fmt: skip
-    normalized = [v[-5:].mean() for _, v in read(folder, "eval/score").values()]
+    normalized = [v[-5:].mean() for v in learnt("eval/score")]
     if normalized:
         result |= {"normalized_score": np.mean(normalized), "normalized_score_std": np.std(normalized)}
     print("result:", *(f"{k} {v:.2f} " for k, v in result.items()), flush=True)

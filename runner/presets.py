@@ -1,12 +1,14 @@
 """Presets: published settings by the data's name, and budgets on top of them."""
 
+import re
+
 import envs.buffers
 from runner.flags import refuse
 
 
 def preset_name(data, known):
     """The name of `known` for a dataset: its own, else that of the same set in another version."""
-    same = lambda name: name.rstrip("0123456789").removesuffix("-v")
+    same = lambda name: re.sub(r"-v\d+$", "", name)
     return data if data in known else next((name for name in known if same(name) == same(data)), data)
 
 

@@ -40,4 +40,4 @@ def metrics(h_of, act, own, data, level, args):
     found = {f"h/{name}": h[:, i] for i, name in enumerate(NAMES)}
     found |= {f"h/flagged_{name}": flagged[:, i].mean(-1) for i, name in enumerate(NAMES)}
     both = flagged[:, 0] & jnp.roll(flagged[:, 0], -1, 0)
-    return found | ({"h/overlap": both.sum(1) / flagged[:, 0].sum(1)} if args.num_seeds > 1 else {})
+    return found | ({"h/overlap": both.sum(1) / jnp.maximum(flagged[:, 0].sum(1), 1)} if args.num_seeds > 1 else {})

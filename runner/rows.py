@@ -47,16 +47,19 @@ class PolicyRows(EpisodeFiles):
         return devices.added_up(counts).tolist()
 
 
-def announce_rounds(args, task, env, episode_length, num_warmup, updates, num_rounds):
-    """Print the size of a run, in rounds of warm-up and of so many updates each -> bytes of disk that its rows take:
-    once as row files, once as buffers."""
+def announce_rounds(args, task, env, actor, episode_length, num_warmup, updates, num_rounds):
+    """Print the size of a run, in rounds of warm-up and of so many updates each -> bytes of disk that its rows take, as
+    row files and as buffers, and the policies of every evaluation where they are kept; actor: of all policies."""
     steps = (num_warmup + num_rounds) * args.num_envs * episode_length
     print(
         f"{task.name} on {env.backend}: {args.num_policies} policies x {steps} steps in {num_warmup} + {num_rounds} "
         f"rounds of {args.num_envs} x {episode_length} steps and {updates} updates each", flush=True,
     )  # fmt: skip
     row = 4 * (2 * env.observation_size + env.action_size + 9) + 2  # all columns of envs.buffers.episodes
-    return 2 * args.num_policies * steps * row
+    fresh = args.rollout_episodes * episode_length if args.collect == "rollouts" else 0
+    kept = args.num_updates // args.eval_every if args.keep_policies else 0
+    rows = steps + (2 * fresh or steps)  # buffers are made of all rows, or of fresh ones, which have files of their own
+    return args.num_policies * rows * row + kept * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(actor))
 
 
 def fresh_rows(run, env, rollouts, actor, key):

@@ -1,5 +1,6 @@
 """One run: its folder, log, checkpoints, progress, figures and score."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -12,21 +13,14 @@ import numpy as np
 import envs
 import envs.buffers
 from runner import devices, plots
-from runner.checkpoint import fill, flat_arrays, name_state, read_state, save_state
+from runner.checkpoint import DIGESTED, FREE, fill, flat_arrays, name_state, read_state, save_state
+from runner.files import amount, full_disk, write_whole
 from runner.flags import announce
 from runner.folder import Hold, folder_of, state_files
 from runner.log import Logger, Progress, say
 from runner.signals import StopSignal
 
-# flags that may change at a resume; --task-reward must fit the data, which may not
-FREE = ("out", "resume", "track", "num_devices", "distributed", "q_bound", "task_reward")
 SAVE_EVERY = 60.0  # seconds between two checkpoints
-DIGESTED = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # tell data apart
-
-
-def amount(size):
-    """Bytes in words: 1.2 MB, 84.3 GB."""
-    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
 class Run:
@@ -51,17 +45,16 @@ class Run:
             identity["data"] = envs.buffers.digests(buffer, DIGESTED)
         self.identity = {**flags, **identity, **envs.buffers.versions()}
         self.states, self.meta, self.phase, self.stopped = {}, {}, "", ""
-        self.step, self.first, self.since = 0, 0, self.began  # no pace yet
+        self.step, self.paced_from, self.paced_since = 0, 0, self.began  # no pace yet
         self._logger = self.shown = None
         self.kept = 0  # bytes of the states of the phases that are compiled so far
-        self.redone = 0  # of a phase that had ended and that a torn state set back: where its records in the log end
+        self.log_end = None  # of a phase whose records are in the log, up to here at most, and that is done again
         self.hold = Hold(self.folder, self.is_first)
         try:
             if args.resume and not there:
                 print(f"{self.folder}: nothing was saved here yet; starting from the beginning", flush=True)
             elif args.resume:
                 self.read_states()
-            self.resumed = bool(self.states)
             self.hold.tidy()
             announce()
         except BaseException:
@@ -93,17 +86,18 @@ class Run:
         placed: chunk itself says on which devices its arrays lie, else the first axis of the state tells; disk: bytes
         that the run writes beside its states.
         """
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        have = devices.memory()
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+        size, have, local = sum(sizes), devices.memory(), jax.local_device_count()
+        here = size if jax.process_count() == 1 else size // jax.process_count() + local * max(sizes)  # devices.whole
         self.kept += 2 * size + disk  # of every phase the newest state and the one before
         disk = self.kept + size + size // 4  # beside what is kept: the state being written, and policy.npz
-        ours = [x for kind in ("*.rows", "policy_*.npz") for x in self.folder.glob(f"*/{kind}")]  # made before
-        ours += state_files(self.folder)
+        kinds = ("*.rows", "policy_*.npz", "update_*.npz")
+        ours = state_files(self.folder) + [x for kind in kinds for x in self.folder.glob(f"*/{kind}")]  # made before
         free = shutil.disk_usage(self.folder).free + sum(x.stat().st_size for x in ours)
         print(f"{self.folder}: {amount(disk)} of {amount(free)} disk", end="", flush=True)
-        if size > have * jax.local_device_count() or disk > free:
+        if here > have * local or disk > free:
             print()
-            raise self.too_large(size, have * jax.local_device_count(), disk, free)
+            raise self.too_large(here, have * local, disk, free)
         program = chunk.lower(state, *inputs).compile()
         m = program.memory_analysis()
         need = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
@@ -122,16 +116,16 @@ class Run:
     def restore(self, init, *inputs, phase=""):
         """The state of a phase: exactly where a resumed run was, else init(*inputs), which is saved at once."""
         self.leave_if_stopped()
-        self.phase, self.redone = phase, 0
+        self.phase, self.log_end = phase, None
         saved = self.states.pop(phase or ".", None)
+        if self.states:  # a later phase has begun: what is torn or gone of this one is in the log
+            self.log_end = saved[2] if saved else min(log for *_, log in self.states.values())
         if saved is None:
             state = init(*inputs)
             self.write(state)
             return state
-        arrays, path, log = saved
+        arrays, path, _ = saved
         state = fill(jax.eval_shape(init, *inputs), arrays, path)
-        if log < self.meta["log"]:  # a later phase has begun: whatever is missing here is in the log
-            self.redone = log
         if jax.process_count() == 1:  # others may be reading it
             if path.name == "state.new.npz":
                 name_state(path)
@@ -146,30 +140,30 @@ class Run:
         if not self.is_first:
             return
         if self.meta.get("identity", {}).get("num_updates") != self.args.num_updates:  # a new run, or one made longer
-            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+            write_whole(self.folder / "args.json", json.dumps(dataclasses.asdict(self.args), indent=1))
             self.meta["identity"] = self.identity
-        log = self.redone or self.logger.position()
+        log = self.logger.position() if self.log_end is None else self.log_end
         save_state(self.folder / self.phase, state, {**self.meta, "identity": self.identity, "log": log})
 
     def chunks(self, label, total, done, size=None):
-        """Count updates after each chunk of `size` (--chunk), from `done` on to `total`.
+        """Count updates after each chunk of `size` (--chunk), from `done` on to `total`; `progress` says it ran.
 
         A signal ends the process at the next `save`, once the state is on disk.
         """
         self.leave_if_stopped()
         self.label, self.total, self.step = label, total, int(np.max(done))
-        self.first, self.since, self.saved = self.step, time.time(), time.time()  # the pace counts from here
-        start = self.step
+        self.paced_from, self.paced_since, self.saved = self.step, time.time(), time.time()
+        start = step = self.step
         if start >= total:
             return
         self.shown = Progress(label, total, start)
         try:
             with StopSignal() as self.signal:
-                while self.step < total and not self.stopped:
-                    self.step += size or self.args.chunk
-                    yield self.step
-                    if self.first == start:  # the first chunk compiled: the pace is that of those after it
-                        self.first, self.since = self.step, time.time()
+                while step < total and not self.stopped:
+                    step += size or self.args.chunk
+                    yield step
+                    if self.paced_from == start:  # the first chunk compiled: the pace is that of those after it
+                        self.paced_from, self.paced_since = step, time.time()
         finally:
             self.shown.close()
             self.stopped = self.stopped or self.signal.name  # the script may have left the loop before it ended
@@ -185,11 +179,11 @@ class Run:
 
     def rate(self):
         """Updates per second, without the first chunk."""
-        return (self.step - self.first) / (time.time() - self.since)
+        return (self.step - self.paced_from) / (time.time() - self.paced_since)
 
     def progress(self, step, metrics, names, last=False):
         """Show the count, rate, ETA and the metrics of these names; InputError where a metric diverged (--q-bound)."""
-        metrics = jax.device_get(metrics)  # in one transfer
+        self.step, metrics = step, jax.device_get(metrics)  # in one transfer
         for name, values in metrics.items() if self.args.q_bound else ():
             largest = np.abs(values).max()
             if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
@@ -202,7 +196,7 @@ class Run:
 
     def record(self, step, metrics, **labels):
         """One record of the log: numbers and lists by name; labels such as seed=0."""
-        if self.is_first and not self.redone:
+        if self.is_first and self.log_end is None:
             self.logger.log(int(step), metrics, **labels)
 
     def log(self, step, metrics, seeds=None):
@@ -241,9 +235,14 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if self.shown:
-            self.shown.close()
-        if self._logger:
-            self._logger.file.close()
-        self.hold.release()
+    def __exit__(self, kind, error, trace):
+        try:
+            if self.shown:
+                self.shown.close()
+            if self._logger:
+                with contextlib.suppress(OSError):  # it tries again what found no room
+                    self._logger.file.close()
+        finally:
+            self.hold.release()
+        if told := full_disk(error, self.folder):
+            raise envs.InputError(told) from None

@@ -7,14 +7,16 @@ import signal
 import sys
 from pathlib import Path
 
+AGAIN = "the same command with --resume goes on from what was saved"
 
-def end_at_once(number, frame, again="--resume"):
+
+def end_at_once(number, frame, again=AGAIN):
     """Handler outside the training loops: says how to go on (`again`) and ends the process, with what was saved.
 
     It exits directly, without an exception: jax swallows exceptions that are raised in its callbacks, and an orderly
     end crashes while XLA compiles.
     """
-    said = f"stopped by {signal.Signals(number).name}; the same command with {again} goes on from what was saved"
+    said = f"stopped by {signal.Signals(number).name}; {again}"
     with contextlib.suppress(RuntimeError, OSError, ValueError):  # in the middle of a print, or its reader is gone
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # the cursor, which the live progress line hides
@@ -24,7 +26,7 @@ def end_at_once(number, frame, again="--resume"):
     os._exit(1)
 
 
-def listen(again="--resume"):
+def listen(again=AGAIN):
     """Let SIGTERM and Ctrl-C end the process at once, until a training loop begins."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(end_at_once, again=again))

@@ -46,6 +46,17 @@ def test_a_signal_while_programs_compile(tmp_path, name):
     assert said == f"dac.py: stopped by {name}; the same command with --resume goes on from what was saved\n"
 
 
+def test_a_signal_to_a_script_that_saves_no_state(tmp_path):
+    """udg_select.py cannot go on: it begins anew."""
+    run, told = [sys.executable, str(ROOT / "udg_select.py"), "--quick", "--out", str(tmp_path / "run")], ""
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and "on disk" not in told:
+            told = process.stdout.readline()
+        process.terminate()
+        said = process.stderr.read()
+    assert said == "udg_select.py: stopped by SIGTERM; the same command with --overwrite begins anew\n"
+
+
 def make_folder(path, value=1.0, log=(1, 2), board=((1, 2),), extra=()):
     """A run's folder in small; board: steps in each events file."""
     path.mkdir()

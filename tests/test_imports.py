@@ -238,7 +238,7 @@ def test_a_learner_trains_without_a_task(tmp_path, capsys):
     logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert "train/critic_loss" in logged[-1] and not any(key.startswith("eval/") for key in logged[-1])
     flags = f"--dataset {made} --out {tmp_path / 'no'}"
-    with pytest.raises(InputError, match=r"1 terminals of 120 rows are too few; use cped\.py"):
+    with pytest.raises(InputError, match=r"1 terminals among 120 rows are too few; use cped\.py"):
         mopo.main(runner.parse(mopo.Args, flags.split(), mopo.preset))
     assert not (tmp_path / "no").exists()
     env = envs.make(buffers.load_task(made, None)[1])

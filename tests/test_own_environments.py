@@ -589,9 +589,10 @@ def test_mopos_ends_are_learnt(world, capsys):
     assert "held-out terminals" in capsys.readouterr().out
     again = runner.learn_end(task, data).model_terminal
     assert (found(fresh) == again(fresh)).all()
-    few = dataclasses.replace(data, arrays={**arrays, "terminals": np.arange(4_000) < 9})
-    with pytest.raises(envs.InputError, match="9 terminals of 4000 rows are too few"):
-        runner.learn_end(task, few)
+    for least, kind in ((9, "9 terminals"), (4_000, "0 other rows")):
+        few = dataclasses.replace(data, arrays={**arrays, "terminals": np.arange(4_000) < least})
+        with pytest.raises(envs.InputError, match=f"{kind} among 4000 rows are too few"):
+            runner.learn_end(task, few)
     noise = dataclasses.replace(data, arrays={**arrays, "terminals": rng.uniform(size=4_000) < 0.02})
     with pytest.raises(envs.InputError, match="the next observation does not tell it"):
         runner.learn_end(task, noise)

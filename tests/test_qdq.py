@@ -536,6 +536,7 @@ def test_probes_ask_h_on_the_data_and_off_them():
         jnp.array(own), data, 0.9, args,
     )  # fmt: skip
     by_action, by_state = ask([1.0, 0.0], [2.0, 0.0]), ask([0.0, 1.0], [0.0, -1.0])
+    assert np.all(ask([0.0, 0.0], [0.0, 0.0])["h/overlap"] == 0.0)  # no row is flagged
     near, far = by_action["h/near"], by_action["h/far_action"]
     assert np.all(by_action["h/data"] == by_action["h/far_state"]) and np.all(near != by_action["h/data"])
     np.testing.assert_allclose(far, [1.0, 2.0], rtol=0.1)  # the median of |a_0| + |a_1|, both uniform
@@ -718,9 +719,9 @@ def test_student_of_another_run(whole_run, tmp_path):
         (dict(normalize=False), "normalize was True"),
         (dict(group_size=4), "group_size was 8 and is now 4"),  # the same shapes, another network
         (dict(reward_shift=-1.0), r"reward_shift was 0\.0"),
-        (dict(max_rows=7_900), "data was"),
+        (dict(max_rows=7_900), "the data have other observations, actions, rewards"),
         (dict(num_seeds=3), "another size or number of seeds"),
-        (dict(student="nowhere.npz"), "nowhere.npz: cannot be read"),
+        (dict(student="nowhere.npz"), "nowhere.npz: cannot be read .*; name what this script wrote"),
     ],
 )  # fmt: skip
 def test_student_of_other_data_or_flags_is_refused(changes, message, whole_run, tmp_path):

@@ -140,6 +140,11 @@ def test_bootstrap_draws_seeds_within_tasks():
     assert numbers.bootstrap([few]) is None and numbers.bootstrap([strata[0], few]) is None
 
 
+def test_what_was_evaluated_before_any_learning_does_not_count():
+    scores, last, best, counted = numbers.final_scores({0: {0: 9.0, 10: 1.0, 20: 2.0}, 1: {0: 3.0}})
+    assert (*scores, *last, *best, counted) == (1.5, 3.0, 2.0, 3.0, 2.0, 3.0, 1)
+
+
 def test_final_table_against_numpy(tmp_path):
     returns = np.random.default_rng(0).normal(100, 20, (5, 6)).round(3)
     learner(tmp_path, "point-angle-0", "seed0", returns[:2].tolist(), num_seeds=2)
@@ -328,6 +333,7 @@ HEAD, GOOD = lines_of(header()), {"step": 600, "seed": 0, "eval/return": 1.0}
 BROKEN = {
     "holds no line of a run": "",
     "has no evaluation yet": HEAD,
+    "was not evaluated, as its data name no task": HEAD + lines_of({"step": 600, "seed": 0, "train/q": 1.0}),
     "line 3, the last one, is torn": HEAD + lines_of(GOOD) + '{"step": 700, "eval/ret',
     "line 2, 3: no JSON object": HEAD + "garbage\n[1]\n" + lines_of(GOOD),
     "line 1: key 'args' is missing": lines_of(GOOD),

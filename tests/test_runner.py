@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import io
 import itertools
 import json
@@ -29,8 +31,8 @@ from tensorboardX.proto import event_pb2
 import envs
 import envs.buffers
 import runner
-from envs.buffers import scripted
-from runner import checkpoint, devices, log, plots, presets, run, signals
+from envs.buffers import files, scripted
+from runner import checkpoint, devices, folder, log, plots, presets, run, signals
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("observations", "actions", "rewards")
@@ -210,6 +212,17 @@ def test_a_torn_state_falls_back_and_the_log_with_it(whole, args, monkeypatch):
     assert learn(dataclasses.replace(args, resume=True)) == whole[1]
 
 
+def test_a_phase_whose_states_are_gone_is_done_again_and_logged_once(whole, args, monkeypatch):
+    """Also over a stop in the midst of it."""
+    shutil.copytree(whole[0], args.out)
+    for path in (Path(args.out) / "fit").glob("state*.npz"):
+        path.unlink()
+    args = dataclasses.replace(args, resume=True)
+    stop(args, monkeypatch, "fit step", 20)
+    assert learn(args) == whole[1]
+    assert_same_run(whole[0], Path(args.out))
+
+
 def test_torn_states_are_refused_and_nothing_is_changed(whole, args):
     folder = Path(args.out)
     shutil.copytree(whole[0], folder)
@@ -258,6 +271,24 @@ def test_a_folder_in_use_is_refused(args):
         runner.Run("toy", dataclasses.replace(args, resume=True), task, buffer)
     with runner.Run("toy", args, task, buffer):  # free again
         pass
+    assert not list(Path(args.out).iterdir())
+
+
+def test_a_folder_is_held_as_nfs_asks_or_not_at_all(args, monkeypatch, capsys):
+    """Its flock needs a file that is open for writing; a disk that locks nothing is told, and cleaned all the same."""
+    torn, modes = Path(args.out) / ".policy.npz.7.tmp", []
+    torn.parent.mkdir()
+    torn.touch()
+
+    def flock(file, operation):
+        modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    buffer, task = runner.open_task("toy", args, KEYS)
+    with runner.Run("toy", args, task, buffer):
+        assert modes == [os.O_RDWR] and not torn.exists()
+    assert "the disk locks no files (No locks available); let no other process run" in capsys.readouterr().out
 
 
 def test_a_state_that_waits_for_its_name_is_the_newest(whole, args):
@@ -286,14 +317,23 @@ def test_another_run_is_refused(whole, args, tmp_path, monkeypatch):
     elsewhere[-1] += 0.5
     for changes in ({"rewards": rewards}, {"next_observations": elsewhere}, swapped):
         other = envs.buffers.save(tmp_path / "other.npz", {**buffer.arrays, **changes}, buffer.metadata)
-        refused("data was .* and is now", dataset=str(other))
+        refused(f"the data have other {', '.join(changes)} now; resume with the old one", dataset=str(other))
     refused("already holds a run", dataset="", quick=True, resume=False)
     assert not (whole[0] / "point-angle-0.npz").exists(), "--quick asks before it writes its data"
     old = {**envs.buffers.versions(), "udg-jax": "0.1.0"}
     monkeypatch.setattr(envs.buffers, "versions", lambda: old)
-    refused("udg-jax was .* and is now '0.1.0'")
+    refused("udg-jax was .* and is now '0.1.0'", rate=0.25)  # before any flag
+    flags = {"gamma": 0.9}
+    with pytest.raises(envs.InputError, match=r"x\.npz: shift is new in this version; resume with the old one"):
+        checkpoint.check_identity("x.npz", flags, {**flags, "shift": 1})
     with pytest.raises(envs.InputError, match="x does not fit: another version"):
         runner.fill({"x": jnp.zeros(3)}, {"x": np.zeros(4, np.float32)}, "state.npz")
+
+
+def test_data_may_be_moved_before_a_resume(whole, args, tmp_path):
+    shutil.copytree(whole[0], args.out)
+    moved = shutil.copy(args.dataset, f"{tmp_path}/moved.npz")
+    assert learn(dataclasses.replace(args, resume=True, dataset=moved)) == whole[1]
 
 
 def test_a_finished_run_goes_on_for_more_updates(whole, args, monkeypatch):
@@ -323,7 +363,10 @@ def test_a_finished_run_goes_on_for_more_updates(whole, args, monkeypatch):
     "changes, why",
     [
         (dict(gamma=0.5), "--gamma stretches over the whole run, and only one with --gamma 0.9 can go on"),
-        (dict(sizes=(4,)), "--sizes stretches over the whole run, and only one with --sizes 4 4 can go on"),
+        (
+            dict(gamma=0.5, sizes=(4,)),
+            "--gamma stretches .*, and --sizes stretches over the whole run, and only one with --sizes 4 4 can go on",
+        ),
     ],
 )
 def test_a_run_whose_schedule_has_ended_is_not_made_longer(args, changes, why):
@@ -358,6 +401,13 @@ def test_a_folder_that_cannot_be_written_is_named(args, tmp_path):
         learn(dataclasses.replace(args, out=str(tmp_path / "file" / "run")))
 
 
+@pytest.mark.parametrize("max_rows, remedy", [(0, "record more, or name another --dataset"), (100, "raise --max-rows")])
+def test_too_few_rows_are_refused(args, monkeypatch, max_rows, remedy):
+    monkeypatch.setattr(folder, "FEWEST_ROWS", 10_000)
+    with pytest.raises(envs.InputError, match=rf"npz: \d+ rows are too few, 10000 are needed; {remedy}"):
+        runner.open_task("toy", dataclasses.replace(args, max_rows=max_rows), KEYS)
+
+
 def test_a_seed_alone_is_the_seed_among_others(whole, args):
     learn(dataclasses.replace(args, seed=1, num_seeds=1))
     assert records_of(Path(args.out)) == [r for r in records_of(whole[0]) if r["seed"] == 1]
@@ -386,6 +436,21 @@ def test_what_does_not_fit_is_refused(args, monkeypatch, capsys):
     np.testing.assert_allclose(float(need), (rows + 2 * state) / 1e6, atol=0.06)
 
 
+def test_a_process_needs_its_share_and_the_largest_array_to_save_all(args, monkeypatch):
+    class Chunk:
+        def lower(*_):
+            raise RuntimeError("it fits")
+
+    (buffer, task), state = runner.open_task("toy", args, KEYS), {name: np.zeros(25, np.float32) for name in "abcd"}
+    with runner.Run("toy", args, task, buffer) as r:
+        monkeypatch.setattr(jax, "process_count", lambda: 4)
+        for have, error in ((199, envs.InputError), (200, RuntimeError)):
+            monkeypatch.setattr(devices, "memory", lambda have=have: have)
+            monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+            with pytest.raises(error):
+                r.compile(Chunk(), state)
+
+
 def test_buffers_that_are_written_count_as_free(args, monkeypatch):
     """A disk that filled while the last files of a run were written, and has room for the missing ones now."""
     (buffer, task), (init, chunk) = runner.open_task("toy", args, KEYS), make_train(args)
@@ -394,6 +459,33 @@ def test_buffers_that_are_written_count_as_free(args, monkeypatch):
         (r.folder / "buffers" / "policy_00.npz").write_bytes(bytes(1000))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 600))
         r.compile(chunk, jax.eval_shape(init, runner.seed_keys(args)), jnp.asarray(buffer["rewards"]), disk=1000)
+
+
+@pytest.mark.parametrize("where", ["log.jsonl", "board", "args.json", "state.npz", "policy.npz"])
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(args, monkeypatch, where):
+    def full(*paths, replace=os.replace):
+        if not paths or paths[1].name == where:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(*paths)
+
+    (buffer, task), said = runner.open_task("toy", args, KEYS), r"cannot be written \(No space left on device.*\)"
+    with (
+        pytest.raises(envs.InputError, match=f"{args.out}.*: {said}; free space, then go on with --resume$"),
+        runner.Run("toy", args, task, buffer) as r,
+    ):
+        monkeypatch.setattr(os, "replace", full)
+        r.write({"x": jnp.zeros(2)})
+        if where == "log.jsonl":
+            r.logger.file.close()
+            r.logger.file = open("/dev/full", "wb")  # noqa: SIM115
+        if where == "board":
+            monkeypatch.setattr(r.logger.board, "flush", full)
+        r.record(10, {"train/q": 1.0})
+        r.write_policy("toy", {"x": jnp.zeros(2)})
+    monkeypatch.undo()
+    assert not list(Path(args.out).glob(".*"))
+    with runner.Run("toy", dataclasses.replace(args, resume=True), task, buffer):  # no longer held
+        pass
 
 
 # --- progress and divergence ---
@@ -424,6 +516,20 @@ def test_a_file_gets_a_line_a_minute_and_the_last(args, dataset, monkeypatch, ca
         "update 70/80 (88%)  0.4/s  ETA 00:00:25  q 1.5",
         "update 80/80 (100%)  0.4/s  ETA 00:00:00  q 1.5",
     ]
+
+
+def test_the_pace_counts_no_chunk_that_never_ran(args, monkeypatch):
+    """As after a fit that ends early."""
+    now = [1e9]
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(time=lambda: now[0]))
+    buffer, task = runner.open_task("toy", args, KEYS)
+    with runner.Run("toy", args, task, buffer) as r:
+        for step in r.chunks("fit step", 1000, 0):
+            if step > 30:
+                break
+            now[0] += 1.0
+            r.progress(step, {}, ())
+        assert (r.step, r.rate()) == (30, 10.0)
 
 
 class Terminal(io.StringIO):
@@ -719,7 +825,8 @@ def test_a_files_own_preset_is_chosen_without_reading_its_arrays(dataset, monkey
     name, found = runner.preset(Args(dataset=dataset, preset="cpu"), known, {"cpu": {"chunk": 7}}, {})
     assert "as published for point-angle-0-scripted" in name and found == {"rate": 4.0, "chunk": 7}
     assert presets.preset_name("ours/hopper-medium", PUBLISHED) == "ours/hopper-medium"
-    assert presets.preset_name("hopper", PUBLISHED) == "hopper"
+    for name in ("hopper", "hopper-medium2", "hopper-medium-v"):  # other sets
+        assert presets.preset_name(name, PUBLISHED) == name
 
 
 @pytest.mark.parametrize(
@@ -791,6 +898,16 @@ def test_seed_keys_are_split_within_a_seed():
 
 
 # --- figures and neighbours ---
+
+
+def test_a_score_leaves_out_what_was_evaluated_before_any_learning(tmp_path):
+    lines = [
+        {},
+        *({"step": s, "eval/return": r, "eval/return_data_length": r} for s, r in ((0, 9.0), (1, 1.0), (2, 2.0))),
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = plots.summary(tmp_path, {"episode_returns": np.ones(2)})
+    assert (found["score"], found["best"], found["score_data_length"]) == (1.5, 2.0, 1.5)
 
 
 @pytest.mark.parametrize("length, titles", [(100, ["point-angle-0, 100 steps"]), (50, [
@@ -877,6 +994,19 @@ def test_cores_are_those_that_a_container_allows(monkeypatch, tmp_path):
     for text, wanted in (("3", 3), ("0", 1), ("many", 8)):
         monkeypatch.setenv("NPROC", text)
         assert devices.cores() == wanted
+
+
+def test_memory_is_what_a_container_allows(monkeypatch, tmp_path):
+    """Of a container that may use 1000 bytes and uses 700, 200 of them for the files that it read."""
+    texts = {"memory.max": "1000\n", "memory.current": "700", "meminfo": "MemTotal: 9 kB\nMemAvailable: 2 kB"}
+    texts["memory.stat"] = "anon 500\nactive_file 50\ninactive_file 150"
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for module in (devices, files):
+        monkeypatch.setattr(module, "Path", lambda path: tmp_path / os.path.basename(path))
+    assert (devices.memory() * jax.local_device_count(), files.available_memory()) == (1000, 500)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.memory() * jax.local_device_count() > 1e6 and files.available_memory() == 2048
 
 
 def test_a_cpu_is_split_unless_somebody_has_said_otherwise(monkeypatch):

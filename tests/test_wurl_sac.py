@@ -482,9 +482,12 @@ def test_feature_scales():
         ("--task ant --num-updates 130 --eval-every 1", (200, 200, 200)),
     ],
 )
-def test_budgets_are_rounded_to_whole_rounds(flags, wanted):
+def test_budgets_are_rounded_to_whole_rounds(flags, wanted, capsys):
     args = W.open_world(runner.parse(W.Args, flags.split(), W.preset))[0]
     assert (args.chunk, args.eval_every, args.num_updates) == wanted
+    assert not capsys.readouterr().out  # an error may follow, and stands alone
+    runner.announce()
+    assert "in whole rounds of " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_quick_refuses_a_preset():
@@ -575,6 +578,14 @@ def test_supervised_data(tmp_path):
     assert about["task_options"] == envs.task("point-angle-0").options == buffer.metadata["task_options"]
     assert about["rows"] == [len(buffer)] and about["observations"] == "task" and about["update"] == 20
     assert not (tmp_path / "rows").exists()
+
+
+def test_the_disk_counts_fresh_rows_and_kept_policies():
+    args, task, env, length = W.open_world(tiny(out="", rollout_episodes=5))
+    actor, steps = {"w": np.zeros(100, np.float32)}, (1 + 3) * args.num_envs * length
+    disk = lambda **changes: W.announce_rounds(dataclasses.replace(args, **changes), task, env, actor, length, 1, 20, 3)
+    assert disk(keep_policies=True) - disk() == 400 * (args.num_updates // args.eval_every)
+    assert disk(collect="rollouts") / disk() == pytest.approx((steps + 2 * 5 * length) / (2 * steps))
 
 
 def test_fresh_rollouts_of_random_policies(tmp_path):

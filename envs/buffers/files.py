@@ -183,12 +183,16 @@ def check_dialect(path: Path, members: Mapping[str, Member]) -> None:
 
 
 def available_memory() -> float:
-    """Bytes that can be allocated now, or infinity where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    return math.inf
+    """Bytes that can be allocated now, also in a container, or infinity where the system does not say."""
+    free, group = math.inf, "/sys/fs/cgroup/memory"
+    words = lambda path: dict(line.split()[:2] for line in Path(path).read_text().splitlines())
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free = 1024.0 * int(words("/proc/meminfo")["MemAvailable:"])
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max": no limit; what files fill is given back
+        cached = words(f"{group}.stat")
+        used = int(Path(f"{group}.current").read_text()) - int(cached["active_file"]) - int(cached["inactive_file"])
+        free = min(free, float(int(Path(f"{group}.max").read_text()) - used))
+    return free
 
 
 def check_fits(path: Any, size: int, remedy: str) -> None:

@@ -26,8 +26,11 @@ def bootstrap(strata, level=0.95):
 
 
 def final_scores(seeds):
-    """{seed: {step: value}} -> per seed: mean of the last 5 evaluations, the last, the best; and the fewest counted."""
-    rows = [np.array([steps[s] for s in sorted(steps)]) for steps in seeds.values()]
+    """{seed: {step: value}} -> per seed: mean of the last 5 evaluations, the last, the best; and the fewest counted.
+
+    Step 0, before any learning, does not count beside others.
+    """
+    rows = [np.array([steps[s] for s in sorted(steps) if s or len(steps) == 1]) for steps in seeds.values()]
     last_five = np.array([row[-LAST:].mean() for row in rows])
     return last_five, np.array([row[-1] for row in rows]), np.array([row.max() for row in rows]), min(map(len, rows))
 

@@ -2,10 +2,10 @@
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 
 from envs.errors import InputError
+from runner.files import write_whole
 from runner.report.groups import group_runs
 from runner.report.markup import Html, alike, folded, tag
 from runner.report.sections import (
@@ -25,8 +25,9 @@ mean of its last 5 evaluations; the last-5 mean is its mean over seeds, \u00b1 t
 the denominator). IQM: the mean over seeds without the floor(n / 4) lowest and as many highest. Interval: 2000
 bootstrap resamples of the seeds, within each task, 2.5 % and 97.5 % quantile of their IQM; none is given for fewer
 than 3 seeds, and for fewer than about 10 it is too narrow. last, best: mean over seeds of the last and of the highest
-evaluation. Curves: a thin line per seed, the mean over seeds where all have been evaluated, shaded \u00b1 one
-standard deviation. A metric that is a list (one number per policy or member) is drawn as its mean."""
+evaluation. None counts the evaluation before any learning. Curves: a thin line per seed, the mean over seeds where
+all have been evaluated, shaded \u00b1 one standard deviation. A metric that is a list (one number per policy or
+member) is drawn as its mean."""
 
 
 def head():
@@ -89,8 +90,6 @@ def write_page(path, page):
     try:
         if path.exists() and not path.read_bytes().startswith(MARK.encode()):
             raise InputError(f"--out {path}: is there and no page of this script. Remedy: choose another name")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, page)
     except OSError as error:
         raise InputError(f"--out {path}: cannot be written ({error.strerror}). Remedy: choose another place") from None

@@ -41,9 +41,10 @@ class Run:
 
     @property
     def last_step(self):
-        """Updates at the last evaluation; other lines may count epochs of a model."""
-        found = [max(steps) for key in self.series if key.startswith("eval/") for steps in self.series[key].values()]
-        return max(found, default=0)
+        """Updates at the last evaluation, or where data that name no task allow none, at the last record of training;
+        other lines may count epochs of a model."""
+        of = lambda kind: [max(x) for key, seeds in self.series.items() if key.startswith(kind) for x in seeds.values()]
+        return max(of("eval/") or of("train/"), default=0)
 
 
 @dataclass
@@ -166,11 +167,16 @@ def read_run(log, notices):
     run = Run(home, script, task, name, header, series, per_policy, digest)
     total = args.get("num_updates")
     run.finished = run.last_step >= total if isinstance(total, int) else (log.parent / "policy.npz").is_file()
-    if not any(key.startswith("eval/") for key in series):
+    kinds = {key.split("/")[0] for key in series}
+    if not kinds & {"eval", "train"}:
         notices.append((log, "has no evaluation yet: in no table. Remedy: wait, or lower --eval-every"))
     elif not run.finished:
         goal = f" of {total}" if isinstance(total, int) else ""
         notices.append((log, f"is unfinished: {run.last_step}{goal} updates. Remedy: go on with --resume"))
+    elif "eval" not in kinds:
+        notices.append(
+            (log, "was not evaluated, as its data name no task: in no table. Remedy: train on data that name one")
+        )
     run.pictures = find_pictures(log)
     return run
 
