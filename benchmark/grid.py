@@ -241,7 +241,7 @@ def write_results(out, found, algorithms, data, short=None):
     found {dataset: {algorithm: {seed: (steps, returns)}}}; data {dataset: return of an episode, mean and best}; short:
     as found, of episodes as long as the data's.
     """
-    score = lambda seeds: [float(np.mean(values[-5:])) for _, values in seeds.values()]
+    score = lambda seeds: [float(np.mean(values[steps > 0][-5:])) for steps, values in seeds.values()]
     scores = {(d, a): score(seeds) for d, of_data in found.items() for a, seeds in of_data.items()}
     in_short = {pair: score(short[pair[0]][pair[1]]) for pair in scores} if short else {}
     as_data = lambda pair: {"returns_data_length": in_short[pair]} if short else {}

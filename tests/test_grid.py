@@ -90,7 +90,7 @@ def test_a_seed_counts_once(tmp_path, monkeypatch, capsys):
     returns = envs.buffers.load(data, ("rewards",), quiet=True)["episode_returns"]
     about = {"command": ("dac.py", "--dataset", str(data)), "found": lambda: "done"}
     run = lambda seed: types.SimpleNamespace(name=f"point dac {seed}", folder=str(seed), **about)
-    curve = lambda seed: (np.arange(6) * 100, np.full(6, 10.0 * seed))
+    curve = lambda seed: (np.arange(5) * 100, np.array([-1e6, *4 * [10.0 * seed]]))  # step 0: not learnt
     read = lambda folder, key: {seed: curve(seed) for seed in (int(folder.name), int(folder.name) + 1)}
     monkeypatch.setattr(grid.plots, "read", read)
     grid.gather([run(0), run(1)], tmp_path)
