@@ -12,8 +12,8 @@
 
 Plain SAC (wurl_sac.py --preset sac) learns a robot's task and keeps its policies. "expert" is the best of them,
 "medium" the first at a third of its normalised score (--budget d4rl: at the return of D4RL's medium set); their fresh
-episodes make two sets, both together medium-expert, the run's rows up to the medium policy medium-replay, uniform
-actions random. AntMaze: a policy that walks ahead on the open plane, under a breadth-first waypoint controller,
+episodes make two sets, both together medium-expert, the run's rows up to the medium policy (--budget d4rl: as many rows
+as D4RL has) medium-replay, uniform actions random. AntMaze: a policy that walks ahead on the open plane, under a breadth-first waypoint controller,
 actions + 0.2 N(0, 1): play from the start to the goal, diverse from any cell to any. Names are ours/<D4RL's name
 without version>, in files data/<that name>.npz: presets of the learners find them, and no number on them is one on
 D4RL's.
@@ -46,14 +46,15 @@ WALKER = "ant-open-angle-0"
 SAC = "--preset sac --keep-policies"
 CPU_SAC = f"{SAC} --num-updates 120000 --hidden-sizes 128 128 --batch-size 128 --learning-rate 6e-4 --eval-every 4000"
 CPU_SAC += " --replay-size 130000"
-# Of D4RL's size: updates a step such that a run has about as many rows as D4RL's replay (202k, 402k, 302k) when its
-# policy gets to the mean return of D4RL's medium set of that robot.
+# Of D4RL's size: updates a step such that a run of as many rows as D4RL's replay has ends near the mean return of
+# D4RL's medium set of that robot.
 D4RL_SAC = f"{SAC} --num-envs 4 --hidden-sizes 128 128 --batch-size 128 --replay-size 1000000"
 D4RL_BUDGETS = {
     "halfcheetah": "--updates-per-step 0.5 --num-updates 110000 --eval-every 2000",
-    "hopper": "--updates-per-step 0.0625 --num-updates 40000 --eval-every 1000",
+    "hopper": "--updates-per-step 0.125 --num-updates 52000 --eval-every 1000",
     "walker2d": "--updates-per-step 0.125 --num-updates 60000 --eval-every 1000",
 }
+D4RL_ROWS = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}  # of the replays
 D4RL_MEDIUM = {"halfcheetah": 4770.3, "hopper": 1422.1, "walker2d": 2852.1}
 PAPER_SAC = f"{SAC} --backend mujoco --num-updates 3000000 --eval-every 10000"
 CPU_WALKER = f"{SAC} --num-updates 40000 --updates-per-step 0.25 --num-envs 4 --hidden-sizes 128 128 --batch-size 128"
@@ -282,6 +283,13 @@ def level_of(args, name):
     return task, levels
 
 
+def replay_end(args, task):
+    """Where a replay of D4RL's length ends: the last policy before, with the rows themselves."""
+    curve = learning_curve(run_folder(args, task.name))
+    rows = min(D4RL_ROWS[task.name], curve[-1]["rows"])
+    return [entry for entry in curve if entry["rows"] <= rows][-1] | {"rows": rows}
+
+
 def replay_rows(args, task, entry):
     """The rows of the run's own buffer up to a policy."""
     buffer = buffers.load(run_folder(args, task.name) / "buffers" / "policy_00.npz", quiet=True)
@@ -304,8 +312,9 @@ def make_columns(args, name):
         del columns["action_log_probs"]
         return task, columns, {"walker": levels["expert"]}, 0
     if kind == "medium-replay":
-        columns, warmup = replay_rows(args, task, levels["medium"])
-        return task, columns, {"medium": levels["medium"]}, warmup
+        level, entry = ("medium", levels["medium"]) if args.budget != "d4rl" else ("end", replay_end(args, task))
+        columns, warmup = replay_rows(args, task, entry)
+        return task, columns, {level: entry}, warmup
     wanted = ("medium", "expert") if kind == "medium-expert" else (kind,)
     parts = [play(task, gaussian(path[level]), args.rows, args.seed + 1 + LEVELS.index(level)) for level in wanted]
     columns = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}

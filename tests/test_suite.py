@@ -80,6 +80,17 @@ def test_medium_of_a_stated_return(wanted, update):
     assert (levels["medium"]["update"], levels["expert"]["update"]) == (update, 4)
 
 
+def test_a_replay_of_d4rls_length_ends_there(monkeypatch):
+    """After 402k rows of a hopper; where a run is shorter, with it."""
+    for last, rows, update in ((600_000, 402_000, 2), (300_000, 300_000, 2)):
+        curve = [{"update": i, "rows": n, "return": 1.0} for i, n in enumerate((0, 200_000, 300_000, last))]
+        curve = curve if last > 402_000 else curve[:3]
+        monkeypatch.setattr(suite, "learning_curve", lambda folder, curve=curve: curve)
+        monkeypatch.setattr(suite, "run_folder", lambda *_: None)
+        found = suite.replay_end(None, envs.task("hopper"))
+        assert (found["rows"], found["update"]) == (rows, update)
+
+
 # --- rollouts -----------------------------------------------------------------------------------
 
 
