@@ -13,10 +13,10 @@
 Plain SAC (wurl_sac.py --preset sac) learns a robot's task and keeps its policies. "expert" is the best of them,
 "medium" the first at a third of its normalised score (--budget d4rl: at the return of D4RL's medium set); their fresh
 episodes make two sets, both together medium-expert, the run's rows up to the medium policy (--budget d4rl: as many rows
-as D4RL has) medium-replay, uniform actions random. AntMaze: a policy that walks ahead on the open plane, under a breadth-first waypoint controller,
-actions + 0.2 N(0, 1): play from the start to the goal, diverse from any cell to any. Names are ours/<D4RL's name
-without version>, in files data/<that name>.npz: presets of the learners find them, and no number on them is one on
-D4RL's.
+as D4RL has) medium-replay, uniform actions random. AntMaze: a policy that walks ahead on the open plane, under a
+breadth-first waypoint controller, actions + 0.2 N(0, 1): play from the start to the goal, diverse from any cell to any.
+Names are ours/<D4RL's name without version>, in files data/<that name>.npz: presets of the learners find them, and no
+number on them is one on D4RL's.
 
 Cells (runs of wurl_sac.py, sets) and what runs them are those of benchmark/cells.py: what was made by the same
 command from the same run is skipped, a kill loses the cell at work, and a run goes on from its state.
