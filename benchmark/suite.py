@@ -51,7 +51,7 @@ CPU_SAC += " --replay-size 130000"
 D4RL_SAC = f"{SAC} --num-envs 4 --hidden-sizes 128 128 --batch-size 128 --replay-size 1000000"
 D4RL_BUDGETS = {
     "halfcheetah": "--updates-per-step 0.5 --num-updates 110000 --eval-every 2000",
-    "hopper": "--updates-per-step 0.125 --num-updates 52000 --eval-every 1000",
+    "hopper": "--updates-per-step 0.25 --num-updates 104000 --eval-every 2000",
     "walker2d": "--updates-per-step 0.125 --num-updates 60000 --eval-every 1000",
 }
 D4RL_ROWS = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}  # of the replays
