@@ -14,7 +14,7 @@ Algorithm  (1) draw:     rows (s, a, r, s') of the data; t ~ Unif{1..T}, eps ~ N
            (4) critics:  a step on <(Q_h(s, a) - y)^2>; then Qtar <- Polyak average of Q
            (5) actor:    a step on  eta <(eps_theta - eps)^2> + <sigma_t g eps_theta>           (Eq. 16)
                          x_t = sqrt(abar_t) a + sigma_t eps,  sigma_t = sqrt(1 - abar_t),
-                         g = G / <|Qtar_h(s, a)|>,  G = grad_x mean_h Qtar_h(s, x) at x = x_t    (Eq. 19)
+                         g = G / <|Qtar_h(s, a)|>,  G = grad_x mean_h Qtar_h(s, x) at x = x_t    (Eq. 19; D12)
            (6) dual:     eta <- eta + eta_lr (<(eps_theta - eps)^2> - b)
            (7) target actor: every 5th update after the first 1000, Polyak average of the actor
            To act: N_a samples of the actor, and of these the one with the greatest mean_h Qtar_h(s, a)
@@ -38,10 +38,11 @@ Deviations
   D6  Paper: ||eps_theta - eps||^2, a sum; code and here: a mean over the action's dimensions, which b refers to.
   D7  Code visits every row once an epoch; here: uniform draws with replacement, inside the jitted loop.
   D8  Code: rewards times 1000 / (max - min episode return); here: the range has a floor (`return_scale`).
-  D9  At the published b = 1 the policy leaves the data at once, and the critics may need 200k updates to unlearn
-      their overestimation; here: the same in the published presets, elsewhere a fixed eta = 0.2.
+  D9  Published: eta aims at b = 1, the policy leaves the data before the critics are right; ours: eta = 0.2, fixed.
   D10 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
   D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0.
+  D12 Paper, code: grad Q over <|Q|>; ours: over the std of Q, which stays as it is where all values are lower.
+  D13 Code: rho by data set, 0 on the half cheetah; ours: 0 where no episode of the data ends by itself, else 1.
 
 Files      reads a buffer with task rewards (docs/buffer.md); writes runs/dac/<task>/, with policy.npz (docs/policy.md)
 Run        python dac.py --quick                          (point robot, under 2 minutes on 2 cores)
@@ -109,9 +110,9 @@ class Args(runner.Flags):
     q_target: Literal["lcb", "min", "convex", "rand_convex"] = "lcb"
     """over H: mean - rho std (DAC), min, rho min + (1 - rho) max, or random convex weights"""
     q_norm: Literal["none", "size", "spread"] = "size"
-    """what grad Q is divided by: the mean of |Q| (DAC), or the std of mean_h Q over the batch (ours)"""
+    """what grad Q is divided by: the mean of |Q| (code), or the std of mean_h Q over the batch (on other data, D12)"""
     rho: runner.Rate = 1.0
-    """rho: pessimism of lcb, weight of the min in convex (code: 0 to 1.5 by dataset)"""
+    """rho: pessimism of lcb, weight of the min in convex (code: 0 to 1.5 by dataset; on other data 0 or 1, D13)"""
     num_q_samples: runner.Count = 10
     """N: actions a' per next state in the target (code: 10, Algorithm 1: 1; D1)"""
     max_q: bool = False
@@ -161,7 +162,7 @@ ANTMAZE = {  # rho, critic_lr
     "antmaze-large-play-v0": (1.1, 1e-3),
     "antmaze-large-diverse-v0": (1.0, 1e-3),
 }
-OWN = {"eta": 0.2, "eta_lr": 0.0}  # where nothing is published                                       # D9
+OWN = {"eta": 0.2, "eta_lr": 0.0, "q_norm": "spread"}  # where nothing is published               # D9, D12
 CPU = OWN | {  # tau: bootstrapped Q lags by 1 / tau / (1 - gamma) updates, 20k at the code's 0.005, 2k here
     "num_updates": 10_000, "eval_every": 1_000, "num_q_samples": 1, "num_critics": 5, "tau": 0.05, "ema_start": 0,
     "hidden_sizes": (128, 128, 128), "actor_lr": 1e-3, "critic_lr": 1e-3,
@@ -579,7 +580,8 @@ def make_train(args, num_obs, num_act):
 
 def preset(args):
     """--quick, or the published values of the file's dataset or of --preset, and --preset cpu on top."""
-    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own=OWN)
+    ended = args.dataset and envs.buffers.load(args.dataset, ("terminals",), quiet=True)["terminals"].any()
+    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own=OWN | {"rho": 1.0 if ended else 0.0})  # D13
 
 
 def idle_flags(args):
