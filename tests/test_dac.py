@@ -557,21 +557,8 @@ def test_eta_must_lie_within_its_clip(changes):
 def test_eta_is_fixed_where_nothing_is_published(dataset):
     parsed = lambda *flags: runner.parse(D.Args, ["--dataset", dataset, *flags], D.preset)
     fields = lambda args, *names: tuple(getattr(args, name) for name in names)
-    own = parsed("--preset", "cpu", "--rho", "0.5")
-    assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (10_000, 1, 0.5, 0.2, 0.0)
-    assert fields(parsed("--preset", "hopper-medium-expert-v2"), "eta", "eta_lr") == (1.0, 1e-3)
-
-
-@pytest.mark.parametrize("ended", [False, True])
-def test_pessimism_is_for_data_whose_episodes_end(ended, dataset, tmp_path):
-    """Where nothing is published; on one of D4RL's sets the published rho stays."""
-    with np.load(dataset) as file:
-        columns = {k: v.copy() for k, v in file.items() if k != "metadata_json"}
-        about = json.loads(str(file["metadata_json"]))
-    columns["terminals"][3] = ended
-    envs.buffers.save(tmp_path / "data.npz", columns, about)
-    parsed = lambda *flags: runner.parse(D.Args, ["--dataset", str(tmp_path / "data.npz"), *flags], D.preset)
-    for args in (parsed(), parsed("--preset", "cpu")):
-        assert (args.rho, args.q_norm) == (float(ended), "spread")
-    args = parsed("--preset", "hopper-medium-v2")
-    assert (args.rho, args.q_norm) == (1.5, "size")
+    own = parsed("--preset", "cpu", "--rho", "0.3")
+    assert fields(own, "num_updates", "num_q_samples", "rho", "eta", "eta_lr") == (10_000, 1, 0.3, 0.5, 0.0)
+    assert fields(parsed(), "num_updates", "rho", "q_norm") == (2_000_000, 0.0, "spread")
+    published = fields(parsed("--preset", "hopper-medium-expert-v2"), "eta", "eta_lr", "rho", "q_norm")
+    assert published == (1.0, 1e-3, 1.5, "size")
