@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant grid cpu invariants paper published
+# The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant grid cpu norm invariants paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, point), through udg_select.py, for the ant with and without --size 50000:
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 2 all --size 50000
 # python udg_select.py --buffers runs/wurl_sac/point/seed0/buffers --task point-angle-60 --top 1 all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ant=runs/udg_select/ant-angle-60
+before="--eta 0.2 --q-norm size --rho 1" # of --preset cpu, until --q-norm
 
 quick() { # under 2 minutes on 2 cores
     python dac.py --quick
@@ -27,7 +28,7 @@ point() { # 3 seeds on the selections of udg_select.py, and cloning beside it
 }
 
 ant() { # CPU budget as it was when these were run, 1 seed; as it is now: cpu
-    old="--tau 0.01 --ema-start 1000 --num-updates 20000 --eval-every 2000"
+    old="$before --tau 0.01 --ema-start 1000 --num-updates 20000 --eval-every 2000"
     for name in top1 all; do
         data=$ant/$name-size50000.npz
         python dac.py --dataset $data --preset cpu $old --out runs/dac/ant-angle-60/$name-cpu
@@ -40,20 +41,35 @@ grid() { # settings of the short budget on the hopper's replay and the ant: resu
     python benchmark/grid_figures.py results/dac/grid --runs runs/dac_grid --last 3
 }
 
-cpu() { # the short budget as it is now, 3 seeds, and with other numbers of samples to choose from
+cpu() { # the short budget before --q-norm, 3 seeds, and with other numbers of samples to choose from
     for name in hopper-medium-replay ant-angle-60; do
         data=data/$name.npz
         [ $name = ant-angle-60 ] && data=$ant/top1-size50000.npz
         for seed in 0 1 2; do
-            python dac.py --dataset $data --preset cpu --seed $seed --out runs/dac_cpu/$name/cpu/seed$seed
+            python dac.py --dataset $data --preset cpu $before --seed $seed --out runs/dac_cpu/$name/cpu/seed$seed
         done
     done
     python benchmark/grid_figures.py results/dac/grid --runs runs/dac_cpu
     python benchmark/dac_choice.py runs/dac_cpu/*/cpu/seed*
 }
 
+norm() { # how strong, and how pessimistic? 3 minutes a run; the three seeds of the default: benchmark/cpu_grid.json
+    cell() { # name of a set, its file, flags
+        local name=${3//--/}
+        python dac.py --dataset "$2" --preset cpu $3 --out "runs/dac_norm/$1/${name// /-}"
+    }
+    for set in ant-angle-60 cheetah-jump hopper-medium-replay; do
+        data=runs/udg_select/$set/top1-size50000.npz
+        [ $set = hopper-medium-replay ] && data=data/$set.npz
+        for eta in 0.2 0.5; do for rho in 0 1; do
+            cell $set $data "--q-norm spread --eta $eta --rho $rho"
+        done; done
+    done
+    for rho in 0.3 0; do cell cheetah-jump runs/udg_select/cheetah-jump/top1-size50000.npz "--q-norm size --eta 0.2 --rho $rho"; done
+}
+
 invariants() { # published b = 1: eta under 0.02 by 5k updates, regression around b
-    python dac.py --dataset $ant/top1-size50000.npz --preset cpu --eta 1 --eta-lr 1e-3 --bc-threshold 1 --tau 0.01 --ema-start 1000 \
+    python dac.py --dataset $ant/top1-size50000.npz --preset cpu $before --eta 1 --eta-lr 1e-3 --bc-threshold 1 --tau 0.01 --ema-start 1000 \
         --num-updates 6000 --no-lr-cosine --out runs/dac/ant-angle-60/top1-b1
 }
 

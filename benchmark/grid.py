@@ -37,7 +37,7 @@ from runner import devices, plots, state_files
 
 ALGORITHMS = ("mopo.py", "benchmark/mopo_models.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
-SHOWN_AS = {"bc": "cloning"}
+SHOWN_AS = {"bc": "cloning", "dac-bc": "cloning, sampled"}
 CUT = "return, in as many steps as the data's episodes"
 
 
