@@ -18,7 +18,7 @@ import pytest
 import tyro
 
 import cells
-import dac
+import cped
 import envs
 import reference_scores
 import suite
@@ -211,7 +211,7 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(
     source, file = tmp_path / "source", out / "point-angle-60" / "top1.npz"
     command = ["udg_select.py", "--buffers", str(source), "--task", "point-angle-60", "--out", str(out)]
     data = Cell("data", command, file.with_name("scores.json"), (), None, (source,))
-    command = ["dac.py", "--dataset", str(file), "--preset", "cpu", "--out", str(folder)]
+    command = ["cped.py", "--dataset", str(file), "--preset", "cpu", "--out", str(folder)]
     learner = Cell("learn", command, folder / "learning_curve.png", ("data",), folder, (file,))
     for path in (source / "policy_00.npz", file):
         path.parent.mkdir(parents=True)
@@ -237,7 +237,7 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(
         buffers.save(file, dict(other.arrays), other.metadata)
         assert cells.is_done(learner, base)
         with monkeypatch.context() as patch:
-            patch.setitem(dac.CPU, "tau", 0.9)
+            patch.setitem(cped.CPU, "tau", 0.9)
             assert not cells.is_done(learner, base), "the words are the same, their preset is another"
         (folder / "args.json").unlink()
         cells.record_file(learner, base).unlink()
