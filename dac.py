@@ -593,7 +593,7 @@ def idle_flags(args):
         idle["rho"] = f"--q-target {args.q_target} does not use it"
     if args.guidance == "none":
         names = "eta eta_lr bc_threshold eta_min eta_max num_action_samples num_critics q_target rho critic_lr gamma "
-        names += "num_q_samples max_q critic_norm return_range"
+        names += "num_q_samples max_q critic_norm return_range q_norm"
         idle |= dict.fromkeys(names.split(), "--guidance none only clones")
     return idle
 

@@ -237,6 +237,7 @@ def test_cped_has_settings_of_our_own_and_published_ones_by_name(named):
         (cped, "--flow nice --log-scale-cap 1", "--log-scale-cap, because only --flow cond uses it"),
         (dac, "--preset cpu --bc-threshold 0.1", "--bc-threshold, because eta is fixed; add --eta-lr 1e-3"),
         (dac, "--guidance none --rho 2", "--rho, because --guidance none only clones"),
+        (dac, "--guidance none --q-norm size", "--q-norm, because --guidance none only clones"),
         (dac, "--q-target min --rho 2", "--rho, because --q-target min does not use it"),
         (
             qdq,
