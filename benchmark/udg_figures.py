@@ -31,7 +31,6 @@ REFERENCES = ROOT / "envs" / "reference_scores.json"
 LAST = 5
 RESAMPLES, MIN_SEEDS = 2000, 3
 SPACE_FLAGS = ("--div-features", "--feature-scales")  # of wurl_sac.py: what its distances are measured in
-CLIMBS = {"cheetah": ("cheetah-jump", ("mopo-fast", "mopo-critics"))}  # whose Q is drawn (docs/mopo.md)
 COLLAPSE = 0.25  # smallest distance under this share of the mean nearest: wurl_sac.py's warning
 # Okabe and Ito's colours, told apart by the colour-blind; a marker of its own for each, and another the second time
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -42,8 +41,7 @@ LOOKS = {"top1": 0, "top2": 1, "all": 2, "supervised": 4, "random": 3, "best": 5
 NAMES = {
     "top1": "top 1", "top2": "top 2 mixed", "all": "all mixed", "supervised": "supervised for 0 degrees",
     "best": "best episodes",
-    "mopo": "MOPO", "mopo-fast": "MOPO", "mopo-critics": "MOPO, 10 critics",
-    "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
+    "mopo": "MOPO", "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
     "dac": "DAC", "bc": "cloning", "apwd": "APWD", "pwd": "PWD", "diayn": "DIAYN-I", "dads": "DADS-I", "metra": "METRA",
     "mopo-lam0": "MOPO, lambda 0", "mopo-lam0.1": "MOPO, lambda 0.1", "mopo-lam1": "MOPO, lambda 1",
 }  # fmt: skip
@@ -475,27 +473,6 @@ def against_number(path, header, learners):
     save(drawn, path)
 
 
-def values_over_time(path, header, learners):
-    """Mean Q of a batch over training, and below it the return, a column for each learner that these rows are of."""
-    groups, labels = by_learner(header, learners), planned(header, learners)[1]
-    drawn, axes = plt.subplots(2, len(groups), figsize=(5.2 * len(groups), 6), squeeze=False, sharex="all",
-                               sharey="row", layout="constrained")  # fmt: skip
-    handles = {}
-    for (q, back), (name, rows) in zip(axes.T, groups.items(), strict=True):
-        for row in rows:
-            color, marker = style(labels.index(row["label"]), row["label"])
-            line = {"color": color, "marker": marker, "ms": 4, "lw": 1.2}
-            (handles[called(row["label"])],) = q.plot(row["steps"], row["q"], **line)
-            back.plot(row["steps"], row["returns_data_length"], **line)
-        titled(q, f"{called(name)} on {rows[0]['task']}: mean Q of a batch", 60)
-        titled(back, "return of an episode as long as the data's", 50)
-        back.set_xlabel("updates")
-        for axis in (q, back):
-            axis.axhline(0, color="0.7", lw=0.8, zorder=0)
-    drawn.legend(handles.values(), handles, frameon=False, fontsize=8, ncols=len(handles), loc="outside lower center")
-    save(drawn, path)
-
-
 def bound(path, header, learners, distances):
     """A learner's return on every buffer against the buffer's W1 to the expert, and against its relabelled return."""
     models, tasks = list(dict.fromkeys(row["learner"] for row in learners)), list(distances)
@@ -653,10 +630,6 @@ def draw(path):
             score_tables(header, rows)
         counted = all(re.fullmatch(r"K=\d+", label) for label in planned(header, learners)[1])
         (against_number if counted else dots)(picture, header, learners)
-        task, names = CLIMBS.get(path.stem, ("", ()))
-        rows = [row for row in learners if row["task"] == task and row["learner"] in names and "q" in row]
-        if rows:
-            values_over_time(path.with_name(f"{path.stem}-q.png"), header, rows)
     diverse = {name: row for name, row in sources.items() if row["min_w"]}
     if len(diverse) > 1 or (diverse and not learners):
         distances_over_time(path.with_name(f"{path.stem}-diversity.png"), header, diverse)

@@ -263,25 +263,6 @@ def test_an_expert_is_drawn_where_it_is_known(drawn, task, measured, near):
     assert heights == ([known[measured]["expert_data_length"]] if measured else [])
 
 
-@pytest.mark.parametrize("learners, columns", [
-    (("mopo-fast", "mopo-critics", "cped"), 2), (("cped",), 0),
-])  # fmt: skip
-def test_values_over_time_stand_over_the_returns(drawn, learners, columns):
-    """Of the study cheetah, MOPO's learners only, on the jump, and only those that were gathered with their Q."""
-    q = {"mopo-fast": [1.0, 50.0], "mopo-critics": [1.0, -3.0], "cped": [7.0, 8.0]}
-    curve = {"steps": [1, 2], "returns_data_length": [5.0, 6.0]}
-    rows = [row(task, "z", 0.0, learner=name) | curve | {"q": q[name]}
-            for task in ("cheetah-jump", "cheetah-crawl") for name in learners]  # fmt: skip
-    rows.append(row("cheetah-jump", "random", 0.0, learner=learners[0]) | curve)  # from before Q was kept
-    pictures = drawn(rows, name="cheetah", learners=learners)[2]
-    assert ("cheetah-q.png" in pictures) == (columns > 0) and "cheetah.png" in pictures
-    if columns:
-        found = [list(axis.lines[0].get_ydata()) for axis in pictures["cheetah-q.png"].axes]
-        assert found == [[1.0, 50.0], [1.0, -3.0]][:columns] + [[5.0, 6.0]] * columns
-        (legend,) = pictures["cheetah-q.png"].legends
-        assert [text.get_text() for text in legend.get_texts()] == ["z"]
-
-
 def source(name, mean, smallest, accuracy=(0.9, 0.9, 0.9), K=10):
     """A source's row; numbers per evaluation."""
     curve = lambda values: [[100 * (i + 1), value] for i, value in enumerate(values)]
