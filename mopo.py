@@ -22,7 +22,7 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets: (
            E ensemble_size | M num_elites | N rows | B batch | C num_critics | h horizon
            b rollout_batch | S also num_seeds, as a leading axis | alpha entropy weight | gamma discount
 
-Deviations (published presets are as the codes in D11 to D15; the page says why)
+Deviations (published presets are as the codes in D11 to D16; the page says why)
   D1  Paper: the norm of the covariance; codes: the norm of the vector of stds; here: the codes'.
   D2  Paper: the model's mean reward; codes: a sampled reward; here: sampled.
   D3  Paper: spectral normalisation; released code: none; here: none.
@@ -41,6 +41,7 @@ Deviations (published presets are as the codes in D11 to D15; the page says why)
   D13 Codes hold out single rows; here: runs of 20.
   D14 Codes stop by the hold-out's squared error and keep each member where that was least; here: by its likelihood.
   D15 Codes: actor and critics see raw observations; here: standardised.
+  D16 Codes: all networks see angles as they are; here: as sine and cosine where they go round.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
@@ -140,6 +141,8 @@ class Args(runner.Flags):
     """Q networks, the least of which counts (both: 2); try 10 if Q keeps rising (docs/mopo.md; ours, D11)"""
     standardise_observations: bool = True
     """actor and critics see observations in standard deviations of the data (ours, D15; both: raw)"""
+    angles: tuple[runner.Natural, ...] | None = None
+    """observed angles that go round, by number: all networks see their sine and cosine; None: the task's (ours, D16)"""
     critic_norm: bool = True
     """LayerNorm before each ReLU of the critics, which bounds what they say far from the data (ours, D11)"""
     batch_size: runner.Count = 256
@@ -179,9 +182,9 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
     "max_epochs": 1_000, "min_model_steps": 5_000, "max_model_steps": 15_000, "num_updates": 20_000,
     "eval_every": 2_000, "rollout_batch": 10_000, "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
-AS_CODES = {  # D11 to D15 undone
+AS_CODES = {  # D11 to D16 undone
     "standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False,
-    "standardise_observations": False,
+    "standardise_observations": False, "angles": (),
 }  # fmt: skip
 PUBLISHED = {
     name.format(kind): {"horizon": h, "lam": lam, "num_updates": 3_000_000 if "v2" in name else 1_000_000} | AS_CODES
@@ -476,10 +479,11 @@ class Fit(NamedTuple):
 class Scale(NamedTuple):
     """Units of the model, from its training rows: x = ((s, a) - input_mean) / input_std, targets alike."""
 
-    input_mean: jax.Array  # [S + A]
+    input_mean: jax.Array  # [S + n + A]
     input_std: jax.Array
     target_mean: jax.Array  # [D] 0 and 1 without standardise_targets
     target_std: jax.Array
+    angles: jax.Array  # [n] columns of the observations
 
 
 class Model(NamedTuple):
@@ -491,12 +495,19 @@ class Model(NamedTuple):
     low: jax.Array  # [S] rollouts end outside of low, high
     high: jax.Array
     high_reward: jax.Array  # the 99th percentile of the data's
-    obs_scale: tuple[jax.Array, jax.Array]  # mean and std [S] of what actor and critics see; 0 and 1: raw
+    obs_scale: tuple[jax.Array, jax.Array, jax.Array]  # mean, std [S + n] (0, 1: raw), angles [n] of actor and critics
+
+
+def turned(observations, angles):
+    """Sines in the place of n angles, and their cosines behind: [.., S] -> [.., S + n]."""  # D16
+    angle = observations[..., angles]
+    return jnp.concatenate([observations.at[..., angles].set(jnp.sin(angle)), jnp.cos(angle)], -1)
 
 
 def model_inputs(scale, observations, actions):
     """x = ((s, a) - mean) / std."""
-    return (jnp.concatenate([observations, actions], -1) - scale.input_mean) / scale.input_std
+    seen = turned(observations, scale.angles)
+    return (jnp.concatenate([seen, actions], -1) - scale.input_mean) / scale.input_std
 
 
 def model_targets(rows):
@@ -514,11 +525,12 @@ def split_data(key, data, args):
     holdout = (first[:, None] + jnp.arange(run)).reshape(-1)  # D13
     taken = jnp.zeros(num_rows, bool).at[holdout].set(True)
     train = jnp.flatnonzero(~taken, size=num_rows - len(holdout))
-    inputs = moments(jnp.concatenate([data.observations, data.actions], -1)[train])
+    angles = jnp.array(args.angles or (), jnp.int32)
+    inputs = moments(jnp.concatenate([turned(data.observations, angles), data.actions], -1)[train])
     targets = moments(model_targets(data)[train])  # D12
     if not args.standardise_targets:
         targets = jnp.zeros_like(targets[0]), jnp.ones_like(targets[1])
-    return train, holdout, Scale(*inputs, *targets)
+    return train, holdout, Scale(*inputs, *targets, angles)
 
 
 def moments(x):
@@ -532,8 +544,7 @@ def fit_init(key, data, args):
     key, key_split, key_boot, key_net = jax.random.split(key, 4)
     train, holdout, scale = split_data(key_split, data, args)
     draws = jax.random.randint(key_boot, (args.ensemble_size, len(train)), 0, len(train))
-    num_targets = data.observations.shape[1] + 1
-    net = ensemble_init(key_net, args, num_targets - 1 + data.actions.shape[1], num_targets)
+    net = ensemble_init(key_net, args, len(scale.input_mean), data.observations.shape[1] + 1)
     own = lambda bound: jnp.tile(bound, (args.ensemble_size, 1, 1))
     best_net = Ensemble(*jax.tree.map(jnp.copy, net[:2]), *map(own, net[2:]))
     return Fit(
@@ -627,14 +638,16 @@ def model_of(net, elites, scale, data, args):
 
 
 def obs_moments(data, args):
-    """Mean and std [S] of the observations that actor and critics see; 0 and 1 where they see them raw."""
-    mean, std = moments(data.observations)
-    return (mean, std) if args.standardise_observations else (jnp.zeros_like(mean), jnp.ones_like(std))
+    """Mean, std [S + n], angles [n] of the observations that actor and critics see; 0 and 1: no units of the data."""
+    angles = jnp.array(args.angles or (), jnp.int32)
+    mean, std = moments(turned(data.observations, angles))
+    return (mean, std, angles) if args.standardise_observations else (0 * mean, jnp.ones_like(std), angles)
 
 
 def standardised(obs_scale, observations):
-    """Observations as actor and critics see them."""  # D15
-    return (observations - obs_scale[0]) / obs_scale[1]
+    """Observations as actor and critics see them: [.., S] -> [.., S + n]."""  # D15
+    mean, std, angles = obs_scale
+    return (turned(observations, angles) - mean) / std
 
 
 def standardised_rows(obs_scale, rows):
@@ -764,11 +777,8 @@ def make_evaluation(args, env, task, buffer):
         metrics, points = model_report.calibration(know, model.elites, rows, model_targets(rows), alive)
 
         rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key_model, longer, task)
-        q = (
-            critic_net(args)
-            .apply(agent.critic, standardised(model.obs_scale, rows.observations[0]), rows.actions[0])
-            .min(0)
-        )
+        starts = standardised(model.obs_scale, rows.observations[0])
+        q = critic_net(args).apply(agent.critic, starts, rows.actions[0]).min(0)
         metrics |= model_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
         return metrics | returns(params, key_eval), points
 
@@ -805,7 +815,8 @@ def make_train(args, task):
 
     def init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
-        obs, actions, zero = jnp.zeros(task.observation_size), jnp.zeros(task.action_size), jnp.zeros(())
+        size = task.observation_size + len(args.angles or ())
+        obs, actions, zero = jnp.zeros(size), jnp.zeros(task.action_size), jnp.zeros(())
         actor = policy_net(args, task.action_size).init(key_actor, obs)
         critic = critic_net(args).init(key_critic, obs, actions)
         opts = [opt.init(p) for opt, p in zip(optimisers(args), (actor, critic, zero), strict=True)]
@@ -863,8 +874,12 @@ def check_args(args):
 
 def check_task(args, task):
     """Refuse a task whose reward or end the observations do not tell, before the fit and not after it."""
-    told = args.reward == "learned" or task.model_reward is not None
-    runner.refuse({f"--reward known: the observations of {task.name} do not tell its reward; use learned": told})
+    told, angles = args.reward == "learned" or task.model_reward is not None, args.angles or ()
+    runner.refuse({
+        f"--reward known: the observations of {task.name} do not tell its reward; use learned": told,
+        f"--angles: different numbers from 0 to {task.observation_size - 1}, of columns of the observations":
+            len(set(angles)) == len(angles) and max(angles, default=0) < task.observation_size,
+    })  # fmt: skip
     # raises where the observations do not tell the task's end
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
@@ -915,6 +930,7 @@ def main(args, own_model=None):
     names = Rows._fields[:-1]  # a file has no `outside`
     buffer, task = runner.open_task("mopo", args, names)
     task = runner.learn_end(task, buffer)  # where no function tells it
+    args = dataclasses.replace(args, angles=task.angles if args.angles is None else args.angles)
     check_task(args, task)
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
     runner.refuse({few: int(args.holdout_share * len(buffer)) > 0})
@@ -945,8 +961,8 @@ def main(args, own_model=None):
                 climbs = climbs or model_report.warn_of_climbing(found, data.rewards, args.gamma)
             run.save(state)
 
-        obs_scale = {"observation_mean": model.obs_scale[0], "observation_std": model.obs_scale[1]}
-        params = {"actor": state.agent.actor} | (obs_scale if args.standardise_observations else {})
+        names = ("observation_mean", "observation_std", "observation_angles")
+        params = {"actor": state.agent.actor} | dict(zip(names, model.obs_scale, strict=True))
         run.write_policy("tanh_gaussian", params, log_std_min=args.log_std_min, log_std_max=args.log_std_max)
         model_report.plot_run(run, np.asarray(evaluate(state.agent, model, eval_keys)[1]))
         return run.finish()

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import mopo
+
 
 def load_actor(path, index=0):
     """Policy number `index` of a tanh_gaussian file -> function, the file's metadata.
@@ -18,10 +20,11 @@ def load_actor(path, index=0):
         depth = sum(key.endswith("kernel") for key in file.files)
         shift = file["observation_mean"][index] if "observation_mean" in file else 0.0
         scale = file["observation_std"][index] if "observation_std" in file else 1.0
+        angles = file["observation_angles"][index].astype(int) if "observation_angles" in file else np.zeros(0, int)
         weights = [(file[layer(i, "kernel")][index], file[layer(i, "bias")][index]) for i in range(depth)]
 
     def actor(x):
-        x = (x - shift) / scale
+        x = (mopo.turned(jnp.asarray(x), angles) - shift) / scale
         for i, (kernel, bias) in enumerate(weights):
             x = x @ kernel + bias
             x = jax.nn.relu(x) if i < depth - 1 else x

@@ -58,7 +58,8 @@ downstream() { # the same learners on the best buffer of either source, towards 
 ended() { # do objectives that pay for being told apart pay for living? On the humanoid, where episodes end
     for objective in diayn dads; do
         python wurl_sac.py --task humanoid --objective $objective --num-policies 4 --hidden-sizes 256 256 \
-            --num-updates 4000 --eval-every 1000 --out runs/wurl_sac/humanoid/$objective-seed0
+            --episode-length 200 --num-envs 8 --updates-per-step 0.03125 --chunk 50 --num-updates 4000 \
+            --eval-every 500 --num-devices 1 --out runs/wurl_sac/humanoid/$objective-seed0
     done
 }
 

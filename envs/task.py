@@ -52,6 +52,7 @@ class Task:
     has_reward: bool = True
     model_reward: Callable | None = None  # (obs, actions, next obs), observed layout -> (...,)
     model_terminal: Callable = None  # observed next observations -> (...,) bool
+    angles: tuple[int, ...] = ()  # columns of what `observe` gives: angles that can go round
     knows_end: bool = True  # False: the world's own end, which no function of the observations gives
     options: dict = dataclasses.field(default_factory=dict)
     reference: tuple[float, float] | None = None  # (random, expert) returns over eval_length

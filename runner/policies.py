@@ -44,13 +44,15 @@ class Policy:
         self.arrays, self.metadata, self.rng = arrays, metadata, np.random.default_rng(seed)
         self.layers = self.layers_of(self.body)
         self.action_size = self.layers[-1][0].shape[-1]
-        self.observation_size = len(self.layers[0][0])
+        self.angles = arrays.get("observation_angles", np.zeros(0)).astype(int)
+        self.observation_size = len(self.layers[0][0]) - len(self.angles)
 
     def __call__(self, observations, noise=None):
         """noise: standard normal numbers to act with, else what the kind does by itself."""
         x = np.asarray(observations, np.float32)
         if x.shape[-1:] != (self.observation_size,):
             raise _error(f"observations {list(x.shape)}: the policy reads [.., {self.observation_size}] numbers")
+        x = turned(x, self.angles)
         x = (x - self.arrays.get("observation_mean", 0)) / self.arrays.get("observation_std", np.float32(1))
         return self.act(x, noise)
 
@@ -129,6 +131,14 @@ class Diffusion(Policy):
 
 
 KINDS = {"tanh_gaussian": Gaussian, "tanh_deterministic": Policy, "diffusion": Diffusion}
+
+
+def turned(x, angles):
+    """Sines in the place of n angles, and their cosines behind: [.., S] -> [.., S + n]."""
+    x = x.copy()
+    angle = x[..., angles]
+    x[..., angles] = np.sin(angle)
+    return np.concatenate([x, np.cos(angle)], -1)
 
 
 def forward(layers, x, between=lambda x: np.maximum(x, 0), norms=()):

@@ -57,9 +57,11 @@ class AbstractTask(NamedTuple):
     model_reward: Callable | None = None
     observation_size: int = 3
     action_size: int = 2
+    name: str = "abstract"
 
 
 TASK = AbstractTask()
+NO_ANGLES = jnp.zeros(0, jnp.int32)
 # Eager JAX compiles operation by operation, which costs more than everything these tests compute.
 refresh = jax.jit(M.refresh, static_argnums=(5, 6))
 update = jax.jit(M.mopo_update, static_argnums=4)
@@ -119,7 +121,8 @@ def test_forward_golden():
     g = golden("forward")
     layers = ([g[f"{kind}{i}"] for i in range(5)] for kind in "Wb")
     net = M.Ensemble(*layers, g["max_logvar"], g["min_logvar"])
-    x = M.model_inputs(M.Scale(g["mu"][0], g["std"][0], None, None), g["x"][:, :4], g["x"][:, 4:])
+    scale = M.Scale(g["mu"][0], g["std"][0], None, None, NO_ANGLES)
+    x = M.model_inputs(scale, jnp.asarray(g["x"][:, :4]), g["x"][:, 4:])
     mean, raw = M.ensemble_apply(net, x)
     close(mean, g["mean"], 1e-5)
     close(M.bound_logvar(net, raw), g["logvar"], 1e-5)
@@ -366,8 +369,9 @@ def test_scale_comes_from_the_training_rows_only():
     spoilt = data._replace(observations=data.observations.at[holdout].set(1e3))
     scale, rows = split_data(jax.random.key(0), spoilt, args)[2], np.asarray(train)
     x, y = np.concatenate([data.observations, data.actions], 1)[rows], np.asarray(M.model_targets(data))[rows]
-    for found, wanted in zip(scale, (x.mean(0), x.std(0), y.mean(0), y.std(0)), strict=True):
+    for found, wanted in zip(scale[:4], (x.mean(0), x.std(0), y.mean(0), y.std(0)), strict=True):
         close(found, wanted, 1e-5)
+    assert not scale.angles.size
     raw = split_data(jax.random.key(0), data, tiny(standardise_targets=False))[2]
     assert not raw.target_mean.any() and (raw.target_std == 1).all()
 
@@ -495,7 +499,7 @@ def test_rollouts_draw_from_the_elites():
 def test_q_is_measured_along_rollouts():
     """Against plain numpy: by networks that see scaled observations, which the ring holds; of rows that count alone."""
     args, data, model, agent, ring = small_world()
-    model = model._replace(obs_scale=(jnp.full(3, 0.5), jnp.full(3, 2.0)))
+    model = model._replace(obs_scale=(jnp.full(3, 0.5), jnp.full(3, 2.0), NO_ANGLES))
     ring, metrics = refresh(agent, emptied(ring), model, data, jax.random.key(0), args, TASK)
     seen = jax.tree.map(lambda x: np.asarray(x[:192], float).reshape(3, 64, *x.shape[1:]), ring.rows)
     q = common.twin_q(agent.critic, seen.observations, seen.actions).min(0)
@@ -539,6 +543,54 @@ def test_actor_and_critics_see_scaled_observations():
     assert len(new) >= 64 and near.max() < 1e-4  # the first steps of rollouts begin at rows of the data, scaled once
 
 
+def test_angles_that_go_round():
+    """Columns 2 and 0 as sine and cosine: a whole turn more changes nothing that a network says, nor what it drew."""
+    args, data = tiny(angles=(2, 0), standardise_observations=True), random_data()
+    obs, turn = np.asarray(data.observations, float), np.array([2 * np.pi, 0, -4 * np.pi])
+    seen = np.c_[np.sin(obs[:, 0]), obs[:, 1], np.sin(obs[:, 2]), np.cos(obs[:, 2]), np.cos(obs[:, 0])]
+    close(M.turned(data.observations, jnp.array([2, 0])), seen, 1e-6)
+    assert M.turned(data.observations, NO_ANGLES).shape == (400, 3)
+    eyes = M.obs_moments(data, args)
+    close(M.standardised(eyes, data.observations), (seen - seen.mean(0)) / seen.std(0), 1e-4)
+    close(M.obs_moments(data, tiny(angles=(2, 0)))[1], np.ones(5))
+
+    data = data._replace(observations=data.observations + np.where(np.arange(400) % 2, 1, 0)[:, None] * turn)
+    data = data._replace(next_observations=data.observations + 0.1)  # half of the rows have gone round
+    fit, model = fitted(data, args)
+    assert fit.net.weights[0].shape == (3, 5 + 2, 16) and model.scale.target_mean.shape == (4,)
+    agent = of_seed(M.make_train(args, TASK)[0](jax.random.split(jax.random.key(1), 1))).agent
+    starts = jnp.asarray(obs[:50], jnp.float32)
+    roll = lambda s: model_rollout(model, agent, s, jax.random.key(0), args, TASK)
+    (rows, keep, info), (round_rows, round_keep, round_info) = roll(starts), roll(starts + turn)
+    both = np.asarray(keep & round_keep)  # where rollouts end is a matter of the raw columns
+    assert both.sum() > 20
+    for name, shift in (("actions", 0.0), ("rewards", 0.0), ("observations", turn)):
+        change = np.asarray(getattr(round_rows, name), float) - np.asarray(getattr(rows, name), float)
+        np.testing.assert_allclose(change[both], np.broadcast_to(shift, change[both].shape), atol=1e-4)
+    close(info["u"][both], round_info["u"][both], 1e-4)
+    raw = tiny()
+    model = fitted(data, raw)[1]
+    mean = [predict(model, s, jnp.zeros((50, 2)), raw)[0] for s in (starts, starts + turn)]
+    assert np.abs(mean[0] - mean[1]).max() > 1e-2, "without the flag the turn is seen"
+
+
+@pytest.mark.parametrize("angles", [(3,), (1, 1)])
+def test_angles_that_are_no_columns_are_refused(angles):
+    with pytest.raises(envs.InputError, match="--angles: different numbers from 0 to 2, of columns"):
+        M.check_task(tiny(angles=angles), TASK)
+
+
+def test_which_tasks_have_angles():
+    """The cheetah's pitch goes round: a robot put on its back has it in that column."""
+    assert [envs.task(name).angles for name in ("ant-angle-60", "hopper", "point")] == [()] * 3
+    assert envs.task("halfcheetah").angles == envs.task("cheetah").angles == (1,)
+    task = envs.task("cheetah-jump")
+    env = envs.make(task)
+    state = env.from_observation(jnp.zeros(17).at[task.angles[0]].set(jnp.pi))
+    back = env.step(state, jnp.zeros(6)).obs
+    assert task.angles == (1,) and abs(float(back[1]) - np.pi) < 0.5
+
+
 @pytest.mark.parametrize("standardise", [True, False])
 def test_updates_see_the_data_as_they_see_the_models_rows(standardise, monkeypatch):
     args, data, model, *_ = small_world()
@@ -574,14 +626,15 @@ def folded(params, mean, std):
 def test_networks_that_see_scaled_observations_are_those_with_scaled_weights():
     """In the model, in the world and in evaluations: the first layer takes the scale, and nothing else changes."""
     args, data, model, agent, _ = small_world()
-    eyes = jnp.array([0.5, -1.0, 2.0]), jnp.array([2.0, 0.5, 3.0])
-    other = agent._replace(actor=folded(agent.actor, *eyes))
-    pairs = (model._replace(obs_scale=eyes), agent), (model._replace(obs_scale=(jnp.zeros(3), jnp.ones(3))), other)
+    eyes = jnp.array([0.5, -1.0, 2.0]), jnp.array([2.0, 0.5, 3.0]), NO_ANGLES
+    other = agent._replace(actor=folded(agent.actor, *eyes[:2]))
+    plain = model._replace(obs_scale=(jnp.zeros(3), jnp.ones(3), NO_ANGLES))
+    pairs = (model._replace(obs_scale=eyes), agent), (plain, other)
     rolled = [model_rollout(*pair, data.observations[:50], jax.random.key(0), args, TASK)[0] for pair in pairs]
     leaves_close(*rolled, atol=1e-3)
 
     task, buffer = envs.task("point-angle-0"), types.SimpleNamespace(metadata={"episode_length": 10})
-    eyes = jnp.array([0.5, -1.0, 2.0, 0.0]), jnp.array([2.0, 0.5, 3.0, 1.0])
+    eyes = jnp.array([0.5, -1.0, 2.0, 0.0]), jnp.array([2.0, 0.5, 3.0, 1.0]), NO_ANGLES
     data = rows_of(np.zeros((9, 4)), np.zeros((9, 2)), np.zeros(9), np.ones((9, 4)))
     model = M.fitted_model(fit_init(jax.random.key(1), data, args), data, args)
     actor = M.policy_net(args, 2).init(jax.random.key(3), jnp.zeros(4))
@@ -595,7 +648,7 @@ def test_networks_that_see_scaled_observations_are_those_with_scaled_weights():
                  jax.random.split(jax.random.key(2), 1))[0]
         for actor, critic, eyes in (
             (actor, critic, eyes),
-            (folded(actor, *eyes), folded(critic, *eyes), (jnp.zeros(4), jnp.ones(4))),
+            (folded(actor, *eyes[:2]), folded(critic, *eyes[:2]), (jnp.zeros(4), jnp.ones(4), NO_ANGLES)),
         )
     ]  # fmt: skip
     assert {"eval/return", "value/q_start", "value/world", "value/model", "model/world_u"} <= found[0].keys()
@@ -823,6 +876,7 @@ def test_normalised_critics_are_the_oracles():
     close(M.critic_net(args).apply(params, obs, actions), np.stack(q), 1e-4)
     published = M.PUBLISHED.values()
     assert M.Args().critic_norm and not any(x["critic_norm"] or x["standardise_observations"] for x in published)
+    assert M.Args().angles is None and all(x["angles"] == () for x in published)
 
 
 def test_normalised_critics_are_bounded_far_away():

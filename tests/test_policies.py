@@ -26,6 +26,9 @@ S, A, P = 5, 2, 3  # observations, actions, policies or seeds
 RNG = np.random.default_rng(0)
 EYES = RNG.normal(size=(P, S)).astype(np.float32), RNG.uniform(0.1, 2, (P, S)).astype(np.float32)
 SEEN = {"observation_mean": EYES[0], "observation_std": EYES[1]}
+ANGLES = np.tile([3, 0], (P, 1)).astype(np.int32)
+WIDER = [np.concatenate([x, x[:, :2]], 1) for x in EYES]  # two angles are two more columns
+TURNED = {"observation_mean": WIDER[0], "observation_std": WIDER[1], "observation_angles": ANGLES}
 
 
 def write(path, kind, params, **about):
@@ -36,9 +39,10 @@ def write(path, kind, params, **about):
 
 
 def nets(net, *inputs):
-    """P networks of random weights and biases."""
+    """P networks of random weights and biases, the same in every test."""
+    rng = np.random.default_rng(0)
     made = jax.jit(jax.vmap(lambda key: net.init(key, *inputs)))(jax.random.split(jax.random.key(1), P))
-    return jax.tree.map(lambda x: x + 0.1 * RNG.normal(size=x.shape).astype(np.float32), made)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), made)
 
 
 def of(tree, index):
@@ -47,14 +51,15 @@ def of(tree, index):
 
 def gaussian(path, script, layers=2, eyes=None):
     """wurl_sac.py's and mopo.py's file -> act(index, observations, noise)."""
-    args = script.Args(hidden_sizes=(8,) * layers, log_std_min=-0.5, log_std_max=0.3)
+    args, eyes = script.Args(hidden_sizes=(8,) * layers, log_std_min=-0.5, log_std_max=0.3), eyes or {}
     net = (script.actor_net if script is wurl_sac else script.policy_net)(args, A)
-    actor = nets(net, jnp.zeros(S))
+    actor = nets(net, jnp.zeros(S + 2 * (len(eyes) == 3)))
     about = {"log_std_min": args.log_std_min, "log_std_max": args.log_std_max}
-    write(path, "tanh_gaussian", {"actor": actor, **(SEEN if eyes else {})}, **about)
+    write(path, "tanh_gaussian", {"actor": actor, **eyes}, **about)
+    scale = *list(eyes.values())[:2], eyes.get("observation_angles", np.zeros((P, 0), int))
 
     def act(index, observations, noise=None):
-        seen = mopo.standardised(of(EYES, index), observations) if eyes else observations
+        seen = mopo.standardised(of(scale, index), jnp.asarray(observations)) if eyes else observations
         mean, log_std = net.apply(of(actor, index), seen)
         sample = wurl_sac.tanh_normal_sample
         return jnp.tanh(mean) if noise is None else sample(mean, log_std, noise)[0]
@@ -92,7 +97,8 @@ def of_dac(path, **flags):
 PLAIN = {  # what has no noise in it
     "wurl_sac": lambda path: gaussian(path, wurl_sac),
     "mopo": lambda path: gaussian(path, mopo),
-    "mopo, standardised": lambda path: gaussian(path, mopo, eyes=True),
+    "mopo, standardised": lambda path: gaussian(path, mopo, eyes=SEEN),
+    "mopo, with angles": lambda path: gaussian(path, mopo, eyes=TURNED),
     "12 layers": lambda path: gaussian(path, wurl_sac, layers=12),  # Dense_10 stands behind Dense_9, not Dense_1
     "cped": of_cped,
     "qdq": of_qdq,

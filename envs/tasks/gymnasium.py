@@ -63,7 +63,8 @@ def d4rl(name: str) -> Task:
     task = forward_task(robot, name, ctrl_cost=ctrl_cost, survive_bonus=bonus)
     if robot == "cheetah":  # diversity is measured as in the other tasks of this world
         world = cheetah_world()
-        task = dataclasses.replace(task, feature=world.feature, feature_names=world.feature_names)
+        same = {name: getattr(world, name) for name in ("feature", "feature_names", "angles")}
+        task = dataclasses.replace(task, **same)
     return dataclasses.replace(task, options={}, reference=reference)
 
 

@@ -85,7 +85,7 @@ def cheetah_world(name: str = "cheetah") -> Task:
         xp = xp_of(step.next_observations)
         return xp.stack([step.root_velocities[..., 0], step.next_observations[..., 0]], axis=-1)
 
-    return robot_world(name, "cheetah", feature=feature, feature_names=("x velocity", "z"))
+    return robot_world(name, "cheetah", feature=feature, feature_names=("x velocity", "z"), angles=(1,))
 
 
 def cheetah_run(name: str, c_z: float = 0.0, *, ctrl_cost: float = 0.1, max_speed: float = 3.0) -> Task:
