@@ -141,8 +141,9 @@ class Args(runner.Flags):
     """Q networks, the least of which counts (both: 2); try 10 if Q keeps rising (docs/mopo.md; ours, D11)"""
     standardise_observations: bool = True
     """actor and critics see observations in standard deviations of the data (ours, D15; both: raw)"""
-    angles: tuple[runner.Natural, ...] | None = None
-    """observed angles that go round, by number: all networks see their sine and cosine; None: the task's (ours, D16)"""
+    angles: str = "task"
+    """observed angles that go round, whose sine and cosine all networks see: task (its own), none, or columns such as
+    1,4 (ours, D16; both: none)"""
     critic_norm: bool = True
     """LayerNorm before each ReLU of the critics, which bounds what they say far from the data (ours, D11)"""
     batch_size: runner.Count = 256
@@ -184,7 +185,7 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
 }  # fmt: skip
 AS_CODES = {  # D11 to D16 undone
     "standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False,
-    "standardise_observations": False, "angles": (),
+    "standardise_observations": False, "angles": "none",
 }  # fmt: skip
 PUBLISHED = {
     name.format(kind): {"horizon": h, "lam": lam, "num_updates": 3_000_000 if "v2" in name else 1_000_000} | AS_CODES
@@ -498,6 +499,11 @@ class Model(NamedTuple):
     obs_scale: tuple[jax.Array, jax.Array, jax.Array]  # mean, std [S + n] (0, 1: raw), angles [n] of actor and critics
 
 
+def angles_of(args):
+    """Columns [n] of --angles."""
+    return jnp.array([int(i) for i in args.angles.split(",") if i.isdigit()], jnp.int32)
+
+
 def turned(observations, angles):
     """Sines in the place of n angles, and their cosines behind: [.., S] -> [.., S + n]."""  # D16
     angle = observations[..., angles]
@@ -525,7 +531,7 @@ def split_data(key, data, args):
     holdout = (first[:, None] + jnp.arange(run)).reshape(-1)  # D13
     taken = jnp.zeros(num_rows, bool).at[holdout].set(True)
     train = jnp.flatnonzero(~taken, size=num_rows - len(holdout))
-    angles = jnp.array(args.angles or (), jnp.int32)
+    angles = angles_of(args)
     inputs = moments(jnp.concatenate([turned(data.observations, angles), data.actions], -1)[train])
     targets = moments(model_targets(data)[train])  # D12
     if not args.standardise_targets:
@@ -639,7 +645,7 @@ def model_of(net, elites, scale, data, args):
 
 def obs_moments(data, args):
     """Mean, std [S + n], angles [n] of the observations that actor and critics see; 0 and 1: no units of the data."""
-    angles = jnp.array(args.angles or (), jnp.int32)
+    angles = angles_of(args)
     mean, std = moments(turned(data.observations, angles))
     return (mean, std, angles) if args.standardise_observations else (0 * mean, jnp.ones_like(std), angles)
 
@@ -815,7 +821,7 @@ def make_train(args, task):
 
     def init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
-        size = task.observation_size + len(args.angles or ())
+        size = task.observation_size + len(angles_of(args))
         obs, actions, zero = jnp.zeros(size), jnp.zeros(task.action_size), jnp.zeros(())
         actor = policy_net(args, task.action_size).init(key_actor, obs)
         critic = critic_net(args).init(key_critic, obs, actions)
@@ -874,11 +880,12 @@ def check_args(args):
 
 def check_task(args, task):
     """Refuse a task whose reward or end the observations do not tell, before the fit and not after it."""
-    told, angles = args.reward == "learned" or task.model_reward is not None, args.angles or ()
+    told, angles = args.reward == "learned" or task.model_reward is not None, args.angles.split(",")
+    columns = [int(i) for i in angles if i.isdigit() and int(i) < task.observation_size]
     runner.refuse({
         f"--reward known: the observations of {task.name} do not tell its reward; use learned": told,
-        f"--angles: different numbers from 0 to {task.observation_size - 1}, of columns of the observations":
-            len(set(angles)) == len(angles) and max(angles, default=0) < task.observation_size,
+        f"--angles: task, none, or different columns below {task.observation_size}, such as 0,1":
+            args.angles in ("task", "none") or len(set(columns)) == len(angles),
     })  # fmt: skip
     # raises where the observations do not tell the task's end
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
@@ -930,7 +937,8 @@ def main(args, own_model=None):
     names = Rows._fields[:-1]  # a file has no `outside`
     buffer, task = runner.open_task("mopo", args, names)
     task = runner.learn_end(task, buffer)  # where no function tells it
-    args = dataclasses.replace(args, angles=task.angles if args.angles is None else args.angles)
+    own = ",".join(map(str, task.angles)) or "none"
+    args = dataclasses.replace(args, angles=own if args.angles == "task" else args.angles)
     check_task(args, task)
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
     runner.refuse({few: int(args.holdout_share * len(buffer)) > 0})
