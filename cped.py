@@ -28,7 +28,8 @@ Deviations
   D2  codes' NICE samples by an inverse that is none (scale applied last, not first); here: exact.
   D3  codes mix the penalty's x~ by N(0, 1), and reseed in every call, so that weights and target noise never change;
       here: U(0, 1), fresh keys.
-  D4  codes: raw observations; here: standardised for all networks (--no-normalize).
+  D4  codes: raw observations; here: standardised for all networks (--no-normalize),
+      and angles as sine and cosine where --angles says so.
   D5  codes: the likelihood of the data's actions; here: of actions + N(0, 0.05^2), so that mass on the boundary
       cannot drive it, and the actor's gradient, to infinity.
   D6  codes: the flow's Adam with b2 = 0.01, eps = 1e-4, no clip; here: 0.999, 1e-8, gradient norm <= 10.
@@ -132,6 +133,9 @@ class Args(runner.Flags):
     # --- actor-critic ---
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D4)"""
+    angles: str = "none"
+    """observed angles that go round, whose sine and cosine all networks see: task (its own), none, or columns such as
+    1,4 (ours, D4)"""
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (codes: 256, 256)"""
     scale_rewards: bool = True
@@ -226,22 +230,21 @@ def sample_batches(data, key, num, batch_size):
 
 
 def cped_data(buffer, args):
-    """Buffer, or dict of its columns -> CpedData, and mean, std [S] of all rows, which observations are scaled by."""
+    """Buffer, or dict of its columns -> CpedData, and what networks see of observations, in units of all rows."""
     rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
-    num_rows, num_obs = rows.observations.shape
-    raw = np.zeros(num_obs, np.float32), np.ones(num_obs, np.float32)
-    mean, std = envs.buffers.standard_scale(rows.observations) if args.normalize else raw  # D4
-    before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
+    num_rows, angles = len(rows.rewards), envs.buffers.angle_columns(args.angles)
+    scale = envs.buffers.standard_scale(envs.buffers.turned(rows.observations, angles))
+    see = envs.buffers.Sight(*(scale if args.normalize else (0 * scale[0], 0 * scale[1] + 1)), angles)  # D4
     rewards = rows.rewards + np.float32(args.reward_shift)
     if args.scale_rewards:  # D10
         size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
         rewards = rewards * np.float32(1 / max(size, np.finfo(np.float32).tiny))
-    rows = rows._replace(observations=before, next_observations=after, rewards=rewards)
+    rows = Transitions(see(rows.observations), rows.actions, rewards, see(rows.next_observations), rows.terminals)
     order = np.random.default_rng(0).permutation(num_rows)  # one split for all seeds
     held, kept = np.split(order, [min(args.holdout_rows, num_rows // 10)])  # D14
     take = lambda index: jax.tree.map(lambda x: jnp.asarray(x[index]), rows)
     known = buffer.get("action_log_probs") if args.flow == "cond" else None
-    return CpedData(take(kept), take(held), None if known is None else jnp.asarray(known[held])), mean, std
+    return CpedData(take(kept), take(held), None if known is None else jnp.asarray(known[held])), see
 
 
 # === networks ===
@@ -724,11 +727,12 @@ def main(args):
     check_args(args)
     buffer, task = runner.open_task("cped", args, None)
     envs.buffers.check_raw_columns(buffer["observations"], args.normalize, "--normalize")
-    data, mean, std = cped_data(buffer, args)
+    args = runner.with_angles(args, task)
+    data, see = cped_data(buffer, args)
     init, flow_chunk, train_chunk = make_train(args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
     densities = jax.jit(lambda flow, data: runner.map_seeds(lambda f: density_metrics(f, data, args), flow, args))
-    policy = lambda actor, observations, key: act(actor, (observations - mean) / std, args, task.action_size)
+    policy = lambda actor, observations, key: act(actor, see(observations), args, task.action_size)
     evaluate = runner.each_seed(runner.returns_of(policy, envs.make(task, args.backend), task, buffer, args), args)
 
     schedules = {} if args.bc_only else {"critic_from": 0.0, "q_from": 0.0}  # what stretches over the run
@@ -756,9 +760,7 @@ def main(args):
                 run.log(step, metrics | evaluate(state.nets.actor, eval_keys))
             run.save(state)
 
-        scale = {"observation_mean": mean, "observation_std": std}
-        params = {"actor": state.nets.actor} | {k: jnp.tile(row, (args.num_seeds, 1)) for k, row in scale.items()}
-        run.write_policy("tanh_deterministic", params)
+        run.write_policy("tanh_deterministic", {"actor": state.nets.actor, **see.stored(args.num_seeds)})
         return run.finish(TRAINING)
 
 

@@ -40,7 +40,8 @@ Deviations
   D8  Code: rewards times 1000 / (max - min episode return); here: the range has a floor (`return_scale`).
   D9  Published: eta aims at b = 1, the policy leaves the data before the critics are right; ours: eta = 0.5, fixed.
   D10 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
-  D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0.
+  D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0,
+      and angles as sine and cosine where --angles says so.
   D12 Paper, code: grad Q over <|Q|>; ours: over the std of Q, which stays as it is where all values are lower.
   D13 Code: rho by data set, 0 on the half cheetah, else 1 or more; ours: 0, since pessimism adds up over the steps.
 
@@ -130,6 +131,9 @@ class Args(runner.Flags):
     """LayerNorm in the critics (ours)"""
     standardise_observations: bool = False
     """show actor and critics observations of mean 0 and std 1 over the data (ours)"""
+    angles: str = "none"
+    """observed angles that go round, whose sine and cosine all networks see: task (its own), none, or columns such as
+    1,4 (ours, D11)"""
     lr_cosine: bool = True
     """let both rates fall to 0 over the run by a cosine (code)"""
     clip_norm: runner.Size = 1.0
@@ -216,15 +220,16 @@ def return_scale(rewards, returns, args):
 
 
 def dac_data(buffer, args):
-    """Buffer, or dict of its columns -> rows to sample from, on the host, and mean, std [S] that scale observations."""
+    """Buffer, or dict of its columns -> rows to sample from, on the host, and what networks see of observations."""
     rows = Transitions(*(np.asarray(buffer[k], np.float32) for k in Transitions._fields))
     rewards = rows.rewards * np.float32(return_scale(rows.rewards, buffer["episode_returns"], args))
     rows = rows._replace(rewards=rewards, actions=np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5))  # as the code
-    mean, std = envs.buffers.column_scale(rows.observations, args.standardise_observations)  # D11
-    if mean.any() or (std != 1).any():
-        before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
-        rows = rows._replace(observations=before, next_observations=after)
-    return rows, mean, std
+    angles = envs.buffers.angle_columns(args.angles)
+    before = envs.buffers.turned(rows.observations, angles)
+    see = envs.buffers.Sight(*envs.buffers.column_scale(before, args.standardise_observations), angles)  # D11
+    if len(angles) or see.mean.any() or (see.std != 1).any():
+        rows = rows._replace(observations=see(rows.observations), next_observations=see(rows.next_observations))
+    return rows, see
 
 
 # === networks ===
@@ -538,9 +543,9 @@ def choose_actions(nets, observations, key, args, num_act):
     return jnp.take_along_axis(actions, best[..., None], 1)[:, 0], {f"choice/{k}": x for k, x in metrics.items()}
 
 
-def make_evaluation(args, task, buffer, data, mean, std):
+def make_evaluation(args, task, buffer, data, see):
     """-> evaluate((actors, target critics), keys [S]) -> returns of episodes, choices at 256 states of the data [S]."""
-    act = lambda nets, s, key: choose_actions(nets, (s - mean) / std, key, args, task.action_size)[0]
+    act = lambda nets, s, key: choose_actions(nets, see(s), key, args, task.action_size)[0]
     returns = runner.returns_of(act, envs.make(task, args.backend), task, buffer, args, sampled=True)
     some = data.observations[np.random.default_rng(0).integers(len(data.rewards), size=256)]
     choice = lambda nets, key: choose_actions(nets, some, key, args, task.action_size)[1]
@@ -598,10 +603,10 @@ def idle_flags(args):
     return idle
 
 
-def write_policy(run, state, args, **scale):
+def write_policy(run, state, see, args):
     """policy.npz: actor, target critics to choose by (none where an action is one sample), schedule, observation_.."""
     params = {"actor": state.actor, "schedule": noise_schedule(args.schedule, args.num_steps)}
-    params |= {name: np.tile(x, (args.num_seeds, 1)) for name, x in scale.items()}
+    params |= see.stored(args.num_seeds)
     if candidates(args) > 1:
         params["critics"] = state.target_critics
     run.write_policy(
@@ -615,10 +620,11 @@ def main(args):
     in_order = args.eta_min <= args.eta <= args.eta_max
     runner.refuse({"--eta-min, --eta and --eta-max must be in ascending order": in_order})
     buffer, task = runner.open_task("dac", args, Transitions._fields)
-    data, mean, std = dac_data(buffer, args)
+    args = runner.with_angles(args, task)
+    data, see = dac_data(buffer, args)
     keys, eval_keys = runner.seed_keys(args), runner.evaluation_keys(args)
-    init, train_chunk = make_train(args, task.observation_size, task.action_size)
-    evaluate = make_evaluation(args, task, buffer, data, mean, std)
+    init, train_chunk = make_train(args, data.observations.shape[1], task.action_size)
+    evaluate = make_evaluation(args, task, buffer, data, see)
 
     with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)
@@ -632,7 +638,7 @@ def main(args):
             if run.due(step):  # D10
                 run.log(step, metrics | evaluate((state.actor, state.target_critics), eval_keys))
             run.save(state)
-        write_policy(run, state, args, observation_mean=mean, observation_std=std)
+        write_policy(run, state, see, args)
         return run.finish(TRAINING)
 
 

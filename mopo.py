@@ -65,6 +65,7 @@ import optax
 
 import envs
 import runner
+from envs.buffers import Sight, angle_columns, turned
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
 from runner import model_report
 
@@ -496,23 +497,12 @@ class Model(NamedTuple):
     low: jax.Array  # [S] rollouts end outside of low, high
     high: jax.Array
     high_reward: jax.Array  # the 99th percentile of the data's
-    obs_scale: tuple[jax.Array, jax.Array, jax.Array]  # mean, std [S + n] (0, 1: raw), angles [n] of actor and critics
-
-
-def angles_of(args):
-    """Columns [n] of --angles."""
-    return jnp.array([int(i) for i in args.angles.split(",") if i.isdigit()], jnp.int32)
-
-
-def turned(observations, angles):
-    """Sines in the place of n angles, and their cosines behind: [.., S] -> [.., S + n]."""  # D16
-    angle = observations[..., angles]
-    return jnp.concatenate([observations.at[..., angles].set(jnp.sin(angle)), jnp.cos(angle)], -1)
+    see: Sight  # what actor and critics see of observations
 
 
 def model_inputs(scale, observations, actions):
     """x = ((s, a) - mean) / std."""
-    seen = turned(observations, scale.angles)
+    seen = turned(observations, scale.angles)  # D16
     return (jnp.concatenate([seen, actions], -1) - scale.input_mean) / scale.input_std
 
 
@@ -531,7 +521,7 @@ def split_data(key, data, args):
     holdout = (first[:, None] + jnp.arange(run)).reshape(-1)  # D13
     taken = jnp.zeros(num_rows, bool).at[holdout].set(True)
     train = jnp.flatnonzero(~taken, size=num_rows - len(holdout))
-    angles = angles_of(args)
+    angles = jnp.asarray(angle_columns(args.angles))
     inputs = moments(jnp.concatenate([turned(data.observations, angles), data.actions], -1)[train])
     targets = moments(model_targets(data)[train])  # D12
     if not args.standardise_targets:
@@ -640,26 +630,19 @@ def model_of(net, elites, scale, data, args):
     low, high = both.min(0), both.max(0)
     margin = args.range_margin * jnp.where(high > low, high - low, 1.0)  # D6
     high_reward = jnp.quantile(data.rewards, 0.99)
-    return Model(net, elites, scale, low - margin, high + margin, high_reward, obs_moments(data, args))
+    return Model(net, elites, scale, low - margin, high + margin, high_reward, sight(data, args))
 
 
-def obs_moments(data, args):
-    """Mean, std [S + n], angles [n] of the observations that actor and critics see; 0 and 1: no units of the data."""
-    angles = angles_of(args)
+def sight(data, args):
+    """What actor and critics see of observations: [.., S] -> [.., S + n]."""  # D15, D16
+    angles = jnp.asarray(angle_columns(args.angles))
     mean, std = moments(turned(data.observations, angles))
-    return (mean, std, angles) if args.standardise_observations else (0 * mean, jnp.ones_like(std), angles)
+    return Sight(mean, std, angles) if args.standardise_observations else Sight(0 * mean, jnp.ones_like(std), angles)
 
 
-def standardised(obs_scale, observations):
-    """Observations as actor and critics see them: [.., S] -> [.., S + n]."""  # D15
-    mean, std, angles = obs_scale
-    return (turned(observations, angles) - mean) / std
-
-
-def standardised_rows(obs_scale, rows):
+def seen_rows(see, rows):
     """Rows as actor and critics see them."""
-    before, after = standardised(obs_scale, rows.observations), standardised(obs_scale, rows.next_observations)
-    return rows._replace(observations=before, next_observations=after)
+    return rows._replace(observations=see(rows.observations), next_observations=see(rows.next_observations))
 
 
 def penalty(mean, std, elites, kind):
@@ -709,7 +692,7 @@ def model_rollout(model, agent, starts, key, args, task):
     def step(carry, key):
         obs, alive = carry
         key_act, key_member, key_noise = jax.random.split(key, 3)
-        action_mean, log_std = policy_net(args, task.action_size).apply(agent.actor, standardised(model.obs_scale, obs))
+        action_mean, log_std = policy_net(args, task.action_size).apply(agent.actor, model.see(obs))
         actions, _ = tanh_normal_sample(action_mean, log_std, jax.random.normal(key_act, action_mean.shape))
         mean, std, u = predict(model, obs, actions, args)
         member = model.elites[jax.random.randint(key_member, u.shape, 0, len(model.elites))]
@@ -742,7 +725,7 @@ def refresh(agent, ring, model, data, key, args, task):
     starts = jax.random.randint(key_start, shape, 0, len(data.rewards))
     roll = lambda x: model_rollout(model, agent, data.observations[x[0]], x[1], args, task)
     rows, keep, info = jax.lax.map(roll, (starts, jax.random.split(key_rollout, shape[0])))
-    seen = standardised_rows(model.obs_scale, rows)  # [chunks, h, b, ..]
+    seen = seen_rows(model.see, rows)  # [chunks, h, b, ..]
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
     ring = ring_insert(ring, flat(seen), flat(keep))
 
@@ -764,8 +747,8 @@ def make_evaluation(args, env, task, buffer):
     longer = dataclasses.replace(args, horizon=length)
 
     def policy(params, observations):
-        actor, obs_scale = params
-        return policy_net(args, task.action_size).apply(actor, standardised(obs_scale, observations))
+        actor, see = params
+        return policy_net(args, task.action_size).apply(actor, see(observations))
 
     def sample(params, observations, key):
         mean, log_std = policy(params, observations)
@@ -776,15 +759,14 @@ def make_evaluation(args, env, task, buffer):
 
     def one(agent, model, key):
         key_eval, key_world, key_model = jax.random.split(key, 3)
-        params = agent.actor, model.obs_scale
+        params = agent.actor, model.see
         rows, alive = runner.steps_of(env, sample, params, key_world, args.eval_episodes, length)
         rows = Rows(*rows, jnp.zeros_like(alive, jnp.float32))
         know = lambda *x: predict(model, *x, args)
         metrics, points = model_report.calibration(know, model.elites, rows, model_targets(rows), alive)
 
         rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key_model, longer, task)
-        starts = standardised(model.obs_scale, rows.observations[0])
-        q = critic_net(args).apply(agent.critic, starts, rows.actions[0]).min(0)
+        q = critic_net(args).apply(agent.critic, model.see(rows.observations[0]), rows.actions[0]).min(0)
         metrics |= model_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
         return metrics | returns(params, key_eval), points
 
@@ -821,7 +803,7 @@ def make_train(args, task):
 
     def init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
-        size = task.observation_size + len(angles_of(args))
+        size = task.observation_size + len(angle_columns(args.angles))
         obs, actions, zero = jnp.zeros(size), jnp.zeros(task.action_size), jnp.zeros(())
         actor = policy_net(args, task.action_size).init(key_actor, obs)
         critic = critic_net(args).init(key_critic, obs, actions)
@@ -846,7 +828,7 @@ def make_train(args, task):
         return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     def chunk(state, model, data):
-        seen = standardised_rows(obs_moments(data, args), data)  # of all seeds
+        seen = seen_rows(sight(data, args), data)  # of all seeds
         return runner.map_seeds(lambda x: one_chunk(*x, data, seen), (state, model), args)
 
     return jax.jit(runner.over_devices(jax.vmap(init), args)), jax.jit(chunk, donate_argnums=0)
@@ -880,13 +862,8 @@ def check_args(args):
 
 def check_task(args, task):
     """Refuse a task whose reward or end the observations do not tell, before the fit and not after it."""
-    told, angles = args.reward == "learned" or task.model_reward is not None, args.angles.split(",")
-    columns = [int(i) for i in angles if i.isdigit() and int(i) < task.observation_size]
-    runner.refuse({
-        f"--reward known: the observations of {task.name} do not tell its reward; use learned": told,
-        f"--angles: task, none, or different columns below {task.observation_size}, such as 0,1":
-            args.angles in ("task", "none") or len(set(columns)) == len(angles),
-    })  # fmt: skip
+    told = args.reward == "learned" or task.model_reward is not None
+    runner.refuse({f"--reward known: the observations of {task.name} do not tell its reward; use learned": told})
     # raises where the observations do not tell the task's end
     jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
 
@@ -937,8 +914,7 @@ def main(args, own_model=None):
     names = Rows._fields[:-1]  # a file has no `outside`
     buffer, task = runner.open_task("mopo", args, names)
     task = runner.learn_end(task, buffer)  # where no function tells it
-    own = ",".join(map(str, task.angles)) or "none"
-    args = dataclasses.replace(args, angles=own if args.angles == "task" else args.angles)
+    args = runner.with_angles(args, task)
     check_task(args, task)
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
     runner.refuse({few: int(args.holdout_share * len(buffer)) > 0})
@@ -969,8 +945,7 @@ def main(args, own_model=None):
                 climbs = climbs or model_report.warn_of_climbing(found, data.rewards, args.gamma)
             run.save(state)
 
-        names = ("observation_mean", "observation_std", "observation_angles")
-        params = {"actor": state.agent.actor} | dict(zip(names, model.obs_scale, strict=True))
+        params = {"actor": state.agent.actor, **{f"observation_{k}": x for k, x in model.see._asdict().items()}}
         run.write_policy("tanh_gaussian", params, log_std_min=args.log_std_min, log_std_max=args.log_std_max)
         model_report.plot_run(run, np.asarray(evaluate(state.agent, model, eval_keys)[1]))
         return run.finish()

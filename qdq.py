@@ -150,6 +150,9 @@ class Args(runner.Flags):
     """what Q is divided by in the actor's loss q: mean magnitude or std over the batch (ours, D11)"""
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D11)"""
+    angles: str = "none"
+    """observed angles that go round, whose sine and cosine all networks see: task (its own), none, or columns such as
+    1,4 (ours, D11)"""
     scale_rewards: bool = True
     """divide rewards by their root mean square: any unit will do; Q and H are logged in that unit (ours, D11)"""
     hidden_sizes: tuple[runner.Count, ...] = (256, 256, 256)
@@ -306,17 +309,17 @@ def unscaled(x, low, high):
 
 
 def qdq_data(buffer, args):
-    """Buffer -> Transitions [N], and mean, std [S] that observations are standardised with."""
+    """Buffer -> Transitions [N], and what networks see of observations."""
     rows = Transitions(*(np.asarray(buffer[name], np.float32) for name in Transitions._fields))
-    no_scale = np.zeros_like(rows.observations[0]), np.ones_like(rows.observations[0])
-    mean, std = envs.buffers.standard_scale(rows.observations) if args.normalize else no_scale  # D11
-    before, after = ((x - mean) / std for x in (rows.observations, rows.next_observations))
+    angles = envs.buffers.angle_columns(args.angles)
+    scale = envs.buffers.standard_scale(envs.buffers.turned(rows.observations, angles))
+    see = envs.buffers.Sight(*(scale if args.normalize else (0 * scale[0], 0 * scale[1] + 1)), angles)  # D11
     actions, rewards = np.clip(rows.actions, -1 + 1e-5, 1 - 1e-5), rows.rewards + np.float32(args.reward_shift)
     if args.scale_rewards:  # D11
         size = np.sqrt(np.mean(np.square(rewards, dtype=np.float64)))
         rewards = rewards * np.float32(1 / max(size, np.finfo(np.float32).tiny))
-    rows = rows._replace(observations=before, actions=actions, rewards=rewards, next_observations=after)
-    return jax.tree.map(jnp.asarray, rows), (mean, std)
+    rows = Transitions(see(rows.observations), actions, rewards, see(rows.next_observations), rows.terminals)
+    return jax.tree.map(jnp.asarray, rows), see
 
 
 def q_entries(buffer, data, args):
@@ -857,7 +860,7 @@ def idle_flags(args):
 
 def student_identity(args, buffer):
     """What a student belongs to: the data, and the flags behind D_Q and its network that shapes do not show."""
-    names = ("gamma", "max_windows", "reward_shift", "scale_rewards", "normalize", "group_size", "holdout")
+    names = ("gamma", "max_windows", "reward_shift", "scale_rewards", "normalize", "angles", "group_size", "holdout")
     windows = list(window_sizes(args, buffer.metadata["episode_length"]))
     data = envs.buffers.digests(buffer, runner.DIGESTED)
     return {name: getattr(args, name) for name in names} | {"windows": windows, "data": data}
@@ -895,10 +898,11 @@ def main(args):
     check_args(args)
     buffer, task = runner.open_task("qdq", args, Transitions._fields)
     envs.buffers.check_raw_columns(buffer["observations"], args.normalize, "--normalize")
-    data, (mean, std) = qdq_data(buffer, args)
-    teacher, student, agent = make_train(args, task.observation_size, task.action_size)
+    args = runner.with_angles(args, task)
+    data, see = qdq_data(buffer, args)
+    teacher, student, agent = make_train(args, data.observations.shape[1], task.action_size)
     keys, eval_keys = runner.seed_keys(args, 3), runner.evaluation_keys(args)
-    act = lambda actor, s, key: policy(actor, (s - mean) / std, args)[0]
+    act = lambda actor, s, key: policy(actor, see(s), args)[0]
     evaluate = runner.each_seed(runner.returns_of(act, envs.make(task, args.backend), task, buffer, args), args)
 
     model, belongs, given = None, {}, {}
@@ -927,9 +931,7 @@ def main(args):
             run.save(state)
 
         params = {k: x for k, x in state.nets.actor["params"].items() if k != "log_std"}
-        scale = {"observation_mean": mean, "observation_std": std}
-        scale = {name: jnp.tile(row, (args.num_seeds, 1)) for name, row in scale.items()}
-        run.write_policy("tanh_deterministic", {"actor": {"params": params}, **scale})
+        run.write_policy("tanh_deterministic", {"actor": {"params": params}, **see.stored(args.num_seeds)})
         return run.finish(TRAINING)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import mopo
+from envs.buffers import turned
 
 
 def load_actor(path, index=0):
@@ -24,7 +24,7 @@ def load_actor(path, index=0):
         weights = [(file[layer(i, "kernel")][index], file[layer(i, "bias")][index]) for i in range(depth)]
 
     def actor(x):
-        x = (mopo.turned(jnp.asarray(x), angles) - shift) / scale
+        x = (turned(jnp.asarray(x), angles) - shift) / scale
         for i, (kernel, bias) in enumerate(weights):
             x = x @ kernel + bias
             x = jax.nn.relu(x) if i < depth - 1 else x

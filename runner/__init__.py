@@ -30,7 +30,7 @@ NAMES = {  # module -> what `runner` has of it
     "flags": "Count Data Flags Natural Rate RunFlags Share Size "
     "announce check check_run launch parse refuse task_options",
     "files": "write_whole",
-    "folder": "folder_of open_task state_files",
+    "folder": "folder_of open_task state_files with_angles",
     "log": "say with_eta",
     "presets": "preset",
     "run": "Run",

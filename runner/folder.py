@@ -1,6 +1,7 @@
 """The folder of a run, and the data that a learner opens."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import envs
 import envs.buffers
 from envs.buffers import scripted
 from runner.files import STATES, full_disk
-from runner.flags import check_run
+from runner.flags import check_run, refuse
 from runner.log import say
 
 QUICK_TASK = "point-angle-0"
@@ -86,6 +87,16 @@ class Hold:
                     (self.folder / ".lock").unlink()
             self.file.close()
         self.file = None
+
+
+def with_angles(args, task):
+    """--angles checked, and `task` in it replaced by the task's own columns -> args."""
+    angles = ",".join(map(str, task.angles)) or "none" if args.angles == "task" else args.angles
+    named, size = angles.split(","), task.observation_size
+    columns = {int(i) for i in named if i.isdigit() and int(i) < size}
+    told = f"--angles {angles}: task, none, or different columns below {size}, such as 0,1"
+    refuse({told: angles == "none" or len(columns) == len(named)})
+    return dataclasses.replace(args, angles=angles)
 
 
 def open_task(script, args, keys):

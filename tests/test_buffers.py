@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -297,3 +298,19 @@ def test_inspect_as_a_program(saved, tmp_path):
     for word in ("15 transitions", "root_velocities", "15x4", "dataset_name", "verdict"):
         assert word in done.stdout
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("module", [np, jnp])
+def test_what_networks_see(module):
+    """Column 1 by its sine, its cosine last; then less the mean, over the std. A whole turn changes nothing."""
+    x = np.array([[0.5, 2.0, -1.0], [1.5, 2.0 - 2 * np.pi, 3.0]], np.float32)
+    see = buffers.Sight(np.float32([1, 0, 0, 0]), np.float32([2, 1, 1, 0.5]), buffers.angle_columns("1"))
+    sin, cos = np.sin(2.0), np.cos(2.0)
+    seen = see(module.asarray(x))
+    np.testing.assert_allclose(seen, [[-0.25, sin, -1, 2 * cos], [0.25, sin, 3, 2 * cos]], atol=1e-6)
+    assert isinstance(seen, module.ndarray) and seen.dtype == np.float32
+    plain = buffers.Sight(np.float32([1, 0, 0]), np.float32([2, 1, 1]), buffers.angle_columns("none"))
+    np.testing.assert_array_equal(plain(module.asarray(x)), (x - plain.mean) / plain.std)
+    assert {k: v.shape for k, v in see.stored(3).items()} == {
+        "observation_mean": (3, 4), "observation_std": (3, 4), "observation_angles": (3, 1),
+    }  # fmt: skip

@@ -468,7 +468,7 @@ def test_noise_bounds_the_density_of_a_point_mass():
 
 def test_data_is_standardised_split_and_shifted(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
-    data, mean, std = C.cped_data(buffer, tiny(reward_shift=-1.0, scale_rewards=False))
+    data, (mean, std, _) = C.cped_data(buffer, tiny(reward_shift=-1.0, scale_rewards=False))
     assert len(data.holdout.rewards) == 50 and len(data.rows.rewards) == len(buffer) - 50
     both = jax.tree.map(lambda *x: np.concatenate(x), data.rows, data.holdout)
     np.testing.assert_allclose(both.observations.mean(0), 0, atol=1e-3)
@@ -479,7 +479,7 @@ def test_data_is_standardised_split_and_shifted(dataset):
     columns = [buffer[name] for name in ("observations", "actions", "next_observations")]
     np.testing.assert_allclose(found, np.concatenate(columns, 1)[order(*columns[:2])], atol=2e-3)
     np.testing.assert_allclose(np.sort(both.rewards), np.sort(buffer["rewards"] - 1), atol=1e-6)
-    data, mean, std = C.cped_data(buffer, tiny(normalize=False))
+    data, (mean, std, _) = C.cped_data(buffer, tiny(normalize=False))
     assert not mean.any() and (std == 1).all() and data.log_probs is None
     for constant in (0.0, 0.7, -1e30, 1e-30):  # a constant column is not divided by 0, nor its rounding error blown up
         flat = {**buffer.arrays, "observations": np.full((len(buffer), 4), constant, np.float32)}

@@ -457,7 +457,7 @@ def test_observations_are_standardised():
     rows = columns() | {"observations": np.float32([[1, 5, 1e30], [3, 5, 1e30]] * 20)}
     rows["observations"][0, 2] = np.nextafter(np.float32(1e30), np.float32(0))
     rows["next_observations"] = np.float32([[5, 6, -1e30]] * 40)
-    data, mean, std = D.dac_data(rows, D.Args(standardise_observations=True))
+    data, (mean, std, _) = D.dac_data(rows, D.Args(standardise_observations=True))
     np.testing.assert_array_equal(data.observations, [[-1, 0, 0], [1, 0, 0]] * 20)
     np.testing.assert_array_equal(data.next_observations, [[3, 0, 0]] * 40)
     np.testing.assert_array_equal([mean[:2], std[:2]], [[2, 5], [1, np.inf]])
@@ -524,7 +524,7 @@ def test_policy_file_acts_as_the_state_that_was_saved(whole_run):
     choose = jax.jit(D.choose_actions, static_argnums=(3, 4))
     for index in (0, 1):
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
-        _, mean, std = D.dac_data(envs.buffers.load(args.dataset, quiet=True), args)
+        _, (mean, std, _) = D.dac_data(envs.buffers.load(args.dataset, quiet=True), args)
         wanted, _ = choose(of_seed((state.actor, state.target_critics), index), (obs[None] - mean) / std, key, args, 2)
         policy = policies.load(folder / "policy.npz", index)
         np.testing.assert_allclose(policy(obs[None], noise), wanted, atol=1e-5)

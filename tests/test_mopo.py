@@ -16,6 +16,7 @@ import envs
 import mopo as M
 import runner
 from envs import tasks
+from envs.buffers import turned
 from runner import model_report
 from tests.oracles import common
 from tests.oracles import mopo_oracle as oracle
@@ -57,7 +58,7 @@ class AbstractTask(NamedTuple):
     model_reward: Callable | None = None
     observation_size: int = 3
     action_size: int = 2
-    name: str = "abstract"
+    angles: tuple[int, ...] = ()
 
 
 TASK = AbstractTask()
@@ -499,7 +500,7 @@ def test_rollouts_draw_from_the_elites():
 def test_q_is_measured_along_rollouts():
     """Against plain numpy: by networks that see scaled observations, which the ring holds; of rows that count alone."""
     args, data, model, agent, ring = small_world()
-    model = model._replace(obs_scale=(jnp.full(3, 0.5), jnp.full(3, 2.0), NO_ANGLES))
+    model = model._replace(see=M.Sight(jnp.full(3, 0.5), jnp.full(3, 2.0), NO_ANGLES))
     ring, metrics = refresh(agent, emptied(ring), model, data, jax.random.key(0), args, TASK)
     seen = jax.tree.map(lambda x: np.asarray(x[:192], float).reshape(3, 64, *x.shape[1:]), ring.rows)
     q = common.twin_q(agent.critic, seen.observations, seen.actions).min(0)
@@ -532,10 +533,10 @@ def test_actor_and_critics_see_scaled_observations():
     """Of the ring, of the data and in rollouts: with the model's units taken off, all is as without the flag."""
     args, data, model, agent, ring = small_world()
     own = dataclasses.replace(args, standardise_observations=True)
-    eyes = M.obs_moments(data, own)
+    eyes = M.sight(data, own)
     close(eyes[0], np.mean(data.observations, 0), 1e-4), close(eyes[1], np.std(data.observations, 0), 1e-4)
-    assert not M.obs_moments(data, args)[0].any()
-    other, _ = refresh(agent, ring, model._replace(obs_scale=eyes), data, jax.random.key(1), own, TASK)
+    assert not M.sight(data, args)[0].any()
+    other, _ = refresh(agent, ring, model._replace(see=eyes), data, jax.random.key(1), own, TASK)
     plain, _ = refresh(agent, ring, model, data, jax.random.key(1), args, TASK)
     new = np.flatnonzero(np.any(np.asarray(other.rows.observations != plain.rows.observations), 1))
     starts = np.asarray(other.rows.observations)[new[:64]] * eyes[1] + eyes[0]
@@ -548,11 +549,11 @@ def test_angles_that_go_round():
     args, data = tiny(angles="2,0", standardise_observations=True), random_data()
     obs, turn = np.asarray(data.observations, float), np.array([2 * np.pi, 0, -4 * np.pi])
     seen = np.c_[np.sin(obs[:, 0]), obs[:, 1], np.sin(obs[:, 2]), np.cos(obs[:, 2]), np.cos(obs[:, 0])]
-    close(M.turned(data.observations, jnp.array([2, 0])), seen, 1e-6)
-    assert M.turned(data.observations, NO_ANGLES).shape == (400, 3)
-    eyes = M.obs_moments(data, args)
-    close(M.standardised(eyes, data.observations), (seen - seen.mean(0)) / seen.std(0), 1e-4)
-    close(M.obs_moments(data, tiny(angles="2,0"))[1], np.ones(5))
+    close(turned(data.observations, jnp.array([2, 0])), seen, 1e-6)
+    assert turned(data.observations, NO_ANGLES).shape == (400, 3)
+    eyes = M.sight(data, args)
+    close(eyes(data.observations), (seen - seen.mean(0)) / seen.std(0), 1e-4)
+    close(M.sight(data, tiny(angles="2,0"))[1], np.ones(5))
 
     data = data._replace(observations=data.observations + np.where(np.arange(400) % 2, 1, 0)[:, None] * turn)
     data = data._replace(next_observations=data.observations + 0.1)  # half of the rows have gone round
@@ -576,8 +577,8 @@ def test_angles_that_go_round():
 
 @pytest.mark.parametrize("angles", ["3", "1,1", "-1", "x", "1,"])
 def test_angles_that_are_no_columns_are_refused(angles):
-    with pytest.raises(envs.InputError, match="--angles: task, none, or different columns below 3, such as 0,1"):
-        M.check_task(tiny(angles=angles), TASK)
+    with pytest.raises(envs.InputError, match=f"--angles {angles}: task, none, or different columns below 3, such"):
+        runner.with_angles(tiny(angles=angles), TASK)
 
 
 def test_which_tasks_have_angles():
@@ -595,7 +596,7 @@ def test_which_tasks_have_angles():
 def test_updates_see_the_data_as_they_see_the_models_rows(standardise, monkeypatch):
     args, data, model, *_ = small_world()
     args, seen = dataclasses.replace(args, standardise_observations=standardise, chunk=10), []
-    model = model._replace(obs_scale=M.obs_moments(data, args))
+    model = model._replace(see=M.sight(data, args))
 
     def remember(agent, ring, data, key, args):
         jax.debug.callback(lambda *x: seen.append(x), data.observations, data.next_observations, data.rewards)
@@ -626,15 +627,15 @@ def folded(params, mean, std):
 def test_networks_that_see_scaled_observations_are_those_with_scaled_weights():
     """In the model, in the world and in evaluations: the first layer takes the scale, and nothing else changes."""
     args, data, model, agent, _ = small_world()
-    eyes = jnp.array([0.5, -1.0, 2.0]), jnp.array([2.0, 0.5, 3.0]), NO_ANGLES
+    eyes = M.Sight(jnp.array([0.5, -1.0, 2.0]), jnp.array([2.0, 0.5, 3.0]), NO_ANGLES)
     other = agent._replace(actor=folded(agent.actor, *eyes[:2]))
-    plain = model._replace(obs_scale=(jnp.zeros(3), jnp.ones(3), NO_ANGLES))
-    pairs = (model._replace(obs_scale=eyes), agent), (plain, other)
+    plain = model._replace(see=M.Sight(jnp.zeros(3), jnp.ones(3), NO_ANGLES))
+    pairs = (model._replace(see=eyes), agent), (plain, other)
     rolled = [model_rollout(*pair, data.observations[:50], jax.random.key(0), args, TASK)[0] for pair in pairs]
     leaves_close(*rolled, atol=1e-3)
 
     task, buffer = envs.task("point-angle-0"), types.SimpleNamespace(metadata={"episode_length": 10})
-    eyes = jnp.array([0.5, -1.0, 2.0, 0.0]), jnp.array([2.0, 0.5, 3.0, 1.0]), NO_ANGLES
+    eyes = M.Sight(jnp.array([0.5, -1.0, 2.0, 0.0]), jnp.array([2.0, 0.5, 3.0, 1.0]), NO_ANGLES)
     data = rows_of(np.zeros((9, 4)), np.zeros((9, 2)), np.zeros(9), np.ones((9, 4)))
     model = M.fitted_model(fit_init(jax.random.key(1), data, args), data, args)
     actor = M.policy_net(args, 2).init(jax.random.key(3), jnp.zeros(4))
@@ -644,11 +645,11 @@ def test_networks_that_see_scaled_observations_are_those_with_scaled_weights():
         lambda tree: jax.tree.map(lambda x: x[None], tree),
     )
     found = [
-        evaluate(one(agent._replace(actor=actor, critic=critic)), one(model._replace(obs_scale=eyes)),
+        evaluate(one(agent._replace(actor=actor, critic=critic)), one(model._replace(see=eyes)),
                  jax.random.split(jax.random.key(2), 1))[0]
         for actor, critic, eyes in (
             (actor, critic, eyes),
-            (folded(actor, *eyes[:2]), folded(critic, *eyes[:2]), (jnp.zeros(4), jnp.ones(4), NO_ANGLES)),
+            (folded(actor, *eyes[:2]), folded(critic, *eyes[:2]), M.Sight(jnp.zeros(4), jnp.ones(4), NO_ANGLES)),
         )
     ]  # fmt: skip
     assert {"eval/return", "value/q_start", "value/world", "value/model", "model/world_u"} <= found[0].keys()

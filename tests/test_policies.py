@@ -19,6 +19,7 @@ import mopo
 import qdq
 import runner
 import wurl_sac
+from envs import buffers
 from runner import policies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,7 @@ def gaussian(path, script, layers=2, eyes=None):
     scale = *list(eyes.values())[:2], eyes.get("observation_angles", np.zeros((P, 0), int))
 
     def act(index, observations, noise=None):
-        seen = mopo.standardised(of(scale, index), jnp.asarray(observations)) if eyes else observations
+        seen = mopo.Sight(*of(scale, index))(observations) if eyes else observations
         mean, log_std = net.apply(of(actor, index), seen)
         sample = wurl_sac.tanh_normal_sample
         return jnp.tanh(mean) if noise is None else sample(mean, log_std, noise)[0]
@@ -84,14 +85,16 @@ def of_qdq(path):
 
 def of_dac(path, **flags):
     """-> act(index, observations [B, S], key of the noise)."""
-    args = dac.Args(hidden_sizes=(8, 8), num_critics=3, **{"num_action_samples": 4, "num_steps": 3, **flags})
+    small = dict(hidden_sizes=(8, 8), num_critics=3, num_seeds=P, num_action_samples=4, num_steps=3)
+    args = dac.Args(**{**small, **flags})
     s, a = jnp.zeros(S), jnp.zeros(A)
     actor, critics = nets(dac.NoiseNet((8, 8)), s, a, 1), nets(dac.dac_critics(args), s, a)
     task = types.SimpleNamespace(action_size=A)
     run = types.SimpleNamespace(task=task, write_policy=lambda kind, params, **more: write(path, kind, params, **more))
-    dac.write_policy(run, types.SimpleNamespace(actor=actor, target_critics=critics), args)
+    see = buffers.Sight(EYES[0][0], EYES[1][0], np.zeros(0, int))
+    dac.write_policy(run, types.SimpleNamespace(actor=actor, target_critics=critics), see, args)
     choose = jax.jit(lambda nets, s, key: dac.choose_actions(nets, s, key, args, A)[0])
-    return lambda i, s, key: choose((of(actor, i), of(critics, i)), s, key)
+    return lambda i, s, key: choose((of(actor, i), of(critics, i)), see(s), key)
 
 
 PLAIN = {  # what has no noise in it

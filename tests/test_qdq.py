@@ -85,7 +85,7 @@ def test_window_rule():
 def test_data_is_prepared(dataset):
     buffer = envs.buffers.load(dataset, quiet=True)
     args = D.Args(reward_shift=-1.0, scale_rewards=False)
-    data, (mean, std) = D.qdq_data(buffer, args)
+    data, (mean, std, _) = D.qdq_data(buffer, args)
     entries, held = D.q_entries(buffer, data, args)
     np.testing.assert_allclose(data.observations.mean(0), 0.0, atol=1e-3)
     np.testing.assert_allclose(data.next_observations * std + mean, buffer["next_observations"], atol=1e-3)
@@ -131,7 +131,7 @@ def test_any_unit_of_rewards_and_a_constant_column():
     seen = []
     for factor in (1e-6, 1.0, 1e6):
         buffer = tiny_buffer(factor)
-        data, (_, std) = D.qdq_data(buffer, args)
+        data, (_, std, _) = D.qdq_data(buffer, args)
         entries, _ = D.q_entries(buffer, data, args)
         batch = jax.tree.map(lambda x: x[:200], data)
         loss, metrics = critic_loss(

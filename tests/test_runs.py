@@ -51,11 +51,11 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
-    """name -> args, result of an uninterrupted run of two seeds, made once."""
+    """name -> args, result of an uninterrupted run of two seeds that see column 2 as an angle, made once."""
 
     @functools.cache
     def run(name):
-        args = tiny(name, dataset=dataset, num_seeds=2, out=str(tmp_path_factory.mktemp(name) / "run"))
+        args = tiny(name, dataset=dataset, num_seeds=2, angles="2", out=str(tmp_path_factory.mktemp(name) / "run"))
         return args, module(name).main(args)
 
     return run
@@ -101,6 +101,8 @@ def test_a_run_leaves_its_files(name, whole):
     np.testing.assert_allclose(result["score"], np.mean(last), rtol=1e-4)
     about = json.loads(str(np.load(folder / "policy.npz")["metadata_json"]))
     assert about["task"] == "point-angle-0" and about["versions"]["jax"] == jax.__version__
+    sight = [np.load(folder / "policy.npz")[f"observation_{key}"] for key in ("mean", "std", "angles")]
+    assert [x.shape for x in sight] == [(2, 5), (2, 5), (2, 1)] and (sight[2] == 2).all()
 
 
 @pytest.mark.parametrize("name", LEARNERS)

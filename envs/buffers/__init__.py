@@ -29,14 +29,15 @@ from envs.buffers.fields import (
 )  # fmt: skip
 from envs.buffers.files import available_memory, check_is_file, find, sha256, write_npz
 from envs.buffers.reading import digests, import_command, load, load_task, read_metadata
-from envs.buffers.scale import column_scale, standard_scale
+from envs.buffers.scale import Sight, angle_columns, column_scale, standard_scale, turned
 from envs.buffers.writing import git_commit, save, versions
 
 from envs.buffers.convert import from_arrays  # isort: skip  (it uses all of the above)
 
 __all__ = [
     "ACTION_LIMIT", "COLUMNS", "EPISODE_KEYS", "METADATA", "METADATA_DEFAULTS", "METADATA_TYPES", "REQUIRED", "SCHEMA",
-    "SCHEMA_VERSION", "STRUCTURE", "Buffer", "available_memory", "check_is_file", "check_raw_columns", "column_scale",
-    "digests", "fail", "find", "from_arrays", "git_commit", "import_command", "load", "load_task", "read_metadata",
-    "save", "sha256", "standard_scale", "validate", "versions", "write_npz",
+    "SCHEMA_VERSION", "STRUCTURE", "Buffer", "Sight", "angle_columns", "available_memory", "check_is_file",
+    "check_raw_columns", "column_scale", "digests", "fail", "find", "from_arrays", "git_commit", "import_command",
+    "load", "load_task", "read_metadata", "save", "sha256", "standard_scale", "turned", "validate", "versions",
+    "write_npz",
 ]  # fmt: skip

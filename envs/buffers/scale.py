@@ -1,10 +1,44 @@
-"""Units of observations: the mean and std by which a learner scales the columns of a buffer."""
+"""What the networks of a learner see of observations: columns in units of the data, angles as sine and cosine."""
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from envs.buffers.checks import check_raw_columns
 
 FLAT = 1e-6  # a column that spreads by less than this share of its size is constant but for rounding
+
+
+class Sight(NamedTuple):
+    """A function of observations [.., S]: angles as sine and cosine, then each column less its mean, over its std.
+
+    mean, std [S + n]; angles [n]: columns, in whose place their sines stand; their cosines come behind the others.
+    """
+
+    mean: Any
+    std: Any
+    angles: Any
+
+    def __call__(self, observations):
+        return (turned(observations, self.angles) - self.mean) / self.std
+
+    def stored(self, num_seeds):
+        """Its arrays as policy.npz has them, for each seed (docs/policy.md)."""
+        return {f"observation_{name}": np.tile(x, (num_seeds, 1)) for name, x in self._asdict().items()}
+
+
+def turned(x, angles):
+    """Sines in the place of n angles, and their cosines behind: [.., S] -> [.., S + n]; NumPy or JAX."""
+    if not len(angles):
+        return x
+    xp = x.__array_namespace__()
+    is_angle = xp.isin(xp.arange(x.shape[-1]), angles)
+    return xp.concatenate([xp.where(is_angle, xp.sin(x), x), xp.cos(x[..., angles])], -1)
+
+
+def angle_columns(angles):
+    """--angles as columns [n]: "1,4" -> 1, 4; "none" and "task" (not known here) -> no column."""
+    return np.array([int(i) for i in angles.split(",") if i.isdigit()], np.int32)
 
 
 def standard_scale(x):
