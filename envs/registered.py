@@ -46,6 +46,7 @@ def register(
     feature: Callable | None = None,
     feature_names: tuple[str, ...] = (),
     reference: tuple[float, float] | None = None,
+    angles: tuple[int, ...] = (),
 ) -> None:
     """Make a JAX environment known by a name; a second call of the same module with the same name replaces it.
 
@@ -64,6 +65,7 @@ def register(
         both; without them a step pays and ends as the environment says.
     feature(s') -> (..., d): where wurl_sac.py measures diversity; None: the observation. feature_names: of the d.
     reference: returns of a random policy and of an expert, for normalised scores.
+    angles: columns of the observation that are angles and can go round (`--angles task` of the learners).
     Raises InputError for a name that cannot be used.
     """
     plain = name.replace(".", "").replace("_", "").replace("-", "")
@@ -71,7 +73,7 @@ def register(
         raise InputError(f"'{name}' cannot be registered: use letters, digits, '.', '_' and '-'")
     if task_options(name) or _is_built_in(name):
         raise InputError(f"'{name}' cannot be registered: this package has a world or task of that name")
-    fields: dict[str, Any] = {"reference": reference}
+    fields: dict[str, Any] = {"reference": reference, "angles": tuple(angles)}
     if feature is not None:
         fields["feature"] = lambda step: feature(step.next_observations)
         fields["feature_names"] = tuple(feature_names)
