@@ -407,7 +407,7 @@ def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
     distances = cost.sum(-1) / jnp.maximum(valid.sum(-1, keepdims=True), 1)  # logged whatever the objective
 
     index = jnp.broadcast_to(jnp.arange(K)[:, None, None], alive.shape)
-    how = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size)  # as many as a policy took  # D13
+    how = dict(key=key_net, rate=args.discriminator_lr, num_steps=alive[0].size, taken=alive.sum() / K)  # D13
     if args.objective == "diayn":
         reward, loss = diayn_reward(net, features, args), functools.partial(diayn_loss, args=args)
         net, net_opt = diversity.fit(net, net_opt, loss, (features, index), alive, **how)
@@ -422,7 +422,7 @@ def pseudo_reward(net, net_opt, steps, features, alive, key, share, args):
     elif args.objective == "metra":
         rows = steps.observations, steps.next_observations, index
         reward = args.reward_scale * metra_change(net, *rows, args)[1]
-        how["num_steps"] = round_sizes(args, alive.shape[-1])[1]  # one for each update of a policy, as METRA
+        how |= dict(num_steps=round_sizes(args, alive.shape[-1])[1], taken=None)  # one an update of a policy, as METRA
         net, net_opt = diversity.fit(net, net_opt, functools.partial(metra_loss, args=args), rows, alive, **how)
     elif args.objective == "none":
         reward = jnp.zeros(alive.shape)

@@ -34,8 +34,11 @@ class Classifier(nn.Module):
         return nn.Dense(self.widths[-1], kernel_init=nn.initializers.xavier_uniform())(x)
 
 
-def fit(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200):
-    """Adam steps on loss(net, *data) over data [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state."""
+def fit(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200, taken=None):
+    """Adam steps on loss(net, *data) over data [K, N, L, ..] with mask [K, N, L] -> net, its optimiser's state.
+
+    taken: of num_steps only so many, a traced number; None: all.
+    """
     data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), data)
     valid = jnp.argsort(~mask.reshape(-1), stable=True)  # rows with mask first
 
@@ -46,7 +49,14 @@ def fit(net, net_opt, loss, data, mask, key, rate, num_steps, batch_size=200):
         updates, opt = optax.adam(rate).update(grads, opt)
         return (optax.apply_updates(net, updates), opt), None
 
-    return jax.lax.scan(step, (net, net_opt), jax.random.split(key, num_steps))[0]
+    def step_if_due(carry, x):
+        i, key = x
+        return jax.lax.cond(i < taken, step, lambda carry, _: (carry, None), carry, key)
+
+    keys = jax.random.split(key, num_steps)
+    if taken is None:
+        return jax.lax.scan(step, (net, net_opt), keys)[0]
+    return jax.lax.scan(step_if_due, (net, net_opt), (jnp.arange(num_steps), keys))[0]
 
 
 def discriminator_success(x, train, test, key, hidden_sizes):

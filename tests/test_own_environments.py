@@ -360,6 +360,7 @@ def test_functions_that_are_given_pay_and_end(entries, world):
     envs.register(
         "other", slide.make, episode_length=30, reward=lambda s, a, s2: s2[..., 0] - s[..., 0] + 0 * a[..., 0],
         terminal=lambda s2: s2[..., 0] > 0.2, feature=lambda s2: s2[..., :1], feature_names=("x",), reference=(0, 2),
+        angles=(1,),
     )  # fmt: skip
     env = envs.make("other")
     obs, rewards, done = played(env, jax.random.split(jax.random.key(0), 3), jnp.ones((30, 3, 1)))
@@ -368,7 +369,7 @@ def test_functions_that_are_given_pay_and_end(entries, world):
     flat = [x.reshape(-1, x.shape[-1]) for x in (obs[:-1], np.ones((30, 3, 1), np.float32), obs[1:])]
     assert env.task.model_reward(*flat).tolist() == rewards.reshape(-1).tolist()
     assert env.task.model_terminal(flat[2]).tolist() == (done.reshape(-1) > 0.5).tolist()
-    assert env.task.feature_names == ("x",) and env.task.normalized_score(1) == 50
+    assert env.task.feature_names == ("x",) and env.task.normalized_score(1) == 50 and env.task.angles == (1,)
     with pytest.raises(envs.InputError, match="cannot be registered: this package has a world or task of that name"):
         envs.register("ant-angle-7", slide.make)
     with pytest.raises(envs.InputError, match="'a:b' cannot be registered: use letters"):

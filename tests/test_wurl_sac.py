@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import envs
@@ -171,6 +172,20 @@ def test_diayn_and_dads_rewards_against_numpy():
         log_p = [-0.5 * np.sum((np.asarray(change[k, 1, 3]) - mean) ** 2) for mean in means]
         ratio = sum(np.exp(np.clip(log_p[other] - log_p[k], -20, 1)) for other in range(K) if other != k)
         np.testing.assert_allclose(reward[k, 1, 3], 2 * (np.log(K) - np.log(1 + ratio)), atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["diayn", "dads"])
+@pytest.mark.parametrize("lengths, steps", [((5, 3), 8), ((20, 20), 40)])
+def test_the_net_takes_a_step_for_each_step_that_happened(objective, lengths, steps):
+    """Where episodes end early their few rows are not learnt by heart: a policy's two episodes of 20 may be 5 and 3."""
+    args, opt = tiny(objective=objective, num_policies=3), optax.adam(1e-3)
+    net = W.init_net(jax.random.key(1), 2, 4, args)
+    features = jax.random.normal(jax.random.key(0), (3, 2, 20, 2))
+    alive = jnp.broadcast_to(jnp.arange(20) < jnp.array(lengths)[:, None], (3, 2, 20))
+    learn = jax.jit(lambda net, opt: W.pseudo_reward(net, opt, None, features, alive, jax.random.key(2), 0.0, args)[2:])
+    learnt, state = learn(net, opt.init(net))
+    assert int(state[0].count) == steps
+    assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(net), jax.tree.leaves(learnt), strict=True))
 
 
 def test_metra_reward_and_loss_against_numpy():
