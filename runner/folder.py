@@ -93,7 +93,7 @@ def with_angles(args, task):
     """--angles checked, and `task` in it replaced by the task's own columns -> args."""
     angles = ",".join(map(str, task.angles)) or "none" if args.angles == "task" else args.angles
     named, size = angles.split(","), task.observation_size
-    columns = {int(i) for i in named if i.isdigit() and int(i) < size}
+    columns = {int(i) for i in named if i.isdecimal() and int(i) < size}
     told = f"--angles {angles}: task, none, or different columns below {size}, such as 0,1"
     refuse({told: angles == "none" or len(columns) == len(named)})
     return dataclasses.replace(args, angles=angles)

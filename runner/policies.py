@@ -134,7 +134,8 @@ KINDS = {"tanh_gaussian": Gaussian, "tanh_deterministic": Policy, "diffusion": D
 
 
 def turned(x, angles):
-    """Sines in the place of n angles, and their cosines behind: [.., S] -> [.., S + n]."""
+    """Sines in the place of n angles, and their cosines behind: [.., S] -> [.., S + n]. As envs.buffers.turned, which
+    comes with JAX."""
     x = x.copy()
     angle = x[..., angles]
     x[..., angles] = np.sin(angle)

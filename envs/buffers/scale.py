@@ -38,7 +38,7 @@ def turned(x, angles):
 
 def angle_columns(angles):
     """--angles as columns [n]: "1,4" -> 1, 4; "none" and "task" (not known here) -> no column."""
-    return np.array([int(i) for i in angles.split(",") if i.isdigit()], np.int32)
+    return np.array([int(i) for i in angles.split(",") if i.isdecimal()], np.int32)
 
 
 def standard_scale(x):
