@@ -26,10 +26,10 @@ Deviations
   D1  paper, codes: one density of (s, a), NICE; here: of a given s, affine couplings with bounded log scales. Only
       d/da log p matters to the actor, and p(s) wastes capacity (--flow nice for theirs).
   D2  codes' NICE samples by an inverse that is none (scale applied last, not first); here: exact.
-  D3  codes mix the penalty's x~ by N(0, 1), and reseed in every call, so that weights and target noise never change;
+  D3  codes mix the penalty's x~ by N(0, 1), and reseed in every call, so that x~'s weights and the target noise repeat;
       here: U(0, 1), fresh keys.
   D4  codes: raw observations; here: standardised for all networks (--no-normalize),
-      and angles as sine and cosine where --angles says so.
+      and angles that go round as sine and cosine (--angles).
   D5  codes: the likelihood of the data's actions; here: of actions + N(0, 0.05^2), so that mass on the boundary
       cannot drive it, and the actor's gradient, to infinity.
   D6  codes: the flow's Adam with b2 = 0.01, eps = 1e-4, no clip; here: 0.999, 1e-8, gradient norm <= 10.
@@ -39,7 +39,7 @@ Deviations
   D9  paper: the flow learns in both loops; C24: frozen after the first; here: frozen (--flow-in-rl).
   D10 codes: raw rewards and Q, 5 % of the run clones at alpha = 1000; here: rewards / rms, Q / mean |Q|, no cloning.
   D11 codes skip steps at a nan or a loss above 1e7; here: a gradient not finite counts as 0.
-  D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and flow layers.
+  D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and conditional flow.
   D13 codes: D has d = S + A outputs, losses take their mean and the penalty their sum, so that the adversarial term
       has 1/d of eq. 4's weight; here: one output (--disc-outputs many for theirs).
   D14 codes: learn from all rows; here: 1000 are kept to judge the density on.
@@ -133,7 +133,7 @@ class Args(runner.Flags):
     # --- actor-critic ---
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D4)"""
-    angles: str = "none"
+    angles: str = "task"
     """observed angles that go round, whose sine and cosine all networks see: task (its own), none, or columns such as
     1,4 (ours, D4)"""
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
@@ -163,8 +163,8 @@ class Args(runner.Flags):
 
 
 CODE = {  # what the released code does on any data, but for the deviations that have no flag
-    "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "scale_rewards": False,
-    "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": "none",
+    "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "angles": "none",
+    "scale_rewards": False, "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": "none",
 }  # fmt: skip
 MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -436,7 +436,7 @@ def wgan_loss(disc, real, fake, mix, args):
 
 def cped_disc_loss(disc, flow, batch, key, args):
     """Line (1) on a batch, with fresh fakes -> scalar, metrics."""
-    key_fake, key_mix = jax.random.split(key)
+    key_fake, key_mix, _ = jax.random.split(key, 3)
     real = jnp.concatenate([batch.observations, batch.actions], -1)
     fake = flow_sample(flow, batch.observations, batch.actions.shape[-1], key_fake, args)
     mix = jax.random.uniform(key_mix, (len(real), 1))  # D3
@@ -445,7 +445,7 @@ def cped_disc_loss(disc, flow, batch, key, args):
 
 def cped_flow_loss(flow, disc, batch, key, args):
     """Line (2): nll_weight * mean -log p(a + noise | s) - adv_weight * mean D(s, a^) -> scalar, metrics."""
-    key_fake, key_noise = jax.random.split(key)  # as in D's loss: with its key, its fakes
+    key_fake, _, key_noise = jax.random.split(key, 3)  # as in D's loss: with its key, its fakes
     noise = args.action_noise * jax.random.normal(key_noise, batch.actions.shape)  # D5
     loss, metrics = 0.0, {}
     if args.nll_weight:
@@ -694,7 +694,8 @@ def check_args(args):
         "--chunk must divide --eval-every, --flow-updates and --num-updates":
             all(total % args.chunk == 0 for total in totals),
         "--alphas and --alpha-from must be as many, the shares rising from 0 to less than 1":
-            len(args.alphas) == len(starts) and starts[0] == 0 and sorted(starts) == list(starts) and starts[-1] < 1,
+            args.constraint == "dual" or (len(args.alphas) == len(starts)
+            and starts[0] == 0 and sorted(starts) == list(starts) and starts[-1] < 1),
         "--alphas: the first must be positive with --constraint dual": args.constraint != "dual" or args.alphas[0] > 0,
         "--nll-weight, --adv-weight: one of them must be positive": max(args.nll_weight, args.adv_weight) > 0,
         "--eps-quantile must be above 0 and below 1": 0 < args.eps_quantile < 1,
@@ -717,7 +718,7 @@ def idle_flags(args):
         names = (
             "alphas alpha_from alpha_lr constraint eps_quantile q_norm q_from critic_from critic_lr gamma target_noise "
         )
-        names += "target_noise_clip scale_rewards reward_shift"
+        names += "target_noise_clip scale_rewards reward_shift tau"
         idle |= dict.fromkeys(names.split(), "--bc-only has no critics")
     return idle
 

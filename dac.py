@@ -27,7 +27,7 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets [B
            tau Polyak rate | E episodes | S also num_seeds, as a leading axis
            <.> mean over the batch, the action's dimensions and the critics h
 
-Deviations
+Deviations (here: always; ours: not in the published presets)
   D1  Algorithm 1 draws one a' per s'; code: N = 10; here: 10, one in --preset cpu and --quick.
   D2  Eq. 15 is a square, whose minimiser is eps - sigma g / eta; Eq. 16 and code: eps - sigma g / (2 eta);
       here: Eq. 16, so pi tends to pi_beta exp(Q / (2 eta <|Qtar|>)).
@@ -40,9 +40,9 @@ Deviations
   D8  Code: rewards times 1000 / (max - min episode return); here: the range has a floor (`return_scale`).
   D9  Published: eta aims at b = 1, the policy leaves the data before the critics are right; ours: eta = 0.5, fixed.
   D10 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
-  D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0,
-      and angles as sine and cosine where --angles says so.
-  D12 Paper, code: grad Q over <|Q|>; ours: over the std of Q, which stays as it is where all values are lower.
+  D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0;
+      ours: angles that go round as sine and cosine (--angles).
+  D12 Paper, code: grad Q over <|Q|>; ours: over the std of Q, which stays where all values fall together.
   D13 Code: rho by data set, 0 on the half cheetah, else 1 or more; ours: 0, since pessimism adds up over the steps.
 
 Files      reads a buffer with task rewards (docs/buffer.md); writes runs/dac/<task>/, with policy.npz (docs/policy.md)
@@ -131,7 +131,7 @@ class Args(runner.Flags):
     """LayerNorm in the critics (ours)"""
     standardise_observations: bool = False
     """show actor and critics observations of mean 0 and std 1 over the data (ours)"""
-    angles: str = "none"
+    angles: str = "task"
     """observed angles that go round, whose sine and cosine all networks see: task (its own), none, or columns such as
     1,4 (ours, D11)"""
     lr_cosine: bool = True
@@ -170,13 +170,13 @@ FIXED = {"eta": 0.5, "eta_lr": 0.0, "q_norm": "spread"}  # D9, D12
 OWN = FIXED | {"rho": 0.0}  # where nothing is published, D13
 CPU = FIXED | {  # tau: bootstrapped Q lags by 1 / tau / (1 - gamma) updates, 20k at the code's 0.005, 2k here
     "num_updates": 10_000, "eval_every": 1_000, "num_q_samples": 1, "num_critics": 5, "tau": 0.05, "ema_start": 0,
-    "hidden_sizes": (128, 128, 128), "actor_lr": 1e-3, "critic_lr": 1e-3,
+    "hidden_sizes": (128, 128, 128), "actor_lr": 1e-3, "critic_lr": 1e-3, "eval_first": True,
 }  # fmt: skip
 PUBLISHED = {
     **{k: {"eta": 1.0, "eta_lr": 1e-3, "bc_threshold": b, "rho": rho} for k, (b, rho) in LOCOMOTION.items()},
     **{k: {"eta": 0.1, "eta_lr": 0.0, "max_q": True, "rho": rho, "critic_lr": lr} for k, (rho, lr) in ANTMAZE.items()},
 }
-PUBLISHED = {name: values | {"eval_first": True} for name, values in PUBLISHED.items()}
+PUBLISHED = {name: values | {"eval_first": True, "angles": "none"} for name, values in PUBLISHED.items()}
 QUICK = OWN | {
     "num_updates": 3_000, "chunk": 250, "eval_every": 250, "hidden_sizes": (64, 64), "num_critics": 5,
     "num_q_samples": 1, "batch_size": 128, "actor_lr": 1e-3, "critic_lr": 1e-3,
@@ -405,8 +405,8 @@ def q_gradient(critics, observations, actions, x, args):
 def dac_actor_loss(actor, target_critics, eta, batch, noise, args):
     """Line (5), Eq. 16: eta <(eps_theta - eps)^2> + <w g eps_theta>, means over B and A -> scalar, metrics.
 
-    w = sigma_t (soft) or 1 (hard). Other second terms: denoised -<Qtar_h(s, a_theta)> / <|Qtar_h|>, with a_theta
-    sampled through the whole chain; none.
+    w = sigma_t (soft) or 1 (hard). Other second terms: denoised -<Qtar_h(s, a_theta)> over the same norm as g, with
+    a_theta sampled through the whole chain; none.
     """
     s, a = batch.observations, batch.actions
     x, sigma = noised_actions(a, noise.eps, noise.t, args)
@@ -598,7 +598,7 @@ def idle_flags(args):
         idle["rho"] = f"--q-target {args.q_target} does not use it"
     if args.guidance == "none":
         names = "eta eta_lr bc_threshold eta_min eta_max num_action_samples num_critics q_target rho critic_lr gamma "
-        names += "num_q_samples max_q critic_norm return_range q_norm"
+        names += "num_q_samples max_q critic_norm return_range q_norm tau ema_every ema_start"
         idle |= dict.fromkeys(names.split(), "--guidance none only clones")
     return idle
 

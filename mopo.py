@@ -2,7 +2,7 @@
 
 Paper      MOPO: Model-based Offline Policy Optimization (Yu et al., NeurIPS 2020), arXiv 2005.13239.
            Last stage of UDG (Unsupervised Data Generation for Offline RL), arXiv 2506.19643.
-           "orig" is the authors' code, "ORLKit" is OfflineRL-Kit, "codes" are both.
+           "orig" is the authors' code, "ORLKit" is OfflineRL-Kit; "codes" or "both" are these two.
 Objective  max over pi of  E[ sum_t gamma^t ( r - lam u(s, a) ) ]  in the learned model. If u bounds the
            model's error, this is a lower bound of the true return (paper, section 4).
 
@@ -16,32 +16,32 @@ Algorithm  (1) split:     hold out min(20 %, 1000) rows in runs; standardise inp
            (7) learn:     `rollout_freq` SAC updates on 5 % real and 95 % model rows: critics, actor
                           with the new critics, alpha, Polyak target; then (4) again
 
-Symbols    s observations [.., S] | a actions [.., A] | r rewards | y targets: (s' - s, r) [.., D]
-           of the model, D = S + 1, and of the critics [B] | x standardised (s, a) | q [C, B]
+Symbols    s observations [.., S] | a actions [.., A] | r rewards | y target: of the model
+           (s' - s, r) [.., D], D = S + 1; of a critic [B] | x standardised (s, a) | q [C, B]
            mean, std [E, B, D] of the members | u penalty [B] | lam its weight (paper: lambda)
            E ensemble_size | M num_elites | N rows | B batch | C num_critics | h horizon
-           b rollout_batch | S also num_seeds, as a leading axis | alpha entropy weight | gamma discount
+           b rollout_batch | num_seeds is one more leading axis, also S | alpha entropy weight | gamma discount
 
 Deviations (published presets are as the codes in D11 to D16; the page says why)
   D1  Paper: the norm of the covariance; codes: the norm of the vector of stds; here: the codes'.
   D2  Paper: the model's mean reward; codes: a sampled reward; here: sampled.
   D3  Paper: spectral normalisation; released code: none; here: none.
-  D4  orig stops after more than 5 epochs without a gain, ORLKit after 5, with no cap; here: 5, and `max_epochs`.
+  D4  orig stops after more than 5 epochs without a gain, ORLKit after 5, no other bound; here: 5, and bounds on steps.
   D5  Codes: an epoch visits every row of the bootstrap once; here: as many random draws, in whole batches.
   D6  orig lets a rollout leave the data and bootstraps there, ORLKit calls |s| > 100 terminal; here: a rollout
       ends outside the data's range plus a margin, where the value is min(V, 0). Rows not finite are dropped.
   D7  orig: target entropy -3 in every task, one learning rate, log std >= -20; here: ORLKit's target
       entropy -A, three rates, the actor's with a cosine, alpha <= 1, log std >= -5.
   D8  ORLKit corrects tanh by log(1 - a^2 + 1e-6); here: exactly, as orig.
-  D9  orig: all gradients at the weights before the update, half the squared error; here: ORLKit's order,
-      line (7), and the whole squared error.
+  D9  orig: all gradients at the weights before the update, half the squared error; here: ORLKit's order, all of it.
   D10 Codes divide by any input std above 1e-12; here: only above 1e-6 of the mean.
   D11 Codes: plain critics, two of them; here: with LayerNorm, and as many as --num-critics says.
   D12 Codes: the model predicts raw (s' - s, r); here: in standard deviations of the data; u and errors are raw.
-  D13 Codes hold out single rows; here: runs of 20.
+  D13 Codes hold out single rows; here: 20 neighbours together.
   D14 Codes stop by the hold-out's squared error and keep each member where that was least; here: by its likelihood.
   D15 Codes: actor and critics see raw observations; here: standardised.
-  D16 Codes: all networks see angles as they are; here: as sine and cosine where they go round.
+  D16 Codes: all networks see angles as they are; here: those that can make a full turn as sine and cosine.
+  D17 Codes: episodes end by known rules; here: by a classifier of the data where the world gives none.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
@@ -109,7 +109,7 @@ class Args(runner.Flags):
     """cap on the epochs of the fit (ours, D4)"""
     standardise_targets: bool = True
     """divide the model's targets by their standard deviation inside the model (ours, D12; both: raw)"""
-    min_model_steps: runner.Natural = 0
+    min_model_steps: runner.Natural = 5_000
     """Adam steps before which the fit does not end, unless it comes to a cap (ours, D4)"""
     max_model_steps: runner.Natural = 0
     """cap on the Adam steps of the fit, rounded up to whole epochs, beside max_epochs; 0: none (ours, D4)"""
@@ -134,7 +134,7 @@ class Args(runner.Flags):
     real_ratio: runner.Share = 0.05
     """share of real rows in a batch (both: 0.05)"""
     range_margin: runner.Rate = 0.5
-    """rollouts end farther outside the data's range than this share of it (ours, D6; orig: never, as with 1e9)"""
+    """a rollout ends beyond the data's range and this share of it on either side (ours, D6; orig: never, as 1e9)"""
     # --- SAC ---
     hidden_sizes: tuple[runner.Count, ...] = (256, 256)
     """widths of actor and critics (both: 256, 256)"""
@@ -186,7 +186,7 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
 }  # fmt: skip
 AS_CODES = {  # D11 to D16 undone
     "standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False,
-    "standardise_observations": False, "angles": "none",
+    "standardise_observations": False, "angles": "none", "min_model_steps": 0,
 }  # fmt: skip
 PUBLISHED = {
     name.format(kind): {"horizon": h, "lam": lam, "num_updates": 3_000_000 if "v2" in name else 1_000_000} | AS_CODES
@@ -194,7 +194,7 @@ PUBLISHED = {
     for kind, (h, lam) in zip(KINDS, cells, strict=False)  # v2 has no random
 }
 QUICK = {
-    "max_epochs": 60, "model_hidden_sizes": (64, 64), "num_updates": 3_000, "chunk": 500,
+    "max_epochs": 60, "min_model_steps": 0, "model_hidden_sizes": (64, 64), "num_updates": 3_000, "chunk": 500,
     "rollout_freq": 500, "eval_every": 500, "rollout_batch": 2_000, "hidden_sizes": (64, 64),
     "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3,
 }  # fmt: skip
@@ -484,7 +484,7 @@ class Scale(NamedTuple):
     input_mean: jax.Array  # [S + n + A]
     input_std: jax.Array
     target_mean: jax.Array  # [D] 0 and 1 without standardise_targets
-    target_std: jax.Array
+    target_std: jax.Array  # 0: this target never varies, and is predicted so
     angles: jax.Array  # [n] columns of the observations
 
 
@@ -512,6 +512,11 @@ def model_targets(rows):
     return jnp.concatenate([change, rows.rewards[..., None]], -1)
 
 
+def scaled_targets(scale, rows):
+    """(y - mean) / std, as the networks learn them."""  # D12
+    return (model_targets(rows) - scale.target_mean) / jnp.where(scale.target_std > 0, scale.target_std, 1.0)
+
+
 def split_data(key, data, args):
     """Line (1): -> training rows [N], hold-out rows [H], Scale of the training rows."""
     num_rows = len(data.rewards)
@@ -523,16 +528,16 @@ def split_data(key, data, args):
     train = jnp.flatnonzero(~taken, size=num_rows - len(holdout))
     angles = jnp.asarray(angle_columns(args.angles))
     inputs = moments(jnp.concatenate([turned(data.observations, angles), data.actions], -1)[train])
-    targets = moments(model_targets(data)[train])  # D12
+    targets = moments(model_targets(data)[train], 0.0)
     if not args.standardise_targets:
         targets = jnp.zeros_like(targets[0]), jnp.ones_like(targets[1])
     return train, holdout, Scale(*inputs, *targets, angles)
 
 
-def moments(x):
-    """Mean and std of the columns of x [N, d]; std 1 where a column is constant but for rounding."""
+def moments(x, constant=1.0):
+    """Mean and std of the columns of x [N, d]; std `constant` where a column is constant but for rounding."""
     mean, std = x.mean(0), x.std(0)
-    return mean, jnp.where(std <= 1e-6 * jnp.abs(mean), 1.0, std)  # D10
+    return mean, jnp.where(std <= 1e-6 * jnp.abs(mean), constant, std)  # D10
 
 
 def fit_init(key, data, args):
@@ -582,8 +587,7 @@ def fit_chunk(fit, data, args):
         index = jnp.take_along_axis(fit.bootstrap, columns, 1)
         rows = jax.tree.map(lambda x: x[index], data)  # [E, B, ..]
         x = model_inputs(fit.scale, rows.observations, rows.actions)
-        targets = (model_targets(rows) - fit.scale.target_mean) / fit.scale.target_std
-        grads = jax.grad(mopo_model_loss)(net, x, targets, args)
+        grads = jax.grad(mopo_model_loss)(net, x, scaled_targets(fit.scale, rows), args)
         change, opt = optax.adam(args.model_lr).update(grads, opt)
         return (optax.apply_updates(net, change), opt), None
 
@@ -604,7 +608,7 @@ def end_epoch(fit, data, args):
     """Line (3): hold-out error of every member's mean, snapshots, idle epochs -> Fit."""
     rows = jax.tree.map(lambda x: x[fit.holdout], data)
     mean, raw = ensemble_apply(fit.net, model_inputs(fit.scale, rows.observations, rows.actions), "highest")
-    error = mean - (model_targets(rows) - fit.scale.target_mean) / fit.scale.target_std
+    error = mean - scaled_targets(fit.scale, rows)
     mse = jnp.mean((error * fit.scale.target_std) ** 2, (1, 2))  # [E]
     logvar = bound_logvar(fit.net, raw)
     nll = 0.5 * jnp.mean(error**2 * jnp.exp(-logvar) + logvar, (1, 2))
@@ -628,7 +632,8 @@ def model_of(net, elites, scale, data, args):
     """Beside the networks what the data say: where rollouts end, and what actor and critics see -> Model."""
     both = jnp.concatenate([data.observations, data.next_observations])
     low, high = both.min(0), both.max(0)
-    margin = args.range_margin * jnp.where(high > low, high - low, 1.0)  # D6
+    varies = high - low > 1e-6 * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    margin = jnp.where(varies, args.range_margin * (high - low), jnp.inf)  # D6
     high_reward = jnp.quantile(data.rewards, 0.99)
     return Model(net, elites, scale, low - margin, high + margin, high_reward, sight(data, args))
 
@@ -897,7 +902,7 @@ def judge_model(run, model, fit, data):
 
     def one(data, model, fit):
         know, targets = lambda *rows: predict(model, *rows, args), model_targets(data)
-        units = moments(targets)[1], moments(data.observations)[1]
+        units = moments(targets, 0.0)[1], moments(data.observations)[1]
         return model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
 
     found, arrays = jax.jit(lambda data, *x: runner.map_seeds(lambda x: one(data, *x), x, args))(data, model, fit)
@@ -913,7 +918,7 @@ def main(args, own_model=None):
     check_args(args)
     names = Rows._fields[:-1]  # a file has no `outside`
     buffer, task = runner.open_task("mopo", args, names)
-    task = runner.learn_end(task, buffer)  # where no function tells it
+    task = runner.learn_end(task, buffer)  # D17, where no function tells it
     args = runner.with_angles(args, task)
     check_task(args, task)
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"

@@ -27,7 +27,7 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [
            alpha share of the optimistic target | beta level of the quantile | mu tanh mean | B batch
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
 
-Deviations (here: always; ours: by default, not in the published presets, those of D4RL's sets)
+Deviations (here: always; ours: not in the published presets, those of D4RL's sets, and D7, D9, D18 not in --quick)
   D1  Eq. 5 counts m from the start of the episode, ends a window after k steps and drops the reward of a terminal
       step; code and here: m from the start of the window, T steps, all rewards.
   D2  Code: T = 200, k = 10, for episodes of 1000 steps; here: T = length / 5, k = T / 20, on AntMaze the code's.
@@ -36,20 +36,19 @@ Deviations (here: always; ours: by default, not in the published presets, those 
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
   D5  Code starts student and target from two random networks; here: both from the teacher.
   D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
-  D7  Paper: U by the policy's actions; code: by the quantile of H at a batch's (s', a'); ours: at its (s, a).
+  D7  U, the rows whose H is above a level. Paper: the quantile over the policy's actions; code: over a batch's
+      (s', a'); ours: over its own (s, a).
   D8  Eq. 8 is not what the code does on AntMaze; here: the code's three weights, --weight.
-  D9  product (paper, code) changes y by a percent, and raises it where w > 1 or Qm < 0; ours: excess.
-  D10 Paper: constant rate of the actor; code and here: a cosine over num_updates actor steps, which ends half way.
-  D11 Code: raw states, rewards and Q; ours: scaled (--normalize, --scale-rewards, --q-norm): no unit in gamma_ent.
+  D9  product (paper, code) changes y by a percent, and raises it where Qm (w - 1) > 0; ours: excess.
+  D10 Paper: constant rate of the actor; code and here: a cosine for num_updates actor steps, of which half are made.
+  D11 Code: raw states, rewards and Q; ours: scaled (--normalize, --scale-rewards, --q-norm), angles as sine and cosine.
   D12 Code: one student for the policies of all seeds; here: one each, --student to share one.
-  D13 Code: Q from the start; ours: only cloning for a tenth (--q-from): a wide Gaussian's
-      likelihood does not hold the actor near the data.
+  D13 Code: Q from the start; ours: the actor only clones during the first tenth (--q-from).
   D14 Code: rows of a batch without replacement; here: with.
   D15 Paper and code differ in alpha, beta, gamma_ent, AntMaze's layers and actor loss; here: the code's, PUBLISHED.
   D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; ours: around its mean (--sample-target).
   D17 Code: teacher and student see all episodes; ours: --holdout keeps some to judge them by.
-  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm
-      (not in --quick).
+  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
            (docs/policy.md), log.jsonl, state.npz of the phases, learning_curve.png, training.png; with --uncertainty
@@ -150,7 +149,7 @@ class Args(runner.Flags):
     """what Q is divided by in the actor's loss q: mean magnitude or std over the batch (ours, D11)"""
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D11)"""
-    angles: str = "none"
+    angles: str = "task"
     """observed angles that go round, whose sine and cosine all networks see: task (its own), none, or columns such as
     1,4 (ours, D11)"""
     scale_rewards: bool = True
@@ -190,7 +189,7 @@ LOG_STD = -5.0, 2.0  # clip of the actor's free log std (code)
 TEMPERATURE, VALUE_SAMPLES = 6.0, 30  # of awr: factor of the advantage, actions for V(s) (code)
 PAPER = {"uncertainty": "consistency", "penalty": "product", "num_critics": 2, "layer_norm": False}
 PUBLISHED_ALL = PAPER | {
-    "holdout": 0.0, "scale_rewards": False, "normalize": False, "q_norm": "none", "q_from": 0.0,
+    "holdout": 0.0, "scale_rewards": False, "normalize": False, "angles": "none", "q_norm": "none", "q_from": 0.0,
 }  # fmt: skip
 MUJOCO = {  # beta, gamma_ent                                                                    # D15
     "halfcheetah-medium-v2": (0.9, 0.0), "halfcheetah-medium-replay-v2": (0.9, 0.1),
@@ -326,7 +325,8 @@ def q_entries(buffer, data, args):
     """D_Q of --holdout's share of the episodes and of the others -> Entries [M] to learn from, Entries held out."""
     (window, step), ends = window_sizes(args, buffer.metadata["episode_length"]), buffer["episode_ends"]
     starts, q, _ = windowed_returns(data.rewards, ends, args.gamma, window, step, args.max_windows)
-    episodes = np.random.default_rng(0).permutation(len(ends))[: round(args.holdout * len(ends))]
+    num_held = min(max(round(args.holdout * len(ends)), args.holdout > 0), len(ends) - 1)
+    episodes = np.random.default_rng(0).permutation(len(ends))[:num_held]
     held = np.isin(np.searchsorted(ends, starts, side="right"), episodes)  # D17
     num, low, high = np.sum(~held), q.min(), q.max()
     remedy = "give more rows, lower --window, --window-step or --holdout, or raise --max-windows"
@@ -567,7 +567,8 @@ def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args
     of_product = args.penalty == "product"
     h_around = h if of_product else uncertainty(model, target_critic, s, batch.actions, key_h, args)
     threshold = jnp.quantile(h_around, args.beta)  # D7
-    next_q = critic_values(target_critic, next_s, next_a, args).min(0)
+    with jax.default_matmul_precision("highest"):  # as H: of critics these are the same values, computed once
+        next_q = critic_values(target_critic, next_s, next_a, args).min(0)
     y, metrics = bootstrap_target(batch, next_q, h, threshold, args)
     q = critic_values(critic, s, batch.actions, args)
     loss = jnp.sum(jnp.mean((q - y) ** 2, -1))

@@ -19,8 +19,9 @@ adversarial() { # does the adversarial term's weight change a return? A minute e
 
 density() { # the adversarial term's weight and form against the true density, 3 seeds
     python benchmark/cped_density.py --num-seeds 3 --flow-updates 10000 --out runs/cped/density
-    python benchmark/cped_density.py --num-seeds 3 --flow-updates 6000 --out runs/cped/density-ant \
-        --task ant-angle-60 --policy runs/wurl_sac/ant/seed0/policy.npz
+    python mopo.py --dataset $ant/top1-size50000.npz --preset cpu # a policy that sees what the flow sees
+    python benchmark/cped_density.py --num-seeds 3 --flow-updates 10000 --out runs/cped/density-ant \
+        --task ant-angle-60 --policy runs/mopo/ant-angle-60/seed0/policy.npz
 }
 
 grid() { # settings for short runs on the suite's replays (benchmark/suite.py): a few minutes a cell on one core

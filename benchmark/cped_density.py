@@ -4,7 +4,7 @@
     python benchmark/cped_density.py --out runs/cped/density --task ant-angle-60 --policy POLICY.npz     tanh-normal
 
 Without --policy the behaviour is scripted: a = tanh(u), u from two normals of weights 0.6 and 0.4 around +-m(s),
-m turning with x and y. With --policy it is a tanh-normal policy of wurl_sac.py (number --index), rolled out afresh.
+m turning with x and y. With --policy it is a tanh-normal policy of mopo.py or wurl_sac.py (--index), played anew.
 Trains cped.py's flow with each loss on the same file, and judges it on held-out rows: KL(true || learnt), correlation
 of the log densities, and sliced W1 between true (s, a) and (s, a^), a^ a sample of the flow at the same s. The row
 `true` is the behaviour's own W1, its actions drawn again. Writes density.json and prints a table.
@@ -48,12 +48,17 @@ def two_modes(obs, key):
     return jnp.tanh(u), log_p - jnp.sum(2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u)), -1)
 
 
-def tanh_normal(path, index):
-    """Policy number `index` of a policy.npz of wurl_sac.py, in raw observations."""
-    actor, _ = load_actor(path, index)
+def tanh_normal(path, index, task):
+    """Policy number `index` of a policy.npz of wurl_sac.py or mopo.py, in raw observations.
+
+    Only the latter sees what the flow sees. The former's law also depends on what the task hides, such as x and y, so
+    that no flow can reach a KL of 0.
+    """
+    actor, about = load_actor(path, index)
+    observe = task.observe if about["observations"] == "task" else lambda obs: obs
 
     def behave(obs, key):
-        mean, log_std = actor(obs)
+        mean, log_std = actor(observe(obs))
         return wurl_sac.tanh_normal_sample(mean, log_std, jax.random.normal(key, mean.shape))
 
     return behave
@@ -134,7 +139,9 @@ def main(options):
         return print(table(json.loads(Path(options.table).read_text())))
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    behave = tanh_normal(options.policy, options.index) if options.policy else two_modes
+    behave = two_modes
+    if options.policy:
+        behave = tanh_normal(options.policy, options.index, envs.task(options.task))
     path, again = make_buffer(folder / f"{options.task}.npz", options.task, behave, options.episodes)
     base = dict(
         flow_updates=options.flow_updates, flow_lr=1e-3, disc_lr=options.disc_lr, num_seeds=options.num_seeds,
@@ -159,7 +166,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/cped/density")
     parser.add_argument("--task", default="point-angle-0")
-    parser.add_argument("--policy", help="policy.npz of wurl_sac.py; its world must be the task's")
+    parser.add_argument("--policy", help="policy.npz of mopo.py or wurl_sac.py; its world must be the task's")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--flow-updates", type=int, default=20_000)

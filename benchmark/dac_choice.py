@@ -22,13 +22,15 @@ SAMPLES = (1, 3, 10, 30)
 def returns_by_samples(folder, episodes, samples=SAMPLES):
     """-> [(N_a, return, std over episodes, return in the data's length)], means over the seeds of a run."""
     known = json.loads((Path(folder) / "args.json").read_text())
-    # a flag that is younger than the run had the value that is the default now
+    # but for --angles, a flag that is younger than the run had the value that is the default now
     fields = {field.name: known.get(field.name, field.default) for field in dataclasses.fields(dac.Args)}
-    sizes = tuple(fields["hidden_sizes"])
-    args = dac.Args(**fields | {"hidden_sizes": sizes, "eval_episodes": episodes, "resume": True})
+    fields |= {"hidden_sizes": tuple(fields["hidden_sizes"]), "angles": known.get("angles", "none")}
+    args = dac.Args(**fields | {"eval_episodes": episodes, "resume": True})
     buffer, task = runner.open_task("dac", args, dac.Transitions._fields)
+    args = runner.with_angles(args, task)
     scaled = dac.dac_data(buffer, args)
-    like = jax.eval_shape(dac.make_train(args, task.observation_size, task.action_size)[0], runner.seed_keys(args))
+    sizes = scaled[0].observations.shape[1], task.action_size
+    like = jax.eval_shape(dac.make_train(args, *sizes)[0], runner.seed_keys(args))
     state = runner.fill(like, runner.read_npz(Path(folder) / "state.npz")[0], folder)
     rows = []
     for n in samples:

@@ -37,7 +37,7 @@ from runner import devices, plots, state_files
 
 ALGORITHMS = ("mopo.py", "benchmark/mopo_models.py", "cped.py", "qdq.py", "dac.py")
 BUSY = "another worker is making it now"
-SHOWN_AS = {"bc": "cloning", "dac-bc": "cloning, sampled"}
+SHOWN_AS = {"bc": "cloning", "dac-bc": "cloning, sampled", "cped": "CPED", "qdq": "QDQ", "dac": "DAC", "mopo": "MOPO"}
 CUT = "return, in as many steps as the data's episodes"
 
 
@@ -215,14 +215,20 @@ def write_table(path, names, scores, data, short):
     print("\n".join(lines), flush=True)
 
 
+def colours(algorithms):
+    """Numbers of colours: the learners' are the same in all figures."""
+    known = SHOWN_AS if set(algorithms) <= set(SHOWN_AS) else algorithms
+    return {name: i for i, name in enumerate(known)}
+
+
 def panel(title, seeds_of, data=(), ylabel="return", order=()):
     """Curves of one dataset: {algorithm: {seed: (steps, returns)}}, a thin line a seed, and their mean.
 
     order: of the algorithms of all panels, each with its colour.
     """
-    lines = []
+    lines, places = [], colours(order or seeds_of)
     for algorithm, seeds in seeds_of.items():
-        i = list(order or seeds_of).index(algorithm)
+        i = places[algorithm]
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
         color = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
         shown = color | {"marker": "o", "ms": 3, "label": f"{SHOWN_AS.get(algorithm, algorithm)} ({count})"}

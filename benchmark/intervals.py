@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+import grid
 from envs import InputError
 from runner import plots, show
 
@@ -91,17 +92,19 @@ def interval(statistic, draws, rng, *scores):
 
 def draw(path, found, against):
     """IQM and P(better) of every algorithm with their intervals, side by side."""
-    panels, score = [], "interquartile mean of the score"
-    titles = {score: "0: as the data, 1: as its best episode", f"P(better than {against})": "probability"}
+    panels, score, places = [], "interquartile mean of the score", grid.colours(found)
+    shown, title = grid.SHOWN_AS, f"P(better than {grid.SHOWN_AS.get(against, against)})"
+    titles = {score: "0: as the data, 1: as its best episode", title: "probability"}
     for column, (title, unit) in enumerate(titles.items()):
         lines = []
-        for i, values in enumerate(reversed(found.values())):
-            middle, low, high = values[column]
-            lines.append(([low, high], [i, i], {"color": f"C{i}", "lw": 5, "alpha": 0.4}))
-            lines.append(([middle], [i], {"color": f"C{i}", "marker": "o"}))
+        for i, (name, values) in enumerate(reversed(found.items())):
+            (middle, low, high), color = values[column], f"C{places[name] % 10}"
+            lines.append(([low, high], [i, i], {"color": color, "lw": 5, "alpha": 0.4}))
+            lines.append(([middle], [i], {"color": color, "marker": "o"}))
         if any(low == high for _, low, high in (values[column] for values in found.values())):
             unit += "; no bar: the bootstrap's draws agree"
-        panels.append({"title": title, "xlabel": unit, "ylabel": "", "lines": lines, "names": list(found)[::-1]})
+        panels.append({"title": title, "xlabel": unit, "ylabel": "", "lines": lines})
+        panels[-1]["names"] = [shown.get(name, name) for name in found][::-1]
     plots.figure(path, panels, height=1.5 + 0.4 * len(found))
 
 

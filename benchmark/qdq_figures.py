@@ -35,7 +35,7 @@ def load_run(folder):
         raise envs.InputError(f"{folder}: has no student (q_model.npz), as runs with --uncertainty critics")
     data, _ = qdq.qdq_data(buffer, args)
     entries, _ = qdq.q_entries(buffer, data, args)
-    teacher = qdq.make_train(args, task.observation_size, task.action_size)[0]
+    teacher = qdq.make_train(args, data.observations.shape[1], task.action_size)[0]
     net = jax.eval_shape(teacher.init, runner.seed_keys(args)).nets.net
     number = jax.ShapeDtypeStruct((args.num_seeds,), jnp.float32)
     arrays, _ = runner.read_npz(folder / "q_model.npz", "metadata_json")

@@ -202,11 +202,11 @@ STUDIES = {
         ("point-angle-60", "point-angle-180"), tops("point", random="point-random:1"), ALL_LEARNERS, seeds=3,
     ),
     "learners-ant": Study(
-        "Five learners on the same buffers of the ant.",
+        "Four learners on the same buffers of the ant.",
         ("ant-angle-60",), {"top1": "ant:1", "all": "ant:all", "random": "ant-random:1"}, ALL_LEARNERS,
     ),
     "learners-cheetah": Study(
-        "Five learners on the same buffers of the cheetah.",
+        "Four learners on the same buffers of the cheetah.",
         ("cheetah-jump",), {"top1": "cheetah:1", "all": "cheetah:all", "random": "cheetah-random:1"}, ALL_LEARNERS,
     ),
     "cheetah": Study(

@@ -114,4 +114,8 @@ def open_task(script, args, keys):
     if len(buffer) < FEWEST_ROWS:
         remedy = "raise --max-rows" if args.max_rows else "record more, or name another --dataset"
         raise envs.InputError(f"{buffer.path}: {len(buffer)} rows are too few, {FEWEST_ROWS} are needed; {remedy}")
+    scaled = getattr(args, "scale_rewards", hasattr(args, "return_range"))
+    if not scaled and hasattr(args, "gamma"):
+        remedy = "say --scale-rewards" if hasattr(args, "scale_rewards") else "divide them in the file"
+        envs.buffers.check_raw_rewards(buffer["rewards"], args.gamma, args.q_bound, remedy)
     return buffer, task

@@ -23,19 +23,21 @@ def check_fit(predict, elites, data, targets, units, holdout, run):
 
 
 def held_out(predict, elites, rows, targets, unit):
-    """What a model knows of rows that it has not seen, targets [H, D] of std `unit` [D] -> metrics, arrays.
+    """What a model knows of rows that it has not seen -> metrics, arrays.
 
-    error [H] = sqrt( mean over elites of ||mean - (s' - s, r)||^2 ) beside u [H]; of each target its root mean square
-    error, the std that the elites claim, and the share of its variance that is unexplained.
+    targets [H, D] of std `unit` [D], 0 where one never varies. error [H] = sqrt( mean over elites of ||mean - (s' - s,
+    r)||^2 ) beside u [H]; of each target its root mean square error, the std that the elites claim, and the share of
+    its variance that is unexplained.
     """
     mean, std, u = predict(rows.observations, rows.actions)
     square, claimed = ((mean - targets) ** 2)[elites], (std[elites] ** 2).mean((0, 1))
+    variance = jnp.where(unit > 0, unit**2, jnp.inf)
     error = jnp.sqrt(square.sum(-1).mean(0))
     low, half, high = jnp.quantile(u, jnp.array([0.05, 0.5, 0.95]))
     metrics = {
         "fit/u_p05": low, "fit/u_p50": half, "fit/u_p95": high, "fit/correlation": jnp.corrcoef(u, error)[0, 1],
         "fit/rmse": jnp.sqrt(square.mean((0, 1))), "fit/sigma": jnp.sqrt(claimed),
-        "fit/unexplained": square.mean((0, 1)) / unit**2,
+        "fit/unexplained": square.mean((0, 1)) / variance,
     }  # fmt: skip
     return metrics, {"u": u, "error": error}
 
@@ -140,17 +142,23 @@ def report_fit(run, epoch, found, arrays, capped):
         x, seed = {name: np.asarray(values[i]) for name, values in found.items()}, f"seed {run.args.seed + i}"
         u = " / ".join(f"{x[f'fit/u_p{q}']:.3g}" for q in ("05", "50", "95"))
         say(f"{seed}, held-out rows: u {u} (5, 50, 95 %), correlation with the error {x['fit/correlation']:.2f}")
-        median = np.median(x["fit/unexplained"])
-        say(f"{seed}, held-out rows: share of unexplained variance {median:.3f} (median of the targets)")
+        share = f"share of unexplained variance {unexplained(x):.3f}"
+        say(f"{seed}, held-out rows: {share} (median of the targets that vary)")
         for problem, remedy in fit_problems(x, cut_off, run.args):
             say(f"warning: {seed}: {problem}; {remedy}")
     plot_fit(run, jax.tree.map(lambda x: np.asarray(x[0]), found | arrays))
 
 
+def unexplained(found):
+    """Median of the shares [D] of unexplained variance, of the targets that vary; 0 if none does."""
+    shares = np.asarray(found["fit/unexplained"])
+    return np.median(shares[shares > 0]) if (shares > 0).any() else 0.0
+
+
 def fit_problems(found, capped, args):
     """What is wrong with a fit -> (problem, remedy) pairs."""
     flat, blind = found["fit/u_p95"] < 1.1 * found["fit/u_p50"], not found["fit/correlation"] > 0.2
-    errs = np.median(found["fit/unexplained"]) > 0.01  # else there is next to nothing to be uncertain of
+    errs = unexplained(found) > 0.01  # else there is next to nothing to be uncertain of
     other = "try --penalty ensemble_std" if args.standardise_targets else "try --standardise-targets"
     known = (
         ("the fit was cut off while members still gained", "raise its cap, --max-epochs or --max-model-steps", capped),
@@ -182,7 +190,7 @@ def plot_fit(run, found):
     """model.png: calibration of every target, u beside the error, predictions over several steps; of one seed."""
     sigma, rmse, share = (found[f"fit/{name}"] for name in ("sigma", "rmse", "unexplained"))
     number, error = np.arange(len(rmse)), np.sqrt(share)  # in std of the target
-    claimed = error * sigma / rmse
+    claimed = error * np.divide(sigma, rmse, out=np.zeros_like(rmse), where=rmse > 0)
     order = np.array_split(np.argsort(found["u"]), min(10, len(found["u"])))
     tenths = [np.array([found[name][i].mean() for i in order]) for name in ("u", "error")]
     equal = lambda x: (x, x, {"color": "k", "ls": "--", "lw": 1, "label": "equal"})

@@ -304,6 +304,18 @@ def test_a_raw_column_that_no_network_learns_from_is_named(tmp_path, script):
         assert wanted in message and not listing(out), message
 
 
+@pytest.mark.parametrize("script", ["mopo", "cped", "qdq"])
+def test_rewards_that_carry_q_beyond_its_bound_are_named(tmp_path, script):
+    """As published, rewards are as they are: too large ones are named before anything is written, with a way out."""
+    arrays, out = make_arrays((300, 300)), tmp_path / "out"
+    arrays["rewards"] = np.full(600, -3e4, np.float32)
+    path = buffers.save(tmp_path / "toy.npz", arrays, {**LABELLED, "dataset_name": "hopper-medium-v2"})
+    message = message_of(run, script, "--dataset", path, "--out", out, "--preset", "published")
+    remedy = "divide them in the file" if script == "mopo" else "say --scale-rewards"
+    wanted = f"rewards: their mean size 3e+04, paid for ever, is worth 3e+06, beyond --q-bound 1e+06; {remedy}"
+    assert wanted in message and not listing(out), message
+
+
 def test_which_columns_are_named():
     x = np.zeros((3, 30), np.float32)
     x[1] = 9e3
@@ -314,6 +326,16 @@ def test_which_columns_are_named():
     with pytest.raises(InputError, match=r"columns \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\] and others of the .*; try --flag"):
         buffers.check_raw_columns(x, False, "--flag")
     buffers.check_raw_columns(x, True, "--flag")
+
+
+def test_which_rewards_are_refused():
+    rewards = np.array([-2.0, 0.0], np.float32)
+    buffers.check_raw_rewards(rewards, 0.99, 100.0, "so")
+    buffers.check_raw_rewards(rewards, 0.99, 0.0, "so"), buffers.check_raw_rewards(rewards, 1.0, 1.0, "so")
+    with pytest.raises(
+        InputError, match=r"rewards: their mean size 1, .*is worth 100, beyond --q-bound 99; so, or raise"
+    ):
+        buffers.check_raw_rewards(rewards, 0.99, 99.0, "so")
 
 
 # --- command lines -------------------------------------------------------------------------------

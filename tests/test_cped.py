@@ -313,7 +313,7 @@ def test_flow_loss_is_the_equation():
     args, _, nets, batch = small_world()
     args, key = dataclasses.replace(args, nll_weight=2.0, adv_weight=3.0, action_noise=0.3), jax.random.key(4)
     loss, _ = flow_loss(nets.flow, nets.disc, batch, key, args)
-    key_fake, key_noise = jax.random.split(key)
+    key_fake, _, key_noise = jax.random.split(key, 3)
     noisy = batch.actions + 0.3 * jax.random.normal(key_noise, batch.actions.shape)
     nll = flow_nll(nets.flow, batch.observations, noisy, args).mean()
     fake = flow_sample(nets.flow, batch.observations, 2, key_fake, args)

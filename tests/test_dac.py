@@ -475,7 +475,7 @@ def test_observations_are_standardised():
 def whole_run(dataset, tmp_path_factory):
     """A run of two seeds -> args, folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    ours = dict(critic_norm=True, standardise_observations=True, eval_first=True)
+    ours = dict(critic_norm=True, standardise_observations=True, eval_first=True, angles="2")
     args = tiny(dataset=dataset, out=str(folder), num_seeds=2, **ours)
     D.main(args)
     return args, folder

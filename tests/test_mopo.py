@@ -25,7 +25,7 @@ from tests.oracles.common import close, leaves_close, of_seed, size_of
 TINY = dict(
     model_hidden_sizes=(16, 16), ensemble_size=3, num_elites=2, max_epochs=3, hidden_sizes=(16, 16), batch_size=40,
     horizon=3, retain=2, rollout_batch=64, rollout_freq=10, chunk=20, eval_every=40, num_updates=80, eval_episodes=2,
-    critic_norm=False, standardise_observations=False,
+    critic_norm=False, standardise_observations=False, min_model_steps=0,
 )  # fmt: skip
 
 
@@ -411,7 +411,7 @@ def test_members_learn_from_bootstraps_of_their_own():
     def step(carry, _):
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (3, 32, *x.shape[1:])), data)
         x = M.model_inputs(fit.scale, rows.observations, rows.actions)
-        y = (M.model_targets(rows) - fit.scale.target_mean) / fit.scale.target_std
+        y = M.scaled_targets(fit.scale, rows)
         grads = jax.grad(M.mopo_model_loss)(carry[0], x, y, args)
         change, opt = M.optax.adam(args.model_lr).update(grads, carry[1])
         return (jax.tree.map(jnp.add, carry[0], change), opt), None
@@ -770,6 +770,39 @@ def test_the_fit_knows_no_units(unit, reward_unit):
     close(found.high, unit * wanted.high, 1e-5)
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_columns_that_never_vary_do_not_count(unit):
+    """A goal that stays and a number of rounding errors: u is that of the rest, and no rollout ends there."""
+    args, plain = tiny(), random_data()
+    ulp = np.float32(0.7) + np.spacing(np.float32(0.7)) * np.arange(len(plain.rewards)).clip(0, 1)
+    still = jnp.stack([jnp.full(len(ulp), 0.3), jnp.asarray(ulp)], -1).astype(jnp.float32)
+    wider = lambda x: jnp.concatenate([unit * x, unit * still], -1)
+    data = plain._replace(
+        observations=wider(plain.observations), next_observations=wider(plain.next_observations),
+        rewards=unit * plain.rewards,
+    )  # fmt: skip
+    model = fitted(data, args)[1]
+    mean, std, u = predict(model, data.observations, data.actions, args)
+    assert not mean[..., 3].any() and not std[..., 3].any()
+    np.testing.assert_allclose(u, jnp.linalg.norm(std[..., jnp.array([0, 1, 2, 5])], axis=-1).max(0), rtol=1e-4)
+    far = jnp.concatenate([unit * jnp.zeros(3), unit * jnp.array([5.0, -5.0])])
+    assert not M.rollout_ends(model, TASK, far[None], jnp.zeros(1))[1].any()
+    assert M.rollout_ends(model, TASK, far.at[0].set(1e4 * unit)[None], jnp.zeros(1))[1].all()
+
+
+def test_the_warnings_look_at_targets_that_vary():
+    """Ten columns that never vary do not hide that the others are unexplained."""
+    shares = {"fit/unexplained": np.array([0.5, 0.4, 0.6] + 10 * [0.0]), "fit/u_p95": 1.0, "fit/u_p50": 1.0}
+    problems = model_report.fit_problems(shares | {"fit/correlation": 0.9}, False, M.Args())
+    assert [problem for problem, _ in problems] == ["u is nearly constant: it says nowhere that the model is worse"]
+    data, args = random_data(), tiny()
+    data = data._replace(rewards=jnp.full(len(data.rewards), 0.1))
+    (fit, model), targets = fitted(data, args), M.model_targets(data)
+    know, units = lambda *x: predict(model, *x, args), (M.moments(targets, 0.0)[1], data.observations.std(0))
+    found, _ = model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
+    assert (found["fit/unexplained"][:3] > 0).all() and found["fit/unexplained"][3] == 0
+
+
 @functools.cache
 def uneven_world(standardise):
     """Speeds of variance 10^4 whose noise is 5 where s_0 < 0 and 50 elsewhere -> metrics on held-out rows, u, s_0."""
@@ -877,7 +910,6 @@ def test_normalised_critics_are_the_oracles():
     close(M.critic_net(args).apply(params, obs, actions), np.stack(q), 1e-4)
     published = M.PUBLISHED.values()
     assert M.Args().critic_norm and not any(x["critic_norm"] or x["standardise_observations"] for x in published)
-    assert M.Args().angles == "task" and all(x["angles"] == "none" for x in published)
 
 
 def test_normalised_critics_are_bounded_far_away():

@@ -112,6 +112,7 @@ def test_data_is_prepared(dataset):
         whole |= set(found)
     assert len(whole) == 80
     assert not len(D.q_entries(buffer, data, D.Args(holdout=0.0))[1].x)
+    assert len(D.q_entries(buffer, data, D.Args(holdout=1e-6))[1].x) == 81  # one episode at least
 
 
 def tiny_buffer(factor):
@@ -657,7 +658,7 @@ def test_vmapped_seeds_are_mapped_seeds(monkeypatch):
 def whole_run(dataset, tmp_path_factory):
     """A run of two seeds through all phases -> args, folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    args = tiny(dataset=dataset, out=str(folder), num_seeds=2)
+    args = tiny(dataset=dataset, out=str(folder), num_seeds=2, angles="2")
     D.main(args)
     return args, folder
 
@@ -739,14 +740,15 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_flags_run(name, one_student, dataset, tmp_path):
-    rest = dict(student=one_student, num_seeds=2, num_updates=20, eval_every=20, teacher_updates=20, student_updates=20)
+    rest = dict(num_seeds=2, num_updates=20, eval_every=20, teacher_updates=20, student_updates=20)
+    rest |= dict(student=one_student, angles="2")
     result = D.main(tiny(dataset=dataset, out=str(tmp_path / "run"), **{**rest, **OTHERS[name]}))
     assert np.isfinite(result["score"]) and (tmp_path / "run" / "q_model.npz").exists() == (name != "critics")
 
 
 def test_learns_on_the_point_robot(one_student, dataset, tmp_path, optimised):
     """Behaviour: about 0 (ten headings). The margin of 50 is half of the best episode's return."""
-    budget = dict(student=one_student, num_updates=1_500, chunk=100, eval_every=1_500, eval_episodes=2)
+    budget = dict(student=one_student, angles="2", num_updates=1_500, chunk=100, eval_every=1_500, eval_episodes=2)
     nets = dict(model_hidden_sizes=TINY["model_hidden_sizes"], hidden_sizes=(32, 32))
     flags = {**D.QUICK, "teacher_updates": 100, "student_updates": 100, **budget, **nets}
     result = D.main(D.Args(dataset=dataset, out=str(tmp_path / "run"), **flags))

@@ -201,6 +201,8 @@ def test_every_preset_runs(name, dataset):
         args = runner.parse(script.Args, ["--dataset", dataset, "--preset", published], script.preset)
         runner.check_run(args)
         assert {k: getattr(args, k) for k in script.PUBLISHED[published]} == script.PUBLISHED[published]
+        assert args.angles == "none"
+    assert script.Args().angles == "task"  # ours: sine and cosine of the task's own angles
 
 
 def command_line(args):

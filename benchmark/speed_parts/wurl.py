@@ -181,6 +181,33 @@ def peers(robot, worlds, length):
     return [(name, lambda env=env: play(env)) for name, env in made.items()], actions[..., 0].size
 
 
+def prices(env, args, actor, num_envs, length):
+    """What a control step costs beside the physics -> programs of `length` steps of it alone.
+
+    The callback: as many worlds' arrays go to the host and back, and nothing is done there. The policies: networks and
+    noise, of constant observations.
+    """
+    batch, engine = (args.num_policies, num_envs), env.engine
+    there = np.zeros((*batch, 2 * engine.size + env.action_size), np.uint32)
+    back = [np.zeros((*batch, *shape.shape), shape.dtype) for shape in engine.shapes]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in back]
+    net = wurl_sac.actor_net(args, env.action_size)
+
+    def cross(packed, _):
+        bits, floats = jax.pure_callback(lambda _: back, shapes, packed)
+        return packed.at[..., : 2 * engine.size].set(bits), floats
+
+    def act(observations, key):
+        mean, log_std = jax.vmap(net.apply)(actor, observations)
+        noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))(jax.random.split(key, batch[0]))
+        actions, log_probs = wurl_sac.tanh_normal_sample(mean, log_std, noise)
+        return observations.at[..., : env.action_size].set(actions), log_probs
+
+    keys, seen = jax.random.split(jax.random.key(0), length), jnp.zeros((*batch, env.observation_size))
+    callback, policies = jax.jit(lambda x: jax.lax.scan(cross, x, keys)), jax.jit(lambda x: jax.lax.scan(act, x, keys))
+    return lambda: callback(there), lambda: policies(seen)
+
+
 def collection_at(bench, robot, num_policies, num_envs, length, target):
     """Steps of wurl_sac's rollouts against raw MuJoCo on the same starts and actions."""
     env, task = envs.make(robot, "mujoco"), envs.task(robot)
@@ -202,10 +229,13 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     size, amount = f"{robot}, {num_policies} x {num_envs} environments", steps.actions[..., 0].size
     case = lambda name, f, n=amount: Case(f"{size}: {name}", f, "steps/s", n, calls=n > 10_000)
     others, of_call = peers(robot, num_policies * num_envs, length)
-    fast, raw, raw_steps, *of_others = bench.measure(
+    callback, policies = prices(env, args, actor, num_envs, length)
+    fast, raw, raw_steps, _, _, *of_others = bench.measure(
         case("wurl_sac.rollout", ours),
         case("mujoco.rollout, whole episodes in a call", whole),
         case("mujoco.rollout, a call for each step", stepwise),
+        Case(f"{size}: a step's callback alone, no physics", callback, "ms", 1 / length),
+        Case(f"{size}: a step's policies alone", policies, "ms", 1 / length),
         *(case(f"{name}, no policy", function, of_call) for name, function in others),
     )
     bench.ratio(f"{size}: of whole episodes", fast, raw, target, "%", 100)

@@ -12,7 +12,7 @@ that key. Nothing is ever unpickled, nothing in a file is evaluated or used as a
     python -m envs.buffers inspect FILE [--figure out.png]
 """
 
-from envs.buffers.checks import check_raw_columns, validate
+from envs.buffers.checks import check_raw_columns, check_raw_rewards, validate
 from envs.buffers.fields import (
     ACTION_LIMIT,
     COLUMNS,
@@ -37,7 +37,7 @@ from envs.buffers.convert import from_arrays  # isort: skip  (it uses all of the
 __all__ = [
     "ACTION_LIMIT", "COLUMNS", "EPISODE_KEYS", "METADATA", "METADATA_DEFAULTS", "METADATA_TYPES", "REQUIRED", "SCHEMA",
     "SCHEMA_VERSION", "STRUCTURE", "Buffer", "Sight", "angle_columns", "available_memory", "check_is_file",
-    "check_raw_columns", "column_scale", "digests", "fail", "find", "from_arrays", "git_commit", "import_command",
-    "load", "load_task", "read_metadata", "save", "sha256", "standard_scale", "turned", "validate", "versions",
-    "write_npz",
+    "check_raw_columns", "check_raw_rewards", "column_scale", "digests", "fail", "find", "from_arrays", "git_commit",
+    "import_command", "load", "load_task", "read_metadata", "save", "sha256", "standard_scale", "turned", "validate",
+    "versions", "write_npz",
 ]  # fmt: skip

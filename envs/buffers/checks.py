@@ -229,6 +229,14 @@ def check_raw_columns(observations: np.ndarray, scaled: Any, flag: str) -> None:
         raise InputError(f"--dataset: {problem}; try {flag}, or scale these columns or leave them out of the data")
 
 
+def check_raw_rewards(rewards: np.ndarray, gamma: float, bound: float, remedy: str) -> None:
+    """InputError where rewards (N,) as they are would carry Q beyond `bound` (0: none), discounted by gamma < 1."""
+    size = float(np.abs(rewards, dtype=np.float64).mean())
+    if bound and gamma < 1 and size / (1 - gamma) > bound:
+        worth = f"their mean size {size:.3g}, paid for ever, is worth {size / (1 - gamma):.3g}"
+        raise InputError(f"--dataset: rewards: {worth}, beyond --q-bound {bound:g}; {remedy}, or raise --q-bound")
+
+
 def validate(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], path: Any) -> None:
     """Check a complete buffer in memory against docs/buffer.md; `path` names it in errors."""
     check_schema(metadata, path)
