@@ -139,13 +139,13 @@ class Args(runner.Flags):
     # --- actor-critic ---
     actor_loss: Literal["q", "awr"] = "q"
     """q: climb Q, with the likelihood term; awr: advantage-weighted likelihood (code: AntMaze but one)"""
-    gamma_ent: runner.Rate = 0.2
+    gamma_ent: runner.Rate = 0.04
     """gamma_ent: weight of the likelihood of the data's actions (code: 0 to 2 by dataset, raw Q; D11)"""
     sample_target: bool = False
     """draw a' from the target actor's Gaussian, before the noise (code: wherever gamma_ent > 0; D16)"""
     q_from: runner.Share = 0.1
     """share of num_updates in which the actor of loss q clones only; with gamma_ent 0 it stands still (ours, D13)"""
-    q_norm: Literal["none", "size", "spread"] = "size"
+    q_norm: Literal["none", "size", "spread"] = "spread"
     """what Q is divided by in the actor's loss q: mean magnitude or std over the batch (ours, D11)"""
     normalize: bool = True
     """standardise observations by the data's mean and std (ours, D11)"""
@@ -238,7 +238,7 @@ TRAINING = (  # panels of training.png
 QUICK = SHORT | PAPER | {  # all phases
     "teacher_updates": 4_000, "student_updates": 4_000, "num_updates": 6_000, "chunk": 500, "eval_every": 1_000,
     "model_hidden_sizes": (64, 64), "hidden_sizes": (64, 64), "actor_lr": 1e-3, "critic_lr": 1e-3, "batch_size": 128,
-    "teacher_lr": 1e-3, "student_lr": 1e-3, "gamma_ent": 0.1,
+    "teacher_lr": 1e-3, "student_lr": 1e-3, "gamma_ent": 0.1, "q_norm": "size",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes small hopper short_lag point short ablations sweep full paper published
+# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes pull small hopper short_lag point short ablations sweep full paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, cheetah), through
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all [--size 50000]
 # python udg_select.py --buffers runs/wurl_sac/cheetah/seed0/buffers --task cheetah-jump --top 1 all
@@ -7,8 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=runs/qdq/ant-angle-60
 ours="python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu"
+was="--gamma-ent 0.2 --q-norm size" # the defaults until the pull of the likelihood was measured (pull)
 paper="--uncertainty consistency --penalty product --num-critics 2 --no-layer-norm"
-then="$paper --tau 0.005 --no-scale-rewards --holdout 0" # as --preset cpu was when the ant's runs were made
+then="$paper $was --tau 0.005 --no-scale-rewards --holdout 0" # as --preset cpu was when the ant's runs were made
 ant="$ours $then"
 brief="$ant --teacher-updates 20000 --student-updates 20000"
 
@@ -25,7 +26,7 @@ probes() { # H on and off the data, two seeds of the point robot (docs/qdq.md)
 
 small() { # small networks, one seed: returns and H of docs/qdq.md; python benchmark/suite.py makes the hopper's data
     run="python qdq.py --num-updates 5000 --chunk 500 --eval-every 1000 --eval-episodes 5 --hidden-sizes 128 128"
-    run="$run --batch-size 128 --actor-lr 1e-3 --critic-lr 1e-3 --uncertainty critics --penalty excess"
+    run="$run --batch-size 128 --actor-lr 1e-3 --critic-lr 1e-3 --uncertainty critics --penalty excess $was"
     hopper="$run --dataset data/hopper-medium-replay.npz"
     out=runs/qdq/hopper-medium-replay/small
     $hopper --num-critics 2 --kappa 0 --no-layer-norm --out $out-k0
@@ -45,7 +46,7 @@ short_lag() { # --preset cpu at its own size with faster targets: the default, a
     for data in data/hopper-medium-replay.npz runs/udg_select/ant-angle-60/top1-size50000.npz; do
         set=hopper-medium-replay
         [ $data = data/hopper-medium-replay.npz ] || set=ant-angle-60
-        run="python qdq.py --dataset $data --preset cpu --num-updates 12000 --eval-every 1500"
+        run="python qdq.py --dataset $data --preset cpu --num-updates 12000 --eval-every 1500 $was"
         for seed in 0 1 2; do
             $run --seed $seed --out runs/qdq/$set/default-tau0.02-seed$seed
             $run --seed $seed --kappa 0 --num-critics 2 --no-layer-norm --out runs/qdq/$set/plain-tau0.02-seed$seed
@@ -54,10 +55,24 @@ short_lag() { # --preset cpu at its own size with faster targets: the default, a
 }
 
 hopper() { # larger networks
-    run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500 --tau 0.005"
+    run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500 --tau 0.005 $was"
     $run --num-critics 2 --kappa 0 --no-layer-norm --out runs/qdq/hopper-medium-replay/k0
     $run --num-critics 4 --kappa 4 --layer-norm --out runs/qdq/hopper-medium-replay/k4-ln
     $run --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out runs/qdq/hopper-medium-replay/k4-ln-g05
+}
+
+pull() { # how strongly do the data's actions pull? The default's three seeds: benchmark/cpu_grid.json
+    cell() { # name of a set, its file, flags
+        local name=${3//--/}
+        python qdq.py --dataset "$2" --preset cpu --num-updates 12000 --eval-every 1500 $3 --out "runs/qdq_pull/$1/${name// /-}"
+    }
+    for set in cheetah-jump ant-angle-60 hopper-medium-replay; do
+        data=runs/short/$set/top1-size50000.npz
+        [ $set = hopper-medium-replay ] && data=data/$set.npz
+        cell $set $data "--gamma-ent 0.04 --q-norm size"
+    done
+    cell cheetah-jump runs/short/cheetah-jump/top1-size50000.npz "$was --q-from 1"
+    for seed in 0 1 2; do cell cheetah-jump runs/short/cheetah-jump/top1-size50000.npz "$was --seed $seed"; done
 }
 
 point() { # three seeds on the point robot, minutes

@@ -22,7 +22,7 @@ from tests.oracles.common import close, leaves_close, mish, mlp, of_seed, size_o
 TINY = dict(
     teacher_updates=40, student_updates=40, num_updates=80, chunk=20, eval_every=40, eval_episodes=2,
     model_hidden_sizes=(16,), hidden_sizes=(16, 16), batch_size=32, model_batch_size=32,
-    uncertainty="consistency", penalty="product", num_critics=2, layer_norm=False,
+    uncertainty="consistency", penalty="product", num_critics=2, layer_norm=False, gamma_ent=0.2, q_norm="size",
 )  # fmt: skip
 
 

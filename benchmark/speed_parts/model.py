@@ -129,6 +129,17 @@ def mopo_sac(bench, args, parts, num_updates, shape, plain_refresh):
     bench.ratio("SAC with refreshes: against PyTorch on all cores, computed", whole, both)
 
 
+def mopo_ours(bench, published, ours, every, num_updates):
+    """What our defaults (D11 to D16) cost beside the published form, part by part, in turns."""
+    for name, unit, amount in (
+        ("epoch", "s", 1), ("refresh", "s", 1), ("updates", "/s", num_updates), ("chunk", "/s", every),
+    ):  # fmt: skip
+        case = lambda form, parts: Case(f"{form}, {name}", getattr(parts, name), unit, amount, calls=1)  # noqa: B023
+        theirs, own = bench.measure(case("as published", published), case("our defaults", ours))
+        seconds = (own, theirs) if unit == "s" else (theirs, own)
+        bench.ratio(f"our defaults, {name}: seconds over those as published", *seconds)
+
+
 def mopo_part(bench):
     """halfcheetah size (17 observations, 6 actions), 100k rows, horizon 5, one seed."""
     args = dataclasses.replace(mopo.Args(), **mopo.PUBLISHED["halfcheetah-medium-v2"])
@@ -145,3 +156,6 @@ def mopo_part(bench):
     mopo_model(bench, args, parts, num_rows, widths)
     plain_refresh = mopo_rollouts(bench, args, parts, widths)
     mopo_sac(bench, args, parts, num_updates, shape, plain_refresh)
+    own = dataclasses.replace(args, **{name: getattr(mopo.Args(), name) for name in mopo.AS_CODES})
+    ours = mopo_parts(own, task, data, num_updates, {})
+    mopo_ours(bench, parts, ours, args.rollout_freq, num_updates)
