@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant grid cpu norm invariants paper published
+# The runs behind docs/dac.md. Parts by name: benchmark/dac.sh quick bandit point ant grid short cpu norm invariants paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, point), through udg_select.py, for the ant with and without --size 50000:
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 2 all --size 50000
 # python udg_select.py --buffers runs/wurl_sac/point/seed0/buffers --task point-angle-60 --top 1 all
@@ -39,6 +39,11 @@ ant() { # CPU budget as it was when these were run, 1 seed; as it is now: cpu
 grid() { # settings of the short budget on the hopper's replay and the ant: results/dac/grid
     python benchmark/grid.py benchmark/dac_grid.json --jobs 2
     python benchmark/grid_figures.py results/dac/grid --runs runs/dac_grid --last 3
+}
+
+short() { # b below 1 and N above 1 beside today's --preset cpu: results/dac/short-grid
+    python benchmark/grid.py benchmark/dac_short_grid.json --jobs 2
+    python benchmark/grid_figures.py results/dac/short-grid --runs runs/dac_short_grid
 }
 
 cpu() { # the short budget before --q-norm, 3 seeds, and with other numbers of samples to choose from
