@@ -173,11 +173,23 @@ def flags_differ(cell, left):
         wanted = json.loads(json.dumps(flags_of(cell)))
     except InputError:  # a preset that cannot read the data
         return ["dataset"]
+    wanted = with_columns(wanted)
     fields = dataclasses.fields(importlib.import_module(Path(cell.command[0]).stem).Args)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    left = json.loads(json.dumps(defaults | left)) if left else {}
+    left = with_columns(json.loads(json.dumps(defaults | left))) if left else {}
     free = {*FREE, *(["chunk"] if cell.command[0] == "wurl_sac.py" else [])}
     return [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
+
+
+def with_columns(flags):
+    """`--angles task` as a run leaves it behind: the columns that the task of its data names."""
+    if flags.get("angles") != "task" or not flags.get("dataset"):
+        return flags
+    try:
+        task = flags.get("task") or buffers.read_metadata(ROOT / flags["dataset"])["task"]
+        return flags | {"angles": ",".join(map(str, envs.task(task).angles)) or "none"}
+    except (InputError, OSError, KeyError):  # data that are not there, or name no task
+        return flags
 
 
 def rows_differ(cell):

@@ -298,3 +298,12 @@ def test_runs_are_accepted_by_wurl_sac():
         wurl_sac.check_args(args, task, args.episode_length or task.episode_length)
         assert cell.done.name == f"policy_{args.num_policies - 1:02d}.npz", "done by the last policy's buffer"
         assert cell.runs == Path(args.out)
+
+
+def test_angles_are_those_of_the_datas_task(tmp_path):
+    """A run leaves the columns behind, its command says `task`: both mean the same."""
+    flags = {"angles": "task", "dataset": str(tmp_path / "none.npz"), "task": ""}
+    assert cells.with_columns(flags) == flags  # no data to ask
+    assert cells.with_columns(flags | {"task": "cheetah-jump"})["angles"] == "1"
+    assert cells.with_columns(flags | {"task": "point-angle-0"})["angles"] == "none"
+    assert cells.with_columns(flags | {"task": "cheetah-jump", "angles": "none"})["angles"] == "none"

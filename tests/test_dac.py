@@ -515,17 +515,17 @@ def test_policy_file_acts_as_the_state_that_was_saved(whole_run):
     """In NumPy as `choose_actions` does, with the same noise."""
     args, folder = whole_run
     arrays, about = runner.read_npz(folder / "policy.npz", "metadata_json")
-    assert str(arrays["kind"]) == "diffusion" and arrays["actor/params/trunk/Dense_0/kernel"].shape == (2, 38, 16)
+    assert str(arrays["kind"]) == "diffusion" and arrays["actor/params/trunk/Dense_0/kernel"].shape == (2, 39, 16)
     assert about["num_action_samples"] == 4
-    like = jax.eval_shape(D.make_train(args, 4, 2)[0], runner.seed_keys(args))
+    like = jax.eval_shape(D.make_train(args, 5, 2)[0], runner.seed_keys(args))  # one angle of four numbers
     state = runner.fill(like, runner.read_npz(folder / "state.npz")[0], folder)
     key = jax.random.key(3)
     noise = jax.random.normal(key, (3, 1, 4, 2))
     choose = jax.jit(D.choose_actions, static_argnums=(3, 4))
     for index in (0, 1):
         obs = jnp.asarray(np.random.default_rng(index).normal(size=4), jnp.float32)
-        _, (mean, std, _) = D.dac_data(envs.buffers.load(args.dataset, quiet=True), args)
-        wanted, _ = choose(of_seed((state.actor, state.target_critics), index), (obs[None] - mean) / std, key, args, 2)
+        _, see = D.dac_data(envs.buffers.load(args.dataset, quiet=True), args)
+        wanted, _ = choose(of_seed((state.actor, state.target_critics), index), see(obs[None]), key, args, 2)
         policy = policies.load(folder / "policy.npz", index)
         np.testing.assert_allclose(policy(obs[None], noise), wanted, atol=1e-5)
 
