@@ -187,8 +187,8 @@ def with_columns(flags):
         return flags
     try:
         task = flags.get("task") or buffers.read_metadata(ROOT / flags["dataset"])["task"]
-        return flags | {"angles": ",".join(map(str, envs.task(task).angles)) or "none"}
-    except (InputError, OSError, KeyError):  # data that are not there, or name no task
+        return flags | {"angles": ",".join(map(str, envs.task(task).angles if task else ())) or "none"}
+    except (InputError, OSError, KeyError):  # data that are not there
         return flags
 
 

@@ -304,6 +304,10 @@ def test_angles_are_those_of_the_datas_task(tmp_path):
     """A run leaves the columns behind, its command says `task`: both mean the same."""
     flags = {"angles": "task", "dataset": str(tmp_path / "none.npz"), "task": ""}
     assert cells.with_columns(flags) == flags  # no data to ask
+    rows = {"observations": np.zeros((20, 2)), "actions": np.zeros((20, 1)), "rewards": np.zeros(20)}
+    rows |= {"terminals": np.zeros(20, bool), "timeouts": np.arange(20) == 19}
+    envs.buffers.from_arrays(rows, flags["dataset"])
+    assert cells.with_columns(flags)["angles"] == "none"  # data that name no task
     assert cells.with_columns(flags | {"task": "cheetah-jump"})["angles"] == "1"
     assert cells.with_columns(flags | {"task": "point-angle-0"})["angles"] == "none"
     assert cells.with_columns(flags | {"task": "cheetah-jump", "angles": "none"})["angles"] == "none"

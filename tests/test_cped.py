@@ -658,3 +658,12 @@ def test_learns_on_the_point_robot_and_leaves_what_it_promises(dataset, tmp_path
 def test_flags_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(envs.InputError, match=message):
         C.main(tiny(**changes))
+
+
+def test_a_dual_weight_needs_no_table():
+    """One alpha to start from, and --alpha-from has no effect; a schedule wants as many of both."""
+    C.check_args(tiny(constraint="dual", alphas=(0.03,)))
+    assert "alpha_from" in C.idle_flags(tiny(constraint="dual"))
+    with pytest.raises(envs.InputError, match="--alphas and --alpha-from must be as many"):
+        C.check_args(tiny(constraint="schedule", alphas=(0.03,)))
+    assert "tau" in C.idle_flags(tiny(bc_only=True)) and "tau" not in C.idle_flags(tiny())

@@ -562,3 +562,9 @@ def test_eta_is_fixed_where_nothing_is_published(dataset):
     assert fields(parsed(), "num_updates", "rho", "q_norm") == (2_000_000, 0.0, "spread")
     published = fields(parsed("--preset", "hopper-medium-expert-v2"), "eta", "eta_lr", "rho", "q_norm")
     assert published == (1.0, 1e-3, 1.5, "size")
+
+
+def test_cloning_has_no_target_networks():
+    """What moves them is told to be without effect."""
+    targets = {"tau", "ema_every", "ema_start"}
+    assert targets <= D.idle_flags(tiny(guidance="none")).keys() and not targets & D.idle_flags(tiny()).keys()
