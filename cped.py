@@ -37,13 +37,13 @@ Deviations
   D8  paper: alpha by dual ascent, eps a threshold; codes: a table of alpha, and eps a constant to the gradient; here:
       the table, by shares of num_updates, as C24's formula is right for T0 = 500k alone (--constraint for the paper's).
   D9  paper: the flow learns in both loops; C24: frozen after the first; here: frozen (--flow-in-rl).
-  D10 codes: raw rewards and Q, 5 % of the run clones at alpha = 1000; here: rewards / rms, Q / mean |Q|, no cloning.
-  D11 codes skip steps at a nan or a loss above 1e7; here: a gradient not finite counts as 0.
+  D10 codes: raw rewards and Q, the first 5 to 8 % of the run only clone; here: rewards / rms, Q / mean |Q|, no cloning.
+  D11 codes skip steps at a nan or a loss above 1e7; here: at a gradient that is not finite, a hundred in a row at most.
   D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and conditional flow.
-  D13 codes: D has d = S + A outputs, losses take their mean and the penalty their sum, so that the adversarial term
-      has 1/d of eq. 4's weight; here: one output (--disc-outputs many for theirs).
+  D13 paper: D has one output; codes and here: d = S + A outputs, losses take their mean and the penalty their sum, so
+      that the adversarial term has 1/d of eq. 4's weight; the densities are no worse (--disc-outputs one for eq. 4).
   D14 codes: learn from all rows; here: 1000 are kept to judge the density on.
-      Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10 and D13.
+      Presets of D4RL's sets are the codes' in D1, D4, D5, D6, D10 and D14.
 
 Files      reads a buffer with task rewards (docs/buffer.md); writes runs/cped/<task>/, with policy.npz (docs/policy.md)
 Run        python cped.py --quick                         (point robot, under 2 minutes on 2 cores)
@@ -97,8 +97,8 @@ class Args(runner.Flags):
     """weight of the discriminator in it; 0: maximum likelihood only, no discriminator (codes: 1)"""
     gp_weight: runner.Rate = 0.5
     """weight of the gradient penalty (codes: 0.5, usual: 10)"""
-    disc_outputs: Literal["one", "many"] = "one"
-    """one: a scalar D (eq. 4); many: S + A outputs, whose mean counts at 1 / (S + A) of eq. 4's weight (codes; D13)"""
+    disc_outputs: Literal["one", "many"] = "many"
+    """many: S + A outputs, whose mean counts at 1 / (S + A) of eq. 4's weight (codes; D13); one: a scalar D (eq. 4)"""
     disc_ratio: runner.Count = 5
     """discriminator steps per flow step (C24: 5)"""
     flow_lr: runner.Rate = 1e-4
@@ -125,9 +125,9 @@ class Args(runner.Flags):
     q_norm: Literal["none", "size", "spread"] = "size"
     """what Q is divided by in the actor's loss: mean magnitude or std over the batch (ours, D10; codes: none)"""
     critic_from: runner.Share = 0.0
-    """share of num_updates during which the critics stay as they are (C24: 0.03)"""
+    """share of num_updates during which the critics stay as they are (C24: 0.03, AntMaze to 0.05)"""
     q_from: runner.Share = 0.0
-    """share of num_updates during which the actor only clones, without Q (C24: 0.05)"""
+    """share of num_updates during which the actor only clones, without Q (C24: 0.05, AntMaze to 0.08)"""
     bc_only: bool = False
     """the baseline: the actor climbs the density alone for the whole run, no critics"""
     # --- actor-critic ---
@@ -158,13 +158,14 @@ class Args(runner.Flags):
     """its bound (codes: 0.5)"""
     reward_shift: float = 0.0
     """added to every reward (C24: -1 for AntMaze)"""
-    holdout_rows: runner.Count = 1_000
-    """rows, at most a tenth, kept from all training to judge the density on (ours)"""
+    holdout_rows: runner.Natural = 1_000
+    """rows, at most a tenth, kept from all training to judge the density on (ours, D14; codes: 0)"""
 
 
 CODE = {  # what the released code does on any data, but for the deviations that have no flag
     "flow": "nice", "flow_hidden_sizes": (750, 750), "action_noise": 0.0, "normalize": False, "angles": "none",
     "scale_rewards": False, "disc_outputs": "many", "flow_adam": (0.01, 1e-4), "max_grad_norm": 1e9, "q_norm": "none",
+    "holdout_rows": 0,
 }  # fmt: skip
 MUJOCO = CODE | {  # C24: phases and alpha in shares of 1M updates after T0 = 500k
     "alphas": (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5), "alpha_from": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -516,7 +517,8 @@ def cped_optimisers(args):
     """Adam of flow, D, actor, critics and log alpha."""
     b2, eps = args.flow_adam
     flow = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.flow_lr, b2=b2, eps=eps))  # D6
-    return flow, *map(optax.adam, (args.disc_lr, args.actor_lr, args.critic_lr, args.alpha_lr))
+    all_five = flow, *map(optax.adam, (args.disc_lr, args.actor_lr, args.critic_lr, args.alpha_lr))
+    return tuple(optax.apply_if_finite(one, 100) for one in all_five)  # D11
 
 
 def alpha_at(step, args):
@@ -526,9 +528,8 @@ def alpha_at(step, args):
 
 
 def cped_step(optimiser, grads, opt, params):
-    """One step down the gradient, which counts as 0 where any of it is not finite -> params, optimiser state."""
-    finite = jnp.isfinite(optax.tree.norm(grads))  # D11
-    change, opt = optimiser.update(jax.tree.map(lambda g: jnp.where(finite, g, 0.0), grads), opt)
+    """One step down the gradient, none where any of it is not finite -> params, optimiser state."""
+    change, opt = optimiser.update(grads, opt)
     return optax.apply_updates(params, change), opt
 
 
@@ -606,15 +607,17 @@ def density_metrics(flow, data, args):
     Where the behaviour's density is known: kl = mean log p_true - log p, in nats, and the correlation of the two.
     """
     seen, held = jax.tree.map(lambda x: x[:4096], data.rows), data.holdout
-    log_p = -flow_nll(flow, held.observations, held.actions, args)
     nll = flow_nll(flow, seen.observations, seen.actions, args)
-    back = flow_inverse(flow, held.observations, flow_forward(flow, held.observations, held.actions, args)[0], args)[1]
-    round_trip = jnp.abs(back - held.actions).max()
-    metrics = {"flow/nll_data": nll.mean(), "flow/nll_holdout": -log_p.mean(), "flow/round_trip": round_trip}
-    if data.log_probs is None:
+    back = flow_inverse(flow, seen.observations, flow_forward(flow, seen.observations, seen.actions, args)[0], args)[1]
+    metrics = {"flow/nll_data": nll.mean(), "flow/round_trip": jnp.abs(back - seen.actions).max()}
+    if not len(held.rewards):
         return metrics
-    kl, correlation = jnp.mean(data.log_probs - log_p), jnp.corrcoef(data.log_probs, log_p)[0, 1]
-    return metrics | {"flow/kl": kl, "flow/correlation": correlation}
+    log_p = -flow_nll(flow, held.observations, held.actions, args)
+    metrics["flow/nll_holdout"] = -log_p.mean()
+    if data.log_probs is not None:
+        metrics["flow/kl"] = jnp.mean(data.log_probs - log_p)
+        metrics["flow/correlation"] = jnp.corrcoef(data.log_probs, log_p)[0, 1]
+    return metrics
 
 
 # === training ===
@@ -646,16 +649,21 @@ def cped_init(key, data, args):
     return CpedState(key, jnp.int32(0), nets)
 
 
+def chunk_means(metrics, nets, phase):
+    """Means of {name: [steps]} over the finite steps of a chunk, and the number of steps skipped so far (D11)."""
+    skipped = sum(opt.total_notfinite for opt in nets if isinstance(opt, optax.ApplyIfFiniteState))
+    return {k: x.mean(where=jnp.isfinite(x)) for k, x in metrics.items()} | {f"{phase}/skipped": skipped}
+
+
 def make_train(args):
     """-> init(keys [S], data), flow_chunk(state, data), train_chunk(state, data) -> state, metrics [S]."""
-    finite_mean = lambda x: jnp.nanmean(jnp.where(jnp.isfinite(x), x, jnp.nan))  # over a chunk
 
     def one_flow_chunk(state, data):
         key, key_updates = jax.random.split(state.key)
         keys = jax.random.split(key_updates, args.chunk // args.disc_ratio)
         step = lambda nets, key: cped_flow_update(nets, data.rows, key, args)
         nets, metrics = jax.lax.scan(step, state.nets, keys)
-        return CpedState(key, state.num_updates + args.chunk, nets), jax.tree.map(finite_mean, metrics)
+        return CpedState(key, state.num_updates + args.chunk, nets), chunk_means(metrics, nets, "flow")
 
     def one_train_chunk(state, data):
         key, key_updates = jax.random.split(state.key)
@@ -666,7 +674,7 @@ def make_train(args):
         eps = jnp.quantile(nll, args.eps_quantile)
         step = lambda nets, xs: cped_update(nets, data.rows, eps, *xs, args)
         nets, metrics = jax.lax.scan(step, state.nets, (steps, keys))
-        metrics = jax.tree.map(finite_mean, metrics) | {"train/nll_data": nll.mean(), "train/eps": eps}
+        metrics = chunk_means(metrics, nets, "train") | {"train/nll_data": nll.mean(), "train/eps": eps}
         metrics["train/nll_data_p95"] = jnp.quantile(nll, 0.95)
         return CpedState(key, state.num_updates + args.chunk, nets), metrics
 
@@ -709,16 +717,12 @@ def idle_flags(args):
     idle = {} if args.adv_weight else dict.fromkeys(("gp_weight", "disc_outputs", "disc_lr"), "--adv-weight is 0")
     if args.constraint == "schedule":
         idle["eps_quantile"] = "only --constraint hinge and dual use it"
-    idle |= dict.fromkeys(
-        ("alpha_from",) if args.constraint == "dual" else ("alpha_lr",), f"--constraint is {args.constraint}"
-    )
+    idle["alpha_from" if args.constraint == "dual" else "alpha_lr"] = f"--constraint is {args.constraint}"
     if args.flow == "nice":
         idle["log_scale_cap"] = "only --flow cond uses it"
     if args.bc_only:
-        names = (
-            "alphas alpha_from alpha_lr constraint eps_quantile q_norm q_from critic_from critic_lr gamma target_noise "
-        )
-        names += "target_noise_clip scale_rewards reward_shift tau"
+        names = "alphas alpha_from alpha_lr constraint eps_quantile q_norm q_from critic_from critic_lr gamma tau "
+        names += "target_noise target_noise_clip scale_rewards reward_shift"
         idle |= dict.fromkeys(names.split(), "--bc-only has no critics")
     return idle
 
@@ -736,10 +740,9 @@ def main(args):
     policy = lambda actor, observations, key: act(actor, see(observations), args, task.action_size)
     evaluate = runner.each_seed(runner.returns_of(policy, envs.make(task, args.backend), task, buffer, args), args)
 
-    schedules = {} if args.bc_only else {"critic_from": 0.0, "q_from": 0.0}  # what stretches over the run
-    if not args.bc_only and args.constraint != "dual":
-        schedules["alpha_from"] = (0.0,)
-    with runner.Run("cped", args, task, buffer, schedules=schedules) as run:
+    stretched = {"critic_from": 0.0, "q_from": 0.0, "alpha_from": (0.0,)}  # over the run
+    schedules, remedy = {k: v for k, v in stretched.items() if k not in idle_flags(args)}, "raise the last of --alphas"
+    with runner.Run("cped", args, task, buffer, schedules=schedules, remedy=remedy) as run:
         like = jax.eval_shape(init, keys, data)
         flow_chunk, train_chunk = run.compile(flow_chunk, like, data), run.compile(train_chunk, like, data)
         state = run.restore(init, keys, data, phase="flow")
@@ -750,10 +753,7 @@ def main(args):
                 run.log(step, metrics | densities(state.nets.flow, data))
             run.save(state)
 
-        from_0 = lambda state: state._replace(
-            num_updates=jnp.zeros_like(state.num_updates)
-        )  # the second phase counts anew
-        state = run.restore(from_0, state)
+        state = run.restore(lambda state: state._replace(num_updates=0 * state.num_updates), state)  # counts anew
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, data)
             run.progress(step, metrics, SHOWN)

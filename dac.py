@@ -38,7 +38,7 @@ Deviations (here: always; ours: not in the published presets)
   D6  Paper: ||eps_theta - eps||^2, a sum; code and here: a mean over the action's dimensions, which b refers to.
   D7  Code visits every row once an epoch; here: uniform draws with replacement, inside the jitted loop.
   D8  Code: rewards times 1000 / (max - min episode return); here: the range has a floor (`return_scale`).
-  D9  Published: eta aims at b = 1, the policy leaves the data before the critics are right; ours: eta = 0.5, fixed.
+  D9  Published: mostly b = 1, where the policy leaves the data before the critics are right; ours: eta = 0.5, fixed.
   D10 Code evaluates with fresh noise each time; here: always from the same starts with the same noise.
   D11 Code: raw observations; here: the same, but a constant column other than 0 reads as 0;
       ours: angles that go round as sine and cosine (--angles).
@@ -428,9 +428,9 @@ def dac_actor_loss(actor, target_critics, eta, batch, noise, args):
 
 
 def dual_step(eta, bc_loss, args):
-    """Line (6): eta + eta_lr clip(<(eps_theta - eps)^2> - b, -1, 1), within [eta_min, eta_max]."""
+    """Line (6): eta + eta_lr clip(<(eps_theta - eps)^2> - b, -1, 1), within [eta_min, eta_max]; or a fixed eta."""
     excess = jnp.clip(bc_loss - args.bc_threshold, -1.0, 1.0)
-    return jnp.clip(eta + args.eta_lr * excess, args.eta_min, args.eta_max)  # D4
+    return jnp.clip(eta + args.eta_lr * excess, args.eta_min, args.eta_max) if args.eta_lr else eta  # D4
 
 
 # === update ===
@@ -617,7 +617,7 @@ def write_policy(run, state, see, args):
 
 def main(args):
     """Train the seeds, write policy and figures -> scores."""
-    in_order = args.eta_min <= args.eta <= args.eta_max
+    in_order = args.eta_min <= args.eta <= args.eta_max or args.eta_lr == 0
     runner.refuse({"--eta-min, --eta and --eta-max must be in ascending order": in_order})
     buffer, task = runner.open_task("dac", args, Transitions._fields)
     args = runner.with_angles(args, task)
@@ -626,7 +626,8 @@ def main(args):
     init, train_chunk = make_train(args, data.observations.shape[1], task.action_size)
     evaluate = make_evaluation(args, task, buffer, data, see)
 
-    with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}) as run:
+    remedy = "raise --eta (with --eta-lr above 0: lower --bc-threshold) or --rho"
+    with runner.Run("dac", args, task, buffer, schedules={"lr_cosine": False}, remedy=remedy) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, keys), data)
         state = run.restore(init, keys)
         data = jax.device_put(data)  # all rows stay on the device

@@ -67,7 +67,7 @@ import envs
 import runner
 from envs.buffers import Sight, angle_columns, turned
 from envs.buffers.ring import Ring, ring_init, ring_insert, ring_sample
-from runner import model_report
+from runner import model_report, value_report
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Args(runner.Flags):
     """weight of the log-variance bounds in the loss (orig: 0.01)"""
     holdout_share: runner.Share = 0.2
     """largest share of the rows held out (ORLKit: 0.2)"""
-    holdout_rows: runner.Count = 1_000
+    holdout_rows: runner.Natural = 1_000
     """largest number of rows held out (paper: 1,000)"""
     holdout_run: runner.Count = 20
     """rows in a row that are held out together: steps of one episode resemble one another (ours, D13; both: 1)"""
@@ -105,8 +105,8 @@ class Args(runner.Flags):
     """what a member is judged by on the hold-out: nll fits its std, and so u, as well (ours, D14; both: mse)"""
     min_gain: runner.Rate = 0.01
     """gain on the hold-out that counts: a share of the mse (both: 0.01), or nats a target"""
-    max_epochs: runner.Count = 200
-    """cap on the epochs of the fit (ours, D4)"""
+    max_epochs: runner.Count = 1_000
+    """cap on the epochs of the fit (ours, D4; D4RL's sets: 200)"""
     standardise_targets: bool = True
     """divide the model's targets by their standard deviation inside the model (ours, D12; both: raw)"""
     min_model_steps: runner.Natural = 5_000
@@ -186,7 +186,7 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
 }  # fmt: skip
 AS_CODES = {  # D11 to D16 undone
     "standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False,
-    "standardise_observations": False, "angles": "none", "min_model_steps": 0,
+    "standardise_observations": False, "angles": "none", "min_model_steps": 0, "max_epochs": 200,
 }  # fmt: skip
 PUBLISHED = {
     name.format(kind): {"horizon": h, "lam": lam, "num_updates": 3_000_000 if "v2" in name else 1_000_000} | AS_CODES
@@ -337,16 +337,17 @@ def bound_logvar(net, raw):
 # === losses ===
 
 
-def gaussian_nll(net, mean, raw, targets, args):
+def gaussian_nll(net, mean, raw, targets, args, varies=True):
     """Line (2): sum_E mean_BD [ (mean - y)^2 exp(-l) + l ] + c (sum_D max - sum_D min) -> scalar.
 
-    mean, raw, targets [E, B, D]; l: raw within the bounds; the last term draws the bounds together.
+    mean, raw, targets [E, B, D]; varies [D]: which targets count; l: raw within the bounds; the last term draws the
+    bounds together.
     """
     logvar = bound_logvar(net, raw)
     chex.assert_equal_shape([mean, logvar, targets])
     nll = (mean - targets) ** 2 * jnp.exp(-logvar) + logvar
     bounds = jnp.sum(net.max_logvar) - jnp.sum(net.min_logvar)
-    return nll.mean((1, 2)).sum() + args.logvar_coef * bounds
+    return nll.mean((1, 2), where=varies).sum() + args.logvar_coef * bounds
 
 
 def weight_decay(net, args):
@@ -356,10 +357,10 @@ def weight_decay(net, args):
     return sum(0.5 * c * jnp.sum(w**2) for c, w in zip(decays, net.weights, strict=True))
 
 
-def mopo_model_loss(net, x, targets, args):
+def mopo_model_loss(net, x, targets, args, varies=True):
     """Likelihood and weight decay of the members, each on its own rows x [E, B, S + A] -> scalar."""
     mean, raw = ensemble_apply(net, x, "highest")  # TF32 is too coarse for a variance
-    return gaussian_nll(net, mean, raw, targets, args) + weight_decay(net, args)
+    return gaussian_nll(net, mean, raw, targets, args, varies) + weight_decay(net, args)
 
 
 def sac_target(batch, next_q, next_log_probs, alpha, gamma):
@@ -416,8 +417,7 @@ class Agent(NamedTuple):
 
 def optimisers(args):
     """Adam of actor, critics and alpha."""
-    cosine = optax.cosine_decay_schedule(args.actor_lr, args.num_updates)  # D7
-    rate = cosine if args.actor_cosine else args.actor_lr
+    rate = optax.cosine_decay_schedule(args.actor_lr, args.num_updates) if args.actor_cosine else args.actor_lr  # D7
     return optax.adam(rate), optax.adam(args.critic_lr), optax.adam(args.alpha_lr)
 
 
@@ -484,7 +484,7 @@ class Scale(NamedTuple):
     input_mean: jax.Array  # [S + n + A]
     input_std: jax.Array
     target_mean: jax.Array  # [D] 0 and 1 without standardise_targets
-    target_std: jax.Array  # 0: this target never varies, and is predicted so
+    target_std: jax.Array  # 0: this target never varies; it is predicted so, and the fit does not count it
     angles: jax.Array  # [n] columns of the observations
 
 
@@ -508,8 +508,7 @@ def model_inputs(scale, observations, actions):
 
 def model_targets(rows):
     """y = (s' - s, r) [.., D], in raw units."""
-    change = rows.next_observations - rows.observations
-    return jnp.concatenate([change, rows.rewards[..., None]], -1)
+    return jnp.concatenate([rows.next_observations - rows.observations, rows.rewards[..., None]], -1)
 
 
 def scaled_targets(scale, rows):
@@ -528,16 +527,24 @@ def split_data(key, data, args):
     train = jnp.flatnonzero(~taken, size=num_rows - len(holdout))
     angles = jnp.asarray(angle_columns(args.angles))
     inputs = moments(jnp.concatenate([turned(data.observations, angles), data.actions], -1)[train])
-    targets = moments(model_targets(data)[train], 0.0)
+    targets = target_moments(jax.tree.map(lambda x: x[train], data))
     if not args.standardise_targets:
         targets = jnp.zeros_like(targets[0]), jnp.ones_like(targets[1])
     return train, holdout, Scale(*inputs, *targets, angles)
 
 
-def moments(x, constant=1.0):
-    """Mean and std of the columns of x [N, d]; std `constant` where a column is constant but for rounding."""
+def moments(x):
+    """Mean and std of the columns of x [N, d]; std 1 where a column is constant but for rounding."""
     mean, std = x.mean(0), x.std(0)
-    return mean, jnp.where(std <= 1e-6 * jnp.abs(mean), constant, std)  # D10
+    return mean, jnp.where(std <= 1e-6 * jnp.abs(mean), 1.0, std)  # D10
+
+
+def target_moments(rows):
+    """Mean and std [D] of the targets; std 0 where one is constant, but for the rounding of s' - s."""
+    y, size = model_targets(rows), jnp.abs(rows.observations.mean(0))
+    mean, std = y.mean(0), y.std(0)
+    rounding = jnp.maximum(1e-6 * jnp.abs(mean), jnp.append(2e-7 * size, 0.0))
+    return mean, jnp.where(std <= rounding, 0.0, std)
 
 
 def fit_init(key, data, args):
@@ -556,17 +563,17 @@ def fit_init(key, data, args):
 
 
 def epoch_sizes(num_rows, args):
-    """-> batch, Adam steps of one jitted call, calls in an epoch of N / batch steps."""
+    """-> batch, Adam steps of one jitted call, and of an epoch: N / batch, or a few less, in equal calls."""
     batch = min(args.model_batch_size, num_rows)
     calls = -(-(num_rows // batch) // CALL_STEPS)
-    return batch, num_rows // batch // calls, calls
+    return batch, num_rows // batch // calls, num_rows // batch // calls * calls
 
 
 def max_steps(num_rows, args):
     """Adam steps of a fit at most, in whole epochs."""
-    _, steps, calls = epoch_sizes(num_rows, args)
-    epochs = -(-args.max_model_steps // (steps * calls)) if args.max_model_steps else args.max_epochs
-    return min(epochs, args.max_epochs) * steps * calls
+    epoch = epoch_sizes(num_rows, args)[2]
+    epochs = -(-args.max_model_steps // epoch) if args.max_model_steps else args.max_epochs
+    return min(epochs, args.max_epochs) * epoch
 
 
 def fitting(fit, args):
@@ -578,7 +585,7 @@ def fitting(fit, args):
 def fit_chunk(fit, data, args):
     """Line (2): some hundred Adam steps, and what is due at the end of an epoch -> Fit."""
     num_rows = fit.bootstrap.shape[1]
-    batch, steps, calls = epoch_sizes(num_rows, args)
+    batch, steps, epoch = epoch_sizes(num_rows, args)
     key, key_steps = jax.random.split(fit.key)
 
     def step(carry, key):
@@ -587,14 +594,14 @@ def fit_chunk(fit, data, args):
         index = jnp.take_along_axis(fit.bootstrap, columns, 1)
         rows = jax.tree.map(lambda x: x[index], data)  # [E, B, ..]
         x = model_inputs(fit.scale, rows.observations, rows.actions)
-        grads = jax.grad(mopo_model_loss)(net, x, scaled_targets(fit.scale, rows), args)
+        targets = scaled_targets(fit.scale, rows)
+        grads = jax.grad(mopo_model_loss)(net, x, targets, args, fit.scale.target_std > 0)
         change, opt = optax.adam(args.model_lr).update(grads, opt)
         return (optax.apply_updates(net, change), opt), None
 
     (net, opt), _ = jax.lax.scan(step, (fit.net, fit.opt), jax.random.split(key_steps, steps))
     fit = fit._replace(key=key, step=fit.step + steps, net=net, opt=opt)
-    at_end = fit.step % (steps * calls) == 0
-    return jax.lax.cond(at_end, lambda fit: end_epoch(fit, data, args), lambda fit: fit, fit)
+    return jax.lax.cond(fit.step % epoch == 0, lambda fit: end_epoch(fit, data, args), lambda fit: fit, fit)
 
 
 def keep_best(best, idle, score, args):
@@ -611,8 +618,8 @@ def end_epoch(fit, data, args):
     error = mean - scaled_targets(fit.scale, rows)
     mse = jnp.mean((error * fit.scale.target_std) ** 2, (1, 2))  # [E]
     logvar = bound_logvar(fit.net, raw)
-    nll = 0.5 * jnp.mean(error**2 * jnp.exp(-logvar) + logvar, (1, 2))
-    score = nll if args.fit_score == "nll" else jnp.mean(error**2, (1, 2))  # D14
+    nll = 0.5 * (error**2 * jnp.exp(-logvar) + logvar)
+    score = jnp.mean(nll if args.fit_score == "nll" else error**2, (1, 2), where=fit.scale.target_std > 0)  # D14
     best, idle, gained = keep_best(fit.best, fit.idle, score, args)
     keep = lambda new, old: jnp.where(gained[:, None, None], new, old)
     layers = jax.tree.map(keep, fit.net[:2], fit.best_net[:2])
@@ -739,7 +746,7 @@ def refresh(agent, ring, model, data, key, args, task):
     metrics = model_report.rollouts(flat(info), flat(keep), args.lam, u_real, model.high_reward, args.rollout_batch)
     act = lambda s: jnp.tanh(policy_net(args, task.action_size).apply(agent.actor, s)[0])
     value = lambda s, a: critic_net(args).apply(agent.critic, s, a).min(0)
-    metrics |= model_report.q_by_step(act, value, *jax.tree.map(lambda x: x[0], (seen, keep)))  # of a chunk
+    metrics |= value_report.q_by_step(act, value, *jax.tree.map(lambda x: x[0], (seen, keep)))  # of a chunk
     return ring, metrics | {"model/ring": ring.size.astype(jnp.float32)}
 
 
@@ -772,7 +779,7 @@ def make_evaluation(args, env, task, buffer):
 
         rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key_model, longer, task)
         q = critic_net(args).apply(agent.critic, model.see(rows.observations[0]), rows.actions[0]).min(0)
-        metrics |= model_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
+        metrics |= value_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
         return metrics | returns(params, key_eval), points
 
     return runner.each_seed(one, args)
@@ -858,7 +865,7 @@ def check_args(args):
         "--num-elites must be at most --ensemble-size": args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
         "--log-std-min must be below --log-std-max": args.log_std_min < args.log_std_max,
-        "--holdout-share must be above 0 and below 1": 0 < args.holdout_share < 1,
+        "--holdout-share must be in (0, 1), --holdout-rows above 0": 0 < args.holdout_share < 1 <= args.holdout_rows,
         "--real-ratio: a batch needs a model row": int(args.real_ratio * args.batch_size) < args.batch_size,
         "--rollout-batch needs a divisor from 256 to 8192, as 10000 has":
             rows_at_once(args) >= min(args.rollout_batch, 256),
@@ -869,15 +876,13 @@ def check_task(args, task):
     """Refuse a task whose reward or end the observations do not tell, before the fit and not after it."""
     told = args.reward == "learned" or task.model_reward is not None
     runner.refuse({f"--reward known: the observations of {task.name} do not tell its reward; use learned": told})
-    # raises where the observations do not tell the task's end
-    jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))
+    jax.eval_shape(task.model_terminal, jax.ShapeDtypeStruct((1, task.observation_size), jnp.float32))  # its end
 
 
 def train_model(run, fit_some, fit, data):
     """Lines (1) to (3): fit the ensembles of all seeds -> Fit [S]. The log's steps are epochs."""
     args, num_rows = run.args, fit.bootstrap.shape[-1]
-    _, steps, calls = epoch_sizes(num_rows, args)
-    epoch = steps * calls
+    _, steps, epoch = epoch_sizes(num_rows, args)
     for step in run.chunks("model step", max_steps(num_rows, args), fit.step, steps):
         if not fitting(fit, args).any():
             break
@@ -891,7 +896,7 @@ def train_model(run, fit_some, fit, data):
         run.progress(step, shown, shown, last)
         run.log(step // epoch, record, ended)
         run.save(fit, last)
-    if not jnp.isfinite(fit.best).all():
+    if not jnp.isfinite(jnp.stack([fit.best, fit.holdout_mse])).all():
         raise envs.InputError("the model's hold-out error is not finite; lower --model-lr")
     return fit
 
@@ -902,12 +907,12 @@ def judge_model(run, model, fit, data):
 
     def one(data, model, fit):
         know, targets = lambda *rows: predict(model, *rows, args), model_targets(data)
-        units = moments(targets, 0.0)[1], moments(data.observations)[1]
+        units = target_moments(data)[1], moments(data.observations)[1]
         return model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
 
     found, arrays = jax.jit(lambda data, *x: runner.map_seeds(lambda x: one(data, *x), x, args))(data, model, fit)
-    _, steps, calls = epoch_sizes(fit.bootstrap.shape[-1], args)
-    model_report.report_fit(run, int(fit.step.max()) // (steps * calls), found, arrays, fit.idle < args.patience)
+    epoch = epoch_sizes(fit.bootstrap.shape[-1], args)[2]
+    model_report.report_fit(run, int(fit.step.max()) // epoch, found, arrays, fit.idle < args.patience)
 
 
 def main(args, own_model=None):
@@ -932,22 +937,22 @@ def main(args, own_model=None):
     like = jax.eval_shape(fit_init, key_model, data)
     model = own_model(key_model, data, args, env) if own_model else jax.eval_shape(make_model, like, data)
 
-    with runner.Run("mopo", args, task, buffer, schedules={"actor_cosine": False}) as run:
-        if not own_model:
-            fit_some = run.compile(fit_some, like, data)
+    remedy = "say --critic-norm, raise --lam"
+    with runner.Run("mopo", args, task, buffer, schedules={"actor_cosine": False}, remedy=remedy) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_policy), model, data)
         if not own_model:
+            fit_some = run.compile(fit_some, like, data)
             fit = train_model(run, fit_some, run.restore(fit_init, key_model, data, phase="model"), data)
             model = make_model(fit, data)
             judge_model(run, model, fit, data)
-        state, climbs = run.restore(init, key_policy), False
+        state, warned = run.restore(init, key_policy), set()
         for step in run.chunks("update", args.num_updates, state.num_updates):
             state, metrics = train_chunk(state, model, data)
             run.progress(step, metrics, SHOWN)
             if run.due(step):
                 found = metrics | evaluate(state.agent, model, eval_keys)[0]
                 run.log(step, found)
-                climbs = climbs or model_report.warn_of_climbing(found, data.rewards, args.gamma)
+                warned |= value_report.warn_of_values(found, data.rewards, args.gamma, warned)
             run.save(state)
 
         params = {"actor": state.agent.actor, **{f"observation_{k}": x for k, x in model.see._asdict().items()}}

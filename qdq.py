@@ -34,7 +34,8 @@ Deviations (here: always; ours: not in the published presets, those of D4RL's se
   D3  Paper: 80k and 160k steps for teacher and student, stored models and here: 800k and 1.6M. --quick and
       --preset cpu have fewer steps, 18 levels and a target rate of 0.05.
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
-  D5  Code starts student and target from two random networks; here: both from the teacher.
+  D5  Code starts student and target from two random networks, here: both from the teacher; its first layer is one
+      kernel of (c, x, t), here: the sum of three, each Xavier-uniform by itself.
   D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
   D7  U, the rows whose H is above a level. Paper: the quantile over the policy's actions; code: over a batch's
       (s', a'); ours: over its own (s, a).
@@ -48,7 +49,7 @@ Deviations (here: always; ours: not in the published presets, those of D4RL's se
   D15 Paper and code differ in alpha, beta, gamma_ent, AntMaze's layers and actor loss; here: the code's, PUBLISHED.
   D16 Code draws a' from the target actor's Gaussian wherever gamma_ent > 0; ours: around its mean (--sample-target).
   D17 Code: teacher and student see all episodes; ours: --holdout keeps some to judge them by.
-  D18 Paper, code: H of one student, hardly wider off the data than on it; ours: of four critics with LayerNorm.
+  D18 Paper, code: two critics, H of a student, hardly wider off the data; ours: four with LayerNorm, H is their std.
 
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/qdq/<task>/...: policy.npz
            (docs/policy.md), log.jsonl, state.npz of the phases, learning_curve.png, training.png; with --uncertainty
@@ -56,8 +57,8 @@ Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes r
 Run        python qdq.py --quick                          (point robot, all phases, under 2 minutes on 2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu with 12k updates on 50k rows of
-           ant-angle-60, top-1: 289 in 200 steps (three seeds; data 117), 6 minutes of a core; docs/qdq.md
+Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu on 50k rows of ant-angle-60, top-1: 289
+           in 200 steps (three seeds; data 117), 6 minutes of a core; docs/qdq.md
 """
 
 import functools
@@ -222,7 +223,7 @@ PUBLISHED |= {
 }
 SHORT = {"num_levels": 18, "student_tau": 0.05}  # few steps do not carry 1,000 levels (docs/qdq.md)       # D3
 CPU = SHORT | {
-    "teacher_updates": 80_000, "student_updates": 160_000, "num_updates": 20_000, "chunk": 500, "eval_every": 2_000,
+    "teacher_updates": 80_000, "student_updates": 160_000, "num_updates": 12_000, "chunk": 500, "eval_every": 1_500,
     "tau": 0.02,  # once per actor step: at the code's 0.005 Q lags by 40k updates
 }  # fmt: skip
 SHOWN = ("train/q", "train/h", "train/ood", "train/penalty", "train/log_p", "train/distance")  # in the progress line
@@ -365,9 +366,8 @@ class GroupNorm(nn.Module):
 class QNet(nn.Module):
     """F(x, t | c), the network inside teacher and student: c [.., C]; x, t [..] -> [..]; the axes need only broadcast.
 
-    The first layer is the sum of three, on c, on c_in x and on e(t): c passes it once for all x of a row, and a scalar
-    t once for all rows.
-    """
+    The first layer is a sum, over c, c_in x and e(t): c passes it once for all x of a row, a scalar t for all rows.
+    """  # D5
 
     hidden_sizes: tuple[int, ...]
     group_size: int
@@ -548,14 +548,14 @@ def bootstrap_target(batch, next_q, h, threshold, args):
     p10, p50, p90 = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
     return jax.lax.stop_gradient(batch.rewards + go_on * value), {
         "train/h": h.mean(), "train/h_p10": p10, "train/h_p50": p50, "train/h_p90": p90, "train/ood": ood.mean(),
-        "train/penalty": jnp.mean(go_on * (next_q - value)),
+        "train/penalty": jnp.mean(go_on * (next_q - value)), "train/raised": jnp.mean(value > next_q),
     }  # fmt: skip
 
 
 def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args):
     """Lines (4) to (6): sum_i mean_B (Q_i(s, a) - y)^2 -> scalar, metrics."""
     key_action, key_h = jax.random.split(key)
-    key_sample, key_noise = jax.random.split(key_action)
+    (key_sample, key_noise), (key_h, key_around) = jax.random.split(key_action), jax.random.split(key_h)
     s, next_s = batch.observations, batch.next_observations
     next_a, log_std = policy(target_actor, next_s, args)
     if args.sample_target:  # D16
@@ -564,9 +564,8 @@ def qdq_critic_loss(critic, target_critic, target_actor, model, batch, key, args
     next_a = jnp.clip(next_a + jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip), -1.0, 1.0)
 
     h = uncertainty(model, target_critic, next_s, next_a, key_h, args)
-    of_product = args.penalty == "product"
-    h_around = h if of_product else uncertainty(model, target_critic, s, batch.actions, key_h, args)
-    threshold = jnp.quantile(h_around, args.beta)  # D7
+    own = uncertainty(model, target_critic, s, batch.actions, key_around, args) if args.penalty == "excess" else h
+    threshold = jnp.quantile(own, args.beta)  # D7
     with jax.default_matmul_precision("highest"):  # as H: of critics these are the same values, computed once
         next_q = critic_values(target_critic, next_s, next_a, args).min(0)
     y, metrics = bootstrap_target(batch, next_q, h, threshold, args)
@@ -736,7 +735,7 @@ def fit_metrics(model, entries, held, keys, args):
         model, key = own
         metrics = {"student/q_std": unscaled(entries.x, entries.low, entries.high).std()}
         for name, part in (("", entries), ("_held", held)) if len(held.x) else (("", entries),):
-            index = jax.random.randint(key, (1024,), 0, len(part.x))
+            index = jax.random.randint(jax.random.fold_in(key, 1), (1024,), 0, len(part.x))
             mean, spread = q_moments(model, part.conditions[index], key, args)
             error = unscaled(part.x[index], part.low, part.high) - mean
             metrics[f"student/error{name}"] = jnp.sqrt(jnp.mean(error**2))
@@ -829,9 +828,10 @@ def check_args(args):
             not learns or all(total % args.chunk == 0 for total in phases),
         "--model-hidden-sizes must be multiples of --group-size":
             by_critics or all(width % (args.group_size or 1) == 0 for width in args.model_hidden_sizes),
+        "--group-size must not be 1: a feature alone is always 0": by_critics or args.group_size != 1,
         "--beta must be above 0 and below 1": 0 < args.beta < 1,
         "--gamma, --tau and --student-tau must be above 0": min(args.gamma, args.tau, args.student_tau) > 0,
-        "--nodes must be 2 or more": args.nodes >= 2,
+        "--nodes and --num-samples must be 2 or more": min(args.nodes, args.num_samples) >= 2,
         "--num-levels must be 3 or more": not learns or args.num_levels >= 3,
         "--uncertainty critics needs --num-critics 2 or more": not by_critics or args.num_critics > 1,
         "--student goes with --uncertainty consistency alone": not (by_critics and args.student),
@@ -849,8 +849,7 @@ def idle_flags(args):
         names += "student_lr num_levels student_tau teacher_updates student_updates holdout spread nodes num_samples"
         idle |= dict.fromkeys(names.split(), "H is the critics'; add --uncertainty consistency")
     else:
-        other = ("num_samples",) if args.spread == "gh" else ("nodes",)
-        idle |= dict.fromkeys(other, f"it is not for --spread {args.spread}")
+        idle["num_samples" if args.spread == "gh" else "nodes"] = f"it is not for --spread {args.spread}"
     if args.student:
         names = "model_batch_size teacher_lr student_lr num_levels student_tau teacher_updates student_updates"
         idle |= dict.fromkeys(names.split(), "--student is learnt already")
@@ -917,7 +916,8 @@ def main(args):
             given = {"student": envs.buffers.sha256(weights)}  # what a resumed run must find, wherever its file lies
     judge = jax.jit(functools.partial(h_metrics, args=args))
 
-    with runner.Run("qdq", args, task, buffer, **given) as run:
+    remedy = "raise --gamma-ent" + (", say --penalty excess" if args.penalty == "product" else "")
+    with runner.Run("qdq", args, task, buffer, remedy=remedy, **given) as run:
         train_chunk = run.compile(agent.chunk, jax.eval_shape(agent.init, keys[2]), model, data)
         if args.uncertainty != "critics":
             if not args.student:

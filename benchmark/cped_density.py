@@ -25,13 +25,14 @@ import runner
 import wurl_sac
 from policies import load_actor
 
-LOSSES = {  # cell: changed flags; the released D has S + A outputs, eq. 4's one
+EQ4 = {"disc_outputs": "one"}  # the default, as released, has S + A
+LOSSES = {  # cell: changed flags
     "likelihood": {"adv_weight": 0.0},
-    "released": {"disc_outputs": "many"},
-    "eq4": {},
-    "eq4-weight0.3": {"adv_weight": 0.3},
-    "eq4-weight3": {"adv_weight": 3.0},
-    "adversarial": {"nll_weight": 0.0},
+    "released": {},
+    "eq4": EQ4,
+    "eq4-weight0.3": EQ4 | {"adv_weight": 0.3},
+    "eq4-weight3": EQ4 | {"adv_weight": 3.0},
+    "adversarial": EQ4 | {"nll_weight": 0.0},
 }
 KEYS = ("kl", "correlation", "nll_holdout", "sliced_w1")
 

@@ -61,7 +61,7 @@ cpu() { # the short budget before --q-norm, 3 seeds, and with other numbers of s
 norm() { # how strong, and how pessimistic? 3 minutes a run; the three seeds of the default: benchmark/cpu_grid.json
     cell() { # name of a set, its file, flags
         local name=${3//--/}
-        python dac.py --dataset "$2" --preset cpu $3 --out "runs/dac_norm/$1/${name// /-}"
+        python dac.py --dataset "$2" --preset cpu --angles none $3 --out "runs/dac_norm/$1/${name// /-}"
     }
     for set in ant-angle-60 cheetah-jump hopper-medium-replay; do
         data=runs/udg_select/$set/top1-size50000.npz

@@ -1,10 +1,11 @@
 """MOPO in a model that nobody fits: the data's nearest row, or the simulator (docs/mopo.md).
 
-    python benchmark/mopo_models.py --model knn --dataset FILE.npz          the model of UDG's theory
-    python benchmark/mopo_models.py --model world --dataset FILE.npz        what would a perfect model be worth?
+    python benchmark/mopo_models.py --model knn --dataset FILE.npz --out runs/knn         the model of UDG's theory
+    python benchmark/mopo_models.py --model world --dataset FILE.npz --out runs/world     what is a perfect model worth?
 
 knn: change and reward of the nearest data row, u = knn_scale * distance. world: the simulator, u = 0, from the data's
-states, where observations show the whole state. All else is mopo.py's: its other flags, log and policy.
+states, where observations show the whole state. All else is mopo.py's: rollouts, SAC, log, policy and the folder, if
+--out names no other. Flags of the fit have no effect.
 """
 
 from dataclasses import dataclass
@@ -88,10 +89,23 @@ def own_model(keys, data, args, env):
     return jax.jit(lambda keys: runner.map_seeds(lambda key: one(key, data, args), keys, args))(keys)
 
 
+FIT = (
+    "ensemble_size", "num_elites", "model_hidden_sizes", "model_decays", "model_lr", "model_batch_size", "logvar_coef",
+    "patience", "fit_score", "min_gain", "max_epochs", "min_model_steps", "max_model_steps", "standardise_targets",
+    "penalty",
+)  # fmt: skip
+
+
+def idle_flags(args):
+    """Flags without effect, and why."""
+    of_world = ("lam", "knn_rows", "knn_scale") if args.model == "world" else ()
+    return dict.fromkeys(FIT, "nothing is fitted here") | dict.fromkeys(of_world, "the world has u = 0")
+
+
 def main(args):
     """As mopo.main, in the model that the flags name -> scores."""
     return mopo.main(args, own_model)
 
 
 if __name__ == "__main__":
-    runner.launch(main, Args, preset, ("cpu", "ours", "published", *mopo.PUBLISHED), __doc__)
+    runner.launch(main, Args, preset, ("cpu", "ours", "published", *mopo.PUBLISHED), __doc__, idle=idle_flags)

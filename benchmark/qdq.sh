@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes pull small hopper short_lag point short ablations sweep full paper published
+# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes pull without_h small hopper short_lag point short
+# ablations sweep full paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, cheetah), through
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all [--size 50000]
 # python udg_select.py --buffers runs/wurl_sac/cheetah/seed0/buffers --task cheetah-jump --top 1 all
@@ -9,7 +10,8 @@ runs=runs/qdq/ant-angle-60
 ours="python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu"
 was="--gamma-ent 0.2 --q-norm size" # the defaults until the pull of the likelihood was measured (pull)
 paper="--uncertainty consistency --penalty product --num-critics 2 --no-layer-norm"
-then="$paper $was --tau 0.005 --no-scale-rewards --holdout 0" # as --preset cpu was when the ant's runs were made
+# as --preset cpu was when the ant's runs were made
+then="$paper $was --tau 0.005 --no-scale-rewards --holdout 0 --num-updates 20000 --eval-every 2000"
 ant="$ours $then"
 brief="$ant --teacher-updates 20000 --student-updates 20000"
 
@@ -46,7 +48,7 @@ short_lag() { # --preset cpu at its own size with faster targets: the default, a
     for data in data/hopper-medium-replay.npz runs/udg_select/ant-angle-60/top1-size50000.npz; do
         set=hopper-medium-replay
         [ $data = data/hopper-medium-replay.npz ] || set=ant-angle-60
-        run="python qdq.py --dataset $data --preset cpu --num-updates 12000 --eval-every 1500 $was"
+        run="python qdq.py --dataset $data --preset cpu $was"
         for seed in 0 1 2; do
             $run --seed $seed --out runs/qdq/$set/default-tau0.02-seed$seed
             $run --seed $seed --kappa 0 --num-critics 2 --no-layer-norm --out runs/qdq/$set/plain-tau0.02-seed$seed
@@ -55,16 +57,26 @@ short_lag() { # --preset cpu at its own size with faster targets: the default, a
 }
 
 hopper() { # larger networks
-    run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --num-updates 12000 --eval-every 1500 --tau 0.005 $was"
+    run="python qdq.py --dataset data/hopper-medium-replay.npz --preset cpu --tau 0.005 $was"
     $run --num-critics 2 --kappa 0 --no-layer-norm --out runs/qdq/hopper-medium-replay/k0
     $run --num-critics 4 --kappa 4 --layer-norm --out runs/qdq/hopper-medium-replay/k4-ln
     $run --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out runs/qdq/hopper-medium-replay/k4-ln-g05
 }
 
+without_h() { # does H raise the return at the default's pull? The default's seeds: benchmark/cpu_grid.json
+    for set in cheetah-jump ant-angle-60 hopper-medium-replay; do
+        data=runs/short/$set/top1-size50000.npz
+        [ $set = hopper-medium-replay ] && data=data/$set.npz
+        for seed in 0 1 2; do
+            python qdq.py --dataset $data --preset cpu --kappa 0 --seed $seed --out runs/qdq_without_h/$set/seed$seed
+        done
+    done
+}
+
 pull() { # how strongly do the data's actions pull? The default's three seeds: benchmark/cpu_grid.json
     cell() { # name of a set, its file, flags
         local name=${3//--/}
-        python qdq.py --dataset "$2" --preset cpu --num-updates 12000 --eval-every 1500 $3 --out "runs/qdq_pull/$1/${name// /-}"
+        python qdq.py --dataset "$2" --preset cpu $3 --out "runs/qdq_pull/$1/${name// /-}"
     }
     for set in cheetah-jump ant-angle-60 hopper-medium-replay; do
         data=runs/short/$set/top1-size50000.npz
@@ -97,7 +109,8 @@ sweep() { # the weight of the likelihood term on one student
 full() { # CPU budget: the first two phases at a tenth of their published steps
     $ant --out $runs/seed0
     # the one of docs/qdq.md, on the source of the studies (udg_study.py --run learners-ant makes it)
-    python qdq.py --dataset runs/study/cpu/data/ant/ant-angle-60/top1-size50000.npz --preset cpu $then --out $runs/source2-tenth
+    data=runs/study/cpu/data/ant/ant-angle-60/top1-size50000.npz
+    python qdq.py --dataset $data --preset cpu $then --out $runs/source2-tenth
 }
 
 paper() { # 800k teacher, 1.6M student, 1M policy updates, five seeds at once: for a GPU

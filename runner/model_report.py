@@ -111,27 +111,6 @@ def rollouts(info, keep, lam, u_real, high_reward, number):
     return metrics
 
 
-def q_by_step(act, value, rows, keep):
-    """Mean Q at each step of rollouts and after their last one -> {"model/q_steps": [h + 1]}.
-
-    act(observations) -> actions, value(observations, actions) -> Q; rows, keep [h, b, ..].
-    """
-    average = lambda x, where: jnp.where(where, x, 0.0).sum(-1) / jnp.maximum(where.sum(-1), 1)
-    last, alive = rows.next_observations[-1], keep[-1] & (rows.terminals[-1] < 0.5)
-    inside, after = value(rows.observations, rows.actions), value(last, act(last))
-    return {"model/q_steps": jnp.append(average(inside, keep), average(after, alive))}
-
-
-def start_values(q, gamma, world, model):
-    """What Q says of the starts of episodes [E], beside what is paid from there, discounted, without Q's entropy term.
-
-    world, model: rewards and whether they are paid [L, E]; of the model r - lam u.
-    """
-    discount = gamma ** jnp.arange(len(world[0]))[:, None]
-    total = lambda rewards, where: (discount * jnp.where(where, rewards, 0.0)).sum(0).mean()
-    return {"value/q_start": q.mean(), "value/world": total(*world), "value/model": total(*model)}
-
-
 def report_fit(run, epoch, found, arrays, capped):
     """Log what models know of held-out rows, warn where their u cannot serve as a penalty, and draw the first seed's.
 
@@ -166,24 +145,6 @@ def fit_problems(found, capped, args):
         ("u does not rank the model's error", f"more steps or data may help, or {other}", blind and errs and not flat),
     )
     return [(problem, remedy) for problem, remedy, holds in known if holds]
-
-
-def warn_of_climbing(metrics, rewards, gamma):
-    """Warn where Q at the start of episodes exceeds the data's best reward, paid for ever -> whether it does.
-
-    Q counts the entropy bonus, and so does the bound; a hundredth of the rewards' range is tolerated. Without a world
-    Q at the start is not known: False.
-    """
-    if gamma == 1 or "value/q_start" not in metrics:
-        return False
-    q, low, high = float(np.max(metrics["value/q_start"])), float(rewards.min()), float(rewards.max())
-    bonus = float(np.max(metrics["train/alpha"] * np.maximum(metrics["train/entropy"], 0.0)))
-    most = (max(high, 0.0) + bonus + 0.01 * (high - low)) / (1 - gamma)
-    if q > most:
-        remedy = "--critic-norm (not in published presets), --num-critics 10 or a larger --lam (docs/mopo.md)"
-        worth = f"the data's best reward, paid for ever, is worth {most:.3g}"
-        say(f"warning: Q is {q:.3g} where episodes begin; {worth}; {remedy}")
-    return q > most
 
 
 def plot_fit(run, found):

@@ -27,17 +27,18 @@ class Run:
     """A folder that a script writes into, and that --resume goes on from. The phases of a run, such as the fit of a
     model, have folders inside."""
 
-    def __init__(self, script, args, task, buffer=None, gather=None, schedules=None, **identity):
+    def __init__(self, script, args, task, buffer=None, gather=None, schedules=None, remedy="", **identity):
         """Make or reopen the folder.
 
         gather(state) -> the state on the host of every process, where several share it; schedules: {flag: its value
         where nothing follows num_updates}, with all of which a run may be resumed for more updates, None: never;
-        identity: what else must be the same when the run is resumed. Raises InputError where the folder holds another
-        run, cannot be written, or where its states cannot be read or belong to other flags, data or versions; nothing
-        is changed then. Prints what the command line changed.
+        remedy: what helps a run that diverged, beside lower rates; identity: what else must be the same when the run is
+        resumed. Raises InputError where the folder holds another run, cannot be written, or where its states cannot be
+        read or belong to other flags, data or versions; nothing is changed then. Prints what the command line changed.
         """
         self.began, self.args, self.task, self.buffer = time.time(), args, task, buffer
         self.script, self.gather, self.schedules = script, gather or (lambda state: state), schedules
+        self.remedy = f"{remedy}, or lower the learning rates" if remedy else "lower the learning rates"
         self.folder, there = folder_of(args, script, task.name)
         self.is_first = jax.process_index() == 0  # the process that writes
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
@@ -188,8 +189,8 @@ class Run:
             largest = np.abs(values).max()
             if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
                 raise envs.InputError(
-                    f"{self.label} {step}: {name} is {largest:.3g}; what was saved before is kept: lower the learning "
-                    "rates and start anew, or go on all the same with --resume --q-bound 0"
+                    f"{self.label} {step}: {name} is {largest:.3g}; what was saved before is kept: {self.remedy} and "
+                    "start anew, or go on all the same with --resume --q-bound 0"
                 )
         shown = {name: np.mean(metrics[name]) for name in names if name in metrics}
         self.shown.show(step, self.rate(), shown, last or step >= self.total or bool(self.signal.name))

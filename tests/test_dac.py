@@ -172,6 +172,7 @@ def test_dual_step_golden(golden):
     args = D.Args(eta_lr=float(g["eta_lr"]), bc_threshold=float(g["bc_threshold"]))
     close(D.dual_step(g["eta_in"], g["bc_loss_for_eta"], args), g["eta_out"])
     assert D.dual_step(0.3, 5.0, D.Args(eta_lr=0.0)) == 0.3
+    assert D.dual_step(1e-4, 5.0, D.Args(eta_lr=0.0)) == 1e-4  # the clip is the dual step's
 
 
 def test_select_golden(golden, monkeypatch):

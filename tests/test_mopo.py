@@ -17,7 +17,7 @@ import mopo as M
 import runner
 from envs import tasks
 from envs.buffers import turned
-from runner import model_report
+from runner import model_report, value_report
 from tests.oracles import common
 from tests.oracles import mopo_oracle as oracle
 from tests.oracles.common import close, leaves_close, of_seed, size_of
@@ -403,7 +403,7 @@ def test_members_learn_from_bootstraps_of_their_own():
     shares = [len(np.unique(row)) / 320 for row in np.asarray(fit.bootstrap)]
     assert min(shares) > 0.55 and max(shares) < 0.72  # 1 - 1/e of the rows
     assert not np.array_equal(fit.bootstrap[0], fit.bootstrap[1])
-    assert M.epoch_sizes(320, args) == (32, 10, 1)
+    assert M.epoch_sizes(320, args) == (32, 10, 10)
     same = fit._replace(bootstrap=jnp.zeros_like(fit.bootstrap))  # one row: what is drawn does not count
     after = fit_chunk(same, data, args)
     assert int(after.step) == 10 and np.all(after.holdout_mse < 1e9)
@@ -511,7 +511,7 @@ def test_q_is_measured_along_rollouts():
 
     rows = seen._replace(terminals=jnp.zeros((3, 64)).at[-1, 1].set(1.0))
     keep = np.arange(192).reshape(3, 64) % 5 > 0
-    found = model_report.q_by_step(lambda s: -s, lambda s, a: s[..., 0] + 3 * a[..., 1], rows, jnp.asarray(keep))
+    found = value_report.q_by_step(lambda s: -s, lambda s, a: s[..., 0] + 3 * a[..., 1], rows, jnp.asarray(keep))
     q = seen.observations[..., 0] + 3 * seen.actions[..., 1]
     after = last[keep[-1] & (np.arange(64) != 1)]
     wanted = [q[t, keep[t]].mean() for t in range(3)] + [(after[:, 0] - 3 * after[:, 1]).mean()]
@@ -521,7 +521,7 @@ def test_q_is_measured_along_rollouts():
 def test_values_at_starts():
     rng, alive = np.random.default_rng(0), np.arange(60).reshape(3, 20) % 5 > 0
     world, model = rng.normal(size=(2, 3, 20))
-    found = model_report.start_values(np.arange(4.0), 0.9, (world, alive), (model, ~alive))
+    found = value_report.start_values(np.arange(4.0), 0.9, (world, alive), (model, ~alive))
     discount = (0.9 ** np.arange(3))[:, None]
     wanted = {"value/q_start": 1.5, "value/world": (discount * world * alive).sum(0).mean()}
     wanted["value/model"] = (discount * model * ~alive).sum(0).mean()
@@ -679,9 +679,26 @@ def test_a_climbing_q_is_told(q, reward, alpha, entropy, told, capsys):
         "train/alpha": np.full(2, alpha),
         "train/entropy": np.full(2, entropy),
     }
-    assert model_report.warn_of_climbing(metrics, np.array([reward - 1, reward]), 0.99) == told
+    assert value_report.warn_of_climbing(metrics, np.array([reward - 1, reward]), 0.99) == told
     assert ("warning: Q is" in capsys.readouterr().out) == told
-    assert not model_report.warn_of_climbing(metrics, np.array([0.0, 1.0]), 1.0)
+    assert not value_report.warn_of_climbing(metrics, np.array([0.0, 1.0]), 1.0)
+
+
+@pytest.mark.parametrize("model, world, told", [
+    (162.0, -66.0, True), (40.0, -33.0, True), (233.0, 152.0, False), (32.0, 106.0, False),  # runs of docs/mopo.md
+    (-13.0, -69.0, True), (-20.0, -24.0, False), (2.0, -6.0, False),  # the last is too little to tell
+])  # fmt: skip
+def test_a_model_that_promises_too_much_is_told(model, world, told, capsys):
+    """By its worst seed, in any unit, once."""
+    for unit in (1e-3, 1.0, 1e3):
+        metrics = {"value/model": unit * np.array([0.0, model]), "value/world": unit * np.array([0.0, world])}
+        metrics |= {"value/q_start": np.zeros(2), "train/alpha": np.zeros(2), "train/entropy": np.zeros(2)}
+        rewards = unit * np.array([-2.0, 8.0])
+        found = value_report.warn_of_values(metrics, rewards, 0.99, set())
+        assert found == ({"promises"} if told else set())
+        assert ("the model promises" in capsys.readouterr().out) == told
+        assert not value_report.warn_of_values(metrics, rewards, 0.99, {"promises"}) and not capsys.readouterr().out
+    assert not value_report.warn_of_promises({}, rewards, 0.99)  # no world to compare with
 
 
 # --- calibration against the world ---
@@ -775,19 +792,44 @@ def test_columns_that_never_vary_do_not_count(unit):
     """A goal that stays and a number of rounding errors: u is that of the rest, and no rollout ends there."""
     args, plain = tiny(), random_data()
     ulp = np.float32(0.7) + np.spacing(np.float32(0.7)) * np.arange(len(plain.rewards)).clip(0, 1)
-    still = jnp.stack([jnp.full(len(ulp), 0.3), jnp.asarray(ulp)], -1).astype(jnp.float32)
-    wider = lambda x: jnp.concatenate([unit * x, unit * still], -1)
+    still = lambda ulp: np.stack([np.full(len(ulp), 0.3), ulp], -1).astype(np.float32)
+    wider = lambda x, ulp: jnp.concatenate([unit * x, unit * still(ulp)], -1)
     data = plain._replace(
-        observations=wider(plain.observations), next_observations=wider(plain.next_observations),
+        observations=wider(plain.observations, ulp), next_observations=wider(plain.next_observations, ulp[::-1]),
         rewards=unit * plain.rewards,
     )  # fmt: skip
     model = fitted(data, args)[1]
     mean, std, u = predict(model, data.observations, data.actions, args)
-    assert not mean[..., 3].any() and not std[..., 3].any()
+    assert (model.scale.target_std == 0).tolist() == [False] * 3 + [True] * 2 + [False]
+    assert not mean[..., 3].any() and not std[..., 3:5].any()
     np.testing.assert_allclose(u, jnp.linalg.norm(std[..., jnp.array([0, 1, 2, 5])], axis=-1).max(0), rtol=1e-4)
     far = jnp.concatenate([unit * jnp.zeros(3), unit * jnp.array([5.0, -5.0])])
     assert not M.rollout_ends(model, TASK, far[None], jnp.zeros(1))[1].any()
     assert M.rollout_ends(model, TASK, far.at[0].set(1e4 * unit)[None], jnp.zeros(1))[1].all()
+
+
+def test_targets_that_never_vary_do_not_count_in_the_fit():
+    """Neither in the loss nor in a member's score: both are those of the other targets."""
+    args, data, rng = tiny(), random_data(), np.random.default_rng(0)
+    data = data._replace(rewards=jnp.full(len(data.rewards), 0.1))
+    fit = fit_init(jax.random.key(0), data, args)
+    varies = np.asarray(fit.scale.target_std) > 0
+    assert varies.tolist() == [True, True, True, False]
+    mean, raw, y = (jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32) for _ in range(3))
+    loss = lambda mean, raw: M.gaussian_nll(fit.net, mean, raw, y, args, varies)
+    logvar = np.asarray(M.bound_logvar(fit.net, raw), float)
+    nll = lambda error: (error**2 * np.exp(-logvar) + logvar)[..., :3].mean((1, 2))
+    close(loss(mean, raw), nll(np.asarray(mean - y, float)).sum() + args.logvar_coef * 4 * 10.5, 1e-5)
+    assert all(np.any(g[..., :3]) and not np.any(g[..., 3]) for g in jax.grad(loss, (0, 1))(mean, raw))
+
+    rows = jax.tree.map(lambda x: x[fit.holdout], data)
+    x = M.model_inputs(fit.scale, rows.observations, rows.actions)
+    mean, raw = M.ensemble_apply(fit.net, x, "highest")
+    logvar = np.asarray(M.bound_logvar(fit.net, raw), float)
+    error = np.asarray(mean - M.scaled_targets(fit.scale, rows), float)
+    close(M.end_epoch(fit, data, args).best, 0.5 * nll(error), 1e-5)
+    by_error = dataclasses.replace(args, fit_score="mse")
+    close(M.end_epoch(fit, data, by_error).best, (error[..., :3] ** 2).mean((1, 2)), 1e-5)
 
 
 def test_the_warnings_look_at_targets_that_vary():
@@ -798,7 +840,7 @@ def test_the_warnings_look_at_targets_that_vary():
     data, args = random_data(), tiny()
     data = data._replace(rewards=jnp.full(len(data.rewards), 0.1))
     (fit, model), targets = fitted(data, args), M.model_targets(data)
-    know, units = lambda *x: predict(model, *x, args), (M.moments(targets, 0.0)[1], data.observations.std(0))
+    know, units = lambda *x: predict(model, *x, args), (M.target_moments(data)[1], data.observations.std(0))
     found, _ = model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
     assert (found["fit/unexplained"][:3] > 0).all() and found["fit/unexplained"][3] == 0
 
@@ -978,7 +1020,8 @@ def test_run_leaves_what_it_promises(dataset, tmp_path, monkeypatch):
         (dict(model_decays=(1.0,)), "--model-decays needs two"),
         (dict(real_ratio=1.0), "--real-ratio: a batch needs a model row"),
         (dict(rollout_batch=10_007), "--rollout-batch needs a divisor"),
-        (dict(holdout_share=1.0), "--holdout-share must be above 0"),
+        (dict(holdout_share=1.0), r"--holdout-share must be in \(0, 1\)"),
+        (dict(holdout_rows=0), "--holdout-rows above 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(changes, message):

@@ -86,3 +86,9 @@ def test_the_world_as_the_model_runs_and_resumes(dataset, tmp_path):
     close(policy["observation_mean"][0], buffer["observations"].mean(0), 1e-3)
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:]]
     assert all(r["model/world_error"] < 1e-3 and r["model/u_model"] == 0 for r in records)
+
+
+def test_flags_of_the_fit_are_said_to_be_idle():
+    fields = {field.name for field in dataclasses.fields(mopo_models.Args)}
+    knn, world = (mopo_models.idle_flags(tiny(model=model)) for model in ("knn", "world"))
+    assert knn.keys() < world.keys() <= fields and world.keys() - knn.keys() == {"lam", "knn_rows", "knn_scale"}

@@ -74,7 +74,7 @@ def test_sets_of_ours_have_our_defaults_and_find_what_is_published_by_a_flag(lea
             with pytest.raises(envs.InputError, match=r"nothing is published for ours/.*; name a set, as --preset "):
                 choose(script, named(f"ours/{name}"), preset="published")
     assert not choose(script, named("hopper-easy"))[1]  # no set of ours
-    assert choose(script, named("hopper-easy"), preset="cpu")[2]["num_updates"] in (10_000, 20_000)
+    assert choose(script, named("hopper-easy"), preset="cpu")[2]["num_updates"] in (10_000, 12_000, 20_000)
 
 
 @pytest.mark.parametrize(("grid", "folder"), [("suite_short", "data"), ("suite_full", "data/paper")])

@@ -317,6 +317,18 @@ def test_excess_lowers_what_is_above_the_level():
     assert [round(float(metrics[f"train/h_p{p}"]), 3) for p in (10, 50, 90)] == [10, 50, 90]
     np.testing.assert_allclose(metrics["train/ood"], 30 / 101, rtol=1e-5)
     np.testing.assert_allclose(metrics["train/penalty"], np.arange(30).sum() / 101, rtol=1e-5)
+    assert float(metrics["train/raised"]) == 0
+
+
+def test_product_raises_the_target_where_h_is_small_or_q_negative():
+    """w = 1 / H above 1 in the flagged rows, w = beta below it in the others: the log has the share."""
+    h, q = jnp.array([0.1, 0.2, 0.3, 0.4]), jnp.array([2.0, -2.0, 2.0, -2.0])
+    batch = D.Transitions(None, None, jnp.zeros(4), None, jnp.zeros(4))
+    args = D.Args(penalty="product", alpha=0.9, beta=0.8, gamma=0.5)
+    y, metrics = D.bootstrap_target(batch, q, h, jnp.float32(0.25), args)
+    w = np.array([0.8, 0.8, 1 / 0.3, 1 / 0.4])
+    np.testing.assert_allclose(y, 0.5 * np.asarray(q) * (0.9 + 0.1 * w), rtol=1e-6)
+    assert float(metrics["train/raised"]) == 0.5  # rows 1 (Q < 0) and 2 (H < 1)
 
 
 @pytest.mark.parametrize("case", ["actor_ddpg_0.0", "actor_ddpg_0.8", "actor_ddpg_2.0", "actor_awr_0.0"])
@@ -764,8 +776,10 @@ def test_learns_on_the_point_robot(one_student, dataset, tmp_path, optimised):
         (dict(policy_delay=3), "multiple of --policy-delay"),
         (dict(teacher_updates=30), "--chunk must divide"),
         (dict(group_size=5), "multiples of --group-size"),
+        (dict(group_size=1), "--group-size must not be 1"),
         (dict(beta=1.0), "--beta must be above 0 and below 1"),
         (dict(nodes=1), "--nodes"),
+        (dict(spread="mc", num_samples=1), "--num-samples must be 2"),
         (dict(num_levels=2), "--num-levels"),
         (dict(student_tau=0.0), "--student-tau must"),
         (dict(uncertainty="critics", num_critics=1), "--num-critics 2"),

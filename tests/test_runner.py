@@ -87,7 +87,8 @@ def learn(args):
     init, chunk = make_train(args)
     act = lambda state, observations, key: jnp.tile(jnp.tanh(state.x), (len(observations), 1))
     evaluate = runner.each_seed(runner.returns_of(act, envs.make(task), task, buffer, args), args)
-    with runner.Run("toy", args, task, buffer, schedules={"gamma": 0.9, "sizes": (4, 4), "fast": True}) as r:
+    schedules = {"gamma": 0.9, "sizes": (4, 4), "fast": True}
+    with runner.Run("toy", args, task, buffer, schedules=schedules, remedy="raise gamma") as r:
         program = r.compile(chunk, jax.eval_shape(init, keys), data)
         fit = r.restore(init, keys, phase="fit")
         for step in r.chunks("fit step", args.fit_updates, fit.num_updates):
@@ -574,7 +575,10 @@ def test_a_metric_that_diverges_is_named(args):
 def test_divergence_keeps_the_state_and_can_go_on(whole, args, monkeypatch):
     """A bound that any Q is beyond stands for a Q that diverges; with --q-bound 0 the run is as if never stopped."""
     monkeypatch.setattr(envs.buffers, "check_raw_rewards", lambda *_: None)  # which would name the rewards before
-    with pytest.raises(envs.InputError, match=r"fit step \d+: train/q is .*--resume --q-bound 0"):
+    with pytest.raises(
+        envs.InputError,
+        match=r"fit step \d+: train/q is .*: raise gamma, or lower the learning rates and .*--resume --q-bound 0",
+    ):
         learn(dataclasses.replace(args, q_bound=1e-9))
     assert learn(dataclasses.replace(args, resume=True, q_bound=0.0)) == whole[1]
     assert_same_run(whole[0], Path(args.out))

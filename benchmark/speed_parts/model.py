@@ -11,6 +11,7 @@ import numpy as np
 import baselines
 import envs
 import mopo
+import runner
 from speed_parts.measuring import Case, both_threads, chain_case, mlp_flops, sac_flops
 from speed_parts.wurl import random_rows
 
@@ -30,7 +31,7 @@ def mopo_parts(args, task, data, num_updates, plain):
     key = jax.random.split(jax.random.key(0), 1)
     fit_init, fit_chunk, fitted = mopo.make_fit(args)
     init, train_chunk = mopo.make_train(args, task)
-    _, _, calls = mopo.epoch_sizes(len(data.rewards) - args.holdout_rows, args)
+    _, steps, in_epoch = mopo.epoch_sizes(len(data.rewards) - args.holdout_rows, args)
     state = {"fit": fit_init(key, data), "train": init(key)}
     model = fitted(state["fit"], data)
     first = lambda tree: jax.tree.map(lambda x: jnp.copy(x[0]), tree)
@@ -45,7 +46,7 @@ def mopo_parts(args, task, data, num_updates, plain):
         return jax.lax.scan(step, agent, jax.random.split(key, num_updates))
 
     def epoch():
-        for _ in range(calls):
+        for _ in range(in_epoch // steps):
             state["fit"] = fit_chunk(state["fit"], data)
         return state["fit"].step
 
@@ -157,5 +158,6 @@ def mopo_part(bench):
     plain_refresh = mopo_rollouts(bench, args, parts, widths)
     mopo_sac(bench, args, parts, num_updates, shape, plain_refresh)
     own = dataclasses.replace(args, **{name: getattr(mopo.Args(), name) for name in mopo.AS_CODES})
+    own = runner.with_angles(own, task)
     ours = mopo_parts(own, task, data, num_updates, {})
     mopo_ours(bench, parts, ours, args.rollout_freq, num_updates)
