@@ -50,7 +50,7 @@ Run        python cped.py --quick                         (point robot, under 2 
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
 Expect     --quick: return 94 (data: mean -0.2, best 93.9), 40 s of one core; --preset cpu on 50k rows of ant-angle-60,
-           top 1: 153, 200 and 222 in 200 steps (three seeds; data 117, clone 159); more in docs/cped.md
+           top 1: 206, 216 and 198 in 200 steps (three seeds; data 117, clone 170); more in docs/cped.md
 """
 
 from dataclasses import dataclass

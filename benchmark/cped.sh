@@ -13,20 +13,13 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
 
 adversarial() { # does the adversarial term's weight change a return? A minute each on a core
     for weight in 0 1 3; do
-        python cped.py --quick --num-seeds 3 --adv-weight $weight --out runs/cped/point-angle-0/adv$weight
+        python cped.py --quick --num-seeds 3 --disc-outputs one --adv-weight $weight --out runs/cped/point-angle-0/adv$weight
     done
 }
 
-returns() { # the same on the ant, beside eq. 4 itself, and a safer alpha: 5 minutes a run on a core
-    run="python cped.py --dataset $ant/top1-size50000.npz --preset cpu"
-    for seed in 0 1 2; do
-        out=runs/cped/ant-angle-60/returns
-        $run --seed $seed --out $out/released-seed$seed
-        $run --seed $seed --adv-weight 0 --out $out/likelihood-seed$seed
-        $run --seed $seed --disc-outputs one --out $out/eq4-seed$seed
-        $run --seed $seed --disc-outputs one --adv-weight 3 --out $out/eq4-weight3-seed$seed
-        $run --seed $seed --alphas 0.1 0.03 --alpha-from 0 0.1 --out $out/alpha0.03-seed$seed
-    done
+returns() { # the same on the ant: 5 minutes a run on a core; its data as in docs/data.md, "Learners at a short budget"
+    python benchmark/grid.py benchmark/cped_returns_grid.json --jobs 2
+    python benchmark/grid_figures.py results/cped/returns --runs runs/cped_returns --name returns
 }
 
 density() { # the adversarial term's weight and form against the true density, 3 seeds
