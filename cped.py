@@ -38,7 +38,7 @@ Deviations
       the table, by shares of num_updates, as C24's formula is right for T0 = 500k alone (--constraint for the paper's).
   D9  paper: the flow learns in both loops; C24: frozen after the first; here: frozen (--flow-in-rl).
   D10 codes: raw rewards and Q, the first 5 to 8 % of the run only clone; here: rewards / rms, Q / mean |Q|, no cloning.
-  D11 codes skip steps at a nan or a loss above 1e7; here: at a gradient that is not finite, a hundred in a row at most.
+  D11 codes skip steps at a nan or a loss above 1e7; here: at a gradient not finite; after 100 in a row the run stops.
   D12 codes: PyTorch's default weights; here: Xavier-uniform for actor, critics and conditional flow.
   D13 paper: D has one output; codes and here: d = S + A outputs, losses take their mean and the penalty their sum, so
       that the adversarial term has 1/d of eq. 4's weight; the densities are no worse (--disc-outputs one for eq. 4).
@@ -518,7 +518,7 @@ def cped_optimisers(args):
     b2, eps = args.flow_adam
     flow = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.flow_lr, b2=b2, eps=eps))  # D6
     all_five = flow, *map(optax.adam, (args.disc_lr, args.actor_lr, args.critic_lr, args.alpha_lr))
-    return tuple(optax.apply_if_finite(one, 100) for one in all_five)  # D11
+    return tuple(optax.apply_if_finite(one, np.iinfo(np.int32).max) for one in all_five)  # D11
 
 
 def alpha_at(step, args):
@@ -650,8 +650,10 @@ def cped_init(key, data, args):
 
 
 def chunk_means(metrics, nets, phase):
-    """Means of {name: [steps]} over the finite steps of a chunk, and the number of steps skipped so far (D11)."""
-    skipped = sum(opt.total_notfinite for opt in nets if isinstance(opt, optax.ApplyIfFiniteState))
+    """Means of {name: [steps]} over the finite steps of a chunk; steps skipped so far, nan after 100 in a row (D11)."""
+    opts = [opt for opt in nets if isinstance(opt, optax.ApplyIfFiniteState)]
+    now, ever = jnp.array([(opt.notfinite_count, opt.total_notfinite) for opt in opts]).T
+    skipped = jnp.where(now.max() > 100, jnp.nan, ever.sum())
     return {k: x.mean(where=jnp.isfinite(x)) for k, x in metrics.items()} | {f"{phase}/skipped": skipped}
 
 
@@ -715,11 +717,9 @@ def check_args(args):
 def idle_flags(args):
     """Flags without effect beside the others, and why."""
     idle = {} if args.adv_weight else dict.fromkeys(("gp_weight", "disc_outputs", "disc_lr"), "--adv-weight is 0")
-    if args.constraint == "schedule":
-        idle["eps_quantile"] = "only --constraint hinge and dual use it"
+    idle |= {"eps_quantile": "only --constraint hinge and dual use it"} if args.constraint == "schedule" else {}
     idle["alpha_from" if args.constraint == "dual" else "alpha_lr"] = f"--constraint is {args.constraint}"
-    if args.flow == "nice":
-        idle["log_scale_cap"] = "only --flow cond uses it"
+    idle |= {"log_scale_cap": "only --flow cond uses it"} if args.flow == "nice" else {}
     if args.bc_only:
         names = "alphas alpha_from alpha_lr constraint eps_quantile q_norm q_from critic_from critic_lr gamma tau "
         names += "target_noise target_noise_clip scale_rewards reward_shift"
@@ -741,7 +741,8 @@ def main(args):
     evaluate = runner.each_seed(runner.returns_of(policy, envs.make(task, args.backend), task, buffer, args), args)
 
     stretched = {"critic_from": 0.0, "q_from": 0.0, "alpha_from": (0.0,)}  # over the run
-    schedules, remedy = {k: v for k, v in stretched.items() if k not in idle_flags(args)}, "raise the last of --alphas"
+    schedules = {k: v for k, v in stretched.items() if k not in idle_flags(args)}
+    remedy = {"dual": "lower --eps-quantile"}.get(args.constraint, "" if args.bc_only else "raise the last of --alphas")
     with runner.Run("cped", args, task, buffer, schedules=schedules, remedy=remedy) as run:
         like = jax.eval_shape(init, keys, data)
         flow_chunk, train_chunk = run.compile(flow_chunk, like, data), run.compile(train_chunk, like, data)

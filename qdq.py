@@ -34,8 +34,8 @@ Deviations (here: always; ours: not in the published presets, those of D4RL's se
   D3  Paper: 80k and 160k steps for teacher and student, stored models and here: 800k and 1.6M. --quick and
       --preset cpu have fewer steps, 18 levels and a target rate of 0.05.
   D4  Code never draws the level t = 80, where the samples are made; here: it is drawn.
-  D5  Code starts student and target from two random networks, here: both from the teacher; its first layer is one
-      kernel of (c, x, t), here: the sum of three, each Xavier-uniform by itself.
+  D5  Code starts student and target from two random networks; here: both from the teacher. Code's first layer is one
+      kernel of (c, x, t); here: the sum of three, each Xavier-uniform by itself.
   D6  Eq. 6: std of n samples, divided by n - 1; code: of 50, by n (--spread mc); here: a Gauss-Hermite sum over z.
   D7  U, the rows whose H is above a level. Paper: the quantile over the policy's actions; code: over a batch's
       (s', a'); ours: over its own (s, a).
@@ -548,7 +548,7 @@ def bootstrap_target(batch, next_q, h, threshold, args):
     p10, p50, p90 = jnp.quantile(h, jnp.array([0.1, 0.5, 0.9]))
     return jax.lax.stop_gradient(batch.rewards + go_on * value), {
         "train/h": h.mean(), "train/h_p10": p10, "train/h_p50": p50, "train/h_p90": p90, "train/ood": ood.mean(),
-        "train/penalty": jnp.mean(go_on * (next_q - value)), "train/raised": jnp.mean(value > next_q),
+        "train/penalty": jnp.mean(go_on * (next_q - value)), "train/raised": jnp.mean(go_on * (value - next_q) > 0),
     }  # fmt: skip
 
 

@@ -13,11 +13,12 @@ point() { # 3 seeds in one process, under 2 minutes on 2 cores
 
 adversarial() { # does the adversarial term's weight change a return? A minute each on a core
     for weight in 0 1 3; do
-        python cped.py --quick --num-seeds 3 --disc-outputs one --adv-weight $weight --out runs/cped/point-angle-0/adv$weight
+        out=runs/cped/point-angle-0/adv$weight
+        python cped.py --quick --num-seeds 3 --disc-outputs one --adv-weight $weight --out $out
     done
 }
 
-returns() { # the same on the ant: 5 minutes a run on a core; its data as in docs/data.md, "Learners at a short budget"
+returns() { # the same on the ant: 5 minutes a run on a core; its data as docs/data.md says
     python benchmark/grid.py benchmark/cped_returns_grid.json --jobs 2
     python benchmark/grid_figures.py results/cped/returns --runs runs/cped_returns --name returns
 }

@@ -32,13 +32,13 @@ class Run:
 
         gather(state) -> the state on the host of every process, where several share it; schedules: {flag: its value
         where nothing follows num_updates}, with all of which a run may be resumed for more updates, None: never;
-        remedy: what helps a run that diverged, beside lower rates; identity: what else must be the same when the run is
+        remedy: what helps a policy that diverged, beside lower rates; identity: what else must be the same when it is
         resumed. Raises InputError where the folder holds another run, cannot be written, or where its states cannot be
         read or belong to other flags, data or versions; nothing is changed then. Prints what the command line changed.
         """
         self.began, self.args, self.task, self.buffer = time.time(), args, task, buffer
         self.script, self.gather, self.schedules = script, gather or (lambda state: state), schedules
-        self.remedy = f"{remedy}, or lower the learning rates" if remedy else "lower the learning rates"
+        self.remedy = f"{remedy}, or " if remedy else ""
         self.folder, there = folder_of(args, script, task.name)
         self.is_first = jax.process_index() == 0  # the process that writes
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
@@ -188,9 +188,10 @@ class Run:
         for name, values in metrics.items() if self.args.q_bound else ():
             largest = np.abs(values).max()
             if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
+                helps = self.remedy if name.startswith("train/") else ""
                 raise envs.InputError(
-                    f"{self.label} {step}: {name} is {largest:.3g}; what was saved before is kept: {self.remedy} and "
-                    "start anew, or go on all the same with --resume --q-bound 0"
+                    f"{self.label} {step}: {name} is {largest:.3g}; what was saved before is kept: {helps}lower the "
+                    "learning rates and start anew, or go on all the same with --resume --q-bound 0"
                 )
         shown = {name: np.mean(metrics[name]) for name in names if name in metrics}
         self.shown.show(step, self.rate(), shown, last or step >= self.total or bool(self.signal.name))

@@ -322,13 +322,13 @@ def test_excess_lowers_what_is_above_the_level():
 
 def test_product_raises_the_target_where_h_is_small_or_q_negative():
     """w = 1 / H above 1 in the flagged rows, w = beta below it in the others: the log has the share."""
-    h, q = jnp.array([0.1, 0.2, 0.3, 0.4]), jnp.array([2.0, -2.0, 2.0, -2.0])
-    batch = D.Transitions(None, None, jnp.zeros(4), None, jnp.zeros(4))
+    h, q = jnp.array([0.1, 0.2, 0.3, 0.4, 0.4]), jnp.array([2.0, -2.0, 2.0, -2.0, 2.0])
+    batch = D.Transitions(None, None, jnp.zeros(5), None, jnp.array([0.0, 0.0, 0.0, 0.0, 1.0]))
     args = D.Args(penalty="product", alpha=0.9, beta=0.8, gamma=0.5)
     y, metrics = D.bootstrap_target(batch, q, h, jnp.float32(0.25), args)
     w = np.array([0.8, 0.8, 1 / 0.3, 1 / 0.4])
-    np.testing.assert_allclose(y, 0.5 * np.asarray(q) * (0.9 + 0.1 * w), rtol=1e-6)
-    assert float(metrics["train/raised"]) == 0.5  # rows 1 (Q < 0) and 2 (H < 1)
+    np.testing.assert_allclose(y, [*(0.5 * np.asarray(q[:4]) * (0.9 + 0.1 * w)), 0.0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["train/raised"], 0.4)  # row 1: Q < 0, row 2: H < 1; row 4 has no next value
 
 
 @pytest.mark.parametrize("case", ["actor_ddpg_0.0", "actor_ddpg_0.8", "actor_ddpg_2.0", "actor_awr_0.0"])
