@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes pull without_h small hopper short_lag point short
+# The runs behind docs/qdq.md. Parts by name: benchmark/qdq.sh probes pull kappa small hopper short_lag point short
 # ablations sweep full paper published
 # The datasets are those of benchmark/wurl_sac.sh (ant, cheetah), through
 # python udg_select.py --buffers runs/wurl_sac/ant/seed0/buffers --task ant-angle-60 --top 1 all [--size 50000]
@@ -63,13 +63,14 @@ hopper() { # larger networks
     $run --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out runs/qdq/hopper-medium-replay/k4-ln-g05
 }
 
-without_h() { # does H raise the return at the default's pull? The default's seeds: benchmark/cpu_grid.json
+kappa() { # what is H worth at the default's pull? kappa 4, the default: benchmark/cpu_grid.json
     for set in cheetah-jump ant-angle-60 hopper-medium-replay; do
         data=runs/short/$set/top1-size50000.npz
         [ $set = hopper-medium-replay ] && data=data/$set.npz
-        for seed in 0 1 2; do
-            python qdq.py --dataset $data --preset cpu --kappa 0 --seed $seed --out runs/qdq_without_h/$set/seed$seed
-        done
+        for kappa in 0 1; do for seed in 0 1 2; do
+            out=runs/qdq_kappa/$set/kappa$kappa/seed$seed
+            python qdq.py --dataset $data --preset cpu --kappa $kappa --seed $seed --out $out
+        done; done
     done
 }
 
