@@ -666,6 +666,7 @@ def make_train(args, env, task, observe, episode_length):
     num_warmup, updates_per_round, _ = round_sizes(args, episode_length)
     features_of, sharding = feature_function(args, task), state_sharding(args)
     at_once = devices.policies_at_once(args, jax.default_backend())
+    at_once = None if at_once == 1 else at_once  # a batch of one is a sixth slower than none
 
     def init(key):
         """Agents [K], empty replays [K], and the network of the objective."""

@@ -45,7 +45,7 @@ COMMANDS = {"data": data.main, "memory": memory.main}
 
 def run_part(part, args):
     """One part in this process -> its rows."""
-    if part == "sac":
+    if part in ("sac", "collection"):
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     bench = Bench(part, 1 if args.check else args.repeats, args.check)
     PARTS[part](bench)

@@ -1,5 +1,6 @@
 """Timing: cases in turn, with the cores that were used meanwhile, beside the rate of plain matrix multiplications."""
 
+import functools
 import itertools
 import os
 import platform
@@ -142,10 +143,11 @@ def machine():
 # === the limit of the machine ===
 
 
-def matmul_chain(members, batch, width, seconds=0.1):
+def matmul_chain(members, batch, width, seconds=0.1, layout="ebh,ehk->ebk"):
     """-> function, FLOPs of a call: x [members, batch, width] times square matrices, one by one.
 
-    The matrices are orthogonal, so that x keeps its size; a member axis of 1 is a plain matmul.
+    The matrices are orthogonal, so that x keeps its size; a member axis of 1 is a plain matmul. layout: another order
+    of the axes of x, as an einsum, or "apart": a product for each member.
     """
     rng = np.random.default_rng(0)
     draw = lambda: np.linalg.qr(rng.normal(size=(width, width)))[0]
@@ -156,9 +158,16 @@ def matmul_chain(members, batch, width, seconds=0.1):
     flops = 2.0 * members * batch * width * width
     rounds = max(1, round(seconds * 1e11 / (8 * flops)))
 
+    product = jnp.matmul if members == 1 else functools.partial(jnp.einsum, layout)
+    if layout == "apart":
+        x, weights = list(x), [list(w) for w in weights]
+        product = lambda x, w: [one @ each for one, each in zip(x, w, strict=True)]
+    elif members > 1:
+        x = jnp.einsum(f"ebh->{layout.partition(',')[0]}", x)
+
     def body(_, x):
         for w in weights:
-            x = x @ w
+            x = product(x, w)
         return x
 
     chain = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, body, x))
@@ -197,8 +206,8 @@ def both_threads(name, function, unit, amount):
     return [Case(f"PyTorch, {label}: {name}", torch_with(n, function), unit, amount, calls=1) for label, n in threads]
 
 
-def chain_case(members, batch, width):
-    """The machine's matmul rate at these sizes."""
-    chain, flops = matmul_chain(members, batch, width)
+def chain_case(members, batch, width, layout="ebh,ehk->ebk", named=""):
+    """The machine's matmul rate at these sizes; named: what the layout is called."""
+    chain, flops = matmul_chain(members, batch, width, layout=layout)
     shape = f"{members} x " * (members > 1) + f"{batch} x {width} x {width}"
-    return Case(f"jax matmul {shape}, chained", chain, "GF/s", flops / 1e9)
+    return Case(f"jax matmul {shape}, chained{named}", chain, "GF/s", flops / 1e9)

@@ -88,10 +88,14 @@ def mopo_model(bench, args, parts, num_rows, widths):
     """An epoch of the model's fit."""
     (train, done), name = parts.plain["train"], f"model, an epoch of {num_rows // 1000}k rows"
     steps, batch = num_rows // args.model_batch_size, args.model_batch_size
-    epoch, _, plain, rate = bench.measure(
+    size = args.ensemble_size, batch, max(widths)
+    epoch, _, plain, rate, *_ = bench.measure(
         Case(f"fit_chunk: {name}", parts.epoch, "s", 1, 6.5, 1),
         *both_threads(f"{name}, from {done} steps", train, "s", steps / done),
-        chain_case(args.ensemble_size, batch, max(widths)),
+        chain_case(*size),
+        chain_case(*size, "beh,ehk->bek", ", rows before members"),
+        chain_case(*size, "ehb,ehk->ekb", ", rows last"),
+        chain_case(*size, "apart", ", a product for each member"),
     )
     bench.ratio(f"{name}: against PyTorch on all cores", plain, epoch)
     flops = steps * sum(mlp_flops(widths, args.ensemble_size * batch)[:3]) / 1e9

@@ -103,8 +103,8 @@ def sac(bench):
     flops = sac_flops(*sizes, args.hidden_sizes, args.batch_size)
     once = lambda name, function, amount: Case(name, function, "/s", amount, calls=1)
     ours, spread, torch_1, _, _, rate, _ = bench.measure(
-        once("wurl_update, K = 10 in turn (policy updates)", updates(1), num * steps),
-        once("wurl_update, K = 10 shared by the cores (policy updates)", updates(1, os.cpu_count()), num * steps),
+        once("wurl_update, K = 10 in turn (policy updates)", updates(None), num * steps),
+        once("wurl_update, K = 10 shared by the cores (policy updates)", updates(None, os.cpu_count()), num * steps),
         once("PyTorch SAC, 1 thread", torch_with(1, plain_steps), steps),
         once("PyTorch SAC, all cores", torch_with(os.cpu_count(), plain_steps), steps),
         once("wurl_update, K = 10 as one batch (policy updates)", updates(num), num * steps),
@@ -218,6 +218,11 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     keys = jax.random.split(jax.random.key(1), num_policies)
     program = jax.jit(rollouts, static_argnums=2)
     ours = lambda: program(actor, keys, num_envs)
+    spread = dataclasses.replace(args, num_devices=os.cpu_count())  # as a run does by default
+    place = jax.jit(runner.over_devices(lambda *xs: xs, spread))
+    placed = place(actor, keys)
+    on_devices = jax.jit(wurl_sac.make_train(spread, env, task, lambda x: x, length)[3], static_argnums=2)
+    shared = lambda: on_devices(*placed, num_envs)
 
     reset_keys = jax.vmap(lambda k: jax.random.split(jax.random.split(k)[0], num_envs))(keys)
     start = jax.jit(jax.vmap(env.reset))(reset_keys.reshape(-1))
@@ -230,8 +235,9 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     case = lambda name, f, n=amount: Case(f"{size}: {name}", f, "steps/s", n, calls=n > 10_000)
     others, of_call = peers(robot, num_policies * num_envs, length)
     callback, policies = prices(env, args, actor, num_envs, length)
-    fast, raw, raw_steps, _, _, *of_others = bench.measure(
+    fast, fast_shared, raw, raw_steps, _, _, *of_others = bench.measure(
         case("wurl_sac.rollout", ours),
+        case("wurl_sac.rollout, a device for each core", shared),
         case("mujoco.rollout, whole episodes in a call", whole),
         case("mujoco.rollout, a call for each step", stepwise),
         Case(f"{size}: a step's callback alone, no physics", callback, "ms", 1 / length),
@@ -240,8 +246,10 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     )
     bench.ratio(f"{size}: of whole episodes", fast, raw, target, "%", 100)
     bench.ratio(f"{size}: of a call for each step", fast, raw_steps, None, "%", 100)
+    bench.ratio(f"{size}: a device for each core, of a call for each step", fast_shared, raw_steps, 85, "%", 100)
     for (name, _), theirs in zip(others, of_others, strict=True):
         bench.ratio(f"{size}: of {name}", fast, theirs, None, "%", 100)
+        bench.ratio(f"{size}: a device for each core, of {name}", fast_shared, theirs, None, "%", 100)
 
 
 def collection(bench):
