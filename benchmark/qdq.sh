@@ -50,7 +50,7 @@ short_lag() { # --preset cpu at its own size with faster targets: the default, a
         [ $data = data/hopper-medium-replay.npz ] || set=ant-angle-60
         run="python qdq.py --dataset $data --preset cpu $was"
         for seed in 0 1 2; do
-            $run --seed $seed --out runs/qdq/$set/default-tau0.02-seed$seed
+            $run --kappa 4 --seed $seed --out runs/qdq/$set/default-tau0.02-seed$seed
             $run --seed $seed --kappa 0 --num-critics 2 --no-layer-norm --out runs/qdq/$set/plain-tau0.02-seed$seed
         done
     done
@@ -63,21 +63,21 @@ hopper() { # larger networks
     $run --num-critics 4 --kappa 4 --layer-norm --gamma-ent 0.05 --out runs/qdq/hopper-medium-replay/k4-ln-g05
 }
 
-kappa() { # what is H worth at the default's pull? kappa 4, the default: benchmark/cpu_grid.json
+kappa() { # what is H worth at the default's pull? kappa 1, the default: benchmark/cpu_grid.json
     for set in cheetah-jump ant-angle-60 hopper-medium-replay; do
         data=runs/short/$set/top1-size50000.npz
         [ $set = hopper-medium-replay ] && data=data/$set.npz
-        for kappa in 0 1; do for seed in 0 1 2; do
+        for kappa in 0 4; do for seed in 0 1 2; do
             out=runs/qdq_kappa/$set/kappa$kappa/seed$seed
             python qdq.py --dataset $data --preset cpu --kappa $kappa --seed $seed --out $out
         done; done
     done
 }
 
-pull() { # how strongly do the data's actions pull? The default's three seeds: benchmark/cpu_grid.json
+pull() { # how strongly do the data's actions pull? At kappa 4, the default then; Q over its spread: kappa
     cell() { # name of a set, its file, flags
         local name=${3//--/}
-        python qdq.py --dataset "$2" --preset cpu $3 --out "runs/qdq_pull/$1/${name// /-}"
+        python qdq.py --dataset "$2" --preset cpu --kappa 4 $3 --out "runs/qdq_pull/$1/${name// /-}"
     }
     for set in cheetah-jump ant-angle-60 hopper-medium-replay; do
         data=runs/short/$set/top1-size50000.npz
