@@ -11,10 +11,14 @@ from envs.errors import InputError
 PATIENCE = 10.0  # seconds for jax to hand over arguments, which takes milliseconds or never ends
 
 
+def cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def one_thread() -> bool:
     """Return whether jax has one thread to copy arguments with, and a callback takes it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores == 1 and "NPROC" not in os.environ
+    return cores() == 1 and "NPROC" not in os.environ
 
 
 def wait_for(packed: jax.Array, what: str) -> None:

@@ -11,10 +11,11 @@ Same XML, start, observation, reward and termination. A step that makes the simu
 observations, not a termination.
 """
 
+import contextlib
 import copy
 import importlib.util
-import os
 import pathlib
+import queue
 import threading
 import weakref
 from typing import NamedTuple
@@ -63,7 +64,7 @@ class MujocoEnv(Env):
         None: the robot's.
     contact_cost: weight of the contact forces clipped to +-1 and squared, taken off the reward
         (Gymnasium's Ant-v5: 5e-4). C MuJoCo only, slow, and not in relabelled rewards.
-    num_threads: of the pool; None: all cores.
+    num_threads: that step the worlds, shared by jax's devices; None: all cores.
     num_contacts: places for contacts of one world on "warp"; None: all that the robot can have, 64 at most.
     """
 
@@ -95,8 +96,8 @@ class MujocoEnv(Env):
         self.model = load_model(xml or self.robot.xml, gear, scale, self.robot.maze)
         self._check_model(xml or self.robot.xml)
         if backend == "mujoco":
-            pool = num_threads or os.cpu_count()
-            self.engine = _CEngine(self.model, self.robot.frame_skip, pool, contact_cost, self.robot.whole_body)
+            threads = num_threads or host.cores()
+            self.engine = _CEngine(self.model, self.robot.frame_skip, threads, contact_cost, self.robot.whole_body)
         elif backend == "warp":
             from envs.warp_engine import WarpEngine  # it needs packages that are not always there
 
@@ -195,8 +196,33 @@ def _control_range(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
     return (low + high) / 2, (high - low) / 2
 
 
+class _Pool:
+    """Threads of C MuJoCo for one callback at a time; of one thread the caller's own, which need not be woken."""
+
+    def __init__(self, model: mujoco.MjModel, num_threads: int):
+        self.model = model
+        self.datas = [mujoco.MjData(model) for _ in range(num_threads)]
+        self.rollout = rollout.Rollout(nthread=num_threads if num_threads > 1 else 0)
+        weakref.finalize(self, self.rollout.close)  # ends its threads with the pool, or at exit
+        self.rooms = {}  # batch size -> arrays of a rollout, kept because allocating them costs as much as a step
+
+    def roll(self, before: np.ndarray, control: np.ndarray, steps: int) -> np.ndarray:
+        """Step states (B, n) under one control (B, A) `steps` times -> states (B, n)."""
+        batch = len(before)
+        if batch not in self.rooms:
+            room = lambda width: np.empty((batch, steps, width))
+            widths = self.model.nu, before.shape[1], self.model.nsensordata
+            self.rooms[batch] = [self.model] * batch, *map(room, widths)
+        models, repeated, states, sensors = self.rooms[batch]
+        repeated[:] = control[:, None]
+        self.rollout.rollout(
+            models, self.datas, before, repeated, nstep=steps, state=states, sensordata=sensors, skip_checks=True
+        )
+        return states[:, -1].copy()
+
+
 class _CEngine:
-    """C MuJoCo and its thread pool; start and step are functions of one environment."""
+    """C MuJoCo and its threads; start and step are functions of one environment."""
 
     def __init__(
         self, model: mujoco.MjModel, frame_skip: int, num_threads: int, contact_cost: float, whole_body: bool = False
@@ -210,13 +236,10 @@ class _CEngine:
         if self.size != 1 + model.nq + model.nv:
             raise InputError("an XML with actuator states or plugins cannot be used here")
         self.centre, self.half = _control_range(model)
-        self.datas = [mujoco.MjData(model) for _ in range(num_threads)]
-        self.pool = rollout.Rollout(nthread=num_threads)
         self.one_thread = host.one_thread()
-        # Several devices of one process call back at once; the pool's MjData are not theirs alone.
-        self.lock = threading.Lock()
-        weakref.finalize(self, self.pool.close)  # ends its threads with the engine, or at exit
-        self.rooms = {}  # batch size -> arrays of a rollout, kept because allocating them costs as much as a step
+        self.pools, self.sharing = queue.SimpleQueue(), threading.Lock()
+        self.num_threads, self.share = num_threads, None
+        self.pools.put(_Pool(model, num_threads))
         self.shapes = (
             jax.ShapeDtypeStruct((2 * self.size,), jnp.uint32),
             jax.ShapeDtypeStruct((self.size - 1 + 3,), jnp.float32),  # qpos, qvel, contact cost, velocity
@@ -254,9 +277,29 @@ class _CEngine:
             return after[:, 1:3] - before[:, 1:3]
         return self._centres_of_mass(after) - self._centres_of_mass(before)
 
+    @contextlib.contextmanager
+    def _free_pool(self):
+        """A pool that no other callback has: all threads, or from the first time that two devices of this process call
+        at once a device's share of them."""
+        try:
+            pool = self.pools.get_nowait()
+        except queue.Empty:
+            with self.sharing:
+                if self.share is None:
+                    self.share = max(self.num_threads // jax.local_device_count(), 1)
+                    for _ in range(jax.local_device_count() - 1):
+                        self.pools.put(_Pool(self.model, self.share))
+            pool = self.pools.get()
+        try:
+            yield pool
+        finally:
+            whole = self.share is not None and len(pool.datas) != self.share
+            self.pools.put(_Pool(self.model, self.share) if whole else pool)
+
     def _centres_of_mass(self, states: np.ndarray) -> np.ndarray:
-        data, found = self.datas[0], np.empty((len(states), 2))
-        with self.lock:
+        found = np.empty((len(states), 2))
+        with self._free_pool() as pool:
+            data = pool.datas[0]
             for i, state in enumerate(states):
                 data.qpos[:] = state[1 : 1 + self.model.nq]
                 mujoco.mj_kinematics(self.model, data)
@@ -267,29 +310,17 @@ class _CEngine:
     def advance(self, before: np.ndarray, actions: np.ndarray):
         """One control step. before (B, n): time, qpos, qvel in float64; actions (B, A) -> states (B, n), costs."""
         control = self.centre + self.half * actions
-        with self.lock:
+        with self._free_pool() as pool:
             if self.contact_cost:
-                after, cost = self._step_with_contacts(before, control)
+                after, cost = self._step_with_contacts(pool.datas[0], before, control)
             else:
-                after, cost = self._roll(before, control), 0.0
+                after, cost = pool.roll(before, control, self.frame_skip), 0.0
         self._hold_unstable(before, after)
         return after, cost
 
-    def _roll(self, before: np.ndarray, control: np.ndarray) -> np.ndarray:
-        batch, steps = len(before), self.frame_skip
-        if batch not in self.rooms:
-            room = lambda width: np.empty((batch, steps, width))
-            self.rooms[batch] = [self.model] * batch, room(self.model.nu), room(self.size), room(self.model.nsensordata)
-        models, repeated, states, sensors = self.rooms[batch]
-        repeated[:] = control[:, None]
-        self.pool.rollout(
-            models, self.datas, before, repeated, nstep=steps, state=states, sensordata=sensors, skip_checks=True
-        )
-        return states[:, -1].copy()
-
-    def _step_with_contacts(self, before: np.ndarray, control: np.ndarray):
+    def _step_with_contacts(self, data: mujoco.MjData, before: np.ndarray, control: np.ndarray):
         """Step one by one, since only MjData holds the contact forces. -> states, costs."""
-        after, cost, data = np.empty_like(before), np.zeros(len(before)), self.datas[0]
+        after, cost = np.empty_like(before), np.zeros(len(before))
         for i in range(len(before)):
             mujoco.mj_resetData(self.model, data)
             mujoco.mj_setState(self.model, data, before[i], _FULL)

@@ -1,10 +1,12 @@
 """Worlds and tasks: physics against Gymnasium's recordings, rewards against relabelling, ends."""
 
+import concurrent.futures
 import dataclasses
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -534,6 +536,30 @@ def test_policies_by_environments(name):
 def test_the_same_key_gives_the_same_run():
     one, other = (rollout(envs.make("ant", num_threads=threads))[1] for threads in (1, 3))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_devices_that_call_back_at_once_share_the_threads(monkeypatch):
+    """Two callbacks meet, and then again and again: each has threads of its own, and the states of a call alone."""
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    engine, alone = (envs.make("cheetah", "mujoco", num_threads=4).engine for _ in range(2))
+    starts = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 6, engine.size)) * [0.0, *[1.0] * (engine.size - 1)]
+    actions = np.random.default_rng(1).uniform(-1, 1, (2, 40, 6, 6)).astype(np.float32)
+
+    def play(engine, i):
+        state = starts[i]
+        for action in actions[i]:
+            state = engine.advance(state, action)[0]
+        return state
+
+    met, roll = threading.Barrier(2, timeout=20), envs.physics._Pool.roll
+    monkeypatch.setattr(envs.physics._Pool, "roll", lambda *x: (met.wait(), roll(*x))[1])  # both hold a pool there
+    with concurrent.futures.ThreadPoolExecutor(2) as devices:
+        found = list(devices.map(play, [engine] * 2, range(2)))
+    monkeypatch.setattr(envs.physics._Pool, "roll", roll)
+    for i in range(2):
+        np.testing.assert_array_equal(found[i], play(alone, i))
+    assert alone.pools.qsize() == 1 and len(alone.pools.get().datas) == 4
+    assert sorted(len(engine.pools.get().datas) for _ in range(engine.pools.qsize())) == [2, 2]
 
 
 @pytest.mark.parametrize("name, qpos_width, qvel_std", [

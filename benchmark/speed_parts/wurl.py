@@ -221,7 +221,8 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     spread = dataclasses.replace(args, num_devices=os.cpu_count())  # as a run does by default
     place = jax.jit(runner.over_devices(lambda *xs: xs, spread))
     placed = place(actor, keys)
-    on_devices = jax.jit(wurl_sac.make_train(spread, env, task, lambda x: x, length)[3], static_argnums=2)
+    other_env = envs.make(robot, "mujoco")  # with threads of its own: devices share them
+    on_devices = jax.jit(wurl_sac.make_train(spread, other_env, task, lambda x: x, length)[3], static_argnums=2)
     shared = lambda: on_devices(*placed, num_envs)
 
     reset_keys = jax.vmap(lambda k: jax.random.split(jax.random.split(k)[0], num_envs))(keys)
