@@ -77,7 +77,9 @@ def test_sets_of_ours_have_our_defaults_and_find_what_is_published_by_a_flag(lea
     assert choose(script, named("hopper-easy"), preset="cpu")[2]["num_updates"] in (10_000, 12_000, 20_000)
 
 
-@pytest.mark.parametrize(("grid", "folder"), [("suite_short", "data"), ("suite_full", "data/paper")])
+@pytest.mark.parametrize(
+    ("grid", "folder"), [("suite_short", "data"), ("d4rl_grid", "data/d4rl"), ("suite_full", "data/paper")]
+)
 def test_grids_of_the_suite_are_of_its_sets(grid, folder, named):
     """Every set lies where docs/data.md makes it, and has a preset in every learner that is to run on it."""
     lists = json.loads((ROOT / "benchmark" / f"{grid}.json").read_text())
