@@ -15,8 +15,8 @@ then="$paper $was --tau 0.005 --no-scale-rewards --holdout 0 --num-updates 20000
 ant="$ours $then"
 brief="$ant --teacher-updates 20000 --student-updates 20000"
 
-probes() { # H on and off the data, two seeds of the point robot (docs/qdq.md)
-    point="python qdq.py --quick --num-seeds 2 --num-updates 3000 --eval-every 1000 --eval-episodes 5"
+probes() { # H on and off the data, three seeds of the point robot (docs/qdq.md)
+    point="python qdq.py --quick --num-seeds 3 --num-updates 3000 --eval-every 1000 --eval-episodes 5"
     out=runs/qdq/point-angle-0/h
     $point $paper --group-size 8 --out $out-group
     $point $paper --group-size 64 --out $out-layer # one group: LayerNorm
@@ -44,7 +44,7 @@ small() { # small networks, one seed: returns and H of docs/qdq.md; python bench
     $run --num-critics 4 --kappa 4 --layer-norm --out $runs/small-k4-ln
 }
 
-short_lag() { # --preset cpu at its own size with faster targets: the default, and without H
+short_lag() { # --preset cpu at its own size with faster targets: kappa 4, the default then, and without H
     for data in data/hopper-medium-replay.npz runs/udg_select/ant-angle-60/top1-size50000.npz; do
         set=hopper-medium-replay
         [ $data = data/hopper-medium-replay.npz ] || set=ant-angle-60
@@ -74,7 +74,7 @@ kappa() { # what is H worth at the default's pull? kappa 1, the default: benchma
     done
 }
 
-pull() { # how strongly do the data's actions pull? At kappa 4, the default then; Q over its spread: kappa
+pull() { # how strongly do the data's actions pull? All at kappa 4; Q over its spread is kappa 4 of part kappa
     cell() { # name of a set, its file, flags
         local name=${3//--/}
         python qdq.py --dataset "$2" --preset cpu --kappa 4 $3 --out "runs/qdq_pull/$1/${name// /-}"

@@ -64,7 +64,8 @@ class MujocoEnv(Env):
         None: the robot's.
     contact_cost: weight of the contact forces clipped to +-1 and squared, taken off the reward
         (Gymnasium's Ant-v5: 5e-4). C MuJoCo only, slow, and not in relabelled rewards.
-    num_threads: that step the worlds, shared by jax's devices; None: all cores.
+    num_threads: that step the worlds, shared by the devices that call at once, of which each has one or more;
+        None: as many as cores that this process may run on.
     num_contacts: places for contacts of one world on "warp"; None: all that the robot can have, 64 at most.
     """
 
@@ -238,7 +239,7 @@ class _CEngine:
         self.centre, self.half = _control_range(model)
         self.one_thread = host.one_thread()
         self.pools, self.sharing = queue.SimpleQueue(), threading.Lock()
-        self.num_threads, self.share = num_threads, None
+        self.num_threads, self.num_pools = num_threads, 1
         self.pools.put(_Pool(model, num_threads))
         self.shapes = (
             jax.ShapeDtypeStruct((2 * self.size,), jnp.uint32),
@@ -279,22 +280,26 @@ class _CEngine:
 
     @contextlib.contextmanager
     def _free_pool(self):
-        """A pool that no other callback has: all threads, or from the first time that two devices of this process call
-        at once a device's share of them."""
+        """A pool that no other callback has. All threads are in one, until devices of this process call at once: then
+        there are as many pools as ever called together, and each has its share of the threads."""
         try:
             pool = self.pools.get_nowait()
         except queue.Empty:
             with self.sharing:
-                if self.share is None:
-                    self.share = max(self.num_threads // jax.local_device_count(), 1)
-                    for _ in range(jax.local_device_count() - 1):
-                        self.pools.put(_Pool(self.model, self.share))
-            pool = self.pools.get()
+                one_more = self.num_pools < jax.local_device_count()
+                self.num_pools += one_more
+            pool = _Pool(self.model, self._share()) if one_more else self.pools.get()
         try:
             yield pool
         finally:
-            whole = self.share is not None and len(pool.datas) != self.share
-            self.pools.put(_Pool(self.model, self.share) if whole else pool)
+            try:
+                pool = pool if len(pool.datas) == self._share() else _Pool(self.model, self._share())
+            finally:
+                self.pools.put(pool)
+
+    def _share(self):
+        """Threads of a pool."""
+        return -(-self.num_threads // self.num_pools)
 
     def _centres_of_mass(self, states: np.ndarray) -> np.ndarray:
         found = np.empty((len(states), 2))

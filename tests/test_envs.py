@@ -1,6 +1,7 @@
 """Worlds and tasks: physics against Gymnasium's recordings, rewards against relabelling, ends."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -538,28 +539,43 @@ def test_the_same_key_gives_the_same_run():
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_devices_that_call_back_at_once_share_the_threads(monkeypatch):
+@pytest.mark.parametrize("threads, devices, share", [(4, 2, 2), (5, 2, 3), (1, 2, 1), (4, 8, 2)])
+@pytest.mark.parametrize("task, cost", [("cheetah", 0.0), ("ant", 5e-4), ("humanoid", 0.0)])
+def test_devices_that_call_back_at_once_share_the_threads(task, cost, threads, devices, share, monkeypatch):
     """Two callbacks meet, and then again and again: each has threads of its own, and the states of a call alone."""
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    engine, alone = (envs.make("cheetah", "mujoco", num_threads=4).engine for _ in range(2))
-    starts = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 6, engine.size)) * [0.0, *[1.0] * (engine.size - 1)]
-    actions = np.random.default_rng(1).uniform(-1, 1, (2, 40, 6, 6)).astype(np.float32)
+    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+    env, alone = (envs.make(task, "mujoco", num_threads=threads, contact_cost=cost) for _ in range(2))
+    keys = jax.random.split(jax.random.key(0), 2 * 3)
+    starts = np.asarray(jax.vmap(env.reset)(keys).pipeline_state.memory).view(np.float64).reshape(2, 3, -1)
+    actions = np.random.default_rng(1).uniform(-1, 1, (2, 10, 3, env.action_size)).astype(np.float32)
+    met, busy, meet = threading.Barrier(2, timeout=20), set(), True
+    free_pool = physics._CEngine._free_pool
+
+    @contextlib.contextmanager
+    def watched(self):
+        with free_pool(self) as pool:
+            assert id(pool) not in busy
+            busy.add(id(pool))
+            if meet:
+                met.wait()  # both hold a pool
+            yield pool
+            busy.remove(id(pool))
 
     def play(engine, i):
         state = starts[i]
         for action in actions[i]:
-            state = engine.advance(state, action)[0]
-        return state
+            before, (state, charged) = state, engine.advance(state, action)
+            moved = engine.moved(before, state)
+        return state, charged, moved
 
-    met, roll = threading.Barrier(2, timeout=20), envs.physics._Pool.roll
-    monkeypatch.setattr(envs.physics._Pool, "roll", lambda *x: (met.wait(), roll(*x))[1])  # both hold a pool there
-    with concurrent.futures.ThreadPoolExecutor(2) as devices:
-        found = list(devices.map(play, [engine] * 2, range(2)))
-    monkeypatch.setattr(envs.physics._Pool, "roll", roll)
+    monkeypatch.setattr(physics._CEngine, "_free_pool", watched)
+    with concurrent.futures.ThreadPoolExecutor(2) as both:
+        found = list(both.map(play, [env.engine] * 2, range(2)))
+    meet = False
     for i in range(2):
-        np.testing.assert_array_equal(found[i], play(alone, i))
-    assert alone.pools.qsize() == 1 and len(alone.pools.get().datas) == 4
-    assert sorted(len(engine.pools.get().datas) for _ in range(engine.pools.qsize())) == [2, 2]
+        jax.tree.map(np.testing.assert_array_equal, found[i], play(alone.engine, i))
+    sizes = lambda engine: [len(engine.pools.get().datas) for _ in range(engine.pools.qsize())]
+    assert sizes(alone.engine) == [threads] and sizes(env.engine) == [share] * 2
 
 
 @pytest.mark.parametrize("name, qpos_width, qvel_std", [

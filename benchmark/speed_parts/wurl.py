@@ -20,6 +20,7 @@ import baselines
 import envs
 import runner
 import wurl_sac
+from runner import devices
 from speed_parts.measuring import Case, chain_case, sac_flops, timing, torch_with
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,13 +213,13 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     """Steps of wurl_sac's rollouts against raw MuJoCo on the same starts and actions."""
     env, task = envs.make(robot, "mujoco"), envs.task(robot)
     length = 10 if bench.small else length
-    args = wurl_sac.Args(num_policies=num_policies, num_envs=num_envs)
+    args = wurl_sac.Args(num_policies=num_policies, num_envs=num_envs, num_devices=1)
     init, _, _, rollouts = wurl_sac.make_train(args, env, task, lambda x: x, length)
     actor = init(jax.random.key(0)).agent.actor
     keys = jax.random.split(jax.random.key(1), num_policies)
     program = jax.jit(rollouts, static_argnums=2)
     ours = lambda: program(actor, keys, num_envs)
-    spread = dataclasses.replace(args, num_devices=os.cpu_count())  # as a run does by default
+    spread = dataclasses.replace(args, num_devices=devices.cpu_devices_for_policies(args))  # as a run has by default
     place = jax.jit(runner.over_devices(lambda *xs: xs, spread))
     placed = place(actor, keys)
     other_env = envs.make(robot, "mujoco")  # with threads of its own: devices share them
@@ -238,7 +239,7 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     callback, policies = prices(env, args, actor, num_envs, length)
     fast, fast_shared, raw, raw_steps, _, _, *of_others = bench.measure(
         case("wurl_sac.rollout", ours),
-        case("wurl_sac.rollout, a device for each core", shared),
+        case("wurl_sac.rollout, shared by the devices", shared),
         case("mujoco.rollout, whole episodes in a call", whole),
         case("mujoco.rollout, a call for each step", stepwise),
         Case(f"{size}: a step's callback alone, no physics", callback, "ms", 1 / length),
@@ -247,10 +248,10 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     )
     bench.ratio(f"{size}: of whole episodes", fast, raw, target, "%", 100)
     bench.ratio(f"{size}: of a call for each step", fast, raw_steps, None, "%", 100)
-    bench.ratio(f"{size}: a device for each core, of a call for each step", fast_shared, raw_steps, 85, "%", 100)
+    bench.ratio(f"{size}: shared by the devices, of a call for each step", fast_shared, raw_steps, 85, "%", 100)
     for (name, _), theirs in zip(others, of_others, strict=True):
         bench.ratio(f"{size}: of {name}", fast, theirs, None, "%", 100)
-        bench.ratio(f"{size}: a device for each core, of {name}", fast_shared, theirs, None, "%", 100)
+        bench.ratio(f"{size}: shared by the devices, of {name}", fast_shared, theirs, None, "%", 100)
 
 
 def collection(bench):
