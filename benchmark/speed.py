@@ -1,6 +1,6 @@
 """How fast the scripts are here, beside plain NumPy and PyTorch, published rates and the machine's own limits.
 
-    python benchmark/speed.py                             the table of docs/speed.md, under 8 minutes on 2 quiet cores
+    python benchmark/speed.py                             the table of docs/speed.md, 10 minutes on 2 quiet cores
     python benchmark/speed.py --part sac --json F         one part, numbers to a file
     python benchmark/speed.py --part cped qdq dac         the learners with generative models, 3 to 5 minutes each
     python benchmark/speed.py --check                     every part in small: does it work?
@@ -35,8 +35,8 @@ from speed_parts.measuring import HEAD, RULE, Bench, machine, table_row
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = {  # of docs/speed.md
-    "pseudo_reward": wurl.pseudo_reward, "sac": wurl.sac, "collection": wurl.collection, "mopo": model.mopo_part,
-    "startup": wurl.startup,
+    "pseudo_reward": wurl.pseudo_reward, "sac": wurl.sac, "collection": wurl.collection, "round": wurl.whole_round,
+    "mopo": model.mopo_part, "startup": wurl.startup,
 }  # fmt: skip
 LEARNERS = {"cped": learners.cped_part, "qdq": learners.qdq_part, "dac": learners.dac_part}
 PARTS = TABLE | LEARNERS
@@ -45,7 +45,7 @@ COMMANDS = {"data": data.main, "memory": memory.main}
 
 def run_part(part, args):
     """One part in this process -> its rows."""
-    if part in ("sac", "collection"):
+    if part in ("sac", "collection", "round"):
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     bench = Bench(part, 1 if args.check else args.repeats, args.check)
     PARTS[part](bench)

@@ -95,7 +95,7 @@ class Bench:
 
     def row(self, name, unit, values, target=None, cores=None):
         """Note and print a row; without `cores` it is derived from the rows before it."""
-        less = unit in ("s", "ms")
+        less = unit in ("min", "s", "ms")
         target = None if self.small else target
         median, best = statistics.median(values), (min if less else max)(values)
         if cores is None:

@@ -262,6 +262,36 @@ def collection(bench):
         collection_at(bench, robot, num, each, 200, 70)
 
 
+def whole_round(bench):
+    """A round of `python wurl_sac.py` on its default devices: ten ants, 4 episodes of 200 steps, 200 updates each."""
+    args = runner.parse(wurl_sac.Args, [], wurl_sac.preset)
+    args, task, env, length = wurl_sac.open_world(args)
+    args = dataclasses.replace(args, num_devices=devices.cpu_devices_for_policies(args))
+    init, warm_up, chunk, rollouts = wurl_sac.make_train(args, env, task, lambda x: x, length)
+    place = jax.jit(lambda state: state, out_shardings=wurl_sac.state_sharding(args))
+    state = {"now": warm_up(place(init(jax.random.key(0))))[0]}
+    actor = jax.tree.map(jnp.copy, state["now"].agent.actor)
+    keys = jax.random.split(jax.random.key(1), args.num_policies)
+    roll = jax.jit(rollouts, static_argnums=2)
+
+    def train():
+        state["now"], seen = chunk(state["now"])
+        return seen
+
+    _, updates, rounds = wurl_sac.round_sizes(args, length)
+    steps = args.num_policies * args.num_envs * length
+    of_call = args.chunk // updates
+    name = f"main job, {args.num_devices} devices"
+    spent, collected = bench.measure(
+        Case(f"{name}: a round", train, "s", 1 / of_call, calls=1),
+        Case(f"{name}: its {steps:,} steps", lambda: roll(actor, keys, args.num_envs), "s", calls=1),
+    )
+    learnt = [args.num_policies * updates / (a - b) for a, b in zip(spent, collected, strict=True)]
+    bench.row(f"{name}: updates of a policy, from the two", "/s", learnt)
+    minutes = [rounds * s / 60 for s in spent]
+    bench.row(f"{name}: {rounds} rounds, from one; no evaluations", "min", minutes)
+
+
 def first_lines(folder):
     """Start the main job afresh -> seconds to its warm-up line and to its first progress line."""
     command = [sys.executable, "-u", "wurl_sac.py", "--out", str(folder)]
