@@ -40,7 +40,10 @@ def over_devices(f, args):
     def shared(*trees):
         count = len(jax.tree.leaves(trees)[0])
         mesh, even = device_mesh(count, args)
-        split = jax.shard_map(f, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
+        # jax 0.11's compiler dies of an array without elements that goes through
+        empty = lambda x: x if x.size else jnp.zeros(x.shape, x.dtype)
+        whole = lambda *trees: jax.tree.map(empty, f(*trees))
+        split = jax.shard_map(whole, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)
         if mesh.size == 1 or even:
             return (f if mesh.size == 1 else split)(*trees)
         padded = np.arange(-(-count // mesh.size) * mesh.size) % count
