@@ -220,11 +220,10 @@ def collection_at(bench, robot, num_policies, num_envs, length, target):
     program = jax.jit(rollouts, static_argnums=2)
     ours = lambda: program(actor, keys, num_envs)
     spread = dataclasses.replace(args, num_devices=devices.cpu_devices_for_policies(args))  # as a run has by default
-    place = jax.jit(runner.over_devices(lambda *xs: xs, spread))
-    placed = place(actor, keys)
     other_env = envs.make(robot, "mujoco")  # with threads of its own: devices share them
-    on_devices = jax.jit(wurl_sac.make_train(spread, other_env, task, lambda x: x, length)[3], static_argnums=2)
-    shared = lambda: on_devices(*placed, num_envs)
+    init_spread, _, _, rollouts_spread = wurl_sac.make_train(spread, other_env, task, lambda x: x, length)
+    placed, on_devices = init_spread(jax.random.key(0)).agent.actor, jax.jit(rollouts_spread, static_argnums=2)
+    shared = lambda: on_devices(placed, keys, num_envs)
 
     reset_keys = jax.vmap(lambda k: jax.random.split(jax.random.split(k)[0], num_envs))(keys)
     start = jax.jit(jax.vmap(env.reset))(reset_keys.reshape(-1))
