@@ -64,8 +64,8 @@ class MujocoEnv(Env):
         None: the robot's.
     contact_cost: weight of the contact forces clipped to +-1 and squared, taken off the reward
         (Gymnasium's Ant-v5: 5e-4). C MuJoCo only, slow, and not in relabelled rewards.
-    num_threads: that step the worlds, shared by the devices that call at once, of which each has one or more;
-        None: as many as cores that this process may run on.
+    num_threads: that step the worlds; devices that call at once share them, at least one each. None: one for each core
+        that this process may run on.
     num_contacts: places for contacts of one world on "warp"; None: all that the robot can have, 64 at most.
     """
 

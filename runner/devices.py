@@ -40,7 +40,7 @@ def over_devices(f, args):
     def shared(*trees):
         count = len(jax.tree.leaves(trees)[0])
         mesh, even = device_mesh(count, args)
-        # jax 0.11's compiler dies of an array without elements that goes through
+        # jax 0.11's compiler crashes on an array without elements that is handed on as it came
         empty = lambda x: x if x.size else jnp.zeros(x.shape, x.dtype)
         whole = lambda *trees: jax.tree.map(empty, f(*trees))
         split = jax.shard_map(whole, mesh=mesh, in_specs=jax.P("share"), out_specs=jax.P("share"), check_vma=False)

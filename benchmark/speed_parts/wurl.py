@@ -91,10 +91,10 @@ def sac(bench):
 
     def updates(at_once, num_devices=1):
         train = lambda *xs: jax.lax.map(lambda x: train_policy(*x), xs, batch_size=at_once)
-        devices = dataclasses.replace(args, num_devices=num_devices)
-        place = jax.jit(runner.over_devices(lambda *xs: xs, devices))  # each device's share stays there
+        sharing = dataclasses.replace(args, num_devices=num_devices)
+        place = jax.jit(runner.over_devices(lambda *xs: xs, sharing))  # each device's share stays there
         inputs = place(agent, replay, jax.random.split(jax.random.key(2), num))
-        program = jax.jit(runner.over_devices(train, devices))
+        program = jax.jit(runner.over_devices(train, sharing))
         return lambda: program(*inputs)
 
     rates = [args.learning_rate] * 3
