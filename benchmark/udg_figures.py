@@ -41,7 +41,7 @@ LOOKS = {"top1": 0, "top2": 1, "all": 2, "supervised": 4, "random": 3, "best": 5
 NAMES = {
     "top1": "top 1", "top2": "top 2 mixed", "all": "all mixed", "supervised": "supervised for 0 degrees",
     "best": "best episodes",
-    "mopo": "MOPO", "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
+    "mopo": "MOPO", "mopo-long": "MOPO", "knn": "nearest neighbour", "cped": "CPED", "qdq": "QDQ",
     "dac": "DAC", "bc": "cloning", "apwd": "APWD", "pwd": "PWD", "diayn": "DIAYN-I", "dads": "DADS-I", "metra": "METRA",
     "mopo-lam0": "MOPO, lambda 0", "mopo-lam0.1": "MOPO, lambda 0.1", "mopo-lam1": "MOPO, lambda 1",
 }  # fmt: skip
@@ -353,10 +353,11 @@ def dots(path, header, learners):
     drawn, axes = plt.subplots(len(heights), 1, figsize=(width, sum(heights) + 0.9), squeeze=False,
                                layout="constrained", height_ratios=heights)  # fmt: skip
     axes, expert = list(axes[:, 0]), False
+    own = not any("," in pick for pick in header.get("picks", {}).values())  # the experts' reward has no options
     for title, groups in plan.items():
         axis = axes.pop(0)
         below = axes.pop(0) if apart else axis
-        expert |= draw_groups(axis, below, title, groups, labels)
+        expert |= draw_groups(axis, below, title, groups, labels, own)
         axis.set_ylabel("return of the learner" if apart else "return of an episode\nas long as the data's")
         below.set_xticks(range(len(groups)), groups)
         if apart:
@@ -378,7 +379,7 @@ def dots(path, header, learners):
     save(drawn, path)
 
 
-def draw_groups(axis, below, title, groups, labels):
+def draw_groups(axis, below, title, groups, labels, experts=True):
     """One panel of `dots`, the data's means on `below` -> whether an expert's return is in it."""
     width, expert = 0.8 / len(labels), False
     for (j, rows), (i, label) in itertools.product(enumerate(groups.values()), enumerate(labels)):
@@ -398,7 +399,7 @@ def draw_groups(axis, below, title, groups, labels):
         axis.plot([x], [np.mean(values)], marker, color=color, ms=8, mec="white", mew=0.6)
     low, high = axis.get_ylim()
     for j, group in enumerate(groups):
-        known = expert_return(title or group)
+        known = expert_return(title or group) if experts else None
         if known is not None and known < high + (high - low):  # farther than that, it would flatten all else
             axis.plot([j - 0.45, j + 0.45], [known] * 2, ":", color="0.5", lw=1.2, zorder=0)
             expert = True

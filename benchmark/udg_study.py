@@ -17,10 +17,12 @@ rows of data; with --keep old also where a preset or default has changed since, 
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -112,6 +114,7 @@ POINT_DAC = (
 )
 ROBOT = {
     "mopo": "mopo.py --preset cpu",
+    "mopo-long": "mopo.py --preset cpu --num-updates 60000 --eval-every 4000",  # until all mixed is level
     **{f"mopo-lam{lam}": f"mopo.py --preset cpu --lam {lam}" for lam in (0, 0.1, 1)},  # the preset's is 0.3
     "cped": "cped.py --preset cpu",
     "qdq": "qdq.py --preset cpu --teacher-updates 20000 --student-updates 20000",
@@ -140,7 +143,7 @@ CPU |= {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eva
 # Nine runs of the cheetah are compared with one another: a third of the default's 36,000 updates each.
 CPU |= {name: "--num-updates 12000" for name in SOURCES if name.startswith("cheetah-")}
 GPU_ROBOT = {
-    "mopo": "mopo.py --num-seeds 5",
+    **dict.fromkeys(("mopo", "mopo-long"), "mopo.py --num-seeds 5"),
     **{f"mopo-lam{lam}": f"mopo.py --num-seeds 5 --lam {lam}" for lam in (0, 0.1, 1)},
     "cped": "cped.py --num-seeds 5",
     "qdq": "qdq.py --num-seeds 5",
@@ -163,7 +166,8 @@ WHOLE = {"cpu": 146_000, "gpu": 200_000}  # whole episodes that one buffer of th
 class Study:
     """A question and the cells that answer it; picks: label -> "source:top" or "source/policy:top".
 
-    top: what --top takes, or best (the best episodes of all buffers); cut to SIZE, but with @full whole.
+    top: what --top takes, or best (the best episodes of all buffers); cut to SIZE, with @146000 to so many rows, with
+    @full not at all. After a comma stands an option of the task: "ant:1@146000,survive_bonus=1".
     """
 
     question: str
@@ -179,12 +183,22 @@ POINT_TASKS = tuple(f"point-angle-{a}" for a in ANGLES)
 TOPS = {"top1": "{0}:1", "top2": "{0}:2", "all": "{0}:all"}
 SELECTIONS = {"top1": "1", "best": "best", "top2": "2", "all": "all"}  # shares by transport: all of top 1 there
 ALL_LEARNERS = ("mopo", "cped", "qdq", "dac", "bc")
+ANT_TASKS = ("ant-angle-0", "ant-angle-60", "ant-angle-180")
+# As many rows as one buffer of the main job holds, in whole episodes, whatever the file is made of.
+LARGE = {
+    "top1": "ant-main:1@146000", "top2": "ant-main:2@146000", "all": "ant-main:all@146000",
+    "best": "ant-main:best@146000", "supervised": "ant-expert-0:1@146000", "random": "ant-random:1@146000",
+}  # fmt: skip
 CHEETAH_LEARNERS = ("cped", "dac")  # MOPO does not work there (docs/mopo.md)
 MAZE_TASKS = tuple(f"tree-maze-end-{n}" for n in (1, 2, 3, 4))
 
 
 def tops(source, **more):
     return {label: pick.format(source) for label, pick in TOPS.items()} | more
+
+
+def large(*labels, option=""):
+    return {label: LARGE[label] + option for label in labels}
 
 
 STUDIES = {
@@ -194,8 +208,23 @@ STUDIES = {
     ),
     "angle-ant": Study(
         "The ant at 0, 60 and 180 degrees: which buffer serves which direction?",
-        ("ant-angle-0", "ant-angle-60", "ant-angle-180"),
-        tops("ant", supervised="ant-expert-0:1", random="ant-random:1"),
+        ANT_TASKS, tops("ant", supervised="ant-expert-0:1", random="ant-random:1"),
+    ),
+    "ant-large": Study(
+        "The main job's ant, 146,000 rows: top 1, all mixed, random, three seeds.",
+        ANT_TASKS, large("top1", "all", "random"), ("mopo-long",), seeds=3,
+    ),
+    "ant-large-files": Study(
+        "The main job's ant, 146,000 rows: two mixed, the best episodes, supervised for 0 degrees.",
+        ANT_TASKS, large("top2", "best", "supervised"), ("mopo-long",),
+    ),
+    "ant-large-learners": Study(
+        "The main job's ant, 146,000 rows: a learner without a model, and cloning.",
+        ANT_TASKS, large(*LARGE), ("dac", "bc"),
+    ),
+    "ant-large-bonus": Study(
+        "The main job's ant, 146,000 rows, 1 more for every step: does the published order hold?",
+        ("ant-angle-60",), large("top1", "top2", "all", option=",survive_bonus=1"), ("mopo-long",),
     ),
     "learners-point": Study(
         "Does UDG carry over to model-free offline RL? Five learners on the same buffers.",
@@ -305,29 +334,39 @@ def source_cell(base, source, budget):
     return Cell(f"source {source}", command, folder / "buffers" / f"policy_{num - 1:02d}.npz", (), folder)
 
 
+class Pick(NamedTuple):
+    """ "source/policy:top@rows,option" in its parts; rows: "" (SIZE), a number, or full."""
+
+    source: str
+    policy: str
+    top: str
+    rows: str
+    option: str
+
+    @property
+    def data(self):
+        """Name of the selection that makes its file."""
+        return "-".join(filter(None, ["/".join(filter(None, self[:2])), self.rows, self.option.replace("=", "")]))
+
+
 def parts_of(pick):
-    """ "source:top@full" -> source or source/policy, top, whether in full."""
     picked, _, top = pick.partition(":")
-    top, _, size = top.partition("@")
-    return picked, top, size == "full"
+    top, _, option = top.partition(",")
+    top, _, rows = top.partition("@")
+    source, _, policy = picked.partition("/")
+    return Pick(source, policy, top, rows, option)
 
 
 def tasks_of(data):
     """The tasks that any study selects for among these buffers: one command makes all their files."""
-    users = [s for s in STUDIES.values() if s.picks and data in map(data_of, s.picks.values())]
+    users = [s for s in STUDIES.values() if data in {parts_of(pick).data for pick in (s.picks or {}).values()}]
     return list(dict.fromkeys(task for study in users for task in study.tasks))
-
-
-def data_of(pick):
-    """Name of the selection that makes the file of a pick."""
-    picked, _, full = parts_of(pick)
-    return f"{picked}-full" if full else picked
 
 
 def tops_of(data, source):
     """Flags of udg_select.py: what it selects of a source."""
-    picks = [pick for s in STUDIES.values() for pick in (s.picks or {}).values() if data_of(pick) == data]
-    tops = {parts_of(pick)[1] for pick in picks}
+    picks = [parts_of(pick) for s in STUDIES.values() for pick in (s.picks or {}).values()]
+    tops = {pick.top for pick in picks if pick.data == data}
     if "/" in data or "--num-policies 1 " in f"{SOURCES[source]} ":
         return ["--top", "1"]
     return ["--top", "1", "2", "all", *(["transport"] if "best" in tops else [])]
@@ -336,18 +375,17 @@ def tops_of(data, source):
 def data_cells(base, study, budget):
     """Cells of udg_select.py: one for each set of buffers; one for W1 to the expert and task where it is asked for."""
     cells = {}
-    for data, pick in {data_of(pick): pick for pick in study.picks.values()}.items():
-        picked, _, full = parts_of(pick)
-        source, _, policy = picked.partition("/")
-        files = base / "sources" / source / "buffers" / (f"{policy}.npz" if policy else "")
-        tasks, folder, tops = tasks_of(data), base / "data" / data, tops_of(data, source)
+    for data, pick in {pick.data: pick for pick in map(parts_of, study.picks.values())}.items():
+        files = base / "sources" / pick.source / "buffers" / (f"{pick.policy}.npz" if pick.policy else "")
+        tasks, folder, tops = tasks_of(data), base / "data" / data, tops_of(data, pick.source)
         command = ["udg_select.py", "--buffers", str(files), "--task", *tasks, *tops]
-        command += [] if full else ["--size", str(SIZE[budget][world(source)])]
-        most = ["--top-rows", str(best_rows(source, full, budget))]
+        command += ["--task-options", pick.option] if pick.option else []
+        command += [] if pick.rows == "full" else ["--size", str(rows_of(pick, budget))]
+        most = ["--top-rows", str(best_rows(pick, budget))]
         command += most if "transport" in tops else ["--w1-points", "0"]  # of the others no distance is asked for
         command += ["--overwrite", "--out", str(folder)]
         name, done = f"data {data}", folder / tasks[-1] / "scores.json"
-        cells[name] = Cell(name, command, done, (f"source {source}",), None, (files,))
+        cells[name] = Cell(name, command, done, (f"source {pick.source}",), None, (files,))
     for task in study.tasks if study.reference else ():
         expert, folder = f"{study.reference}-rho-{task.split('-')[-1]}", base / "data" / "reference"
         reads = tuple(base / "sources" / x for x in (f"{study.reference}/buffers", f"{expert}/buffers/policy_00.npz"))
@@ -362,29 +400,34 @@ def data_cells(base, study, budget):
     return cells
 
 
-def best_rows(source, full, budget):
+def rows_of(pick, budget):
+    """Rows that files are cut to; the best episodes are as many as a buffer's where the others are whole."""
+    return int(pick.rows) if pick.rows.isdigit() else SIZE[budget][world(pick.source)]
+
+
+def best_rows(pick, budget):
     """Rows of a file of the best episodes."""
-    return WHOLE[budget] if full else SIZE[budget][world(source)]
+    return WHOLE[budget] if pick.rows == "full" else rows_of(pick, budget)
 
 
 def data_file(base, task, pick, budget):
     """The file that udg_select.py writes for a pick and task."""
-    picked, top, full = parts_of(pick)
-    stem = top if top in ("all", "transport") else f"top{top}"
-    stem += "" if full else f"-size{SIZE[budget][world(task)]}"
-    if top == "best":
-        stem = f"rows{best_rows(picked, full, budget)}"
-    return base / "data" / data_of(pick) / task / f"{stem}.npz"
+    pick = parts_of(pick)
+    stem = pick.top if pick.top in ("all", "transport") else f"top{pick.top}"
+    stem += "" if pick.rows == "full" else f"-size{rows_of(pick, budget)}"
+    if pick.top == "best":
+        stem = f"rows{best_rows(pick, budget)}"
+    return base / "data" / pick.data / task / f"{stem}.npz"
 
 
 def learner_cell(base, study, task, pick, learner, budget):
     script, *flags = flags_of_learner(task, learner, budget)
     if study.seeds > 1 and "--num-seeds" not in flags:
         flags += ["--num-seeds", str(study.seeds)]
-    folder = base / "learn" / task / f"{pick.replace('/', '-').replace(':', '-')}-{learner}-seeds{study.seeds}"
+    folder = base / "learn" / task / f"{re.sub('[/:,]', '-', pick)}-{learner}-seeds{study.seeds}"
     data = data_file(base, task, pick, budget)
     command = [script, "--dataset", str(data), *flags, "--out", str(folder)]
-    need = f"data {data_of(pick)}"
+    need = f"data {parts_of(pick).data}"
     return Cell(f"learn {task} {pick} {learner}", command, folder / "learning_curve.png", (need,), folder, (data,))
 
 

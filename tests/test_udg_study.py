@@ -105,6 +105,22 @@ def test_picks_name_what_their_data_cells_write(tmp_path, monkeypatch):
             assert task in udg_select.flatten(select.tasks), (name, pick)
 
 
+def test_a_pick_tells_its_rows_and_its_option():
+    """ant-large: 146,000 rows whatever a file is made of; with the option they lie apart from those without."""
+    assert study.parts_of("point/policy_03:1") == ("point", "policy_03", "1", "", "")
+    assert study.parts_of("ant:all@full") == ("ant", "", "all", "full", "")
+    word = lambda command, flag: command[command.index(flag) + 1]
+    for name in ("ant-large", "ant-large-files", "ant-large-learners", "ant-large-bonus"):
+        cells, learning = EVERY[name, "cpu"]
+        made = [cell.command for key, cell in cells.items() if key.startswith("data")]
+        assert made and all(word(command, "--size") == "146000" for command in made)
+        assert all(word(x, "--top-rows") == "146000" for x in made if "transport" in x)
+        options = [word(command, "--task-options") if "--task-options" in command else "" for command in made]
+        assert options == ["survive_bonus=1" if name == "ant-large-bonus" else ""] * len(made)
+        seeds = 3 if name == "ant-large" else 1
+        assert all(("--num-seeds" in cell.command) == (seeds > 1) for *_, cell in learning)
+
+
 # --- the command line ---------------------------------------------------------------------------
 
 
