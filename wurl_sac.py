@@ -53,12 +53,12 @@ Deviations (why: docs/wurl_sac.md)
 Files      writes runs/wurl_sac/<task>/seed<seed>/: buffers/policy_XX.npz (docs/buffer.md), policy.npz (docs/policy.md),
            log.jsonl, state.npz, trajectories.png, distances.png; rows/ while it runs; policies/ with --keep-policies
 Run        python wurl_sac.py --quick                    (point robot, under 2 minutes on 2 cores)
-           python wurl_sac.py                            (ten ant policies, 15 to 25 minutes on 2 cores)
+           python wurl_sac.py                            (ten ant policies, 15 to 20 minutes on 2 cores)
            python wurl_sac.py --preset paper             (200k steps and updates a policy)
 Expect     --quick: minimum-W (distance to the nearest other policy, mean over policies) 6.9 in 50 s on 2 cores
            --task point, 5 seeds: minimum-W 2.99, discriminator success 0.960, 5 to 8 minutes each
-           ant, 3 seeds on one core: exact W1 to the nearest other policy 3.17 m, between two samples of one 0.43; one
-           seed on two cores: 2.81 and 0.35, and two policies end as one
+           ant, 2 cores: exact W1 to the nearest other policy 2.87 m, between two samples of one policy 0.32 (one
+           seed); 3 seeds on one core, older code: 3.17 m and 0.43
 """
 
 import dataclasses
