@@ -189,9 +189,12 @@ class Run:
             largest = np.abs(values).max()
             if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
                 helps = self.remedy if name.startswith("train/") else ""
+                what = f"{name} is {largest:.3g}"
+                if name.endswith("/skipped"):  # nan: says a script that leaves such steps out
+                    what = "a hundred gradients in a row were not finite"
                 raise envs.InputError(
-                    f"{self.label} {step}: {name} is {largest:.3g}; what was saved before is kept: {helps}lower the "
-                    "learning rates and start anew, or go on all the same with --resume --q-bound 0"
+                    f"{self.label} {step}: {what}; what was saved before is kept: {helps}lower the learning rates "
+                    "and start anew, or go on all the same with --resume --q-bound 0"
                 )
         shown = {name: np.mean(metrics[name]) for name in names if name in metrics}
         self.shown.show(step, self.rate(), shown, last or step >= self.total or bool(self.signal.name))

@@ -561,6 +561,7 @@ def test_a_metric_that_diverges_is_named(args):
     for value in (np.nan, np.inf, -np.inf):
         metrics = {"train/q": np.zeros(2), "train/nll": np.array([1e9, value])}
         broken += [(f"train/nll is {abs(value)}", metrics)]
+    broken += [("a hundred gradients in a row were not finite", {"fit/skipped": np.array([3.0, np.nan])})]
     for bound in (1e6, 0.0):
         given = dataclasses.replace(args, q_bound=bound, out=f"{args.out}{bound}")
         with runner.Run("toy", given, task, buffer) as r:
