@@ -114,7 +114,7 @@ POINT_DAC = (
 )
 ROBOT = {
     "mopo": "mopo.py --preset cpu",
-    "mopo-long": "mopo.py --preset cpu --num-updates 60000 --eval-every 4000",  # until all mixed is level
+    "mopo-long": "mopo.py --preset cpu --num-updates 30000",  # all mixed is level from 10,000 on
     **{f"mopo-lam{lam}": f"mopo.py --preset cpu --lam {lam}" for lam in (0, 0.1, 1)},  # the preset's is 0.3
     "cped": "cped.py --preset cpu",
     "qdq": "qdq.py --preset cpu --teacher-updates 20000 --student-updates 20000",
