@@ -4,7 +4,7 @@
     python benchmark/udg_figures.py bound        one study
 
 Score of a run: the mean of its last five evaluations, episodes as long as the data's; the last and the best stand
-beside it. +- is the standard deviation over the learner's seeds (numpy's, divided by n). An interval in brackets holds
+beside it. +- is the standard deviation over the learner's seeds (of a sample, n - 1). An interval in brackets holds
 95 % of 2000 bootstrap resamples of the seeds within each task; where a cell has under three seeds there is none. It
 says nothing of the luck of the run of wurl_sac.py that made the buffers: the study `seeds` does.
 """
@@ -101,7 +101,7 @@ def planned(header, learners):
 
 def spread(values):
     """Mean and, where there are several seeds, their standard deviation."""
-    return f"{np.mean(values):.1f}" + (f" +- {np.std(values):.1f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.1f}" + (f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def resampled_means(cells, stream=0):

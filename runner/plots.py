@@ -21,11 +21,17 @@ def read(run, key):
     return {seed: (np.array(s), np.array(v)) for seed, (s, v) in found.items()}
 
 
+def std_of_seeds(values):
+    """Standard deviation over seeds, the first axis, as of a sample (n - 1 in the denominator); 0 of one seed."""
+    values = np.asarray(values)
+    return values.std(0, ddof=1) if len(values) > 1 else 0.0 * values[0]
+
+
 def summary(folder, buffer):
     """The score of a run, printed and returned as {name: number}.
 
     score: mean over seeds of the mean of the last 5 evaluations, score_std its standard deviation
-    over seeds; last and best evaluation beside it; none of them counts what was evaluated at step 0, before any
+    over seeds, of a sample; last and best evaluation beside it; none of them counts what was evaluated at step 0, before any
     learning; the same over episodes as long as the data's;
     mean and best episode return of the data; normalized_score: the score as `Task.normalized_score`
     has it, D4RL's way on D4RL's tasks, where the task has a reference, and its standard deviation over seeds.
@@ -39,13 +45,13 @@ def summary(folder, buffer):
     values, short = np.stack(values), np.stack(learnt("eval/return_data_length"))
     score, returns = values[:, -5:].mean(1), buffer["episode_returns"]
     result = {
-        "score": score.mean(), "score_std": score.std(), "last": values[:, -1].mean(),
+        "score": score.mean(), "score_std": std_of_seeds(score), "last": values[:, -1].mean(),
         "best": values.max(1).mean(), "score_data_length": short[:, -5:].mean(),
         "data_mean": returns.mean(), "data_best": returns.max(),
     }  # fmt: skip
     normalized = [v[-5:].mean() for v in learnt("eval/score")]
     if normalized:
-        result |= {"normalized_score": np.mean(normalized), "normalized_score_std": np.std(normalized)}
+        result |= {"normalized_score": np.mean(normalized), "normalized_score_std": std_of_seeds(normalized)}
     print("result:", *(f"{k} {v:.2f} " for k, v in result.items()), flush=True)
     return {k: float(v) for k, v in result.items()}
 
@@ -126,7 +132,7 @@ def learning_curve(path, folder, task, buffer):
             return
         steps = next(iter(seeds.values()))[0]
         values = np.stack([v for _, v in seeds.values()])
-        mean, std = values.mean(0), values.std(0)
+        mean, std = values.mean(0), std_of_seeds(values)
         lines = [(steps, values.T, {"color": "C0", "lw": 0.8, "alpha": 0.4})]
         label = f"mean ({len(seeds)} seeds)" if len(seeds) > 1 else "one seed"
         lines += [(steps, mean, {"color": "C0", "marker": "o", "ms": 3, "label": label})]

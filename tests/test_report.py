@@ -154,7 +154,7 @@ def test_final_table_against_numpy(tmp_path):
     page = Reader(make(tmp_path))
     scores = returns[:, -5:].mean(1)
     low, high = map(number, numbers.bootstrap([scores]))
-    told = [f"{number(scores.mean())} \u00b1 {number(scores.std())}", number(stats.trim_mean(scores, 0.25))]
+    told = [f"{number(scores.mean())} \u00b1 {number(scores.std(ddof=1))}", number(stats.trim_mean(scores, 0.25))]
     told += [f"{low} to {high}", number(returns[:, -1].mean()), number(returns.max(1).mean())]
     assert page.row("mopo")[1:8] == ["5", *told, "600 updates, finished"]
     other = page.row("mopo two")
@@ -165,9 +165,9 @@ def test_curve_is_mean_and_spread(tmp_path):
     returns = np.array([[1.0, 2, 3, 4, 5, 6], [3.0, 4, 5, 6, 7, 8]])
     learner(tmp_path, "t", "seed0", returns.tolist())
     dots = [a["data-text"] for name, a in Reader(make(tmp_path)).elements if name == "circle"]
-    assert [f"mopo, {100 * (i + 1)}: {i + 2:.3f} \u00b1 1.000" for i in range(6)] == dots[:6]
+    assert [f"mopo, {100 * (i + 1)}: {i + 2:.3f} \u00b1 1.414" for i in range(6)] == dots[:6]
     steps, mean, std = numbers.spread({0: {1: 1.0, 2: 2.0, 3: 9.0}, 1: {1: 3.0, 2: 4.0}})  # one stopped early
-    assert steps.tolist() == [1, 2] and mean.tolist() == [2, 3] and std.tolist() == [1, 1]
+    assert steps.tolist() == [1, 2] and mean.tolist() == [2, 3] and np.allclose(std, 2**0.5)
 
 
 def test_over_tasks(tmp_path):
@@ -403,7 +403,8 @@ def test_same_runs_same_page(tmp_path):
 def browse(tmp_path, page, *flags):
     """Open a file in a headless browser -> its DOM, the lines of its console."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert program, "no browser: apt-get install -y --no-install-recommends chromium"
+    if not program:  # .ci/run installs one
+        pytest.skip("no browser: apt-get install -y --no-install-recommends chromium")
     fixed = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking "
     fixed += "--enable-logging=stderr --virtual-time-budget=2000 --hide-scrollbars --dump-dom"
     line = [program, *fixed.split(), f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]

@@ -61,7 +61,7 @@ def test_scores_and_spread(drawn):
     means["t2", "b"] = (30.0,) * 3
     rows = [row(*key, score, seed) for key, values in means.items() for seed, score in enumerate(values)]
     table, text, pictures = drawn(rows, seeds=3)
-    assert table["t1"] == ["12.0 +- 1.6", "6.0 +- 0.8"]  # sqrt(8 / 3), sqrt(2 / 3)
+    assert table["t1"] == ["12.0 +- 2.0", "6.0 +- 1.0"]  # sqrt(8 / 2), sqrt(2 / 2)
     assert table["t2"] == ["20.0 +- 0.0", "30.0 +- 0.0"]
     assert [cell.split(" [")[0] for cell in table["mean over tasks"]] == ["16.0", "18.0"]
     assert [cell.split(" [")[0] for cell in table["worst task"]] == ["12.0", "6.0"]
@@ -83,7 +83,7 @@ def test_every_learner_has_its_tables(drawn):
     assert table["mean episode of the data"] == ["1.0 (1.0)"] * 2
     of_mopo, of_bc = text.split("### mopo")[1].split("### bc")
     assert "| b over a | 1 of 1 |" in of_mopo and "| a over b | 2 of 2 | 1.00 | 10.0 |" in of_bc
-    assert "| t1 | 20.0 | 24.0 +- 1.0 |" in of_mopo and "| t1 | 10.0 | 0.0 |" in of_bc
+    assert "| t1 | 20.0 | 24.0 +- 1.4 |" in of_mopo and "| t1 | 10.0 | 0.0 |" in of_bc
     axes = pictures["toy.png"].axes  # learners have groups, tasks have panels
     assert [axis.get_xlabel() for axis in axes if axis.get_xlabel()] == ["t1", "t2"]
     groups = [[text.get_text() for text in axis.get_xticklabels()] for axis in axes if axis.get_xlabel()]

@@ -3,6 +3,8 @@
 import numpy as np
 from scipy import stats
 
+from runner.plots import std_of_seeds
+
 LAST, RESAMPLES, MIN_SEEDS = 5, 2000, 3
 
 
@@ -36,7 +38,7 @@ def final_scores(seeds):
 
 
 def spread(seeds):
-    """-> steps that all seeds have (n,), mean (n,) and standard deviation (n,) over seeds."""
+    """-> steps that all seeds have (n,), mean (n,) and standard deviation (n,) over seeds, of a sample."""
     steps = np.array(sorted(set.intersection(*(set(found) for found in seeds.values()))))
     values = np.array([[found[s] for s in steps.tolist()] for found in seeds.values()])
-    return steps, values.mean(0), values.std(0)
+    return steps, values.mean(0), std_of_seeds(values)

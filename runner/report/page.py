@@ -21,8 +21,8 @@ from runner.report.sections import (
 MARK = "<!doctype html><!-- udg-jax report -->"
 SCRIPT, STYLE = (Path(__file__).with_name(name).read_text() for name in ("script.js", "style.css"))
 METHOD = """A row pools the runs of one script and task whose flags differ in the seed only. Score of a seed: the
-mean of its last 5 evaluations; the last-5 mean is its mean over seeds, \u00b1 the standard deviation over seeds (n in
-the denominator). IQM: the mean over seeds without the floor(n / 4) lowest and as many highest. Interval: 2000
+mean of its last 5 evaluations; the last-5 mean is its mean over seeds, \u00b1 the standard deviation over seeds (n - 1
+in the denominator). IQM: the mean over seeds without the floor(n / 4) lowest and as many highest. Interval: 2000
 bootstrap resamples of the seeds, within each task, 2.5 % and 97.5 % quantile of their IQM; none is given for fewer
 than 3 seeds, and for fewer than about 10 it is too narrow. last, best: mean over seeds of the last and of the highest
 evaluation. None counts the evaluation before any learning. Curves: a thin line per seed, the mean over seeds where

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runner.plots import std_of_seeds
 from runner.report.charts import METRICS, chart, distinct, tick_text, titled
 from runner.report.groups import same_over_tasks
 from runner.report.markup import Html, folded, join, number, picture, table, tag, text_of
@@ -23,7 +24,7 @@ SELECTION = {
 def score_cells(seeds):
     """Cells of a final table: seeds, last-5 mean, IQM, interval, last, best."""
     scores, last, best, counted = final_scores(seeds)
-    several = f" \u00b1 {number(float(scores.std()))}" if len(scores) > 1 else ""
+    several = f" \u00b1 {number(float(std_of_seeds(scores)))}" if len(scores) > 1 else ""
     few = f" (of {counted})" if counted < LAST else ""
     return [
         len(scores), f"{number(float(scores.mean()))}{several}{few}", number(float(iqm(scores))),
