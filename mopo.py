@@ -46,7 +46,7 @@ Deviations (published presets are as the codes in D11 to D16; the page says why)
 Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
 Run        python mopo.py --quick                         (point robot, under 2 minutes on 2 cores)
-           python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
+           python mopo.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
 Expect     --quick: ends at 94 (data: mean -0.2, best 93.9), 30 s on 2 CPU cores; --preset cpu on 50,000 rows of
            the main job's best buffer for ant-angle-60: 264 in 200 steps (mean of three seeds; data: 117)

@@ -27,7 +27,7 @@ Symbols    s observations [.., S] | a actions [.., A] | r rewards | c = [s, a] [
            alpha share of the optimistic target | beta level of the quantile | mu tanh mean | B batch
            T window | k window_step | gamma discount | tau Polyak rate | S also num_seeds, as a leading axis
 
-Deviations (here: always; ours: not in the published presets, those of D4RL's sets, and D7, D9, D18 not in --quick)
+Deviations ("here": always; "ours": not in the published presets, those of D4RL's sets; --quick leaves out D7, D9, D18)
   D1  Eq. 5 counts m from the start of the episode, ends a window after k steps and drops the reward of a terminal
       step; code and here: m from the start of the window, T steps, all rewards.
   D2  Code: T = 200, k = 10, for episodes of 1000 steps; here: T = length / 5, k = T / 20, on AntMaze the code's.
@@ -55,10 +55,10 @@ Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes r
            (docs/policy.md), log.jsonl, state.npz of the phases, learning_curve.png, training.png; with --uncertainty
            consistency q_model.npz
 Run        python qdq.py --quick                          (point robot, all phases, under 2 minutes on 2 cores)
-           python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --preset cpu     (2 cores)
+           python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
-Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu on 50k rows of ant-angle-60, top-1: 291
-           in 200 steps (three seeds; data 117), 6 minutes of a core; docs/qdq.md
+Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu on 50k rows of ant-angle-60, top 1 of
+           commit a0fdade: 291 in 200 steps (three seeds; data 117), 6 minutes of a core; docs/qdq.md
 """
 
 import functools

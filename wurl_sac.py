@@ -146,7 +146,7 @@ class Args(runner.RunFlags):
     """multiply by L / length of the episode, so that short episodes earn the same total (Humanoid: False)"""
     div_features: str = ""
     """space of the distance: task (its own features), full (all observations) or indices such as 0,1; empty: task, for
-    the cheetah 0, its height (APWD over (v_x, z) also pays a policy for the spread of its own states, docs/udg.md)"""
+    the cheetah 0, its height (APWD over (v_x, z) also pays a policy for the spread of its own states, D9)"""
     feature_scales: tuple[float, ...] = ()
     """factor of each feature in the distance; empty: 1 for all. Ours for the cheetah: 10"""
     cell: runner.Size = 1.0

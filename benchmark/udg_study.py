@@ -76,8 +76,8 @@ SOURCES = {
     "maze-k20": "--task tree-maze --num-policies 20",
     "maze-random": POINT_RANDOM.replace("point", "tree-maze"),
     "ant": f"--task ant {APWD}",
-    "ant-main": "--task ant",  # the main job as it is now
-    "ant-one": "--task ant --num-devices 1",  # the same on one: repeats results/wurl_sac/ant/seed0 exactly
+    "ant-main": "--task ant",  # the main job
+    "ant-one": "--task ant --num-devices 1",  # the same on one device: another run
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
     "ant-rho-60": f"--task ant-angle-60 {SUPERVISED} --collect rollouts",
@@ -189,7 +189,7 @@ LARGE = {
     "top1": "ant-main:1@146000", "top2": "ant-main:2@146000", "all": "ant-main:all@146000",
     "best": "ant-main:best@146000", "supervised": "ant-expert-0:1@146000", "random": "ant-random:1@146000",
 }  # fmt: skip
-CHEETAH_LEARNERS = ("cped", "dac")  # MOPO does not work there (docs/mopo.md)
+CHEETAH_LEARNERS = ("cped", "dac")  # made before mopo.py saw the pitch as sine and cosine
 MAZE_TASKS = tuple(f"tree-maze-end-{n}" for n in (1, 2, 3, 4))
 
 

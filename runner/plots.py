@@ -30,8 +30,8 @@ def std_of_seeds(values):
 def summary(folder, buffer):
     """The score of a run, printed and returned as {name: number}.
 
-    score: mean over seeds of the mean of the last 5 evaluations, score_std its standard deviation
-    over seeds, of a sample; last and best evaluation beside it; none of them counts what was evaluated at step 0, before any
+    score: mean over seeds of the mean of the last 5 evaluations, score_std its standard deviation over seeds, of a
+    sample; last and best evaluation beside it; none of them counts what was evaluated at step 0, before any
     learning; the same over episodes as long as the data's;
     mean and best episode return of the data; normalized_score: the score as `Task.normalized_score`
     has it, D4RL's way on D4RL's tasks, where the task has a reference, and its standard deviation over seeds.

@@ -47,8 +47,7 @@ class Run:
         self.identity = {**flags, **identity, **envs.buffers.versions()}
         self.states, self.meta, self.phase, self.stopped = {}, {}, "", ""
         self.step, self.paced_from, self.paced_since = 0, 0, self.began  # no pace yet
-        self._logger = self.shown = None
-        self.kept = 0  # bytes of the states of the phases that are compiled so far
+        self._logger, self.shown, self.kept = None, None, 0  # kept: bytes of the states of the phases compiled so far
         self.log_end = None  # of a phase whose records are in the log, up to here at most, and that is done again
         self.hold = Hold(self.folder, self.is_first)
         try:
@@ -186,12 +185,10 @@ class Run:
         """Show the count, rate, ETA and the metrics of these names; InputError where a metric diverged (--q-bound)."""
         self.step, metrics = step, jax.device_get(metrics)  # in one transfer
         for name, values in metrics.items() if self.args.q_bound else ():
-            largest = np.abs(values).max()
+            largest, stuck = np.abs(values).max(), name.endswith("/skipped")  # of steps left out: nan after a hundred
             if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
                 helps = self.remedy if name.startswith("train/") else ""
-                what = f"{name} is {largest:.3g}"
-                if name.endswith("/skipped"):  # nan: says a script that leaves such steps out
-                    what = "a hundred gradients in a row were not finite"
+                what = "a hundred gradients in a row were not finite" if stuck else f"{name} is {largest:.3g}"
                 raise envs.InputError(
                     f"{self.label} {step}: {what}; what was saved before is kept: {helps}lower the learning rates "
                     "and start anew, or go on all the same with --resume --q-bound 0"
