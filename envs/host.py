@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from pathlib import Path
 
 import jax
 
@@ -11,14 +12,27 @@ from envs.errors import InputError
 PATIENCE = 10.0  # seconds for jax to hand over arguments, which takes milliseconds or never ends
 
 
-def cores() -> int:
+def affinity() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores() -> int:
+    """Return how many cores this process may keep busy, by affinity, NPROC and a container's quota."""
+    num, told = affinity(), os.environ.get("NPROC", "")
+    num = min(num, int(told)) if told.isdecimal() else num
+    for files in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # Linux's control groups 2 and 1
+        try:
+            quota, period = " ".join(Path(f"/sys/fs/cgroup/{file}").read_text() for file in files).split()
+            num = min(num, int(quota) // int(period)) if int(quota) > 0 else num
+        except (OSError, ValueError):  # no container, or no quota: max
+            pass
+    return max(num, 1)
+
+
 def one_thread() -> bool:
     """Return whether jax has one thread to copy arguments with, and a callback takes it."""
-    return cores() == 1 and "NPROC" not in os.environ
+    return affinity() == 1 and "NPROC" not in os.environ
 
 
 def wait_for(packed: jax.Array, what: str) -> None:

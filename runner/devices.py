@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import envs
+from envs.host import cores
 
 # --matmul-precision -> what jax calls it; "highest" is float32 also where a device's default is less
 PRECISIONS = {"float32": "highest", "tensorfloat32": "high", "bfloat16": "BF16_BF16_F32"}
@@ -63,19 +64,6 @@ def placed(count, args, *axes):
     """Where an array lies whose axis "share" has `count` policies; on all devices if the count does not divide."""
     mesh, even = device_mesh(count, args)
     return jax.NamedSharding(mesh, jax.P(*axes) if even else jax.P())
-
-
-def cores():
-    """Cores of the CPU that this process may use, by affinity, NPROC and a container's quota."""
-    num = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    told = os.environ.get("NPROC", "")
-    num = min(num, int(told)) if told.isdecimal() else num
-    try:  # Linux's interface for what a container may use
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        num = num if quota == "max" else min(num, int(quota) // int(period))
-    except (OSError, ValueError):
-        pass
-    return max(num, 1)
 
 
 def policies_at_once(args, backend):

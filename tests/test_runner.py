@@ -31,6 +31,7 @@ from tensorboardX.proto import event_pb2
 import envs
 import envs.buffers
 import runner
+from envs import host
 from envs.buffers import files, scripted
 from runner import checkpoint, devices, folder, log, plots, presets, run, signals
 
@@ -988,18 +989,23 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path, name, package):
 
 
 def test_cores_are_those_that_a_container_allows(monkeypatch, tmp_path):
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(devices, "Path", lambda path: quota)
+    """Of 8: by the quota of control groups 2 and 1, by NPROC."""
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(host, "Path", lambda path: tmp_path / Path(path).name)
     monkeypatch.delenv("NPROC", raising=False)
-    for text, wanted in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
-        quota.write_text(text)
-        assert devices.cores() == wanted
-    quota.unlink()
-    assert devices.cores() == 8
+    allowed = ("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)
+    for text, wanted in allowed:
+        (tmp_path / "cpu.max").write_text(text)
+        assert host.cores() == wanted
+    (tmp_path / "cpu.max").unlink()
+    assert host.cores() == 8
+    for text, wanted in (("-1", 8), *allowed[1:]):
+        for name, number in zip(("cpu.cfs_quota_us", "cpu.cfs_period_us"), (*text.split(), "100000"), strict=False):
+            (tmp_path / name).write_text(f"{number}\n")
+        assert host.cores() == wanted
     for text, wanted in (("3", 3), ("0", 1), ("many", 8)):
         monkeypatch.setenv("NPROC", text)
-        assert devices.cores() == wanted
+        assert host.cores() == wanted
 
 
 def test_memory_is_what_a_container_allows(monkeypatch, tmp_path):
