@@ -40,9 +40,11 @@ def mopo_parts(args, task, data, num_updates, plain):
     refill = lambda ring, key: mopo.refresh(agent, ring, one_model, data, key, args, task)
     refill = jax.jit(refill, donate_argnums=0)
 
+    seen = mopo.seen_rows(mopo.sight(data, args), data)
+
     @jax.jit
     def scan(agent, ring, key):
-        step = lambda agent, key: mopo.mopo_update(agent, ring, data, key, args)
+        step = lambda agent, key: mopo.mopo_update(agent, ring, seen, key, args)
         return jax.lax.scan(step, agent, jax.random.split(key, num_updates))
 
     def epoch():
