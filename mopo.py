@@ -8,8 +8,8 @@ Objective  max over pi of  E[ sum_t gamma^t ( r - lam u(s, a) ) ]  in the learne
 
 Algorithm  (1) split:     hold out min(20 %, 1000) rows in runs; standardise inputs (s, a) and targets on the others
            (2) model:     E Gaussian networks p_i(s' - s, r | s, a), each on its own bootstrap
-           (3) stop:      when no member gained 0.01 nats on the hold-out (published: 1 % of the error) for 5 epochs;
-                          restore every member's best epoch; the M best members are the elites
+           (3) stop:      when for 5 epochs no member gained 0.01 nats a number on the hold-out (published: 1 % of
+                          its error); restore every member's best epoch; the M best members are the elites
            (4) roll out:  from b real states, h steps of the policy; a random elite per row and step
            (5) penalise:  r~ = r - lam u(s, a),  u = max_i || sigma_i(s, a) ||     (section 4.3)
            (6) store:     rows alive at the start of their step, in a ring of `retain` refreshes
@@ -19,8 +19,8 @@ Algorithm  (1) split:     hold out min(20 %, 1000) rows in runs; standardise inp
 Symbols    s observations [.., S] | a actions [.., A] | r rewards | y target: of the model
            (s' - s, r) [.., D], D = S + 1; of a critic [B] | x standardised (s, a) | q [C, B]
            mean, std [E, B, D] of the members | u penalty [B] | lam its weight (paper: lambda)
-           E ensemble_size | M num_elites | N rows | B batch | C num_critics | h horizon
-           b rollout_batch | num_seeds is one more leading axis, also S | alpha entropy weight | gamma discount
+           n angles, seen as sine and cosine | E ensemble_size | M num_elites | N rows | H held-out rows | B batch
+           C num_critics | h horizon | b rollout_batch | alpha entropy weight | gamma discount | S also seeds, in front
 
 Deviations (published presets are as the codes in D11 to D16; the page says why)
   D1  Paper: the norm of the covariance; codes: the norm of the vector of stds; here: the codes'.
@@ -43,7 +43,7 @@ Deviations (published presets are as the codes in D11 to D16; the page says why)
   D16 Codes: all networks see angles as they are; here: those that can make a full turn as sine and cosine.
   D17 Codes: episodes end by known rules; here: by a classifier of the data where the world gives none.
 
-Files      reads a buffer relabelled by udg_select.py (docs/buffer.md); writes runs/mopo/<task>/...:
+Files      reads a buffer file with rewards (docs/buffer.md), as udg_select.py makes; writes runs/mopo/<task>/...:
            policy.npz (docs/policy.md), log.jsonl, state.npz, model/state.npz, four figures (*.png)
 Run        python mopo.py --quick                         (point robot, under 2 minutes on 2 cores)
            python mopo.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu
@@ -104,7 +104,7 @@ class Args(runner.Flags):
     fit_score: Literal["nll", "mse"] = "nll"
     """what a member is judged by on the hold-out: nll fits its std, and so u, as well (ours, D14; both: mse)"""
     min_gain: runner.Rate = 0.01
-    """gain on the hold-out that counts: a share of the mse (both: 0.01), or nats a target"""
+    """gain on the hold-out that counts: a share of the mse (both: 0.01), or nats for each number of a target"""
     max_epochs: runner.Count = 1_000
     """cap on the epochs of the fit (ours, D4; D4RL's sets: 200)"""
     standardise_targets: bool = True
@@ -184,7 +184,7 @@ CPU = {  # ours: 50k rows of a robot, minutes on 2 cores (docs/mopo.md says what
     "max_epochs": 1_000, "min_model_steps": 5_000, "max_model_steps": 15_000, "num_updates": 20_000,
     "eval_every": 2_000, "rollout_batch": 10_000, "real_ratio": 0.5, "actor_lr": 3e-4, "alpha_lr": 3e-3,
 }  # fmt: skip
-AS_CODES = {  # D11 to D16 undone
+AS_CODES = {  # D11 to D16 undone, and no least number of steps; the cap of 200 epochs is ours (D4)
     "standardise_targets": False, "holdout_run": 1, "fit_score": "mse", "critic_norm": False,
     "standardise_observations": False, "angles": "none", "min_model_steps": 0, "max_epochs": 200,
 }  # fmt: skip
@@ -321,7 +321,7 @@ def ensemble_init(key, args, num_inputs, num_targets):
 
 
 def ensemble_apply(net, x, precision=None):
-    """x [B, S + A] for all or [E, B, S + A] -> mean, raw log-variance [E, B, D]; swish between layers."""
+    """x [B, S + n + A] for all or [E, B, S + n + A] -> mean, raw log-variance [E, B, D]; swish between layers."""
     for layer, (w, b) in enumerate(zip(net.weights, net.biases, strict=True)):  # D3
         x = jnp.matmul(x, w, precision=precision) + b
         x = nn.silu(x) if layer < len(net.weights) - 1 else x
@@ -358,7 +358,7 @@ def weight_decay(net, args):
 
 
 def mopo_model_loss(net, x, targets, args, varies=True):
-    """Likelihood and weight decay of the members, each on its own rows x [E, B, S + A] -> scalar."""
+    """Likelihood and weight decay of the members, each on its own rows x [E, B, S + n + A] -> scalar."""
     mean, raw = ensemble_apply(net, x, "highest")  # TF32 is too coarse for a variance
     return gaussian_nll(net, mean, raw, targets, args, varies) + weight_decay(net, args)
 
@@ -573,7 +573,7 @@ def max_steps(num_rows, args):
     """Adam steps of a fit at most, in whole epochs."""
     epoch = epoch_sizes(num_rows, args)[2]
     epochs = -(-args.max_model_steps // epoch) if args.max_model_steps else args.max_epochs
-    return min(epochs, args.max_epochs) * epoch
+    return min(epochs, args.max_epochs, (2**31 - 1) // epoch) * epoch  # steps are counted in 32 bits
 
 
 def fitting(fit, args):
@@ -623,7 +623,7 @@ def end_epoch(fit, data, args):
     best, idle, gained = keep_best(fit.best, fit.idle, score, args)
     keep = lambda new, old: jnp.where(gained[:, None, None], new, old)
     layers = jax.tree.map(keep, fit.net[:2], fit.best_net[:2])
-    judged = gained[:, None, None] | (args.fit_score == "mse")  # by their error, codes keep the newest bounds
+    judged = gained[:, None, None] | (args.fit_score == "mse")  # the codes store layers alone: bounds are the newest
     bounds = jax.tree.map(lambda new, old: jnp.where(judged, new, old), fit.net[2:], fit.best_net[2:])
     best_net = Ensemble(*layers, *bounds)
     return fit._replace(best_net=best_net, best=best, holdout_mse=mse, idle=idle)
@@ -779,7 +779,7 @@ def make_evaluation(args, env, task, buffer):
 
         rolled, keep, _ = model_rollout(model, agent, rows.observations[0], key_model, longer, task)
         q = critic_net(args).apply(agent.critic, model.see(rows.observations[0]), rows.actions[0]).min(0)
-        metrics |= value_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled.rewards, keep))
+        metrics |= value_report.start_values(q, args.gamma, (rows.rewards, alive), (rolled, keep))
         return metrics | returns(params, key_eval), points
 
     return runner.each_seed(one, args)
@@ -850,9 +850,8 @@ def make_train(args, task):
 
 
 def preset(args):
-    """--quick, or the published values of the file's dataset or of --preset, and --preset cpu on top."""
-    own = {"lam": 0.3} if args.preset == "cpu" else {}  # published horizon and lambda stay under the budget
-    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, own)
+    """--quick, or the published values of the file's dataset or of --preset, and --preset cpu on top, bar lambda."""
+    return runner.preset(args, PUBLISHED, {"cpu": CPU}, QUICK, {"lam": 0.3} if args.preset == "cpu" else {})
 
 
 def check_args(args):
@@ -860,7 +859,7 @@ def check_args(args):
     runner.check_run(args)
     runner.refuse({
         "--chunk must be a multiple of --rollout-freq": args.chunk % args.rollout_freq == 0,
-        "--min-model-steps must be at most --max-model-steps":
+        f"--max-model-steps {args.max_model_steps}: --min-model-steps is {args.min_model_steps}; lower it as well":
             args.max_model_steps == 0 or args.min_model_steps <= args.max_model_steps,
         "--num-elites must be at most --ensemble-size": args.num_elites <= args.ensemble_size,
         "--model-decays needs two values or more": len(args.model_decays) >= 2,
@@ -897,7 +896,7 @@ def train_model(run, fit_some, fit, data):
         run.log(step // epoch, record, ended)
         run.save(fit, last)
     if not jnp.isfinite(jnp.stack([fit.best, fit.holdout_mse])).all():
-        raise envs.InputError("the model's hold-out error is not finite; lower --model-lr")
+        raise envs.InputError(f"{run.buffer.path}: the model's error is not finite; lower --model-lr, in another --out")
     return fit
 
 
@@ -926,6 +925,7 @@ def main(args, own_model=None):
     task = runner.learn_end(task, buffer)  # D17, where no function tells it
     args = runner.with_angles(args, task)
     check_task(args, task)
+    envs.buffers.check_raw_columns(buffer["observations"], args.standardise_observations, "--standardise-observations")
     few = f"{buffer.path}: of {len(buffer)} rows none can be held out; raise --holdout-share, or record more"
     runner.refuse({few: int(args.holdout_share * len(buffer)) > 0})
     data = Rows(*(jnp.asarray(buffer[k], jnp.float32) for k in names), jnp.zeros(len(buffer)))
@@ -937,7 +937,7 @@ def main(args, own_model=None):
     like = jax.eval_shape(fit_init, key_model, data)
     model = own_model(key_model, data, args, env) if own_model else jax.eval_shape(make_model, like, data)
 
-    remedy = "raise --lam" if args.critic_norm else "say --critic-norm, raise --lam"
+    remedy = ("raise --lam" if args.critic_norm else "say --critic-norm, raise --lam"), "lower --lam"
     with runner.Run("mopo", args, task, buffer, schedules={"actor_cosine": False}, remedy=remedy) as run:
         train_chunk = run.compile(train_chunk, jax.eval_shape(init, key_policy), model, data)
         if not own_model:

@@ -48,6 +48,21 @@ def collect(run, into):
     print(f"{run} -> {folder}/{name}.*")
 
 
+def several_files(folder):
+    """A warning for each data set whose logs are of different rows, as where one was made again on another machine."""
+    known = {}
+    for path in sorted([*folder.glob("*/*.jsonl"), *folder.glob("*/*/*.jsonl")]):
+        with open(path) as lines:
+            data = json.loads(next(lines, "{}")).get("data")  # old logs do not say
+        if data:
+            name, *log = path.relative_to(folder).parts
+            known.setdefault(name, {}).setdefault((data["rows"], data["sha256"]), "/".join(log))
+    for name, files in known.items():
+        if len(files) > 1:
+            told = ", ".join(f"{log} {rows:,} ({digest})" for (rows, digest), log in files.items())
+            yield f"warning: {name}: the logs are of different rows, and do not compare: {told}"
+
+
 def collect_grid(folder, into):
     """Table and figures as benchmark/grid.py has them, of every log under `into`: of this grid and of those before."""
     if (folder / "table.json").exists():
@@ -61,6 +76,8 @@ def collect_grid(folder, into):
                 for kept, key in ((found, "eval/return"), (short, "eval/return_data_length")):
                     if seeds := plots.read(path, key):
                         kept.setdefault(name, {}).setdefault(algorithm, {}).update(seeds)
+        for warning in several_files(into):
+            print(warning)
         grid.write_results(into, found, algorithms, data, short)
 
 

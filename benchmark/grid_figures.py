@@ -95,7 +95,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.runs:
         copy_logs(args.runs, args.folder)
-    print(*table(args.folder, args.last), sep="\n")
+    print(*collect.several_files(args.folder), *table(args.folder, args.last), sep="\n")
     draw(args.folder / f"{args.name}.png", args.folder, args.cells, args.leave_out)
 
 

@@ -328,7 +328,7 @@ def settings(args, name):
 
 
 def make_set(args, name):
-    """One set: data/<name>.npz, and its record in results/suite."""
+    """One set: data/<name>.npz, and its record in results/suite, where none of other bits stands."""
     path, settled = args.out / f"{name}.npz", settings(args, name)
     task, columns, levels, warmup = make_columns(args, name)
     used = {
@@ -347,7 +347,11 @@ def make_set(args, name):
     args.results.mkdir(parents=True, exist_ok=True)
     entry = {"name": f"ours/{name}", "settings": settled, "levels": used, **distribution(buffer, task)}
     entry |= {k: buffer.metadata[k] for k in ("sha256", "versions", "git_commit")}
-    write_whole(args.results / f"{name}.json", json.dumps(entry, indent=1) + "\n")
+    path, known = args.results / f"{name}.json", recorded_bits(args).get(name)
+    if known not in (None, entry["sha256"]):  # else --check would find what was made here to be what is recorded
+        print(f"{path} is kept, though other bits were made here: another machine, or other versions", flush=True)
+        return
+    write_whole(path, json.dumps(entry, indent=1) + "\n")
 
 
 def distribution(buffer, task):

@@ -138,7 +138,8 @@ def fit_problems(found, capped, args):
     """What is wrong with a fit -> (problem, remedy) pairs."""
     flat, blind = found["fit/u_p95"] < 1.1 * found["fit/u_p50"], not found["fit/correlation"] > 0.2
     errs = unexplained(found) > 0.01  # else there is next to nothing to be uncertain of
-    other = "try --penalty ensemble_std" if args.standardise_targets else "try --standardise-targets"
+    other = "try --penalty ensemble_std, and tune --lam anew" if args.penalty != "ensemble_std" else "raise --lam"
+    other = other if args.standardise_targets else "try --standardise-targets"
     known = (
         ("the fit was cut off while members still gained", "raise its cap, --max-epochs or --max-model-steps", capped),
         ("u is nearly constant: it says nowhere that the model is worse", other, flat and errs),

@@ -17,8 +17,9 @@ from runner.checkpoint import DIGESTED, FREE, fill, flat_arrays, name_state, rea
 from runner.files import amount, full_disk, write_whole
 from runner.flags import announce
 from runner.folder import Hold, folder_of, state_files
-from runner.log import Logger, Progress, say
+from runner.log import Logger, Progress, data_told, say
 from runner.signals import StopSignal
+from runner.value_report import diverged
 
 SAVE_EVERY = 60.0  # seconds between two checkpoints
 
@@ -32,13 +33,13 @@ class Run:
 
         gather(state) -> the state on the host of every process, where several share it; schedules: {flag: its value
         where nothing follows num_updates}, with all of which a run may be resumed for more updates, None: never;
-        remedy: what helps a policy that diverged, beside lower rates; identity: what else must be the same when it is
-        resumed. Raises InputError where the folder holds another run, cannot be written, or where its states cannot be
-        read or belong to other flags, data or versions; nothing is changed then. Prints what the command line changed.
+        remedy: what helps a policy that diverged, beside lower rates, or two: where Q rises, where it falls; identity:
+        what else must be the same when it is resumed. Raises InputError where the folder holds another run, cannot be
+        written, or where its states cannot be read or belong to other flags, data or versions; nothing is changed then.
         """
         self.began, self.args, self.task, self.buffer = time.time(), args, task, buffer
         self.script, self.gather, self.schedules = script, gather or (lambda state: state), schedules
-        self.remedy = f"{remedy}, or " if remedy else ""
+        self.remedies = remedy if isinstance(remedy, tuple) else (remedy, remedy)  # where Q rises, where it falls
         self.folder, there = folder_of(args, script, task.name)
         self.is_first = jax.process_index() == 0  # the process that writes
         flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
@@ -75,7 +76,7 @@ class Run:
     @property
     def logger(self):
         if self._logger is None:
-            about = {"script": self.script, "task": self.task.name}
+            about = {"script": self.script, "task": self.task.name, **data_told(self.buffer, self.identity)}
             self._logger = Logger(self.folder, self.args, self.meta.get("log", 0), **about)
         return self._logger
 
@@ -184,15 +185,11 @@ class Run:
     def progress(self, step, metrics, names, last=False):
         """Show the count, rate, ETA and the metrics of these names; InputError where a metric diverged (--q-bound)."""
         self.step, metrics = step, jax.device_get(metrics)  # in one transfer
-        for name, values in metrics.items() if self.args.q_bound else ():
-            largest, stuck = np.abs(values).max(), name.endswith("/skipped")  # of steps left out: nan after a hundred
-            if not largest <= (self.args.q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
-                helps = self.remedy if name.startswith("train/") else ""
-                what = "a hundred gradients in a row were not finite" if stuck else f"{name} is {largest:.3g}"
-                raise envs.InputError(
-                    f"{self.label} {step}: {what}; what was saved before is kept: {helps}lower the learning rates "
-                    "and start anew, or go on all the same with --resume --q-bound 0"
-                )
+        for what, helps in diverged(metrics, self.args.q_bound, self.remedies):
+            raise envs.InputError(
+                f"{self.label} {step}: {what}; what was saved before is kept: {helps}lower the learning rates "
+                "and start anew, or go on all the same with --resume --q-bound 0"
+            )
         shown = {name: np.mean(metrics[name]) for name in names if name in metrics}
         self.shown.show(step, self.rate(), shown, last or step >= self.total or bool(self.signal.name))
 

@@ -6,6 +6,19 @@ import numpy as np
 from runner.log import say
 
 
+def diverged(metrics, q_bound, remedies):
+    """What is not finite, and a mean Q beyond +-q_bound (0: nothing is) -> (what is wrong, "remedy, or ") pairs.
+
+    remedies: of training where a number rises, where it falls.
+    """
+    for name, values in metrics.items() if q_bound else ():
+        worst = np.ravel(values)[np.abs(values).argmax()]  # nan where there is one
+        if not abs(worst) <= (q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
+            remedy = remedies[bool(worst < 0)] if name.startswith("train/") else ""
+            stuck = "a hundred gradients in a row were not finite"  # of steps left out: nan after a hundred
+            yield stuck if name.endswith("/skipped") else f"{name} is {worst:.3g}", remedy and f"{remedy}, or "
+
+
 def q_by_step(act, value, rows, keep):
     """Mean Q at each step of rollouts and after their last one -> {"model/q_steps": [h + 1]}.
 
@@ -20,29 +33,38 @@ def q_by_step(act, value, rows, keep):
 def start_values(q, gamma, world, model):
     """What Q says of the starts of episodes [E], beside what is paid from there, discounted, without Q's entropy term.
 
-    world, model: rewards and whether they are paid [L, E]; of the model r - lam u.
+    world: rewards and whether they are paid [L, E]; model: rows, whose rewards are r - lam u, and which of them count.
+    A rollout that leaves the data's range is cut off, and what the model would pay later is not known: the world's
+    rewards count up to there. value/steps: how many steps are known; after its end an episode pays nothing.
     """
-    discount = gamma ** jnp.arange(len(world[0]))[:, None]
+    (world_rewards, alive), (rows, keep) = world, model
+    known = keep | (jnp.cumsum(keep & (rows.terminals > 0.5), 0) > 0)
+    discount = gamma ** jnp.arange(len(known))[:, None]
     total = lambda rewards, where: (discount * jnp.where(where, rewards, 0.0)).sum(0).mean()
-    return {"value/q_start": q.mean(), "value/world": total(*world), "value/model": total(*model)}
+    values = {"value/world": total(world_rewards, alive & known), "value/model": total(rows.rewards, keep)}
+    return {"value/q_start": q.mean(), **values, "value/steps": known.sum(0).mean()}
 
 
 def warn_of_climbing(metrics, rewards, gamma):
     """Warn where Q at the start of episodes exceeds the data's best reward, paid for ever -> whether it does.
 
-    Q counts the entropy bonus, and so does the bound; a hundredth of the rewards' range is tolerated. Without a world
-    Q at the start is not known: False.
+    Q counts the entropy bonus, and so does the bound; a hundredth of the rewards' range is tolerated. Where there is
+    no world to start in, Q counts at the data's states, where rollouts begin.
     """
-    if gamma == 1 or "value/q_start" not in metrics:
+    if gamma == 1:
         return False
-    q, low, high = float(np.max(metrics["value/q_start"])), float(rewards.min()), float(rewards.max())
+    if "value/q_start" in metrics:
+        where, q = "where episodes begin", np.max(metrics["value/q_start"])
+    else:
+        where, q = "at the data's states", np.max(np.asarray(metrics["model/q_steps"])[..., 0])
+    low, high = float(rewards.min()), float(rewards.max())
     bonus = float(np.max(metrics["train/alpha"] * np.maximum(metrics["train/entropy"], 0.0)))
     most = (max(high, 0.0) + bonus + 0.01 * (high - low)) / (1 - gamma)
     if q > most:
-        remedy = "--critic-norm (not in published presets), --num-critics 10 or a larger --lam (docs/mopo.md)"
+        remedy = "a larger --lam or --num-critics 10, and --critic-norm where it is off, as in published presets"
         worth = f"the data's best reward, paid for ever, is worth {most:.3g}"
-        say(f"warning: Q is {q:.3g} where episodes begin; {worth}; {remedy}")
-    return q > most
+        say(f"warning: Q is {q:.3g} {where}; {worth}; try {remedy} (docs/mopo.md)")
+    return bool(q > most)
 
 
 def warn_of_promises(metrics, rewards, gamma):

@@ -290,7 +290,7 @@ def test_data_that_cannot_be_learnt_from(tmp_path, script):
         assert not listing(out)
 
 
-@pytest.mark.parametrize("script", ["cped", "qdq", "dac"])
+@pytest.mark.parametrize("script", ["mopo", "cped", "qdq", "dac"])
 def test_a_raw_column_that_no_network_learns_from_is_named(tmp_path, script):
     """As published, networks see observations as they are: a column beyond 1e4 is named before anything is written."""
     arrays, out = make_arrays((300, 300)), tmp_path / "out"
@@ -299,7 +299,7 @@ def test_a_raw_column_that_no_network_learns_from_is_named(tmp_path, script):
         arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
         path = buffers.save(tmp_path / "toy.npz", arrays, {**LABELLED, "dataset_name": "hopper-medium-v2"})
         message = message_of(run, script, "--dataset", path, "--out", out, "--preset", "published")
-        flag = "--standardise-observations" if script == "dac" else "--normalize"
+        flag = "--standardise-observations" if script in ("dac", "mopo") else "--normalize"
         wanted = f"columns [1] of the observations pass 10000, up to {size:.3g}; try {flag}, or scale these columns"
         assert wanted in message and not listing(out), message
 

@@ -156,6 +156,17 @@ def test_settings_are_shown_of_all_their_seeds(tmp_path, monkeypatch, capsys):
         grid_figures.main([str(tmp_path), "--cells", "quick"])
 
 
+def test_logs_of_different_rows_are_named(tmp_path):
+    """Seeds and settings of one data set; those that do not say, and other data sets, are no matter."""
+    for path, rows in (("a/x/seed0", 9), ("a/x/seed1", 8), ("a/y", 9), ("a/old", None), ("b/x", 8), ("c/old", None)):
+        file = tmp_path / f"{path}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"args": {}} | ({"data": {"rows": rows, "sha256": "00ff"}} if rows else {})) + "\n")
+    (told,) = collect.several_files(tmp_path)
+    assert told.startswith("warning: a: the logs are of different rows")
+    assert told.endswith("x/seed0.jsonl 9 (00ff), x/seed1.jsonl 8 (00ff)")
+
+
 def test_what_is_not_wanted_is_left_out(tmp_path):
     data = str(scripted.dataset(tmp_path))
     datasets, algorithms = {"maze-a": data, "maze-b": data, "flat": data}, {"mopo": "mopo.py", "dac": "dac.py"}

@@ -197,6 +197,16 @@ def test_early_stop_golden(case):
     np.testing.assert_array_equal(M.fitted_model(fit, random_data(), args).elites, g["ge5_elites"])
 
 
+def test_a_gain_by_likelihood():
+    """0.01 nats, whatever the sign and size of the score; any first score is one."""
+    args, best = M.Args(), jnp.array([-2.0, -2.0, 0.001, jnp.inf])
+    assert args.fit_score == "nll"
+    kept, idle, gained = M.keep_best(best, jnp.int32(3), jnp.array([-2.009, -2.011, -0.008, 1e6]), args)
+    assert gained.tolist() == [False, True, False, True] and int(idle) == 0
+    close(kept, [-2.0, -2.011, 0.001, 1e6], 1e-6)
+    assert int(M.keep_best(best[:3], jnp.int32(3), best[:3] + 1, args)[1]) == 4
+
+
 def test_sac_golden():
     g = golden("sac")
     actions, log_probs = M.tanh_normal_sample(g["mean"], g["log_std"], g["eps"])
@@ -307,6 +317,16 @@ def test_gradients_stop_where_the_equations_say():
     assert float(grads[0]) == 2.5 and float(grads[1]) == 0  # entropy above its target: alpha falls
 
 
+def test_a_batch_has_its_share_of_real_rows():
+    args, data, _, _, ring = small_world()
+    data = data._replace(rewards=jnp.arange(400) + 1e6)
+    for share, wanted in ((0.0, 0), (0.05, 2), (0.5, 20), (0.97, 38)):
+        args = dataclasses.replace(args, real_ratio=share)
+        rewards = np.asarray(M.mixed_batch(ring, data, jax.random.key(0), args).rewards)
+        assert len(rewards) == 40 and (rewards >= 1e6).sum() == wanted
+        assert len(np.unique(rewards[rewards >= 1e6])) > 0.8 * wanted - 1  # from everywhere in the data
+
+
 def test_update_is_in_the_order_of_the_header():
     """Critics, then the actor with the new critics, then alpha with the entropy before the actor's step."""
     args, data, _, agent, ring = small_world()
@@ -406,7 +426,11 @@ def test_members_learn_from_bootstraps_of_their_own():
     assert M.epoch_sizes(320, args) == (32, 10, 10)
     same = fit._replace(bootstrap=jnp.zeros_like(fit.bootstrap))  # one row: what is drawn does not count
     after = fit_chunk(same, data, args)
-    assert int(after.step) == 10 and np.all(after.holdout_mse < 1e9)
+    rows = jax.tree.map(lambda x: x[fit.holdout], data)
+    mean, _ = M.ensemble_apply(after.net, M.model_inputs(fit.scale, rows.observations, rows.actions), "highest")
+    raw = np.asarray(mean) * np.asarray(fit.scale.target_std) + np.asarray(fit.scale.target_mean)
+    assert int(after.step) == 10 and np.abs(np.asarray(fit.scale.target_std) - 1).max() > 0.1
+    close(after.holdout_mse, ((raw - np.asarray(M.model_targets(rows))) ** 2).mean((1, 2)), 1e-4)
 
     def step(carry, _):
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (3, 32, *x.shape[1:])), data)
@@ -519,14 +543,34 @@ def test_q_is_measured_along_rollouts():
 
 
 def test_values_at_starts():
-    rng, alive = np.random.default_rng(0), np.arange(60).reshape(3, 20) % 5 > 0
-    world, model = rng.normal(size=(2, 3, 20))
-    found = value_report.start_values(np.arange(4.0), 0.9, (world, alive), (model, ~alive))
-    discount = (0.9 ** np.arange(3))[:, None]
-    wanted = {"value/q_start": 1.5, "value/world": (discount * world * alive).sum(0).mean()}
-    wanted["value/model"] = (discount * model * ~alive).sum(0).mean()
+    """Episodes of five steps that the model ends, or cuts off, or neither; against a loop."""
+    rng, lived = np.random.default_rng(0), np.array([5, 5, 2, 5, 5, 3])  # steps in the world
+    kept, ended = np.array([5, 2, 5, 3, 0, 1]), np.array([0, 1, 0, 0, 0, 1])  # steps of the model; whether it ended
+    t, (world, model) = np.arange(5)[:, None], rng.normal(size=(2, 5, 6))
+    keep, terminals = t < kept, ((t == kept - 1) & (ended > 0)).astype(np.float32)
+    paid = lambda rewards, terminals: M.Rows(None, None, rewards, None, terminals, None)
+    found = value_report.start_values(np.arange(6.0), 0.9, (world, t < lived), (paid(model, terminals), keep))
+    wanted = {"value/q_start": 2.5, "value/world": 0.0, "value/model": 0.0, "value/steps": 0.0}
+    for e in range(6):
+        known = 5 if ended[e] else kept[e]
+        wanted["value/steps"] += known / 6
+        wanted["value/world"] += sum(0.9**i * world[i, e] for i in range(min(known, lived[e]))) / 6
+        wanted["value/model"] += sum(0.9**i * model[i, e] for i in range(kept[e])) / 6
+    assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         close(found[name], value, 1e-5)
+
+
+def test_a_rollout_that_leaves_the_data_promises_nothing(capsys):
+    """Where each step costs 1 and the model is cut off after 20 of 200, it does not say that the rest is free."""
+    t, alive = np.arange(200)[:, None], np.ones((200, 3), bool)
+    model = lambda terminals: (M.Rows(None, None, -1.0 * alive, None, terminals, None), t < [[20] * 3])
+    values = lambda terminals: value_report.start_values(np.zeros(3), 0.99, (-1.0 * alive, alive), model(terminals))
+    cut, ends = values(0 * alive), values(t == [[19] * 3])
+    rewards = np.array([-2.0, 0.0])
+    assert not value_report.warn_of_promises(cut, rewards, 0.99) and not capsys.readouterr().out
+    assert value_report.warn_of_promises(ends, rewards, 0.99)  # an end that the world does not know is a promise
+    assert "the model promises -18.2, discounted; the world pays -86.6" in capsys.readouterr().out
 
 
 def test_actor_and_critics_see_scaled_observations():
@@ -682,6 +726,9 @@ def test_a_climbing_q_is_told(q, reward, alpha, entropy, told, capsys):
     assert value_report.warn_of_climbing(metrics, np.array([reward - 1, reward]), 0.99) == told
     assert ("warning: Q is" in capsys.readouterr().out) == told
     assert not value_report.warn_of_climbing(metrics, np.array([0.0, 1.0]), 1.0)
+    no_world = {"model/q_steps": np.stack([metrics.pop("value/q_start"), np.full(2, 1e6)], 1)} | metrics
+    assert value_report.warn_of_climbing(no_world, np.array([reward - 1, reward]), 0.99) == told
+    assert ("at the data's states" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("model, world, told", [
@@ -718,8 +765,31 @@ def test_calibration_measures_the_error():
     close(metrics["model/world_sigma"], np.sqrt((std[elites][:, live] ** 2).mean()), 1e-5)
     error = np.sqrt(square.sum(-1).mean(0))
     close(metrics["model/world_error"], error.mean(), 1e-5)
+    close(metrics["model/world_u"], u[live].mean(), 1e-5)
+    close(metrics["model/world_bounded"], (error <= u[live]).mean(), 1e-6)
     close(metrics["model/world_correlation"], np.corrcoef(u[live], error)[0, 1], 1e-3)
     assert np.isnan(points[:, ~live]).all() and not np.isnan(points[:, live]).any()
+
+
+def test_measures_of_rollouts():
+    """Of the rows that count alone, against numpy."""
+    rng, keep = np.random.default_rng(0), np.arange(60) % 4 > 0
+    u, reward, u_real = rng.exponential(size=60), rng.normal(size=60), rng.exponential(size=9)
+    terminal, outside = keep & (np.arange(60) % 9 == 0), keep & (np.arange(60) % 10 == 1)
+    info = {"u": u, "reward": reward, "terminal": terminal, "outside": outside}
+    found = model_report.rollouts(jax.tree.map(jnp.asarray, info), jnp.asarray(keep), 0.3, u_real, 0.5, 12)
+    u, reward = u[keep], reward[keep]
+    wanted = {
+        "model/penalty_share": 0.3 * u.mean() / np.abs(reward).mean(), "model/reward": reward.mean(),
+        "model/invented": (reward > 0.5).mean(), "model/rollout_length": 45 / 12,
+        "model/terminal": terminal.sum() / 12, "model/outside": outside.sum() / 12,
+    }  # fmt: skip
+    for name, x in (("real", u_real), ("model", u)):
+        half, most = np.quantile(x, [0.5, 0.95])
+        wanted |= {f"model/u_{name}": x.mean(), f"model/u_{name}_p50": half, f"model/u_{name}_p95": most}
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        close(found[name], value, 1e-5)
 
 
 # --- probe: a linear world with known noise ---
@@ -848,14 +918,14 @@ def test_the_warnings_look_at_targets_that_vary():
 
 
 @functools.cache
-def uneven_world(standardise):
+def uneven_world(standardise, fit_score="nll"):
     """Speeds of variance 10^4 whose noise is 5 where s_0 < 0 and 50 elsewhere -> metrics on held-out rows, u, s_0."""
     rng, num_rows = np.random.default_rng(2), 6_000
     obs, actions = rng.normal(size=(num_rows, 3)), rng.uniform(-1, 1, (num_rows, 1))
     noise = np.where(obs[:, :1] < 0, 5.0, 50.0) * rng.normal(size=obs.shape)
     after = obs + 100 * np.roll(obs, 1, 1) + noise
     data = rows_of(obs, actions, obs[:, 1], after)
-    args = tiny(model_hidden_sizes=(64, 64), max_epochs=100, standardise_targets=standardise)
+    args = tiny(model_hidden_sizes=(64, 64), max_epochs=100, standardise_targets=standardise, fit_score=fit_score)
     (fit, model), targets = fitted(data, args), M.model_targets(data)
     know, units = lambda *x: predict(model, *x, args), (targets.std(0), data.observations.std(0))
     metrics, arrays = model_report.check_fit(know, model.elites, data, targets, units, fit.holdout, args.holdout_run)
@@ -870,6 +940,10 @@ def test_u_finds_where_large_targets_are_noisy():
     assert metrics["fit/correlation"] > 0.4 and not model_report.fit_problems(metrics, False, tiny())
     sigma, rmse = (np.asarray(metrics[f"fit/{name}"])[:3] for name in ("sigma", "rmse"))
     assert np.all(np.abs(np.log(sigma / rmse)) < 0.3)  # what is claimed is what is missed
+    _, u, where = uneven_world(True, "mse")
+    assert np.median(u[where < -0.3]) > 1.3 * quiet, np.median(
+        u[where < -0.3]
+    )  # D14: kept where sigma is not right yet
     metrics, *_ = uneven_world(False)
     ((problem, remedy),) = model_report.fit_problems(metrics, False, tiny(standardise_targets=False))
     assert "nearly constant" in problem and "--standardise-targets" in remedy
@@ -902,6 +976,10 @@ def test_a_fit_ends_between_its_least_and_most_steps():
     assert goes_on(50, 0) and not goes_on(50, 5) and goes_on(50, 5, min_model_steps=51) and not goes_on(100, 0)
     assert goes_on(30, 0, max_model_steps=35) and not goes_on(40, 0, max_model_steps=35)
     assert not goes_on(100, 0, min_model_steps=500)
+    most = 2**31 - 1  # a cap beyond all counting is one at which counting ends
+    assert M.max_steps(320, tiny(model_batch_size=32, max_epochs=most)) == most // 10 * 10
+    endless = tiny(model_batch_size=32, max_epochs=most)
+    assert jax.jit(lambda fit: M.fitting(fit, endless))(fit._replace(step=jnp.int32(100), idle=jnp.int32(0)))
 
 
 def test_predictions_over_several_steps():
@@ -1018,7 +1096,7 @@ def test_run_leaves_what_it_promises(dataset, tmp_path, monkeypatch):
     [
         (dict(rollout_freq=15), "multiple of --rollout-freq"),
         (dict(num_elites=4), "--num-elites must be at most"),
-        (dict(min_model_steps=50, max_model_steps=49), "--min-model-steps must be at most --max-model-steps"),
+        (dict(min_model_steps=50, max_model_steps=49), "--max-model-steps 49: --min-model-steps is 50; lower it as"),
         (dict(model_decays=(1.0,)), "--model-decays needs two"),
         (dict(real_ratio=1.0), "--real-ratio: a batch needs a model row"),
         (dict(rollout_batch=10_007), "--rollout-batch needs a divisor"),

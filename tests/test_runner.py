@@ -558,14 +558,20 @@ def test_a_terminal_gets_one_live_line(monkeypatch):
 def test_a_metric_that_diverges_is_named(args):
     """Of any seed; with --q-bound 0 nothing is refused."""
     buffer, task = runner.open_task("toy", args, KEYS)
-    broken = [("train/q is 1.01e\\+06", {"train/q": np.array([0.0, -1.01e6])})]
+    falls, rises = (
+        "what was saved before is kept: lower this, or lower",
+        "what was saved before is kept: raise that, or",
+    )
+    broken = [(f"train/q is -1.01e\\+06; {falls}", {"train/q": np.array([0.0, -1.01e6])})]
+    broken += [(f"train/q is 1.01e\\+06; {rises}", {"train/q": np.array([-1.0, 1.01e6])})]
+    broken += [(f"train/q is nan; {rises}", {"train/q": np.array([-1.0, np.nan])})]
     for value in (np.nan, np.inf, -np.inf):
         metrics = {"train/q": np.zeros(2), "train/nll": np.array([1e9, value])}
-        broken += [(f"train/nll is {abs(value)}", metrics)]
+        broken += [(f"train/nll is {value}", metrics)]
     broken += [("a hundred gradients in a row were not finite", {"fit/skipped": np.array([3.0, np.nan])})]
     for bound in (1e6, 0.0):
         given = dataclasses.replace(args, q_bound=bound, out=f"{args.out}{bound}")
-        with runner.Run("toy", given, task, buffer) as r:
+        with runner.Run("toy", given, task, buffer, remedy=("raise that", "lower this")) as r:
             for step in r.chunks("update", 10, 0):
                 r.progress(step, {"train/q": np.array([1e6, -1e6])}, ())
                 for said, metrics in broken:

@@ -308,6 +308,9 @@ def test_a_set_is_made_once_and_again_bit_for_bit(tmp_path):
     record.write_text(json.dumps(known | {"sha256": known["sha256"] | {"actions": "0" * 64}}))
     elsewhere = {"settings": suite.settings(suite.parse(words), "point-medium")}  # recorded, and not here
     record.with_name("point-medium.json").write_text(json.dumps(known | elsewhere))
+    kept = record.read_text()
+    cell.done.unlink()
+    assert "0 of 1 sets in" in say(words) and record.read_text() == kept  # or --check would compare it with itself
     said = say([*words, "--check"], SystemExit)
     assert "not compared (missing" in said and "0 of 1 sets" in said and "not point-random" in said
     cell.done.unlink()
