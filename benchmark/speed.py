@@ -4,7 +4,7 @@
     python benchmark/speed.py --part sac --json F         one part, numbers to a file
     python benchmark/speed.py --part cped qdq dac         the learners with generative models, 3 to 5 minutes each
     python benchmark/speed.py --check                     every part in small: does it work?
-    python benchmark/speed.py --markdown F                numbers of a file -> the table of docs/speed.md
+    python benchmark/speed.py --markdown F [F ..]         numbers of files -> the tables of docs/speed.md
     python benchmark/speed.py data FOLDER                 seconds to import and export files; --help says more
     python benchmark/speed.py memory FOLDER               memory of every learner with a million rows
 
@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -67,16 +68,29 @@ def run_parts(parts, args):
     return rows
 
 
-def markdown(path):
-    """Put the numbers of a file into docs/speed.md, between its two marks."""
+def numbers(path):
+    """What a run wrote with --json."""
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file; make it: python benchmark/speed.py --json {path}")
     result = json.loads(Path(path).read_text())
     if "--check" in result["command"]:
         raise SystemExit(f"{path} is of a --check: its numbers mean nothing; run without")
-    about = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-    text = f"`{result['command']}`: {result['seconds']:.0f} s. {about}\n\n"
-    text += "\n".join([HEAD, RULE, *map(table_row, result["rows"])])
+    return result
+
+
+def tables(results, parts):
+    """A table for each run, of these parts (None: all), but for those that a later run has as well."""
+    for i, result in enumerate(results):
+        newer = {row["part"] for other in results[i + 1 :] for row in other["rows"]}
+        rows = [row for row in result["rows"] if row["part"] in (parts or PARTS) and row["part"] not in newer]
+        about = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+        yield textwrap.fill(f"`{result['command']}`: {result['seconds']:.0f} s. {about}", 120)
+        yield "\n".join([HEAD, RULE, *map(table_row, rows)])
+
+
+def markdown(paths, parts=None):
+    """Put the numbers of files into docs/speed.md, between its two marks."""
+    text = "\n\n".join(tables([numbers(path) for path in paths], parts))
     page = ROOT / "docs" / "speed.md"
     start, end = "<!-- table -->", "<!-- end of table -->"
     before, rest = page.read_text().split(start)
@@ -91,11 +105,12 @@ def main(argv):
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--repeats", type=int, default=3, help="timings of every row")
     parser.add_argument("--check", action="store_true", help="every part in small, one timing: no numbers")
-    parser.add_argument("--markdown", metavar="JSON", help="only write the table of docs/speed.md")
+    told = "only write the tables of docs/speed.md; of a part that several files have, the last one's"
+    parser.add_argument("--markdown", nargs="+", metavar="JSON", help=told)
     parser.add_argument("--no-head", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.markdown:
-        return markdown(args.markdown)
+        return markdown(args.markdown, args.part)
     parts = args.part or list(PARTS if args.check else TABLE)
     if {"sac", "mopo"} & set(parts):
         baselines.require_torch()
