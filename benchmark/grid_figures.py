@@ -4,7 +4,8 @@
     python benchmark/grid_figures.py results/dac/grid --runs runs/dac_grid     copies their logs; table, grid.png
     python benchmark/grid_figures.py results/cped/grid --last 3                table and grid.png of what is there
     python benchmark/grid_figures.py results/mopo/screen --name screen --leave-out "*world*"
-    python benchmark/grid_figures.py results/mopo/screen --name world --cells plain default world default-world
+    python benchmark/grid_figures.py results/mopo/final --leave-out "hopper*" "*60*" --one-scale
+    python benchmark/grid_figures.py results/mopo/screen --name world --cells plain world --labels "a model" "the world"
 
 A log <data>/<cell>.jsonl may hold several seeds. Score: mean of the last evaluations, in as many steps as the data's
 episodes have at most; its spread is the std over seeds, of a sample.
@@ -66,22 +67,26 @@ def table(folder, last):
             yield f"| {' | '.join(map(str, row))} |"
 
 
-def draw(path, folder, names, leave_out):
+def draw(path, folder, names, leave_out=(), labels=(), one_scale=False):
     """A panel for each data set that has all of these cells, a curve for each cell, and its seeds."""
+    called = dict(zip(names, labels or names, strict=True))
     short, whole, panels = read(folder, RETURN), read(folder, WHOLE), []
     there = sorted({cell for cells in short.values() for cell in cells})
-    order = names or [cell for cell in there if not fnmatch.fnmatch(cell, leave_out)]
+    drawn = lambda name: not any(fnmatch.fnmatch(name, pattern) for pattern in leave_out)
+    order = names or [cell for cell in there if drawn(cell)]
     for data, cells in short.items():
-        shown = {cell: cells[cell] for cell in order if cell in cells}
+        shown = {cell: cells[cell] for cell in order if cell in cells and drawn(data)}
         if shown and shown.keys() >= set(names):
             of_whole = {(cell, seed): x for cell, seeds in whole[data].items() for seed, (_, x) in seeds.items()}
             cut = any(
                 not np.array_equal(x, of_whole[c, s]) for c, seeds in shown.items() for s, (_, x) in seeds.items()
             )
-            panels.append(grid.panel(data, shown, ylabel=grid.CUT if cut else "return", order=order))
+            shown = {called.get(cell, cell): seeds for cell, seeds in shown.items()}
+            places = [called.get(cell, cell) for cell in order]
+            panels.append(grid.panel(data, shown, ylabel=grid.CUT if cut else "return", order=places))
     if not panels:
         raise InputError(f"{folder}: no data set has {', '.join(names) or 'a cell to draw'}; there are {there}")
-    plots.figure(path, panels, width=6.0)
+    plots.figure(path, panels, sharey=one_scale)
 
 
 def main(argv=None):
@@ -91,12 +96,16 @@ def main(argv=None):
     parser.add_argument("--last", type=int, default=5, help="evaluations of a score")
     parser.add_argument("--name", default="grid", help="of the figure")
     parser.add_argument("--cells", nargs="+", default=(), help="draw only these, of the data sets that have them all")
-    parser.add_argument("--leave-out", default="", metavar="PATTERN", help="cells that are not drawn")
+    parser.add_argument("--labels", nargs="+", default=(), help="what the figure calls the --cells, in their order")
+    parser.add_argument("--leave-out", nargs="+", default=(), metavar="PATTERN", help="cells, data sets: not drawn")
+    parser.add_argument("--one-scale", action="store_true", help="all panels on one scale")
     args = parser.parse_args(argv)
     if args.runs:
         copy_logs(args.runs, args.folder)
     print(*collect.several_files(args.folder), *table(args.folder, args.last), sep="\n")
-    draw(args.folder / f"{args.name}.png", args.folder, args.cells, args.leave_out)
+    if args.labels and len(args.labels) != len(args.cells):
+        raise InputError(f"--labels: {len(args.labels)} for {len(args.cells)} --cells; name one for each")
+    draw(args.folder / f"{args.name}.png", args.folder, args.cells, args.leave_out, args.labels, args.one_scale)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ SOURCES = {
     "ant": f"--task ant {APWD}",
     "ant-main": "--task ant",  # the main job
     "ant-one": "--task ant --num-devices 1",  # the same on one device: another run
+    "ant-paper": "--task ant --preset paper",  # as long as published
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
     "ant-rho-60": f"--task ant-angle-60 {SUPERVISED} --collect rollouts",
@@ -136,7 +137,7 @@ SHORT_EPISODES = "--episode-length 200 --num-envs 8 --updates-per-step 0.03125 -
 GPU = {
     "ant": "--preset paper", "cheetah": "--preset paper",
     "humanoid": "--num-envs 8 --updates-per-step 0.0625 --num-updates 1000000 --eval-every 50000",
-    "ant-main": "", "ant-one": "",  # as they are
+    "ant-main": "", "ant-one": "", "ant-paper": "",  # as they are
 }  # fmt: skip
 CPU = {"ant-main": "--num-devices 2"}  # as on two cores, also where a cell is kept to one
 CPU |= {"humanoid": f"--num-policies 4 {SHORT_EPISODES} --num-updates 4000 --eval-every 1000"}
@@ -225,6 +226,10 @@ STUDIES = {
     "ant-large-bonus": Study(
         "The main job's ant, 146,000 rows, 1 more for every step: does the published order hold?",
         ("ant-angle-60",), large("top1", "top2", "all", option=",survive_bonus=1"), ("mopo-long",),
+    ),
+    "ant-paper": Study(
+        "The ant from a source of the published length, 146,000 rows: is it worth more than more updates?",
+        ("ant-angle-60",), {"top1": "ant-paper:1@146000", "all": "ant-paper:all@146000"}, ("mopo-long", "dac"),
     ),
     "learners-point": Study(
         "Does UDG carry over to model-free offline RL? Five learners on the same buffers.",

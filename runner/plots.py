@@ -70,8 +70,8 @@ def number(axis):
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def figure(path, panels, width=6.0, height=4.5):
-    """Draw panels side by side into a png, four in a row at most.
+def figure(path, panels, width=6.0, height=4.5, sharey=False):
+    """Draw panels side by side into a png, four in a row at most; sharey: all on one scale.
 
     panels: dicts with title, xlabel, ylabel, scale ("linear", "semilogy" or "loglog") and `lines`:
     (x, y, style) with style the keywords of matplotlib's plot; y [n] or [n, k], k lines of one label;
@@ -84,7 +84,7 @@ def figure(path, panels, width=6.0, height=4.5):
 
     rows = -(-len(panels) // 4)
     columns = -(-len(panels) // rows)
-    drawn, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    drawn, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, sharey=sharey)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels):  # noqa: B905  (what is over is empty)

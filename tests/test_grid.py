@@ -135,7 +135,7 @@ def test_settings_are_shown_of_all_their_seeds(tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(map(json.dumps, [{"args": {}}, *records])))
     drawn = []
-    monkeypatch.setattr(grid_figures.plots, "figure", lambda path, panels, width: drawn.append((path.name, panels)))
+    monkeypatch.setattr(grid_figures.plots, "figure", lambda path, panels, sharey: drawn.append((path.name, panels)))
     grid_figures.main([str(tmp_path)])
     grid_figures.main([str(tmp_path), "--name", "both", "--cells", "slow", "fast"])
     lines = capsys.readouterr().out.splitlines()[2:5]
@@ -152,6 +152,11 @@ def test_settings_are_shown_of_all_their_seeds(tmp_path, monkeypatch, capsys):
         "both.png",
     )
     assert a["ylabel"] == "return, in as many steps as the data's episodes"
+    grid_figures.main([str(tmp_path), "--cells", "slow", "fast", "--labels", "old", "new", "--leave-out", "b"])
+    (only,) = drawn.pop()[1]
+    assert only["title"] == "a" and looks(only) == {"old (one seed)": "C0", "new (2 seeds)": "C1"}
+    with pytest.raises(envs.InputError, match="--labels: 1 for 2 --cells"):
+        grid_figures.main([str(tmp_path), "--cells", "slow", "fast", "--labels", "old"])
     with pytest.raises(envs.InputError, match="no data set has quick"):
         grid_figures.main([str(tmp_path), "--cells", "quick"])
 
