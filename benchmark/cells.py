@@ -33,10 +33,13 @@ import runner
 from envs import InputError, buffers
 from envs.buffers.convert.common import file_sha256
 from runner import write_whole
+from runner.log import data_told
 from runner.run import FREE
 
 ROOT = Path(__file__).resolve().parents[1]
 HEARD_EVERY = 60.0  # seconds between what the cells at work say, where none has ended
+BUSY, ASKED_EVERY = "another process is making it now", 30.0  # seconds until it is asked for again
+NEUTRAL = {"track": False, "matmul_precision": "float32", "task_reward": "", "max_rows": 0}  # as before they were flags
 
 
 class Cell(NamedTuple):
@@ -71,11 +74,14 @@ def read_record(cell, base):
         return {}
 
 
-def write_record(cell, base, about):
-    """Note that a cell is done: its command, the rows that it read, commit and versions, and what `about` says."""
+def write_record(cell, base, about, reads=None):
+    """Note that a cell is done: its command, the rows that it read, commit and versions, and what `about` says.
+
+    reads: their fingerprint; None: that of the rows there now.
+    """
     record = record_file(cell, base)
     record.parent.mkdir(parents=True, exist_ok=True)
-    about = {"command": cell.command, **about, "reads": fingerprint(cell)}
+    about = {"command": cell.command, **about, "reads": fingerprint(cell) if reads is None else reads}
     write_whole(record, json.dumps(about | {"commit": buffers.git_commit(), "versions": buffers.versions()}))
 
 
@@ -167,17 +173,16 @@ def flags_left(cell):
 def flags_differ(cell, left):
     """Names of the flags in which `left`, what a cell was made with, is not what its command means now.
 
-    A flag that did not exist when a cell was made had the value that is the default now.
+    A flag that did not exist when a cell was made differs, unless its value now leaves all as it was (NEUTRAL).
     """
     try:
         wanted = json.loads(json.dumps(flags_of(cell)))
     except InputError:  # a preset that cannot read the data
         return ["dataset"]
     wanted = with_columns(wanted)
-    fields = dataclasses.fields(importlib.import_module(Path(cell.command[0]).stem).Args)
-    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    left = with_columns(json.loads(json.dumps(defaults | left))) if left else {}
+    left = with_columns(json.loads(json.dumps(NEUTRAL | left))) if left else {}
     free = {*FREE, *(["chunk"] if cell.command[0] == "wurl_sac.py" else [])}
+    left = {k: v for k, v in left.items() if k in wanted or k not in NEUTRAL}
     return [k for k in sorted((wanted.keys() | left.keys()) - free) if left.get(k) != wanted.get(k)]
 
 
@@ -193,7 +198,7 @@ def with_columns(flags):
 
 
 def rows_differ(cell):
-    """Whether a cell was made from other rows than its command reads now, as far as it says from which."""
+    """Whether a cell was made from other rows than its command reads now; a learner that does not say, too."""
     try:
         if cell.command[0] == "udg_select.py":
             found = json.loads(cell.done.read_text())["selections"].values()
@@ -201,10 +206,14 @@ def rows_differ(cell):
             return not made_from <= {file_sha256(file) for file in files_read(cell)}
         if not cell.reads:
             return False
+        if not (cell.runs / "state.npz").exists():  # as a run may be copied; its log says, too
+            header = json.loads((cell.runs / "log.jsonl").read_text().partition("\n")[0])
+            known = digests_of(cell.reads[0])
+            return header["data"] != data_told([known[name] for name in runner.DIGESTED], header["data"]["rows"])
         made_from = runner.read_npz(cell.runs / "state.npz")[1]["identity"]["data"]
         return not set(made_from) <= set(digests_of(cell.reads[0]).values())
     except (OSError, ValueError, KeyError):
-        return False
+        return cell.command[0] != "udg_select.py"
 
 
 def adopt(cells, base):
@@ -274,10 +283,10 @@ def run_cell(cell, base, core, stopping):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return "another process is making it now"
+            return BUSY
         if is_done(cell, base):  # by that other process, a moment ago
             return ""
-        began, resume = time.time(), []
+        began, resume, reads = time.time(), [], fingerprint(cell)
         if cell.runs and runner.state_files(cell.runs):
             resume = ["--resume"]
         elif not cell.runs:
@@ -289,7 +298,9 @@ def run_cell(cell, base, core, stopping):
             anew = f"; to begin it anew, move {cell.runs} away" if resume else ""
             return f"exit {code}: {said[-1] if said else 'it said nothing'}\n  see {record.with_suffix('.log')}{anew}"
         spent = {"seconds": round(time.time() - began), "cpu_seconds": round(cpu)}
-        write_record(cell, base, spent | {"peak_gb": round(memory / 1e9, 2), "resumed": bool(resume)})
+        if fingerprint(cell) != reads:
+            return "what it reads was replaced while it ran: make it again"
+        write_record(cell, base, spent | {"peak_gb": round(memory / 1e9, 2), "resumed": bool(resume)}, reads)
     return ""
 
 
@@ -302,8 +313,9 @@ def tell_at_work(cells, base):
         print(f"  at work: {cell.name}: {newest[:120]}", flush=True)
 
 
-def start_ready(waiting, done, failed, base, room, submit):
-    """One pass over what waits: skip what is done, drop what lost a need, submit what can run in `room` places."""
+def start_ready(waiting, done, failed, base, room, submit, busy=()):
+    """One pass over what waits: skip what is done, drop what lost a need, submit what can run in `room` places; `busy`
+    are made by another process."""
     for name, cell in list(waiting.items()):  # each stands after what it needs
         lost = sorted(failed & set(cell.needs))
         if lost:
@@ -313,7 +325,7 @@ def start_ready(waiting, done, failed, base, room, submit):
             continue
         elif is_done(cell, base):
             done.add(name)
-        elif room > 0:
+        elif room > 0 and name not in busy:
             room -= 1
             submit(name, cell)
         else:
@@ -326,7 +338,7 @@ def run_cells(cells, base, jobs):
     waiting, done, failed, running, began = dict(cells), set(), set(), {}, time.time()
     count, made = sum(not is_done(cell, base) for cell in cells.values()), 0
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
-    free, lock = list(range(jobs)), threading.Lock()
+    free, lock, busy = list(range(jobs)), threading.Lock(), {}  # busy: when they were found so
 
     def work(cell):
         with lock:
@@ -342,14 +354,24 @@ def run_cells(cells, base, jobs):
     with Stopping() as stopping, ThreadPoolExecutor(jobs) as pool:
         submit = lambda name, cell: running.update({pool.submit(work, cell): name})
         while True:
-            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit)
+            busy = {name: since for name, since in busy.items() if time.time() - since < ASKED_EVERY}
+            start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit, busy)
+            if not running and busy and not stopping.name:
+                time.sleep(min(ASKED_EVERY, 1.0))
+                continue
             if not running:
                 break
             ended = wait(running, timeout=HEARD_EVERY, return_when=FIRST_COMPLETED)[0]
             if not ended:
                 tell_at_work([cells[name] for name in running.values()], base)
             for future in ended:
-                name, wrong, made = running.pop(future), future.result(), made + 1
+                name, wrong = running.pop(future), future.result()
+                if wrong == BUSY:
+                    print(f"waiting for {name}: {BUSY}", flush=True)
+                    waiting[name], busy[name] = cells[name], time.time()
+                    waiting = {name: waiting[name] for name in cells if name in waiting}  # each after what it needs
+                    continue
+                made += 1
                 (failed if wrong else done).add(name)
                 if wrong:
                     told = "stopped" if stopping.name else "FAILED"

@@ -10,7 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 import grid
+from envs import InputError
 from runner import plots
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -33,6 +36,21 @@ def portable_log(run):
     return "\n".join([json.dumps(header), *records]) + "\n"
 
 
+def keep_log(run, path, force=False):
+    """Copy a run's log to `path`; InputError where a log of other flags or other rows stands there, unless `force`."""
+    text = portable_log(run)
+    if path.exists() and not force:
+        new, old = (json.loads(log.partition("\n")[0]) for log in (text, path.read_text()))
+        flags = new["args"].keys() & old["args"].keys()
+        differ = [name for name in sorted(flags) if new["args"][name] != old["args"][name]]
+        differ += ["data"] if new.get("data") != old.get("data") else []  # an old log does not say
+        if differ:
+            remedy = "choose another folder, or remove it first"
+            raise InputError(f"{path}: is of another run than {run} ({', '.join(differ)} differ); {remedy}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def collect(run, into):
     """runs/<script>/<task>/<name> -> <into>/<script>/<task>/<name>.jsonl and <name>-<figure>.png"""
     if not (run / "policy.npz").exists():
@@ -40,8 +58,7 @@ def collect(run, into):
         return
     script, task, name = run.resolve().parts[-3:]
     folder = into / script / task
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text(portable_log(run))
+    keep_log(run, folder / f"{name}.jsonl")
     for figure in FIGURES:
         if (run / figure).exists():
             shutil.copy(run / figure, folder / f"{name}-{figure}")
@@ -54,13 +71,13 @@ def several_files(folder):
     for path in sorted([*folder.glob("*/*.jsonl"), *folder.glob("*/*/*.jsonl")]):
         with open(path) as lines:
             data = json.loads(next(lines, "{}")).get("data")  # old logs do not say
-        if data:
-            name, *log = path.relative_to(folder).parts
-            known.setdefault(name, {}).setdefault((data["rows"], data["sha256"]), "/".join(log))
+        name, *log = path.relative_to(folder).parts
+        rows = f"{data['rows']:,} ({data['sha256']})" if data else "does not say"
+        known.setdefault(name, {}).setdefault(rows, "/".join(log))
     for name, files in known.items():
         if len(files) > 1:
-            told = ", ".join(f"{log} {rows:,} ({digest})" for (rows, digest), log in files.items())
-            yield f"warning: {name}: the logs are of different rows, and do not compare: {told}"
+            told = ", ".join(f"{log} {rows}" for rows, log in files.items())
+            yield f"warning: {name}: the logs are not all of the same rows: {told}"
 
 
 def collect_grid(folder, into):
@@ -69,6 +86,10 @@ def collect_grid(folder, into):
         tables = [json.loads(p.read_text()) for p in (into / "table.json", folder / "table.json") if p.exists()]
         algorithms = list(dict.fromkeys(name for table in tables for name in table["algorithms"]))
         data = {name: returns for table in tables for name, returns in table["data"].items()}
+        of_tables = [pair for table in tables for pair in table["data"].items()]
+        other = [name for name, returns in of_tables if not np.allclose(returns, data[name])]
+        if other:
+            raise InputError(f"{folder}: {', '.join(other)} has other rows than in {into}; choose another --into")
         found, short = {}, {}
         for path in sorted(into.glob("*/*/*.jsonl")):
             name, algorithm = path.parts[-3:-1]
@@ -86,7 +107,10 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     parser.add_argument("--into", type=Path, default=RESULTS, help="where they go")
     arguments = parser.parse_args()
-    for path in arguments.runs:
-        collect(path, arguments.into)
-    for above in {path.resolve().parents[2] for path in arguments.runs} or {arguments.into}:
-        collect_grid(above, arguments.into)
+    try:
+        for path in arguments.runs:
+            collect(path, arguments.into)
+        for above in {path.resolve().parents[2] for path in arguments.runs} or {arguments.into}:
+            collect_grid(above, arguments.into)
+    except InputError as error:
+        raise SystemExit(f"collect.py: error: {error}") from None

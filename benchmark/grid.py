@@ -36,7 +36,7 @@ from envs import InputError, buffers
 from runner import devices, plots, state_files
 
 ALGORITHMS = ("mopo.py", "benchmark/mopo_models.py", "cped.py", "qdq.py", "dac.py")
-BUSY = "another worker is making it now"
+BUSY, BUSY_FOR = "another worker is making it now", 60.0  # seconds until it is asked for again
 SHOWN_AS = {"bc": "cloning", "dac-bc": "cloning, sampled", "cped": "CPED", "qdq": "QDQ", "dac": "DAC", "mopo": "MOPO"}
 CUT = "return, in as many steps as the data's episodes"
 
@@ -77,6 +77,8 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it goes with this process
             except BlockingIOError:
                 return BUSY
+            if self.found() == "done":  # by that other worker, meanwhile
+                return ""
             file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
             file.flush()
@@ -161,7 +163,7 @@ def outcome(job):
 
 def run_all(runs, args, out):
     """Keep `jobs` runs going until all are done or given up -> {name: why}."""
-    waiting, running, tries, failed = [], {}, {}, {}
+    waiting, running, tries, failed, busy = [], {}, {}, {}, {}
     for run in runs:
         found = run.found()
         if not found:
@@ -171,21 +173,25 @@ def run_all(runs, args, out):
     print(f"{len(runs)} runs: {len(runs) - len(waiting) - len(failed)} done, {len(waiting)} to make", flush=True)
     executor = make_executor(args, out) if waiting else None
     while waiting or running:
-        while waiting and len(running) < args.jobs:
-            run = waiting.pop(0)
+        ready = [run for run in waiting if time.time() - busy.get(run, 0) > BUSY_FOR]
+        while ready and len(running) < args.jobs:
+            run = ready.pop(0)
+            waiting.remove(run)
             tries[run.name] = tries.get(run.name, 0) + 1
             running[run] = executor.submit(run)
             print(f"started {run.name} (try {tries[run.name]}): {running[run].paths.stdout}", flush=True)
         time.sleep(args.poll)
         for run in [run for run, job in running.items() if job.done()]:
             wrong = outcome(running.pop(run))
-            if wrong == BUSY:  # started by a launcher that is gone
+            if wrong == BUSY:  # of another launcher, or of one that is gone
                 tries[run.name] -= 1
+                busy[run] = time.time()
             if wrong == BUSY or (wrong is None and tries[run.name] <= args.retries):
                 waiting.append(run)
             elif wrong != "":
                 failed[run.name] = wrong or f"died {tries[run.name]} times, see {out / 'jobs'}"
-            print(f"{'ended' if wrong == '' else 'FAILED'} {run.name} {wrong or ''}", flush=True)
+            told = "ended" if wrong == "" else "waiting for" if wrong == BUSY else "FAILED"
+            print(f"{told} {run.name} {wrong or ''}", flush=True)
     return failed
 
 

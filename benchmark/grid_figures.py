@@ -31,11 +31,9 @@ BESIDE = (
 
 def copy_logs(runs, folder):
     """The logs of runs that ended."""
-    for path in sorted(runs.glob("*/*/seed*/policy.npz")):
+    for path in sorted(runs.glob("*/*/seed*/done.json")):
         data, cell, seed = path.parent.parts[-3:]
-        into = folder / data / cell / f"{seed}.jsonl"
-        into.parent.mkdir(parents=True, exist_ok=True)
-        into.write_text(collect.portable_log(path.parent))
+        collect.keep_log(path.parent, folder / data / cell / f"{seed}.jsonl")
 
 
 def read(folder, key):
@@ -53,12 +51,13 @@ def table(folder, last):
     """Rows of text, a cell each: score and its spread over seeds, and what the log says at the end."""
     short, whole = read(folder, RETURN), read(folder, WHOLE)
     beside = {key: found for key in BESIDE if (found := read(folder, key))}
-    end = lambda found, num: [values[-num:].mean() for _, values in found.values()]
+    learnt = lambda found: [values[steps > 0] for steps, values in found.values()]
+    end = lambda found, num: [values[-num:].mean() for values in learnt(found)]
     yield f"| data | cell | seeds | score | best | whole episodes | {' | '.join(beside)} |"
     yield "|---|---|" + "--:|" * (4 + len(beside))
     for data, cells in short.items():
         for cell, seeds in cells.items():
-            scores, best = end(seeds, last), [values.max() for _, values in seeds.values()]
+            scores, best = end(seeds, last), [values.max() for values in learnt(seeds)]
             spread = f" +- {np.std(scores, ddof=1):.0f}" if len(scores) > 1 else ""
             row = [data, cell, len(seeds), f"{np.mean(scores):.0f}{spread}", f"{np.mean(best):.0f}"]
             row += [f"{np.mean(end(whole[data][cell], last)):.0f}"]

@@ -57,6 +57,9 @@ def read_tables(paths, algorithms=()):
     unknown, where = [name for name in algorithms if name not in names], ", ".join(map(str, paths))
     if unknown:
         raise InputError(f"--algorithms {' '.join(unknown)}: not in {where}, which has {', '.join(names)}")
+    for name in names:
+        if name not in found and (not algorithms or name in algorithms):
+            print(f"left out {name}: it has no score here")
     for data in {data: 0 for of in found.values() for data in of}:
         if absent := [name for name, of in found.items() if data not in of]:
             flat[data] = f"{', '.join(absent)} has no score there; --algorithms chooses others"

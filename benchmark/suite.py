@@ -328,7 +328,7 @@ def settings(args, name):
 
 
 def make_set(args, name):
-    """One set: data/<name>.npz, and its record in results/suite, where none of other bits stands."""
+    """One set: data/<name>.npz, its record beside it, and in results/suite, where none of other bits stands."""
     path, settled = args.out / f"{name}.npz", settings(args, name)
     task, columns, levels, warmup = make_columns(args, name)
     used = {
@@ -347,11 +347,10 @@ def make_set(args, name):
     args.results.mkdir(parents=True, exist_ok=True)
     entry = {"name": f"ours/{name}", "settings": settled, "levels": used, **distribution(buffer, task)}
     entry |= {k: buffer.metadata[k] for k in ("sha256", "versions", "git_commit")}
-    path, known = args.results / f"{name}.json", recorded_bits(args).get(name)
-    if known not in (None, entry["sha256"]):  # else --check would find what was made here to be what is recorded
-        print(f"{path} is kept, though other bits were made here: another machine, or other versions", flush=True)
-        return
-    write_whole(path, json.dumps(entry, indent=1) + "\n")
+    known = recorded_bits(args).get(name)
+    write_whole(args.out / f"{name}.json", json.dumps(entry, indent=1) + "\n")
+    if known in (None, entry["sha256"]):  # else --check would find what was made here to be what is recorded
+        write_whole(args.results / f"{name}.json", json.dumps(entry, indent=1) + "\n")
 
 
 def distribution(buffer, task):
@@ -467,6 +466,8 @@ def check_bits(args, known):
             f"{len(there) - len(other)} of {len(there)} sets in {args.out} are the recorded ones bit for bit{told}",
             flush=True,
         )
+    if other:
+        print(f"numbers of {args.results} and of the pages are not of them: other rows, other scores", flush=True)
     return other
 
 
@@ -487,13 +488,19 @@ def table(entries):
     return "\n".join(lines) + "\n"
 
 
+def made_here(args, names):
+    """The records beside the sets of these names that are there, by these settings."""
+    there = [name for name in names if (args.out / f"{name}.json").exists() and not of_other_settings(args, name)]
+    return {name: json.loads((args.out / f"{name}.json").read_text()) for name in there}
+
+
 def write_table(args):
     """results/suite/<...>/table.md of the records there."""
     entries = {p.stem: json.loads(p.read_text()) for p in sorted(args.results.glob("*.json"))}
     if not entries:
         raise envs.InputError(f"{args.results}: no set was made yet; run this without --table")
     write_whole(args.results / "table.md", table(entries))
-    print(table(entries) + f"{args.results / 'table.md'}", flush=True)
+    return table(entries)
 
 
 def parse(argv):
@@ -530,7 +537,7 @@ def main(argv=None):
     if args.list:
         return show(args)
     if args.table:
-        return write_table(args)
+        return print(write_table(args) + f"{args.results / 'table.md'}", flush=True)
     if args.check:
         known = recorded_bits(args)
         if not known:
@@ -550,6 +557,8 @@ def main(argv=None):
     check_bits(args, known)
     if any(args.results.glob("*.json")):
         write_table(args)
+    if here := made_here(args, names):
+        print(table(here), flush=True)
     if stopped:
         sys.exit(f"stopped by {stopped}; go on with the same command")
     if failed:

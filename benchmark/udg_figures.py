@@ -69,17 +69,17 @@ def load(path):
     sources = {row["source"]: row for row in rows if "source" in row}
     learners = [row for row in rows if "learner" in row]
     for row in learners:
-        short = row["returns_data_length"]
-        row |= {"score": float(np.mean(short[-LAST:])), "last": short[-1], "best": max(short)}
-        row["whole"] = float(np.mean(row["returns"][-LAST:]))
+        learnt = np.array(row["steps"]) > 0  # some learners evaluate the untrained policy, too
+        short, whole = (np.array(row[key])[learnt] for key in ("returns_data_length", "returns"))
+        row |= {"score": float(short[-LAST:].mean()), "last": float(short[-1]), "best": float(short.max())}
+        row["whole"] = float(whole[-LAST:].mean())
     return header, sources, learners, {row["task"]: row for row in rows if "w1" in row}
 
 
 def by_learner(header, learners):
-    """{learner: its rows}, in the study's order."""
+    """{learner: its rows}, in the study's order; one of which nothing is made has none."""
     names = [*header.get("learners", ()), *(row["learner"] for row in learners)]
-    found = {name: [row for row in learners if row["learner"] == name] for name in dict.fromkeys(names)}
-    return {name: rows for name, rows in found.items() if rows}
+    return {name: [row for row in learners if row["learner"] == name] for name in dict.fromkeys(names)}
 
 
 def scores(learners, what="score"):
@@ -626,7 +626,7 @@ def draw(path):
         groups = by_learner(header, learners)
         if len(groups) > 1:
             learners_table(header, learners)
-        for name, rows in groups.items():
+        for name, rows in ((name, rows) for name, rows in groups.items() if rows):
             print(f"### {name}\n\n" * (len(groups) > 1), end="")
             score_tables(header, rows)
         counted = all(re.fullmatch(r"K=\d+", label) for label in planned(header, learners)[1])

@@ -78,7 +78,7 @@ SOURCES = {
     "ant": f"--task ant {APWD}",
     "ant-main": "--task ant",  # the main job
     "ant-one": "--task ant --num-devices 1",  # the same on one device: another run
-    "ant-paper": "--task ant --preset paper",  # as long as published
+    "ant-paper": "--task ant --preset paper --num-devices 2",  # as long as published
     "ant-random": f"--task ant {ROBOT_RANDOM}",
     "ant-expert-0": f"--task ant-angle-0 {SUPERVISED}",
     "ant-rho-60": f"--task ant-angle-60 {SUPERVISED} --collect rollouts",

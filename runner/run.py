@@ -76,7 +76,8 @@ class Run:
     @property
     def logger(self):
         if self._logger is None:
-            about = {"script": self.script, "task": self.task.name, **data_told(self.buffer, self.identity)}
+            about = {"script": self.script, "task": self.task.name}
+            about |= {} if self.buffer is None else {"data": data_told(self.identity["data"], len(self.buffer))}
             self._logger = Logger(self.folder, self.args, self.meta.get("log", 0), **about)
         return self._logger
 

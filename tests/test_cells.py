@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import cells
 import cped
 import envs
 import reference_scores
+import runner
 import suite
 import udg_select
 import udg_study
@@ -29,6 +31,7 @@ from cells import Cell
 from envs import buffers
 from envs.buffers import scripted
 from envs.buffers.convert.common import file_sha256
+from runner import log
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "import os, pathlib, sys; out = pathlib.Path(sys.argv[1]); out.parent.mkdir(parents=True, exist_ok=True)\n"
@@ -191,12 +194,50 @@ def test_a_killed_launcher_leaves_its_cell_the_lock(tmp_path):
     launcher.kill()
     launcher.wait()
     try:
-        assert cells.run_cell(slow, base, None, cells.Stopping()) == "another process is making it now"
+        assert cells.run_cell(slow, base, None, cells.Stopping()) == cells.BUSY
     finally:
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, capsys):
+    """What does not need it is made meanwhile; what needs it, after it; itself once."""
+    monkeypatch.setattr(cells, "ASKED_EVERY", 0.2)
+    made = [tiny(tmp_path, "source"), tiny(tmp_path, "other"), tiny(tmp_path, "needs", "source")]
+    record = cells.record_file(made[0], tmp_path / "base")
+    record.parent.mkdir(parents=True)
+    with open(record.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def make():
+            wait_for(made[1].done)
+            made[0].done.write_text("theirs")
+            cells.write_record(made[0], tmp_path / "base", {})
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        other = threading.Thread(target=make)
+        other.start()
+        assert run(made, tmp_path) == (set(), "")
+        other.join()
+    assert trace(tmp_path) == ["other", "needs"] and made[0].done.read_text() == "theirs"
+    assert "waiting for source: another process is making it now" in capsys.readouterr().out
+
+
+def test_rows_that_are_replaced_meanwhile_are_no_rows_of_the_record(tmp_path):
+    file = tmp_path / "data.npz"
+    shutil.copy(scripted.dataset(tmp_path), file)
+    code = f"import numpy as np; x = dict(np.load({str(file)!r})); about = json.loads(str(x['metadata_json']))\n"
+    code += "about['sha256']['rewards'] = '0'; x['metadata_json'] = np.array(json.dumps(about))\n"
+    code += f"np.savez({str(file)!r}, **x); out.write_text('made')"
+    cell = tiny(tmp_path, "learn", code=f"import json; {code}")._replace(reads=(file,))
+    assert run([cell], tmp_path) == ({"learn"}, "") and not cells.is_done(cell, tmp_path / "base")
+
+
 # --- cells that were made by hand ---------------------------------------------------------------
+
+
+def rows_told(file):
+    known = cells.digests_of(file)
+    return [known[name] for name in runner.DIGESTED]
 
 
 OTHER = "made by another command (seed differ): it does not count"
@@ -239,8 +280,20 @@ def test_a_cell_made_by_hand_counts_where_flags_and_rows_are_the_commands(
         with monkeypatch.context() as patch:
             patch.setitem(cped.CPU, "tau", 0.9)
             assert not cells.is_done(learner, base), "the words are the same, their preset is another"
-        (folder / "args.json").unlink()
+        write(folder / "args.json", {k: v for k, v in left.items() if k != "tau"})
+        assert cells.flags_differ(learner, cells.flags_left(learner)) == ["tau"], "which was no flag when it was made"
+        write(folder / "args.json", left)
+        for digest, counts in (("0" * 16, False), (log.data_told(rows_told(file), 1)["sha256"], True)):
+            (folder / "state.npz").unlink(missing_ok=True)  # a copy of the run without its states
+            cells.record_file(learner, base).unlink(missing_ok=True)
+            write(folder / "log.jsonl", {"data": {"rows": 1, "sha256": digest}})
+            cells.adopt(made, base)
+            assert cells.is_done(learner, base) == counts
+        (folder / "log.jsonl").unlink()
         cells.record_file(learner, base).unlink()
+        cells.adopt(made, base)
+        assert not cells.is_done(learner, base), "which says nothing of its rows"
+        (folder / "args.json").unlink()
         cells.adopt(made, base)
         assert not cells.is_done(learner, base), "which says nothing of its flags"
 

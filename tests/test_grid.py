@@ -1,5 +1,6 @@
 """Grids of data sets, learners and seeds (benchmark/grid.py), and what is kept of them (benchmark/collect.py)."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -162,14 +163,33 @@ def test_settings_are_shown_of_all_their_seeds(tmp_path, monkeypatch, capsys):
 
 
 def test_logs_of_different_rows_are_named(tmp_path):
-    """Seeds and settings of one data set; those that do not say, and other data sets, are no matter."""
+    """Seeds and settings of one data set, also one that does not say beside one that does; other sets are no matter."""
     for path, rows in (("a/x/seed0", 9), ("a/x/seed1", 8), ("a/y", 9), ("a/old", None), ("b/x", 8), ("c/old", None)):
         file = tmp_path / f"{path}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"args": {}} | ({"data": {"rows": rows, "sha256": "00ff"}} if rows else {})) + "\n")
     (told,) = collect.several_files(tmp_path)
-    assert told.startswith("warning: a: the logs are of different rows")
-    assert told.endswith("x/seed0.jsonl 9 (00ff), x/seed1.jsonl 8 (00ff)")
+    assert told.startswith("warning: a: the logs are not all of the same rows: ")
+    assert told.endswith("old.jsonl does not say, x/seed0.jsonl 9 (00ff), x/seed1.jsonl 8 (00ff)")
+
+
+@pytest.mark.parametrize("changes, told", [({}, ""), ({"rows": 8}, "data differ"), ({"tau": 0.1}, "tau differ")])
+def test_a_log_of_another_run_is_not_replaced(tmp_path, changes, told):
+    """Nor is the table's return of the data, by which scores are scaled."""
+    header = {"rows": 9, "tau": 0.2} | changes
+    log = lambda rows, tau: json.dumps({"args": {"tau": tau}, "data": {"rows": rows}, "commit": str(changes)}) + "\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text(log(**header))
+    kept = tmp_path / "kept" / "seed0.jsonl"
+    kept.parent.mkdir()
+    kept.write_text(log(9, 0.2))
+    with pytest.raises(envs.InputError, match=told) if told else contextlib.nullcontext():
+        collect.keep_log(tmp_path / "run", kept)
+    assert kept.read_text() == (log(9, 0.2) if told else log(**header))
+    for folder, mean in (("one", 1.0), ("two", 1.0 if not told else 2.0)):
+        grid.write_results(tmp_path / folder, {}, ["dac"], {"a": (mean, 3.0)}, {})
+    with pytest.raises(envs.InputError, match="a has other rows than in") if told else contextlib.nullcontext():
+        collect.collect_grid(tmp_path / "two", tmp_path / "one")
 
 
 def test_what_is_not_wanted_is_left_out(tmp_path):

@@ -310,7 +310,10 @@ def test_a_set_is_made_once_and_again_bit_for_bit(tmp_path):
     record.with_name("point-medium.json").write_text(json.dumps(known | elsewhere))
     kept = record.read_text()
     cell.done.unlink()
-    assert "0 of 1 sets in" in say(words) and record.read_text() == kept  # or --check would compare it with itself
+    said = say(words)
+    assert "0 of 1 sets in" in said and "other rows, other scores" in said and "`ours/point-random` | 600 |" in said
+    assert record.read_text() == kept  # or --check would compare it with itself
+    assert json.loads(cell.done.with_suffix(".json").read_text()) == known  # what was made, beside it
     said = say([*words, "--check"], SystemExit)
     assert "not compared (missing" in said and "0 of 1 sets" in said and "not point-random" in said
     cell.done.unlink()

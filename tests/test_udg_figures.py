@@ -18,8 +18,8 @@ def row(task, label, score, seed=0, **fields):
     """A learner's row whose last five evaluations have the mean `score`; the first one must not count."""
     short = [1000.0, score - 2, score + 2, score, score - 1, score + 1]
     about = {"task": task, "label": label, "pick": f"{label}:1", "learner": "mopo", "seed": seed, "data_mean": 1.0}
-    about |= {"chosen": ["policy_00"], "scores": {"policy_00": 0.0}, "steps": list(range(6))}
-    return {**about, "returns": [10 * x for x in short], "returns_data_length": short, **fields}
+    about |= {"chosen": ["policy_00"], "scores": {"policy_00": 0.0}, "steps": list(range(1, 7))}
+    return about | {"returns": [10 * x for x in short], "returns_data_length": short} | fields
 
 
 def lines_of(text):
@@ -54,6 +54,18 @@ def marks(figure):
 def timed(seconds):
     """What a study's header knows of its sources: {K: seconds, or fields}."""
     return {f"source K={k}": x if isinstance(x, dict) else {"seconds": x} for k, x in seconds.items()}
+
+
+def test_the_untrained_policy_does_not_count(drawn):
+    """Some learners evaluate it, at step 0. A learner of which nothing is made is missing, and is shown to be."""
+    returns = [1000.0, 4.0, 6.0, 5.0]
+    curve = {"steps": [0, 10, 20, 30], "returns": returns, "returns_data_length": returns}
+    rows = [row("t", "a", 0.0, learner=name, **curve) for name in ("mopo", "dac")]
+    table, text, pictures = drawn(rows, tasks=["t"], picks={"a": "a:1"}, learners=["mopo", "dac", "qdq"])
+    assert table["mopo"] == ["5.0"] == table["dac"] and table["qdq"] == ["missing"]
+    assert "| a | 5.0 | 5.0 | 6.0 | 5.0 | 1.0 |" in text  # score, last, best, whole
+    (picture,) = pictures.values()
+    assert [text.get_text() for text in picture.axes[0].texts] == ["missing"]
 
 
 def test_scores_and_spread(drawn):
