@@ -50,7 +50,7 @@ Run        python cped.py --quick                         (point robot, under 2 
            python cped.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu
            python cped.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
 Expect     --quick: return 94 (data: mean -0.2, best 93.9), 40 s of one core; --preset cpu on 50k rows of ant-angle-60,
-           top 1 of commit a0fdade: 206, 216 and 198 in 200 steps (data 117, clone 170); more in docs/cped.md
+           top 1 of an older source: 206, 215 and 198 in 200 steps (data 117, clone 170); more in docs/cped.md
 """
 
 from dataclasses import dataclass

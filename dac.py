@@ -50,7 +50,7 @@ Run        python dac.py --quick                          (point robot, under 2 
            python dac.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu
            python dac.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 8    (2M updates)
 Expect     --quick: return 94 (data: mean -0.2, best 93.9) in half a minute; --preset cpu on 50k rows of ant-angle-60,
-           top 1 of commit a0fdade: 213 in 200 steps (three seeds; data 117) in 4 minutes of a core; docs/dac.md
+           top 1 of an older source: 213 in 200 steps (three seeds; data 117) in 4 minutes of a core; docs/dac.md
 """
 
 from dataclasses import dataclass

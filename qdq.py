@@ -58,7 +58,7 @@ Run        python qdq.py --quick                          (point robot, all phas
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1-size50000.npz --preset cpu
            python qdq.py --dataset runs/udg_select/ant-angle-60/top1.npz --num-seeds 5    (1M updates)
 Expect     --quick: return 95 (data: mean -0.2, best 93.9), 68 s; --preset cpu on 50k rows of ant-angle-60, top 1 of
-           commit a0fdade: 291 in 200 steps (three seeds; data 117), 6 minutes of a core; docs/qdq.md
+           an older source: 291 in 200 steps (three seeds; data 117), 6 minutes of a core; docs/qdq.md
 """
 
 import functools

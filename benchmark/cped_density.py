@@ -129,7 +129,7 @@ def table(found):
     lines = ["| loss | KL(true, learnt), nats | correlation | held-out -log p | sliced W1 |", "|---|--:|--:|--:|--:|"]
     for name, seeds in found.items():
         values = {key: np.array([seed.get(key, np.nan) for seed in seeds]) for key in KEYS}
-        told = [f"{x.mean():.3f} +- {x.std():.3f}" if len(x) > 1 else f"{x.mean():.3f}" for x in values.values()]
+        told = [f"{x.mean():.3f} +- {x.std(ddof=1):.3f}" if len(x) > 1 else f"{x.mean():.3f}" for x in values.values()]
         lines += ["| ".join([f"| {name} ", *(f"{x} " for x in told)]) + "|"]
     return "\n".join(lines)
 
