@@ -2,6 +2,7 @@
 
     python benchmark/grid.py benchmark/grid.json --jobs 2                   two runs at once on this machine
     python benchmark/grid.py benchmark/grid.json --list                     every run and whether it is done
+    python benchmark/grid.py benchmark/grid.json --only "hopper* mopo"      a part of them
     python benchmark/grid.py benchmark/suite_short.json --jobs 2            the suite of docs/data.md, on a CPU
     python benchmark/grid.py benchmark/grid.json --cluster slurm --jobs 50 --slurm partition=gpu gres=gpu:1
 
@@ -110,8 +111,9 @@ def digest(pattern):
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def read_grid(path):
-    """The list -> runs, folder of the table; InputError names what is wrong."""
+def read_grid(path, only=()):
+    """The list -> runs, folder of the table; InputError names what is wrong. only: patterns of "<dataset> <algorithm>",
+    of which one must fit; data that no such pair has need not be there."""
     try:
         found = json.loads(Path(path).read_text())
         datasets, algorithms, out = (found[key] for key in ("datasets", "algorithms", "out"))
@@ -131,8 +133,12 @@ def read_grid(path):
     useless = [x for x in not_wanted if not any(fnmatch.fnmatch(f"{d} {a}", x) for d in datasets for a in algorithms)]
     if useless:
         raise InputError(f'{path}: leave_out: {useless}: no such pair; write "<dataset> <algorithm>", * for any')
-    digests, runs = {name: digest(file) for name, file in datasets.items()}, []
-    for (data, file), (algorithm, command) in itertools.filterfalse(left_out, pairs):
+    wanted = lambda pair: not only or any(fnmatch.fnmatch(f"{pair[0][0]} {pair[1][0]}", x) for x in only)
+    pairs = [pair for pair in itertools.filterfalse(left_out, pairs) if wanted(pair)]
+    if only and not pairs:
+        raise InputError(f'--only {" ".join(only)}: no such pair in {path}; write "<dataset> <algorithm>", * for any')
+    digests, runs = {name: digest(file) for name, file in dict(data for data, _ in pairs).items()}, []
+    for (data, file), (algorithm, command) in pairs:
         for seed in seeds:
             flags = (*command.split(), "--dataset", file, "--seed", str(seed))
             folder = Path(out).absolute() / data / algorithm / f"seed{seed}"
@@ -286,6 +292,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", help="the list, a JSON file")
     parser.add_argument("--list", action="store_true", help="show the runs and make nothing")
+    parser.add_argument("--only", nargs="+", default=(), metavar="PATTERN", help='of "<dataset> <algorithm>"')
     parser.add_argument("--gather", action="store_true", help="only table and figures, of what is done")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--retries", type=int, default=2, help="how often a run that died is started again")
@@ -301,7 +308,7 @@ def main(argv=None):
     os.chdir(ROOT)  # the list's paths are from here
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmark"), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        runs, out = read_grid(grid)
+        runs, out = read_grid(grid, args.only)
         if args.list:
             for run in runs:
                 print(f"{run.found() or 'missing':7}", run.name, " ".join(run.command))

@@ -198,6 +198,13 @@ def test_what_is_not_wanted_is_left_out(tmp_path):
     write_list(tmp_path, datasets=datasets, algorithms=algorithms, leave_out=["maze-* mopo"])
     runs, _ = grid.read_grid(tmp_path / "grid.json")
     assert [run.name for run in runs] == ["maze-a dac 0", "maze-b dac 0", "flat mopo 0", "flat dac 0"]
+    write_list(tmp_path, datasets=datasets | {"gone": "gone.npz"}, algorithms=algorithms, leave_out=["maze-* mopo"])
+    with pytest.raises(envs.InputError, match="gone"):
+        grid.read_grid(tmp_path / "grid.json")
+    runs, _ = grid.read_grid(tmp_path / "grid.json", ["flat mopo", "maze-a *"])
+    assert [run.name for run in runs] == ["maze-a dac 0", "flat mopo 0"], "what they are not of need not be there"
+    with pytest.raises(envs.InputError, match="--only x: no such pair"):
+        grid.read_grid(tmp_path / "grid.json", ["x"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.json")), ids=lambda path: path.stem)
