@@ -204,7 +204,7 @@ def rows_differ(cell):
             found = json.loads(cell.done.read_text())["selections"].values()
             made_from = {parent["sha256"] for selection in found for parent in selection["parents"]}
             return not made_from <= {file_sha256(file) for file in files_read(cell)}
-        if not cell.reads:
+        if not cell.reads or not fingerprint(cell):  # what was deleted to save space has not changed
             return False
         if not (cell.runs / "state.npz").exists():  # as a run may be copied; its log says, too
             header = json.loads((cell.runs / "log.jsonl").read_text().partition("\n")[0])
@@ -299,7 +299,8 @@ def run_cell(cell, base, core, stopping):
             return f"exit {code}: {said[-1] if said else 'it said nothing'}\n  see {record.with_suffix('.log')}{anew}"
         spent = {"seconds": round(time.time() - began), "cpu_seconds": round(cpu)}
         if fingerprint(cell) != reads:
-            return "what it reads was replaced while it ran: make it again"
+            away = f"; move {cell.runs} away first" if cell.runs else ""
+            return f"what it reads was replaced while it ran: make it again{away}"
         write_record(cell, base, spent | {"peak_gb": round(memory / 1e9, 2), "resumed": bool(resume)}, reads)
     return ""
 
@@ -339,6 +340,7 @@ def run_cells(cells, base, jobs):
     count, made = sum(not is_done(cell, base) for cell in cells.values()), 0
     cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else None
     free, lock, busy = list(range(jobs)), threading.Lock(), {}  # busy: when they were found so
+    theirs = set()
 
     def work(cell):
         with lock:
@@ -356,8 +358,9 @@ def run_cells(cells, base, jobs):
         while True:
             busy = {name: since for name, since in busy.items() if time.time() - since < ASKED_EVERY}
             start_ready(waiting, done, failed, base, 0 if stopping.name else jobs - len(running), submit, busy)
+            count, theirs = count - len(theirs & done), theirs - done  # what the other process has made
             if not running and busy and not stopping.name:
-                time.sleep(min(ASKED_EVERY, 1.0))
+                time.sleep(min(ASKED_EVERY, 5.0))
                 continue
             if not running:
                 break
@@ -368,7 +371,7 @@ def run_cells(cells, base, jobs):
                 name, wrong = running.pop(future), future.result()
                 if wrong == BUSY:
                     print(f"waiting for {name}: {BUSY}", flush=True)
-                    waiting[name], busy[name] = cells[name], time.time()
+                    waiting[name], busy[name], theirs = cells[name], time.time(), theirs | {name}
                     waiting = {name: waiting[name] for name in cells if name in waiting}  # each after what it needs
                     continue
                 made += 1

@@ -15,6 +15,7 @@ them again.
 """
 
 import argparse
+import contextlib
 import fcntl
 import fnmatch
 import functools
@@ -111,9 +112,9 @@ def digest(pattern):
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def read_grid(path, only=()):
+def read_grid(path, only=(), there=False):
     """The list -> runs, folder of the table; InputError names what is wrong. only: patterns of "<dataset> <algorithm>",
-    of which one must fit; data that no such pair has need not be there."""
+    of which one must fit; data that no such pair has need not be there. there: only of data that are there."""
     try:
         found = json.loads(Path(path).read_text())
         datasets, algorithms, out = (found[key] for key in ("datasets", "algorithms", "out"))
@@ -137,8 +138,11 @@ def read_grid(path, only=()):
     pairs = [pair for pair in itertools.filterfalse(left_out, pairs) if wanted(pair)]
     if only and not pairs:
         raise InputError(f'--only {" ".join(only)}: no such pair in {path}; write "<dataset> <algorithm>", * for any')
-    digests, runs = {name: digest(file) for name, file in dict(data for data, _ in pairs).items()}, []
-    for (data, file), (algorithm, command) in pairs:
+    digests, runs = {}, []
+    for name, file in dict(data for data, _ in pairs).items():
+        with contextlib.suppress(*[InputError] * there):
+            digests[name] = digest(file)
+    for (data, file), (algorithm, command) in pairs if not there else (x for x in pairs if x[0][0] in digests):
         for seed in seeds:
             flags = (*command.split(), "--dataset", file, "--seed", str(seed))
             folder = Path(out).absolute() / data / algorithm / f"seed{seed}"
@@ -314,7 +318,7 @@ def main(argv=None):
                 print(f"{run.found() or 'missing':7}", run.name, " ".join(run.command))
             return
         failed = {} if args.gather else run_all(runs, args, out)
-        gather(runs, out)
+        gather(read_grid(grid, there=True)[0] if args.only else runs, out)  # the table is of the whole list
     except InputError as error:
         sys.exit(f"grid.py: error: {error}")
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@
     python benchmark/grid_figures.py results/dac/grid --runs runs/dac_grid     copies their logs; table, grid.png
     python benchmark/grid_figures.py results/cped/grid --last 3                table and grid.png of what is there
     python benchmark/grid_figures.py results/mopo/screen --name screen --leave-out "*world*"
-    python benchmark/grid_figures.py results/mopo/final --leave-out "hopper*" "*60*" --one-scale
+    python benchmark/grid_figures.py results/mopo/final --leave-out "hopper*" "ant-angle-60-*" --one-scale
     python benchmark/grid_figures.py results/mopo/screen --name world --cells plain world --labels "a model" "the world"
 
 A log <data>/<cell>.jsonl may hold several seeds. Score: mean of the last evaluations, in as many steps as the data's
@@ -31,9 +31,8 @@ BESIDE = (
 
 def copy_logs(runs, folder):
     """The logs of runs that ended."""
-    for path in sorted(runs.glob("*/*/seed*/done.json")):
-        data, cell, seed = path.parent.parts[-3:]
-        collect.keep_log(path.parent, folder / data / cell / f"{seed}.jsonl")
+    found = [path.parent for path in sorted(runs.glob("*/*/seed*/done.json"))]
+    collect.keep_logs({folder.joinpath(*run.parts[-3:-1], f"{run.name}.jsonl"): run for run in found})
 
 
 def read(folder, key):
@@ -51,7 +50,7 @@ def table(folder, last):
     """Rows of text, a cell each: score and its spread over seeds, and what the log says at the end."""
     short, whole = read(folder, RETURN), read(folder, WHOLE)
     beside = {key: found for key in BESIDE if (found := read(folder, key))}
-    learnt = lambda found: [values[steps > 0] for steps, values in found.values()]
+    learnt = lambda found: [values[steps > 0] for steps, values in found.values() if steps.max() > 0]
     end = lambda found, num: [values[-num:].mean() for values in learnt(found)]
     yield f"| data | cell | seeds | score | best | whole episodes | {' | '.join(beside)} |"
     yield "|---|---|" + "--:|" * (4 + len(beside))

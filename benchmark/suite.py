@@ -328,7 +328,8 @@ def settings(args, name):
 
 
 def make_set(args, name):
-    """One set: data/<name>.npz, its record beside it, and in results/suite, where none of other bits stands."""
+    """One set: data/<name>.npz, its record beside it, and in results/suite, where none of other bits by the same
+    settings stands."""
     path, settled = args.out / f"{name}.npz", settings(args, name)
     task, columns, levels, warmup = make_columns(args, name)
     used = {
@@ -490,8 +491,10 @@ def table(entries):
 
 def made_here(args, names):
     """The records beside the sets of these names that are there, by these settings."""
-    there = [name for name in names if (args.out / f"{name}.json").exists() and not of_other_settings(args, name)]
-    return {name: json.loads((args.out / f"{name}.json").read_text()) for name in there}
+    there = [name for name in names if all((args.out / f"{name}.{kind}").exists() for kind in ("json", "npz"))]
+    found = {name: json.loads((args.out / f"{name}.json").read_text()) for name in there}
+    made = lambda name: buffers.load(args.out / f"{name}.npz", (), quiet=True).metadata["sha256"]
+    return {name: record for name, record in found.items() if record["sha256"] == made(name)}
 
 
 def write_table(args):

@@ -67,7 +67,7 @@ def load(path):
     """-> header, rows of sources, of learners (with `score`, `last`, `best`, `whole`), of distances."""
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     sources = {row["source"]: row for row in rows if "source" in row}
-    learners = [row for row in rows if "learner" in row]
+    learners = [row for row in rows if "learner" in row and max(row["steps"], default=0) > 0]
     for row in learners:
         learnt = np.array(row["steps"]) > 0  # some learners evaluate the untrained policy, too
         short, whole = (np.array(row[key])[learnt] for key in ("returns_data_length", "returns"))

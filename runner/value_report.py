@@ -9,12 +9,14 @@ from runner.log import say
 def diverged(metrics, q_bound, remedies):
     """What is not finite, and a mean Q beyond +-q_bound (0: nothing is) -> (what is wrong, "remedy, or ") pairs.
 
-    remedies: of training where a number rises, where it falls.
+    remedies: of training where a number rises, where it falls. Q comes first: losses may have the other sign.
     """
-    for name, values in metrics.items() if q_bound else ():
+    for name, values in sorted(metrics.items(), key=lambda item: item[0] != "train/q") if q_bound else ():
         worst = np.ravel(values)[np.abs(values).argmax()]  # nan where there is one
         if not abs(worst) <= (q_bound if name == "train/q" else np.finfo(np.float32).max):  # nan: False
-            remedy = remedies[bool(worst < 0)] if name.startswith("train/") else ""
+            either = " where Q rose, ".join(remedies) + " where it fell" if len(set(remedies)) > 1 else remedies[0]
+            remedy = either if np.isnan(worst) else remedies[bool(worst < 0)]
+            remedy = remedy if name.startswith("train/") else ""
             stuck = "a hundred gradients in a row were not finite"  # of steps left out: nan after a hundred
             yield stuck if name.endswith("/skipped") else f"{name} is {worst:.3g}", remedy and f"{remedy}, or "
 

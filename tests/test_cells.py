@@ -201,7 +201,7 @@ def test_a_killed_launcher_leaves_its_cell_the_lock(tmp_path):
 
 def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, capsys):
     """What does not need it is made meanwhile; what needs it, after it; itself once."""
-    monkeypatch.setattr(cells, "ASKED_EVERY", 0.2)
+    monkeypatch.setattr(cells, "ASKED_EVERY", 1.0)
     made = [tiny(tmp_path, "source"), tiny(tmp_path, "other"), tiny(tmp_path, "needs", "source")]
     record = cells.record_file(made[0], tmp_path / "base")
     record.parent.mkdir(parents=True)
@@ -209,17 +209,20 @@ def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, 
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def make():
-            wait_for(made[1].done)
-            made[0].done.write_text("theirs")
-            cells.write_record(made[0], tmp_path / "base", {})
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            try:
+                wait_for(made[1].done)
+                made[0].done.write_text("theirs")
+                cells.write_record(made[0], tmp_path / "base", {})
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
         other = threading.Thread(target=make)
         other.start()
         assert run(made, tmp_path) == (set(), "")
         other.join()
     assert trace(tmp_path) == ["other", "needs"] and made[0].done.read_text() == "theirs"
-    assert "waiting for source: another process is making it now" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "waiting for source: another process is making it now" in said and "[2/2]" in said
 
 
 def test_rows_that_are_replaced_meanwhile_are_no_rows_of_the_record(tmp_path):

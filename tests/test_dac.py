@@ -501,11 +501,13 @@ def test_benchmarks_read_a_run(whole_run, tmp_path):
     run = Path(shutil.copytree(folder, tmp_path / "runs" / "point" / "cell" / "seed0"))
     known = json.loads((run / "args.json").read_text())
     del known["q_norm"]  # a flag that is younger than the run
-    (run / "args.json").write_text(json.dumps(known))
+    (run / "args.json").write_text(json.dumps(known)), (run / "done.json").touch()
     (row,) = dac_choice.returns_by_samples(run, args.eval_episodes, (args.num_action_samples,))
     np.testing.assert_allclose(row[1], returns[-1].mean(), rtol=1e-4)
     grid_figures.main([str(tmp_path / "logs"), "--runs", str(tmp_path / "runs"), "--last", "3"])
     row = list(grid_figures.table(tmp_path / "logs", 3))[-1]
+    assert records[0]["step"] == 0
+    returns = returns[1:]  # what the untrained policy has does not count
     score, spread = returns.mean(0).mean(), returns.mean(0).std(ddof=1)
     assert row.startswith(f"| point | cell | 2 | {score:.0f} +- {spread:.0f} | {returns.max(0).mean():.0f} |")
     assert (tmp_path / "logs" / "grid.png").stat().st_size > 5_000

@@ -173,23 +173,59 @@ def test_logs_of_different_rows_are_named(tmp_path):
     assert told.endswith("old.jsonl does not say, x/seed0.jsonl 9 (00ff), x/seed1.jsonl 8 (00ff)")
 
 
-@pytest.mark.parametrize("changes, told", [({}, ""), ({"rows": 8}, "data differ"), ({"tau": 0.1}, "tau differ")])
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({}, ""), ({"rows": 8}, r"\(rows of the data\)"), ({"tau": 0.1}, r"\(tau\)"), ({"q_bound": 0.0}, ""),
+        ({"records": ["1", "2"], "num_updates": 9}, ""), ({"records": ["3"], "num_updates": 9}, r"\(num_updates\)"),
+    ],
+)  # fmt: skip
 def test_a_log_of_another_run_is_not_replaced(tmp_path, changes, told):
-    """Nor is the table's return of the data, by which scores are scaled."""
-    header = {"rows": 9, "tau": 0.2} | changes
-    log = lambda rows, tau: json.dumps({"args": {"tau": tau}, "data": {"rows": rows}, "commit": str(changes)}) + "\n"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.jsonl").write_text(log(**header))
-    kept = tmp_path / "kept" / "seed0.jsonl"
-    kept.parent.mkdir()
-    kept.write_text(log(9, 0.2))
+    """Nor is anything copied beside it; a run made longer is the same one, and so is one with another bound of Q."""
+
+    def log(path, rows=9, records=("1",), **args):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        args = {"tau": 0.2, "num_updates": 5, "q_bound": 1e6} | args
+        header = {"args": args, "data": {"rows": rows}, "commit": str(args)}
+        path.write_text("\n".join([json.dumps(header), *records]) + "\n")
+        return path
+
+    kept, new = log(tmp_path / "kept" / "seed0.jsonl"), tmp_path / "kept" / "seed1.jsonl"
+    before, runs = kept.read_text(), [tmp_path / "other", tmp_path / "run"]
+    log(runs[0] / "log.jsonl"), log(runs[1] / "log.jsonl", **changes)
     with pytest.raises(envs.InputError, match=told) if told else contextlib.nullcontext():
-        collect.keep_log(tmp_path / "run", kept)
-    assert kept.read_text() == (log(9, 0.2) if told else log(**header))
-    for folder, mean in (("one", 1.0), ("two", 1.0 if not told else 2.0)):
+        collect.keep_logs({new: runs[0], kept: runs[1]})
+    after = collect.portable_log(runs[1])
+    assert new.exists() != bool(told) and kept.read_text() == (before if told else after)
+    collect.keep_logs({kept: runs[1]}, force=True)
+    assert kept.read_text() == after
+    kept.write_text("")
+    assert collect.other_run(runs[1], kept) == "what stands there is no log"
+
+
+def test_data_of_one_name_are_not_mixed(tmp_path):
+    """The table's return of the data, by which scores are scaled, is that of all its logs: else nothing is copied."""
+    for folder, mean in (("one", 1.0), ("two", 2.0)):
         grid.write_results(tmp_path / folder, {}, ["dac"], {"a": (mean, 3.0)}, {})
-    with pytest.raises(envs.InputError, match="a has other rows than in") if told else contextlib.nullcontext():
-        collect.collect_grid(tmp_path / "two", tmp_path / "one")
+    run = tmp_path / "two" / "a" / "dac" / "seed0"
+    run.mkdir(parents=True)
+    (run / "policy.npz").touch(), (run / "log.jsonl").write_text('{"args": {}}\n')
+    with pytest.raises(envs.InputError, match="a has other rows than in"):
+        collect.collect([run], tmp_path / "one")
+    assert not (tmp_path / "one" / "a").exists()
+    collect.collect([run], tmp_path / "two")
+
+
+def test_a_part_of_a_list_leaves_a_whole_table(tmp_path, monkeypatch):
+    """Of all runs of the list that are done, whichever are asked for; data that are gone are no matter."""
+    data = str(scripted.dataset(tmp_path))
+    write_list(tmp_path, datasets={"a": data, "b": data, "gone": "gone.npz"}, algorithms={"dac": "dac.py"})
+    told = []
+    monkeypatch.setattr(grid, "run_all", lambda runs, args, out: told.append([run.name for run in runs]))
+    monkeypatch.setattr(grid, "gather", lambda runs, out: told.append([run.name for run in runs]))
+    monkeypatch.chdir(tmp_path)
+    grid.main(["grid.json", "--only", "b *"])
+    assert told == [["b dac 0"], ["a dac 0", "b dac 0"]]
 
 
 def test_what_is_not_wanted_is_left_out(tmp_path):

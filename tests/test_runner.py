@@ -564,7 +564,9 @@ def test_a_metric_that_diverges_is_named(args):
     )
     broken = [(f"train/q is -1.01e\\+06; {falls}", {"train/q": np.array([0.0, -1.01e6])})]
     broken += [(f"train/q is 1.01e\\+06; {rises}", {"train/q": np.array([-1.0, 1.01e6])})]
-    broken += [(f"train/q is nan; {rises}", {"train/q": np.array([-1.0, np.nan])})]
+    either = "what was saved before is kept: raise that where Q rose, lower this where it fell, or lower"
+    broken += [(f"train/q is nan; {either}", {"train/q": np.array([-1.0, np.nan])})]
+    broken += [(f"train/q is -inf; {falls}", {"train/loss": np.array([np.inf]), "train/q": np.array([-np.inf])})]
     for value in (np.nan, np.inf, -np.inf):
         metrics = {"train/q": np.zeros(2), "train/nll": np.array([1e9, value])}
         broken += [(f"train/nll is {value}", metrics)]
